@@ -1,0 +1,194 @@
+"""Fetch the art sets with npm, render every emoji at 64 px, and serve pictures with their labels.
+
+    python -m benchmarks.emoji.data --build_dir emoji_build
+
+Needs npm and the `emoji` extra (resvg-py). Writes `emoji_build/pictures.npz`; done steps are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import json
+import re
+import subprocess
+import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from benchmarks.emoji import settings
+from benchmarks.emoji.settings import ART_SETS, CONCEPTS, ArtSet
+
+RENDER_PX = 256
+FLAGS_GROUP, COMPONENTS_GROUP = 9, 2
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Rendered pictures with labels.
+
+    Attributes:
+        images: uint8 [N, 64, 64, 3].
+        labels: emojibase label (or our concept name where it is one of `settings.CONCEPTS`) of each.
+        styles: Style name of each.
+        held_out: bool [N]; True where the (concept, style) pair is kept from all training.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    styles: np.ndarray
+    held_out: np.ndarray
+
+    def select(self, mask: np.ndarray) -> Pictures:
+        return Pictures(self.images[mask], self.labels[mask], self.styles[mask], self.held_out[mask])
+
+    def concepts_only(self) -> Pictures:
+        """The pictures of `settings.CONCEPTS`: what the diffusion model and the evaluator learn."""
+        return self.select(np.isin(self.labels, CONCEPTS))
+
+
+def load_pictures(build_dir: Path) -> Pictures:
+    """Read what `main` rendered."""
+    with np.load(build_dir / "pictures.npz") as stored:
+        labels, styles = stored["labels"], stored["styles"]
+        return Pictures(stored["images"], labels, styles, choose_held_out(labels, styles))
+
+
+def fetch(build_dir: Path) -> dict[str, Path]:
+    """Download and unpack each npm package once; returns package -> folder."""
+    folders = {}
+    for package in tqdm([*(a.package for a in ART_SETS), settings.NAMES_PACKAGE], desc="fetch"):
+        folder = build_dir / "npm" / package.replace("/", "_")
+        if not (folder / "package" / "package.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            command = ["npm", "pack", "--silent", "--pack-destination", str(folder), package]
+            archive = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+            with tarfile.open(folder / archive) as packed:
+                packed.extractall(folder, filter="data")
+        folders[package] = folder / "package"
+    return folders
+
+
+def slug(label: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+
+
+def read_emoji(folder: Path) -> list[dict[str, str]]:
+    """The emoji to render, as {"label", "name", "hexcode"}: no flags, no skin tones, no components."""
+    ours = {settings.EMOJI_LABELS.get(concept, concept): concept for concept in CONCEPTS}
+    entries = json.loads((folder / "en" / "data.json").read_text(encoding="utf8"))
+
+    def label(name: str) -> str:  # our "dog" is emojibase's "dog face": its "dog" must not share the name
+        return ours.get(name, f"other {name}" if name in CONCEPTS else name)
+
+    return [
+        {"label": label(entry["label"]), "name": entry["label"], "hexcode": entry["hexcode"].lower()}
+        for entry in entries
+        if entry.get("group") not in (None, FLAGS_GROUP, COMPONENTS_GROUP)
+    ]
+
+
+def find_svg(icons: dict[str, object], characters: dict[str, str], emoji: dict[str, str]) -> str | None:
+    """The SVG of one emoji in an iconify set, by codepoint, then by slugged label, or None."""
+    bodies: dict[str, dict[str, object]] = icons["icons"]  # type: ignore[assignment]
+    aliases: dict[str, dict[str, str]] = icons.get("aliases", {})  # type: ignore[assignment]
+    short_code = emoji["hexcode"].removesuffix("-fe0f")
+    names = [characters.get(emoji["hexcode"]), characters.get(short_code), slug(emoji["name"])]
+    for name in [*names, *settings.ICON_NAMES.get(emoji["label"], ())]:
+        icon = bodies.get(aliases.get(name, {}).get("parent", name)) if name else None
+        if icon:
+            width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
+            head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width} {height}"'
+            return f'{head} width="{RENDER_PX}" height="{RENDER_PX}">{icon["body"]}</svg>'
+    return None
+
+
+def finish(picture: Image.Image, margin: float) -> np.ndarray:
+    """Composite on white with a margin and reduce to 64 px by boxes; uint8 [64, 64, 3]."""
+    inner = round(RENDER_PX * (1 - 2 * margin))
+    picture = picture.convert("RGBA").resize((inner, inner), Image.Resampling.LANCZOS)
+    canvas = Image.new("RGBA", (RENDER_PX, RENDER_PX), "white")
+    offset = (RENDER_PX - inner) // 2
+    canvas.alpha_composite(picture, (offset, offset))
+    return np.asarray(canvas.convert("RGB").resize((settings.RESOLUTION,) * 2, Image.Resampling.BOX))
+
+
+def render_svg(svg: str, margin: float) -> np.ndarray:
+    import resvg_py
+
+    data = resvg_py.svg_to_bytes(svg_string=svg.replace("currentColor", "black"), width=RENDER_PX, height=RENDER_PX)
+    return finish(Image.open(io.BytesIO(bytes(data))), margin)
+
+
+def render_file(path: Path, margin: float) -> np.ndarray:
+    with Image.open(path) as picture:
+        return finish(picture, margin)
+
+
+def find_file(folder: Path, hexcode: str) -> Path | None:
+    """The WebP file of a codepoint sequence, with or without its variation selector."""
+    candidates = (hexcode, hexcode.removesuffix("-fe0f"), f"{hexcode}-fe0f")
+    return next((path for code in candidates if (path := folder / "assets" / f"{code}.webp").exists()), None)
+
+
+def render_set(art_set: ArtSet, folder: Path, emoji: list[dict[str, str]]) -> tuple[list[np.ndarray], list[str]]:
+    """Render one art set; returns its pictures and their labels."""
+    if (folder / "icons.json").exists():
+        icons = json.loads((folder / "icons.json").read_text(encoding="utf8"))
+        index = folder / "chars.json"
+        characters = json.loads(index.read_text(encoding="utf8")) if index.exists() else {}
+        found = [(entry["label"], find_svg(icons, characters, entry)) for entry in emoji]
+        render = functools.partial(render_svg, margin=art_set.margin)
+    else:
+        found = [(entry["label"], find_file(folder, entry["hexcode"])) for entry in emoji]
+        render = functools.partial(render_file, margin=art_set.margin)  # type: ignore[assignment]
+    kept = [(label, source) for label, source in found if source is not None]
+    with ProcessPoolExecutor() as pool:
+        sources = [source for _, source in kept]
+        jobs = pool.map(render, sources, chunksize=32)
+        images = list(tqdm(jobs, total=len(sources), desc=f"render {art_set.style}"))
+    return images, [label for label, _ in kept]
+
+
+def choose_held_out(labels: np.ndarray, styles: np.ndarray) -> np.ndarray:
+    """A tenth of the (concept, style) pairs, at most one a concept, evenly over the styles."""
+    generator = np.random.default_rng(settings.SEED)
+    count = round(settings.HELD_OUT_SHARE * len(CONCEPTS) * len(settings.STYLES))
+    chosen = generator.permutation(len(CONCEPTS))[: min(count, len(CONCEPTS))]
+    pairs = {(CONCEPTS[c], settings.STYLES[i % len(settings.STYLES)]) for i, c in enumerate(chosen)}
+    return np.array([(label, style) in pairs for label, style in zip(labels, styles, strict=True)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build_dir", type=Path, default=Path("emoji_build"))
+    build_dir: Path = parser.parse_args().build_dir
+    build_dir.mkdir(parents=True, exist_ok=True)
+    folders = fetch(build_dir)
+    emoji = read_emoji(folders[settings.NAMES_PACKAGE])
+    images: list[np.ndarray] = []
+    labels: list[str] = []
+    styles: list[str] = []
+    for art_set in ART_SETS:
+        set_images, set_labels = render_set(art_set, folders[art_set.package], emoji)
+        missing = sorted(set(CONCEPTS) - set(set_labels))
+        if missing:
+            raise SystemExit(f"{art_set.package} has no picture of: {', '.join(missing)}")
+        images += set_images
+        labels += set_labels
+        styles += [art_set.style] * len(set_labels)
+    np.savez_compressed(
+        build_dir / "pictures.npz", images=np.stack(images), labels=np.array(labels), styles=np.array(styles)
+    )
+    held_out = load_pictures(build_dir).held_out.sum()
+    print(f"{len(images)} pictures, {len(CONCEPTS)} concepts x {len(ART_SETS)} styles, {held_out} pairs held out")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Plots of the report as inline SVG that takes its colours and its font from the page.
+
+matplotlib draws with marker colours, which are replaced by the page's CSS variables afterwards: the same plot is
+legible in the light and in the dark scheme.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
+
+INK, MUTED, GRID, BAND = "#010201", "#010202", "#010203", "#010204"
+SERIES = ("#010211", "#010212", "#010213", "#010214", "#010215")
+CSS_OF = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--line)",
+    BAND: "var(--band)",
+    **{color: f"var(--series-{number})" for number, color in enumerate(SERIES, start=1)},
+}
+MARKERS = ("o", "s", "^", "D", "v")
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "safemax",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+SIZE = (4.6, 2.9)
+SMOOTHING = 0.1  # share of the newest step in the running mean
+
+
+@dataclass(frozen=True)
+class Line:
+    """One sampler's line: x, y and, where measured, the interval of y."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    intervals: Sequence[tuple[float, float] | None]
+
+
+def sweep_plot(lines: Sequence[Line], *, name: str, ylabel: str, band: tuple[float, float] | None, alt: str) -> str:
+    """A quantity against the guidance scale, one line a sampler.
+
+    Args:
+        lines: One a sampler, in any order of x.
+        name: Prefix of the SVG's ids; unique on the page.
+        ylabel: With its unit.
+        band: Where the values should lie; drawn as a shaded band.
+        alt: What the plot shows, in a sentence.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes()
+        if band is not None:
+            axes.axhspan(*band, color=BAND, linewidth=0, zorder=0)
+        for number, line in enumerate(lines):
+            _draw_line(axes, line, number, len(lines))
+        scales = sorted({x for line in lines for x in line.x})
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(scales))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+        axes.set_xlabel("guidance scale")
+        axes.set_ylabel(ylabel)
+        axes.grid(False, axis="x")
+        _set_limits(axes, lines, band)
+        _legend(axes)
+        return _svg(figure, name, alt)
+
+
+def _draw_line(axes: Axes, line: Line, number: int, count: int) -> None:
+    # A little apart in x, or equal values of several samplers would hide each other.
+    shift = 1.02 ** (2 * number - count + 1)
+    x = [value * shift for value in line.x]
+    color, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+    for place, interval in zip(x, line.intervals, strict=True):
+        if interval is not None:
+            axes.plot([place, place], interval, color=color, linewidth=0.9, alpha=0.55)
+    axes.plot(x, line.y, color=color, marker=marker, label=line.label)
+
+
+def _set_limits(axes: Axes, lines: Sequence[Line], band: tuple[float, float] | None) -> None:
+    """Room for every value and for the band; percentages end at 100."""
+    values = [y for line in lines for y in line.y]
+    values += [bound for line in lines for interval in line.intervals if interval for bound in interval]
+    low, high = min(values), max(values)
+    if band is None:
+        low = min(90.0, 5 * (low // 5))
+        axes.set_ylim(low, 100 + (100 - low) * 0.03)
+        return
+    low, high = min(low, band[0]), max(high, band[1])
+    axes.set_ylim(low - 0.15 * (high - low), high + 0.15 * (high - low))
+
+
+def loss_plot(log: Sequence[Mapping[str, Any]], *, name: str, alt: str) -> str:
+    """The loss and its parts by step: every step thin, the running mean bold, on a logarithmic scale."""
+    parts = [part for part in ("loss", "forget", "retain") if any(row.get(part, 0) > 0 for row in log)]
+    labels = {"loss": "total", "forget": "forget", "retain": "retain"}
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes()
+        for number, part in enumerate(parts):
+            # Zero has no logarithm: a term that is off in some steps is drawn where it is on.
+            points = [(row["step"], row[part]) for row in log if row.get(part, 0) > 0]
+            steps, values = [step for step, _ in points], [value for _, value in points]
+            axes.plot(steps, values, color=SERIES[number], linewidth=0.6, alpha=0.35)
+            axes.plot(steps, _running_mean(values), color=SERIES[number], label=labels[part])
+        axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(False, axis="x")
+        _legend(axes)
+        return _svg(figure, name, alt)
+
+
+def probe_plot(log: Sequence[Mapping[str, Any]], *, name: str, alt: str) -> str:
+    """The probe's unlearning accuracy by step."""
+    rows = [row for row in log if "probe_unlearning_accuracy" in row]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes()
+        values = [row["probe_unlearning_accuracy"] for row in rows]
+        axes.plot([row["step"] for row in rows], values, color=SERIES[0], marker="o")
+        axes.set_xlabel("step")
+        axes.set_ylabel("unlearning accuracy (%)")
+        axes.set_ylim(-3, 103)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(False, axis="x")
+        return _svg(figure, name, alt)
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    means: list[float] = []
+    for value in values:
+        means.append(value if not means else means[-1] + SMOOTHING * (value - means[-1]))
+    return means
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0, handlelength=1.4, columnspacing=1.4
+    )
+
+
+def _svg(figure: Figure, name: str, alt: str) -> str:
+    """Serialise a figure for use inside HTML: page colours, page font, ids of its own, nothing external."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # The style element would apply to the whole page; the page's own style sheet has its rule.
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-")
+    for color, variable in CSS_OF.items():
+        svg = svg.replace(color, variable)
+    width, height = (72 * inches for inches in SIZE)
+    head = f'<svg role="img" aria-label="{_attribute(alt)}" viewBox="0 0 {width:g} {height:g}">'
+    return re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

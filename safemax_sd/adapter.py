@@ -1,0 +1,116 @@
+"""The LoRA adapter: attach it to a family's denoiser, save it, load it back, export it for other tools."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from safemax_sd.errors import SafemaxError
+from safemax_sd.families.base import LoraTargets, ModelFamily
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
+ADAPTER = "default"
+METADATA_KEYS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "lora_bias")
+"""What every peft release understands; more raises TypeError in older ones."""
+
+
+def attach(family: ModelFamily, *, rank: int, targets: LoraTargets, dropout: float = 0.0, seed: int = 0) -> list[nn.Parameter]:
+    """Add a LoRA to the denoiser and return its parameters, float32, in a fixed order.
+
+    Args:
+        family: Loaded, frozen model.
+        rank: Rank of every LoRA; alpha equals it, so that readers that lose alpha on load change nothing.
+        targets: Which layers (see `ModelFamily.lora_target_modules`).
+        dropout: LoRA dropout, 0 to 1.
+        seed: Of the initial A matrices (B starts at 0, so the model starts as the base).
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=dropout,
+        init_lora_weights="gaussian",
+        target_modules=family.lora_target_modules(targets),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        family.denoiser.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
+    parameters = [parameter for parameter in family.denoiser.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()  # half-precision LoRA weights barely move under AdamW
+    return parameters
+
+
+def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors in peft's names."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(denoiser).items()}
+
+
+def _metadata(denoiser: nn.Module) -> dict[str, Any]:
+    config = denoiser.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr,index]
+    chosen = {key: config[key] for key in METADATA_KEYS if key in config}
+    chosen["target_modules"] = sorted(chosen["target_modules"])
+    return chosen
+
+
+def save_adapter(family: ModelFamily, directory: Path, *, kohya: bool = False) -> None:
+    """Write the adapter into `directory`, each file whole or not at all.
+
+    Raises:
+        SafemaxError: The disk is full; the files that were there before are untouched.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    state = adapter_state(family.denoiser)
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+            family.save_adapter(Path(temporary), state, _metadata(family.denoiser))
+            names = [WEIGHTS_NAME]
+            if kohya:
+                save_file(to_kohya(state, family.denoiser), Path(temporary) / KOHYA_NAME, metadata={"format": "pt"})
+                names.append(KOHYA_NAME)
+            for name in names:
+                os.replace(Path(temporary) / name, directory / name)
+    except OSError as error:
+        raise SafemaxError(f"--output_dir {directory}: the adapter could not be written ({error.strerror})") from error
+
+
+def to_kohya(state: dict[str, Tensor], denoiser: nn.Module) -> dict[str, Tensor]:
+    """The adapter in the naming of kohya's scripts, A1111 and ComfyUI, with the true alpha of every layer."""
+    prefixed = convert_all_state_dict_to_peft({f"unet.{name}": tensor for name, tensor in state.items()})
+    converted: dict[str, Tensor] = convert_state_dict_to_kohya(prefixed)
+    alpha = float(denoiser.peft_config[ADAPTER].lora_alpha)  # type: ignore[union-attr,index]
+    # diffusers writes alpha = rank whatever it was.
+    return {
+        name: torch.tensor(alpha) if name.endswith(".alpha") else tensor.contiguous() for name, tensor in converted.items()
+    }
+
+
+def load_adapter(denoiser: nn.Module, directory: Path) -> None:
+    """Copy a saved adapter's values into the attached one, in place, bit for bit.
+
+    Raises:
+        SafemaxError: The file is missing or belongs to another model or other LoRA settings.
+    """
+    path = directory / WEIGHTS_NAME
+    if not path.exists():
+        raise SafemaxError(f"{directory} holds no {WEIGHTS_NAME}")
+    state = {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
+    expected = adapter_state(denoiser)
+    if {n: t.shape for n, t in expected.items()} != {n: t.shape for n, t in state.items()}:
+        raise SafemaxError(f"{path} does not fit this base model with these --rank and --lora_targets")
+    set_peft_model_state_dict(denoiser, state)
+
+
+def squared_norm(parameters: Sequence[Tensor]) -> float:
+    """Sum of squares over all tensors, for logs."""
+    return float(sum(p.detach().double().square().sum() for p in parameters))

@@ -1,0 +1,15 @@
+"""The embedded models, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent
+BUNDLED = frozenset({"emoji"})
+EVALUATOR = ASSETS / "emoji_evaluator"
+PICTURES = ASSETS / "emoji_pictures"
+
+
+def resolve_model(name_or_path: str) -> str:
+    """The folder of an embedded model, or `name_or_path` itself where it is none."""
+    return str(ASSETS / name_or_path) if name_or_path in BUNDLED else name_or_path

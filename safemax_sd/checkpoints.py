@@ -1,0 +1,90 @@
+"""`checkpoint-N` folders: written whole or not at all, read back bit for bit."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from safemax_sd import adapter
+from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.families import ModelFamily
+
+PATTERN = re.compile(r"checkpoint-(\d+)")
+
+
+def register(accelerator: Accelerator, family: ModelFamily) -> None:
+    """Make Accelerate's state hold the adapter only, in the format of the final file."""
+
+    def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
+        if accelerator.is_main_process:
+            adapter.save_adapter(family, Path(output_dir))
+        weights.clear()  # what is popped here Accelerate does not write again, base model and all
+
+    def load(models: list[Any], input_dir: str) -> None:
+        models.clear()
+        adapter.load_adapter(family.denoiser, Path(input_dir))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def step_of(path: Path) -> int:
+    """N of a `checkpoint-N` folder, or -1 for any other name."""
+    match = PATTERN.fullmatch(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def all_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+
+
+def save(accelerator: Accelerator, output_dir: Path, step: int, *, limit: int | None) -> None:
+    """Write `checkpoint-{step}` and drop the oldest beyond `limit`.
+
+    Raises:
+        SafemaxError: The disk is full; older checkpoints are untouched.
+    """
+    temporary, final = output_dir / f".checkpoint-{step}", output_dir / f"checkpoint-{step}"
+    try:
+        if accelerator.is_main_process and temporary.exists():
+            shutil.rmtree(temporary)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            for old in all_checkpoints(output_dir)[: -limit if limit else 0]:
+                shutil.rmtree(old)
+    except OSError as error:
+        raise SafemaxError(f"--output_dir {output_dir}: {final.name} could not be written ({error})") from error
+
+
+def load(accelerator: Accelerator, path: Path) -> int:
+    """Restore a checkpoint; returns the step to go on from."""
+    accelerator.load_state(str(path))
+    return step_of(path)
+
+
+def find(output_dir: Path, resume_from: str) -> Path:
+    """The folder that `--resume_from_checkpoint` names: `latest`, a name in the output folder, or a path.
+
+    Raises:
+        OptionError: There is none.
+    """
+    if resume_from == "latest":
+        found = all_checkpoints(output_dir)
+        if found:
+            return found[-1]
+        raise OptionError("--resume_from_checkpoint", "latest", f"{output_dir} holds no checkpoint-N folder")
+    for path in (output_dir / resume_from, Path(resume_from)):
+        if path.is_dir() and step_of(path) >= 0:
+            return path
+    raise OptionError("--resume_from_checkpoint", resume_from, "is not a checkpoint-N folder")

@@ -1,0 +1,186 @@
+"""What the rest of the package knows of a diffusion model: `ModelFamily` and `Conditioning`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from safemax_sd.assets import resolve_model
+from safemax_sd.errors import OptionError
+from safemax_sd.process import DiffusionProcess
+from safemax_sd.registry import Registry
+
+LoraTargets = Literal["all", "attention", "cross_attention"]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a denoiser is conditioned on, one row a prompt.
+
+    Attributes:
+        tensors: Each [B, ...]; the names are the family's own.
+    """
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def select(self, rows: Tensor) -> Conditioning:
+        """The rows named by an integer tensor [N], in that order."""
+        return Conditioning({name: tensor[rows.to(tensor.device)] for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device) -> Conditioning:
+        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        names = parts[0].tensors
+        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in names})
+
+
+@dataclass(frozen=True)
+class TrajectoryPoint:
+    """One step of the frozen model's guided sampling.
+
+    Attributes:
+        x_t: Input of the step, [B, *latent].
+        t: Native time, [B].
+        conditional: Prediction given the prompt, [B, *latent].
+        unconditional: Prediction given the empty prompt, [B, *latent].
+    """
+
+    x_t: Tensor
+    t: Tensor
+    conditional: Tensor
+    unconditional: Tensor
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Where and how a base model is loaded.
+
+    Attributes:
+        name_or_path: Folder in diffusers' format, hub id, or the name of an embedded model.
+        dtype: Of the frozen weights; trainable parameters are float32 whatever this is.
+        prediction_type: `epsilon` or `v_prediction` to override the scheduler's own; None keeps that.
+    """
+
+    name_or_path: str
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    prediction_type: str | None = None
+
+
+class ModelFamily(ABC):
+    """A kind of text-to-image model. Subclasses live in one file each and are chosen without a flag.
+
+    Attributes:
+        name: Recorded in `erasure.json`.
+        pipeline_classes: Values of `_class_name` in `model_index.json` that this family loads.
+        denoiser: The trainable network, base weights frozen.
+        process: Its noise process.
+    """
+
+    name: ClassVar[str]
+    pipeline_classes: ClassVar[frozenset[str]]
+    denoiser: nn.Module
+    process: DiffusionProcess
+
+    @classmethod
+    @abstractmethod
+    def load(cls, options: LoadOptions) -> ModelFamily:
+        """Load and freeze the base model.
+
+        Raises:
+            OptionError: A part of the folder is missing or cannot be used.
+        """
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of each prompt, computed without gradients."""
+
+    @abstractmethod
+    def latent_shape(self, resolution: int | None) -> tuple[int, ...]:
+        """Shape of one latent for pictures of `resolution` pixels (None: the model's own)."""
+
+    @abstractmethod
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None) -> Tensor:
+        """Native prediction, float32 [B, *latent]; `denoiser` is the wrapped network when training is distributed."""
+
+    @abstractmethod
+    def trajectory(
+        self, conditioning: Conditioning, x_T: Tensor, *, guidance_scale: float, num_inference_steps: int
+    ) -> Iterator[TrajectoryPoint]:
+        """Deterministic (DDIM or Euler) guided sampling, step by step; the last latent is `last_sample`."""
+
+    @abstractmethod
+    def sample(
+        self, conditioning: Conditioning, x_T: Tensor, *, guidance_scale: float, num_inference_steps: int
+    ) -> Tensor:
+        """Latents [B, *latent] at the end of `trajectory`."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of latents, float32 [B, 3, H, W] in 0 to 1."""
+
+    @abstractmethod
+    def free_encoders(self) -> None:
+        """Drop the text encoders from memory; `encode_prompts` raises afterwards."""
+
+    @abstractmethod
+    def lora_target_modules(self, targets: LoraTargets) -> list[str]:
+        """Module name endings that get a LoRA."""
+
+    @abstractmethod
+    def save_adapter(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write `pytorch_lora_weights.safetensors` so that the family's stock pipeline loads it."""
+
+    @abstractmethod
+    def base_only(self) -> AbstractContextManager[None]:
+        """Inside, predictions are the frozen base model's, bit for bit."""
+
+    @abstractmethod
+    def enable_memory_savings(self, *, gradient_checkpointing: bool, xformers: bool) -> list[str]:
+        """Switch on what was asked for; returns a message for each thing that is not to be had here."""
+
+
+FAMILIES: Registry[ModelFamily] = Registry("model family", ModelFamily, "safemax_sd.families")  # type: ignore[type-abstract]
+
+
+def load_family(options: LoadOptions) -> ModelFamily:
+    """Load a model with the family that its `model_index.json` names.
+
+    Raises:
+        OptionError: No such model, or its pipeline class belongs to no family.
+    """
+    path = resolve_model(options.name_or_path)
+    try:
+        config = DiffusionPipeline.load_config(path, revision=options.revision, cache_dir=options.cache_dir)
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            "--pretrained_model_name_or_path",
+            options.name_or_path,
+            "must be a diffusers model folder, a hub id or an embedded model's name (emoji)",
+        ) from error
+    class_name = config.get("_class_name")
+    supported: list[str] = []
+    for name in FAMILIES.names():
+        family = FAMILIES.get(name)
+        if class_name in family.pipeline_classes:
+            return family.load(options)
+        supported += sorted(family.pipeline_classes)
+    raise OptionError(
+        "--pretrained_model_name_or_path", options.name_or_path, f"is a {class_name}; supported: {', '.join(supported)}"
+    )

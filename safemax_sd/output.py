@@ -1,0 +1,131 @@
+"""The training output directory: who may write where, the log, `erasure.json` and the model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from safemax_sd import checkpoints
+from safemax_sd.config import TrainConfig
+from safemax_sd.errors import OptionError
+from safemax_sd.families import ModelFamily
+from safemax_sd.model_card import write_model_card
+from safemax_sd.prompts import PromptSet
+from safemax_sd.provenance import Stopwatch, peak_memory_bytes, provenance, write_json_atomic
+
+FORMAT_VERSION = 1
+TRACES = ("pytorch_lora_weights.safetensors", "erasure.json", "log.jsonl")
+
+
+def prepare_output_dir(config: TrainConfig, accelerator: Accelerator) -> Path | None:
+    """Create the output folder or check the one that is there; returns the checkpoint to resume from, if any.
+
+    Raises:
+        OptionError: The folder holds another run and neither `--overwrite_output_dir` nor a resume was asked for, or
+            there is nothing to resume.
+    """
+    directory = Path(config.output_dir)
+    if directory.exists() and not directory.is_dir():
+        raise OptionError("--output_dir", config.output_dir, "is a file")
+    resume_from = None
+    if config.resume_from_checkpoint is not None:
+        resume_from = checkpoints.find(directory, config.resume_from_checkpoint)
+    elif not config.overwrite_output_dir:
+        used = [name for name in TRACES if (directory / name).exists()] or checkpoints.all_checkpoints(directory)
+        if used:
+            raise OptionError(
+                "--output_dir",
+                config.output_dir,
+                "holds another run: add --overwrite_output_dir, or --resume_from_checkpoint latest, or name a new folder",
+            )
+    if accelerator.is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    return resume_from
+
+
+class RunLog:
+    """`log.jsonl`, one line a step, and the trackers of `--report_to`."""
+
+    def __init__(self, path: Path, accelerator: Accelerator, *, config: TrainConfig, resume_step: int) -> None:
+        self.accelerator = accelerator
+        self._path = path if accelerator.is_main_process else None
+        self._started = time.monotonic()
+        if config.report_to is not None:
+            plain = {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str | bool)}
+            accelerator.init_trackers("safemax_sd", config=plain)
+        if self._path is not None:
+            self._keep_until(resume_step)
+
+    def _keep_until(self, step: int) -> None:
+        """Drop the lines after the step that a resumed run goes on from (all of them in a new run)."""
+        assert self._path is not None
+        kept = []
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf8")
+        os.replace(temporary, self._path)
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        self.accelerator.log(row, step=step)
+        if self._path is not None:
+            seconds = round(time.monotonic() - self._started, 3)
+            with self._path.open("a", encoding="utf8") as file:
+                file.write(json.dumps({"step": step, **row, "seconds": seconds}) + "\n")
+
+
+def write_results(
+    config: TrainConfig,
+    family: ModelFamily,
+    forget: PromptSet,
+    retain: PromptSet,
+    clock: Stopwatch,
+    model_calls: dict[str, int],
+    steps: int,
+) -> None:
+    """Write `erasure.json` and the model card.
+
+    Raises:
+        SafemaxError: The disk is full.
+    """
+    device = next(family.denoiser.parameters()).device
+    record: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "method": config.objective,
+        "base_model": {
+            "name_or_path": config.pretrained_model_name_or_path,
+            "revision": config.revision,
+            "variant": config.variant,
+            "family": family.name,
+        },
+        "config": asdict(config),
+        "forget": {**_describe(forget), "texts": list(forget.texts)},
+        "retain": _describe(retain),
+        "cost": {
+            "seconds": {**clock.seconds, "total": sum(clock.seconds.values())},
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "model_calls": model_calls,
+            "steps": steps,
+        },
+        "provenance": provenance(config.seed, device),
+    }
+    directory = Path(config.output_dir)
+    write_json_atomic(directory / "erasure.json", record)
+    write_model_card(directory, record)
+
+
+def _describe(prompts: PromptSet) -> dict[str, Any]:
+    return {
+        "path": prompts.source,
+        "sha256": prompts.sha256,
+        "count": len(prompts),
+        "concepts": list(prompts.concepts),
+    }

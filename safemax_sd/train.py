@@ -1,0 +1,328 @@
+"""Train an erasure LoRA: `accelerate launch -m safemax_sd.train --help`.
+
+Data goes one way: prompts are encoded, the frozen model's trajectories are recorded, an objective draws batches from
+them, and only the LoRA steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from safemax_sd import adapter, checkpoints
+from safemax_sd.config import TrainConfig, parse_config
+from safemax_sd.errors import SafemaxError
+from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
+from safemax_sd.objectives import OBJECTIVES, ErasureData, Objective
+from safemax_sd.objectives.base import Positions
+from safemax_sd.output import RunLog, prepare_output_dir, write_results
+from safemax_sd.probe import UnlearningProbe
+from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_over_long
+from safemax_sd.provenance import Stopwatch
+from safemax_sd.replay import ReplayBank, record, start_noise
+from safemax_sd.samples import save_samples
+
+logger = logging.getLogger("safemax_sd")
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Run:
+    """What the training loop works on."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    family: ModelFamily
+    forget: PromptSet
+    retain: PromptSet
+    objective: Objective
+    parameters: list[nn.Parameter]
+    optimizer: Any
+    scheduler: Any
+    denoiser: nn.Module
+    clock: Stopwatch
+    validation: Conditioning | None
+    probe: UnlearningProbe | None
+    step: int = 0
+    model_calls: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+
+def train(config: TrainConfig) -> Path:
+    """Erase the forbidden prompts of `config` and write the output directory; returns it.
+
+    Raises:
+        SafemaxError: Bad input, a non-finite loss or a full disk; nothing that was there before is lost.
+    """
+    config.validate()
+    forget = load_prompts(config.forget_prompts, option="--forget_prompts")
+    retain = load_prompts(config.retain_prompts, option="--retain_prompts")
+    check_disjoint(forget, retain)
+    accelerator = make_accelerator(config)
+    resume_from = prepare_output_dir(config, accelerator)
+    set_seed(config.seed)  # samples are drawn by number: processes need no seeds of their own
+    clock = Stopwatch()
+    run = build_run(config, accelerator, forget, retain, clock)
+    if resume_from is not None:
+        run.step = checkpoints.load(accelerator, resume_from)
+    with clock.phase("train"):
+        loop(run)
+    if accelerator.is_main_process:
+        adapter.save_adapter(run.family, run.output_dir, kohya=config.output_kohya_format)
+        write_results(run.config, run.family, forget, retain, run.clock, run.model_calls, run.step)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return run.output_dir
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    logging_dir = str(Path(config.output_dir) / config.logging_dir)
+    return Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logging_dir),
+    )
+
+
+def build_run(
+    config: TrainConfig, accelerator: Accelerator, forget: PromptSet, retain: PromptSet, clock: Stopwatch
+) -> Run:
+    """Load the model, record the replay banks and set up everything that steps."""
+    with clock.phase("load"):
+        family = load_family(load_options(config, accelerator.device))
+        messages = family.enable_memory_savings(
+            gradient_checkpointing=config.gradient_checkpointing,
+            xformers=config.enable_xformers_memory_efficient_attention,
+        )
+        for message in messages:
+            logger.warning(message)
+        warn_over_long(forget, family.tokenizer, option="--forget_prompts")
+        warn_over_long(retain, family.tokenizer, option="--retain_prompts")
+        validation = family.encode_prompts(config.validation_prompt) if config.validation_prompt else None
+        probe = UnlearningProbe.build(config, family, forget, retain)
+    with clock.phase("replay"):
+        data = record_data(config, family, forget, retain)
+    family.free_encoders()
+    objective = OBJECTIVES.get(config.objective)(config, data)
+    parameters = adapter.attach(
+        family, rank=config.rank, targets=config.lora_targets, dropout=config.lora_dropout, seed=config.seed
+    )
+    family.denoiser.train(config.gradient_checkpointing or config.lora_dropout > 0)
+    optimizer = make_optimizer(config, parameters, accelerator.num_processes)
+    scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        # Accelerate steps the schedule once for every process.
+        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=config.max_train_steps * accelerator.num_processes,
+    )
+    checkpoints.register(accelerator, family)
+    denoiser, optimizer, scheduler = accelerator.prepare(family.denoiser, optimizer, scheduler)
+    calls = {"replay": data.forget_bank.model_calls + data.retain_bank.model_calls, "train": 0, "probe": 0}
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        family=family,
+        forget=forget,
+        retain=retain,
+        objective=objective,
+        parameters=parameters,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        denoiser=denoiser,
+        clock=clock,
+        validation=validation,
+        probe=probe,
+        model_calls=calls,
+    )
+
+
+def load_options(config: TrainConfig, device: torch.device) -> LoadOptions:
+    return LoadOptions(
+        name_or_path=config.pretrained_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+        # On a processor autocast alone is used: half-precision weights would be converted at every layer.
+        dtype=torch.float32 if device.type == "cpu" else DTYPES[config.mixed_precision],
+        device=device,
+        prediction_type=config.prediction_type,
+    )
+
+
+def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet) -> ErasureData:
+    """Encode all prompts and record the frozen model's trajectories for them."""
+    conditioning = {"forget": family.encode_prompts(forget.texts), "retain": family.encode_prompts(retain.texts)}
+    counts = {"forget": config.forget_trajectories, "retain": config.retain_trajectories}
+    banks: dict[str, ReplayBank] = {}
+    for number, (name, rows) in enumerate(conditioning.items()):
+        banks[name] = record(
+            family,
+            rows,
+            trajectories=counts[name],
+            guidance_scale=config.replay_guidance_scale,
+            num_inference_steps=config.replay_inference_steps,
+            resolution=config.resolution,
+            seed=config.seed * 1_000_003 + number * 500_000,
+            batch_size=config.replay_batch_size,
+            description=f"replay {name}",
+        )
+    return ErasureData(
+        process=family.process,
+        latent_shape=family.latent_shape(config.resolution),
+        forget=_on_cpu(conditioning["forget"]),
+        retain=_on_cpu(conditioning["retain"]),
+        empty=_on_cpu(family.encode_prompts([""])),
+        forget_bank=banks["forget"],
+        retain_bank=banks["retain"],
+    )
+
+
+def _on_cpu(conditioning: Conditioning) -> Conditioning:
+    return conditioning.to(torch.device("cpu"))
+
+
+def make_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter], processes: int) -> torch.optim.Optimizer:
+    """AdamW, in 8 bit when asked for.
+
+    Raises:
+        SafemaxError: 8-bit AdamW without bitsandbytes.
+    """
+    learning_rate = config.learning_rate
+    if config.scale_lr:
+        learning_rate *= config.gradient_accumulation_steps * config.train_batch_size * processes
+    kind: Any = torch.optim.AdamW
+    if config.use_8bit_adam:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise SafemaxError("--use_8bit_adam needs the bitsandbytes package: pip install bitsandbytes") from error
+        kind = bitsandbytes.optim.AdamW8bit
+    optimizer: torch.optim.Optimizer = kind(
+        list(parameters),
+        lr=learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
+    return optimizer
+
+
+def loop(run: Run) -> None:
+    """Step until `max_train_steps` or until the probe says that the prompts are forgotten."""
+    config, accelerator = run.config, run.accelerator
+    log = RunLog(run.output_dir / "log.jsonl", accelerator, config=config, resume_step=run.step)
+    bar = tqdm(
+        total=config.max_train_steps, initial=run.step, desc="erase", disable=not accelerator.is_local_main_process
+    )
+    while run.step < config.max_train_steps:
+        terms = optimizer_step(run)
+        run.step += 1
+        row = {**terms, "lr": run.scheduler.get_last_lr()[0]}
+        bar.update(1)
+        bar.set_postfix({name: f"{row[name]:.4f}" for name in ("forget", "retain") if name in row})
+        done = False
+        if run.probe is not None and run.step % config.probe_steps == 0:
+            row["probe_unlearning_accuracy"] = run.probe.unlearning_accuracy(run.family)
+            run.model_calls["probe"] += run.probe.model_calls
+            done = row["probe_unlearning_accuracy"] >= run.probe.threshold
+        log.write(run.step, row)
+        if run.step % config.checkpointing_steps == 0 and run.step < config.max_train_steps:
+            checkpoints.save(accelerator, run.output_dir, run.step, limit=config.checkpoints_total_limit)
+        if run.validation is not None and (done or run.step % config.validation_steps in (0, config.max_train_steps)):
+            sample_validation(run)
+        if done:
+            break
+    bar.close()
+
+
+def optimizer_step(run: Run) -> dict[str, float]:
+    """One step over all its micro-batches; returns the step's mean loss terms over all processes.
+
+    Raises:
+        SafemaxError: The loss is not finite. The last checkpoint stays.
+    """
+    config, accelerator = run.config, run.accelerator
+    sums: dict[str, Tensor] = {}
+    for micro in range(config.gradient_accumulation_steps):
+        batch = run.objective.draw(positions(run, micro)).to(accelerator.device)
+        with accelerator.accumulate(run.denoiser), accelerator.autocast():
+            terms = run.objective.loss(lambda x, t, c: run.family.predict(x, t, c, run.denoiser), batch)
+            accelerator.backward(terms.total)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(run.parameters, config.max_grad_norm)
+            run.optimizer.step()
+            run.scheduler.step()
+            run.optimizer.zero_grad()
+        run.model_calls["train"] += len(batch.t) * accelerator.num_processes
+        for name, value in {"loss": terms.total.detach(), **terms.parts}.items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value / config.gradient_accumulation_steps
+    means = {name: float(accelerator.reduce(value, reduction="mean")) for name, value in sums.items()}
+    if not math.isfinite(means["loss"]):
+        raise SafemaxError(
+            f"the loss became {means['loss']} at step {run.step + 1}: lower --learning_rate; "
+            "the last checkpoint is intact (--resume_from_checkpoint latest)"
+        )
+    return means
+
+
+def positions(run: Run, micro: int) -> Positions:
+    """The samples of one micro-batch of this process within the step."""
+    config, accelerator = run.config, run.accelerator
+    part = micro * accelerator.num_processes + accelerator.process_index
+    retain_size = config.retain_batch_size or 2 * config.train_batch_size
+
+    def share(size: int) -> range:
+        return range(part * size, (part + 1) * size)
+
+    return Positions(config.seed, run.step, share(config.train_batch_size), share(retain_size))
+
+
+@torch.no_grad()
+def sample_validation(run: Run) -> None:
+    """Write a contact sheet of the validation prompts as the model draws them now."""
+    if not run.accelerator.is_main_process or run.validation is None:
+        return
+    config, family = run.config, run.family
+    count = config.num_validation_images
+    rows = torch.arange(len(run.validation)).repeat_interleave(count)
+    noise = start_noise(family.latent_shape(config.resolution), list(range(count)), run.accelerator.device)
+    latents = family.sample(
+        run.validation.select(rows),
+        noise.repeat(len(run.validation), *[1] * (noise.dim() - 1)),
+        guidance_scale=config.replay_guidance_scale,
+        num_inference_steps=config.replay_inference_steps,
+    )
+    save_samples(family.decode(latents), list(config.validation_prompt or ()), count, run.output_dir, run.step)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (2 for an error that the user can mend)."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        train(parse_config(arguments))
+    except SafemaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
