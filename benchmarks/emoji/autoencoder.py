@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.emoji.data import load_pictures
 from benchmarks.emoji.settings import CONCEPTS, SEED, AutoencoderSettings
-from benchmarks.emoji.training import Ema, TimedRun, cosine_factor
+from benchmarks.emoji.training import Ema, TimedRun, cosine_factor, mixed_precision
 
 
 def build(options: AutoencoderSettings) -> AutoencoderTiny:
@@ -68,9 +68,11 @@ def train(images: torch.Tensor, weights: torch.Tensor, options: AutoencoderSetti
     bar = tqdm(total=round(run.budget), initial=round(run.spent), unit="s", desc="autoencoder")
     while run.share < 1:
         batch = to_tensor(images[torch.multinomial(weights, options.batch_size, True, generator=generator)])
-        latents = model.encode(batch).latents
-        noise = options.latent_noise * torch.randn(latents.shape, generator=generator)
-        error = picture_loss(model.decode(latents + noise).sample, batch, 1.0)
+        with mixed_precision():
+            latents = model.encode(batch).latents.float()
+            noise = options.latent_noise * torch.randn(latents.shape, generator=generator)
+            output = model.decode(latents + noise).sample
+        error = picture_loss(output, batch, 1.0)
         loss = error + options.whitening_weight * whiteness_loss(latents)
         optimizer.param_groups[0]["lr"] = options.learning_rate * cosine_factor(run.step, run.share)
         optimizer.zero_grad(set_to_none=True)

@@ -23,7 +23,7 @@ from benchmarks.emoji.autoencoder import encode
 from benchmarks.emoji.captions import Captioner, concept_synonyms
 from benchmarks.emoji.data import load_pictures
 from benchmarks.emoji.settings import SEED, DiffusionSettings
-from benchmarks.emoji.training import Ema, TimedRun, learning_rate_factor
+from benchmarks.emoji.training import Ema, TimedRun, learning_rate_factor, mixed_precision
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -166,7 +166,8 @@ def train(build_dir: Path, options: DiffusionSettings) -> StableDiffusionPipelin
         noise = torch.randn(latents.shape, generator=generator)
         noisy = scheduler.add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
         states = text_encoder(tokenize(tokenizer, captions, options.text_length)).last_hidden_state
-        output = unet(noisy, times, states).sample
+        with mixed_precision():
+            output = unet(noisy, times, states).sample.float()
         loss = ((output - noise).square().mean((1, 2, 3)) * weights[times]).mean()
         factor = learning_rate_factor(
             run.step, run.share, warmup_steps=options.warmup_steps, decay_share=options.decay_share

@@ -24,7 +24,7 @@ from benchmarks.emoji import settings
 from benchmarks.emoji.captions import Captioner, concept_synonyms
 from benchmarks.emoji.data import Pictures, load_pictures
 from benchmarks.emoji.settings import CONCEPTS, RESOLUTION, SEED, STYLES, EvaluatorSettings
-from benchmarks.emoji.training import Ema, TimedRun, cosine_factor
+from benchmarks.emoji.training import Ema, TimedRun, cosine_factor, mixed_precision
 
 MODEL_NAME = "safemax_emoji"
 NOISE_CAPTION = "random noise"
@@ -127,8 +127,9 @@ def train(pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, 
         images = torch.cat([augment(everything[chosen], generator), noise_pictures(noise_count, generator)])
         captions += [NOISE_CAPTION] * noise_count
         labels += [-1] * noise_count
-        features = F.normalize(model.encode_image(images), dim=-1)  # type: ignore[operator]
-        texts = F.normalize(model.encode_text(tokenizer(captions)), dim=-1)  # type: ignore[operator]
+        with mixed_precision():
+            features = F.normalize(model.encode_image(images).float(), dim=-1)  # type: ignore[operator]
+            texts = F.normalize(model.encode_text(tokenizer(captions)).float(), dim=-1)  # type: ignore[operator]
         loss = contrastive_loss(features, texts, model.logit_scale.exp().clamp(max=100), torch.tensor(labels))  # type: ignore[operator]
         optimizer.param_groups[0]["lr"] = options.learning_rate * cosine_factor(run.step, run.share)
         optimizer.zero_grad(set_to_none=True)

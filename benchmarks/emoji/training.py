@@ -73,3 +73,8 @@ class Ema:
         decay = min(self.decay, (1 + step) / (10 + step))
         averaged = list(self.module.parameters())
         torch._foreach_lerp_(averaged, [p.detach() for p in module.parameters()], 1 - decay)
+
+
+def mixed_precision() -> torch.autocast:
+    """bfloat16 autocast where the processor multiplies it in hardware; elsewhere it would be ten times slower."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())

@@ -1,0 +1,98 @@
+"""What a result has to say of its making: versions, commit, device, seconds, peak memory; and atomic writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safemax_sd.errors import SafemaxError
+
+PACKAGES = ("safemax_sd", "torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the source tree this package runs from; None for an installed copy."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+def provenance(seed: int, device: torch.device) -> dict[str, Any]:
+    """Versions, commit, device, command and seed of the running process."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "versions": {package: _version(package) for package in PACKAGES},
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "seed": seed,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+class Stopwatch:
+    """Wall-clock seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside toward `name`."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most bytes allocated on a CUDA device, elsewhere the process's largest resident size."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        SafemaxError: It cannot be written; what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SafemaxError(f"{path} could not be written ({error.strerror})") from error
+
+
+def write_json_atomic(path: Path, content: Any) -> None:
+    """`atomic_write_text` of indented JSON."""
+    atomic_write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
