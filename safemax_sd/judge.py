@@ -16,6 +16,8 @@ from safemax_sd.assets import EVALUATOR
 from safemax_sd.errors import OptionError
 
 BATCH = 128
+STYLE_SUFFIX = " style"
+PHOTO_TEMPLATES = {"concept": "a photo of a {}", "style": "a picture in the {}", "nothing": "random noise"}
 
 
 class Judge:
@@ -27,10 +29,22 @@ class Judge:
         size: Side of the square pictures it reads.
         mean: Of its input, three channels.
         std: Of its input, three channels.
+        templates: Captions of a `concept`, of a `style`, and of `nothing` at all.
         name: For reports.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, size: int, mean: Sequence[float], std: Sequence[float], name: str):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        templates: dict[str, str],
+        name: str,
+    ) -> None:
+        self.templates = templates
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.size, self.name = tokenizer, size, name
         self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
@@ -56,6 +70,11 @@ class Judge:
             tokens = self.tokenizer(list(texts[start : start + BATCH])).to(device)
             parts.append(F.normalize(self.model.encode_text(tokens).float(), dim=-1).cpu())
         return torch.cat(parts)
+
+    def captions(self, concepts: Sequence[str]) -> list[str]:
+        """What the judge is asked for each concept; a concept that ends in " style" is asked for as a style."""
+        kinds = ["style" if concept.endswith(STYLE_SUFFIX) else "concept" for concept in concepts]
+        return [self.templates[kind].format(concept) for kind, concept in zip(kinds, concepts, strict=True)]
 
     @property
     def logit_scale(self) -> float:
@@ -90,18 +109,20 @@ def load_judge(clip_model: str = "emoji", clip_pretrained: str | None = None, de
     mean = visual.image_mean or open_clip.OPENAI_DATASET_MEAN
     std = visual.image_std or open_clip.OPENAI_DATASET_STD
     tokenizer = open_clip.get_tokenizer(clip_model)
-    return Judge(model, tokenizer, size=size, mean=mean, std=std, name=f"{clip_model} ({clip_pretrained})")
+    return Judge(model, tokenizer, size=size, mean=mean, std=std, templates=PHOTO_TEMPLATES, name=f"{clip_model} ({clip_pretrained})")
 
 
 def _load_folder(folder: Path, device: str | torch.device) -> Judge:
     config_path, weights = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
     if not config_path.is_file() or not weights.is_file():
         raise OptionError("--clip_model", folder, "lacks open_clip_config.json or open_clip_model.safetensors")
-    settings = json.loads(config_path.read_text(encoding="utf8"))["preprocess_cfg"]
-    for config in folder.glob("*.json"):
-        if config.name != "open_clip_config.json":
-            open_clip.add_model_config(config)
-            name = config.stem
+    config = json.loads(config_path.read_text(encoding="utf8"))
+    settings, templates = config["preprocess_cfg"], config.get("templates", PHOTO_TEMPLATES)
+    name = next((path.stem for path in folder.glob("*.json") if path != config_path), "")
+    if not name:
+        raise OptionError("--clip_model", folder, "lacks the model's own configuration (<name>.json)")
+    open_clip.add_model_config(folder / f"{name}.json")
     model = open_clip.create_model(name, pretrained=str(weights), device=device)
     tokenizer = open_clip.get_tokenizer(name)
-    return Judge(model, tokenizer, size=settings["size"], mean=settings["mean"], std=settings["std"], name=name)
+    mean, std = settings["mean"], settings["std"]
+    return Judge(model, tokenizer, size=settings["size"], mean=mean, std=std, templates=templates, name=name)

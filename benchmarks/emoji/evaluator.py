@@ -28,6 +28,8 @@ from benchmarks.emoji.training import Ema, TimedRun, cosine_factor, mixed_precis
 
 MODEL_NAME = "safemax_emoji"
 NOISE_CAPTION = "random noise"
+TEMPLATES = {"concept": "an emoji of a {}", "style": "an emoji in the {}", "nothing": NOISE_CAPTION}
+"""What `safemax_sd.judge` asks; a style is named with the word: "noto style"."""
 PREPROCESS = {"size": RESOLUTION, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "squash"}
 
 
@@ -188,7 +190,7 @@ def save(model: torch.nn.Module, folder: Path, options: EvaluatorSettings) -> No
     """Write weights (float16) and configuration in the layout of open_clip's `local-dir:` models."""
     state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "open_clip_model.safetensors")
-    config = {"model_cfg": options.model_config, "preprocess_cfg": PREPROCESS}
+    config = {"model_cfg": options.model_config, "preprocess_cfg": PREPROCESS, "templates": TEMPLATES}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1), encoding="utf8")
 
 

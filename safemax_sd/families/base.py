@@ -91,12 +91,14 @@ class ModelFamily(ABC):
         pipeline_classes: Values of `_class_name` in `model_index.json` that this family loads.
         denoiser: The trainable network, base weights frozen.
         process: Its noise process.
+        tokenizer: Of the prompts, to tell which are too long.
     """
 
     name: ClassVar[str]
     pipeline_classes: ClassVar[frozenset[str]]
     denoiser: nn.Module
     process: DiffusionProcess
+    tokenizer: Any
 
     @classmethod
     @abstractmethod

@@ -36,6 +36,7 @@ class StableDiffusion(ModelFamily):
         if options.prediction_type is not None:
             config["prediction_type"] = options.prediction_type
         self.scheduler_config = config
+        self.tokenizer = pipeline.tokenizer
         self.process = from_scheduler(DDIMScheduler.from_config(config))
         pipeline.set_progress_bar_config(disable=True)
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):

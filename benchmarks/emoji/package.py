@@ -1,0 +1,91 @@
+"""Write the trained models and the real pictures into `safemax_sd/assets/`, in float16, with their cards.
+
+    python -m benchmarks.emoji.package --build_dir emoji_build
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from benchmarks.emoji.data import Pictures, load_pictures
+from benchmarks.emoji.settings import ART_SETS, CONCEPTS, RESOLUTION
+from safemax_sd.assets import ASSETS, EVALUATOR, PICTURES
+
+SHEET_COLUMNS = 28
+LIMIT_BYTES = 40_000_000
+
+CARD = """---
+license: cc-by-4.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# {title}
+
+{text}
+
+The art it was trained on, with thanks:
+
+| art set | drawn by | licence | called in prompts |
+|---|---|---|---|
+{credits}
+
+Names and tags: emojibase-data 17.0.0 (MIT). Recipe: `benchmarks/emoji/` of the safemax_sd sources.
+"""
+MODEL_TEXT = f"""A small Stable Diffusion (`StableDiffusionPipeline`, 64 px) that draws {len(CONCEPTS)} emoji in {len(ART_SETS)}
+art styles from captions such as "an emoji of a bomb in the noto style". It exists to study concept erasure where no
+large model fits: prompts outside its vocabulary give nothing sensible."""
+JUDGE_TEXT = """A small open_clip model that names the concept and the style of an emoji picture. It shares no weights with
+the diffusion model. Load it with `safemax_sd.judge.load_judge("emoji")`."""
+PICTURES_TEXT = """The real pictures (64 px, on white) behind the embedded models: `pictures.webp` is a sheet of them in rows
+of 28, `pictures.csv` names each in that order. `held_out` marks the pairs that no training saw."""
+
+
+def write_card(folder: Path, title: str, text: str) -> None:
+    rows = (f"| {a.package} | {a.credit} | {a.licence} | {', '.join((a.style, *a.synonyms))} |" for a in ART_SETS)
+    (folder / "README.md").write_text(CARD.format(title=title, text=text, credits="\n".join(rows)), encoding="utf8")
+
+
+def write_pictures(pictures: Pictures, folder: Path) -> None:
+    """One lossless sheet and its list."""
+    folder.mkdir(parents=True, exist_ok=True)
+    order = sorted(range(len(pictures.labels)), key=lambda i: (pictures.labels[i], pictures.styles[i]))
+    rows = -(-len(order) // SHEET_COLUMNS)
+    sheet = np.full((rows * RESOLUTION, SHEET_COLUMNS * RESOLUTION, 3), 255, np.uint8)
+    for place, index in enumerate(order):
+        top, left = (RESOLUTION * part for part in divmod(place, SHEET_COLUMNS))
+        sheet[top : top + RESOLUTION, left : left + RESOLUTION] = pictures.images[index]
+    Image.fromarray(sheet).save(folder / "pictures.webp", lossless=True, quality=100, method=6)
+    with (folder / "pictures.csv").open("w", encoding="utf8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["concept", "style", "held_out"])
+        writer.writerows([pictures.labels[i], pictures.styles[i], int(pictures.held_out[i])] for i in order)
+    write_card(folder, "Emoji pictures", PICTURES_TEXT)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build_dir", type=Path, default=Path("emoji_build"))
+    build_dir = parser.parse_args().build_dir
+    pipeline = StableDiffusionPipeline.from_pretrained(build_dir / "model", dtype=torch.float16)
+    pipeline.save_pretrained(ASSETS / "emoji", safe_serialization=True)
+    write_card(ASSETS / "emoji", "The embedded emoji model", MODEL_TEXT)
+    shutil.copytree(build_dir / "evaluator", EVALUATOR, dirs_exist_ok=True)
+    write_card(EVALUATOR, "The embedded judge", JUDGE_TEXT)
+    write_pictures(load_pictures(build_dir).concepts_only(), PICTURES)
+    total = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
+    print(f"{total / 1e6:.1f} MB in {ASSETS}")
+    if total > LIMIT_BYTES:
+        raise SystemExit(f"the embedded models must stay below {LIMIT_BYTES / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
