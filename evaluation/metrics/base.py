@@ -1,0 +1,147 @@
+"""The interface of a metric, and the intervals that metrics share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from scipy.stats import binomtest, bootstrap
+from torch import Tensor
+
+from safemax_sd.judge import Judge
+from safemax_sd.registry import Registry
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a metric may ask for beside the pictures.
+
+    Attributes:
+        judge: Names pictures.
+        concepts: What the judge chooses from.
+        thresholds: By concept, the cosine similarity above which 95 % of its real pictures lie; empty where there are
+            no real pictures.
+        real: Real pictures of the retained concepts, [M, 3, H, W] in 0 to 1, or None.
+        extractor: torch-fidelity feature extractor for FID and KID.
+    """
+
+    judge: Judge
+    concepts: list[str]
+    thresholds: dict[str, float]
+    real: Tensor | None
+    extractor: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Generated pictures with what they were asked to show.
+
+    Attributes:
+        pictures: [N, 3, H, W] in 0 to 1.
+        features: The judge's normalised features, [N, D].
+        prompts: One each.
+        concepts: One each.
+        latents: [N, *latent], or None where there are none.
+        reference: The base model's latents from the same seeds, or None.
+    """
+
+    pictures: Tensor
+    features: Tensor
+    prompts: Sequence[str]
+    concepts: Sequence[str]
+    latents: Tensor | None = None
+    reference: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A value with its 95 % interval (None where the metric has none) and the number of items behind it."""
+
+    value: float
+    interval: tuple[float, float] | None
+    n: int
+
+
+class Metric(ABC):
+    """One quantity of generated pictures.
+
+    Attributes:
+        name: In `report.json`.
+        version: Raised when values stop being comparable.
+        unit: `%`, `nats` or empty.
+        higher_is_better: None where neither direction is better.
+        subsets: Prompt subsets that it is reported for.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    unit: ClassVar[str] = ""
+    higher_is_better: ClassVar[bool | None] = None
+    subsets: ClassVar[frozenset[str]]
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def applies(self, batch: Batch) -> bool:
+        """Whether what this metric needs is there."""
+        return True
+
+    @abstractmethod
+    def update(self, batch: Batch) -> None:
+        """Take in pictures."""
+
+    @abstractmethod
+    def compute(self) -> Result:
+        """The value over all pictures taken in."""
+
+
+class PerItemMetric(Metric):
+    """A mean over pictures; the interval is the bootstrap's (2,000 draws, fixed seed)."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.values: list[float] = []
+
+    @abstractmethod
+    def per_item(self, batch: Batch) -> Tensor:
+        """One value a picture, [N]."""
+
+    def update(self, batch: Batch) -> None:
+        self.values += self.per_item(batch).tolist()
+
+    def compute(self) -> Result:
+        values = torch.tensor(self.values, dtype=torch.float64)
+        mean = float(values.mean())
+        if len(values) < 2 or float(values.std()) == 0:
+            return Result(mean, None, len(values))
+        drawn = bootstrap((values.numpy(),), lambda x, axis: x.mean(axis), n_resamples=2000, method="percentile", rng=0)
+        low, high = drawn.confidence_interval
+        return Result(mean, (float(low), float(high)), len(values))
+
+
+class RateMetric(PerItemMetric):
+    """A percentage of pictures with Wilson's interval; `per_item` gives 0 or 1."""
+
+    unit: ClassVar[str] = "%"
+
+    def compute(self) -> Result:
+        return wilson(round(sum(self.values)), len(self.values))
+
+
+def wilson(successes: int, n: int) -> Result:
+    """A rate in percent with Wilson's 95 % interval."""
+    interval = binomtest(successes, n).proportion_ci(method="wilson")
+    return Result(100 * successes / n, (100 * interval.low, 100 * interval.high), n)
+
+
+def recognised(batch: Batch, context: Context) -> tuple[Tensor, Tensor]:
+    """Whether the judge prefers each picture's own concept (bool [N]), and its similarity to that concept ([N])."""
+    similarities = batch.features @ context.judge.encode_texts(context.judge.captions(context.concepts)).T
+    truth = torch.tensor([context.concepts.index(concept) for concept in batch.concepts])
+    return similarities.argmax(1) == truth, similarities.gather(1, truth[:, None])[:, 0]
+
+
+METRICS: Registry[Metric] = Registry("metric", Metric, "safemax_sd.evaluation.metrics")  # type: ignore[type-abstract]

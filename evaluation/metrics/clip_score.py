@@ -1,0 +1,21 @@
+"""CLIP score: how well pictures fit their prompts."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from safemax_sd.evaluation.metrics.base import Batch, PerItemMetric
+
+
+class ClipScore(PerItemMetric):
+    """100 · max(cos(picture, prompt), 0) (arXiv 2104.08718, eq. 1, with weight 100)."""
+
+    name: ClassVar[str] = "clip_score"
+    higher_is_better: ClassVar[bool | None] = True
+    subsets: ClassVar[frozenset[str]] = frozenset({"retain", "neighbours"})
+
+    def per_item(self, batch: Batch) -> Tensor:
+        texts = self.context.judge.encode_texts(list(batch.prompts))
+        return 100 * (batch.features * texts).sum(1).clamp(min=0)

@@ -1,0 +1,113 @@
+"""FID and KID of retained pictures against real ones, computed by torch-fidelity."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch_fidelity import FeatureExtractorBase, calculate_metrics, register_feature_extractor
+
+from safemax_sd.evaluation.metrics.base import Batch, Context, Metric, Result
+from safemax_sd.judge import load_judge
+
+JUDGE_EXTRACTOR = "safemax-emoji"
+"""The embedded judge's image features; `inception-v3-compat` is torch-fidelity's own."""
+LAYER = "image"
+KID_SUBSETS = 50
+
+
+class _JudgeFeatures(FeatureExtractorBase):  # type: ignore[misc]
+    """The judge's image tower behind torch-fidelity's interface."""
+
+    def __init__(self, name: str, features_list: list[str], **options: object) -> None:
+        super().__init__(name, features_list)
+        self.judge = load_judge("emoji")
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return (LAYER,)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return LAYER
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor]:
+        return (self.judge.encode_images(pictures.float() / 255),)
+
+
+register_feature_extractor(JUDGE_EXTRACTOR, _JudgeFeatures)
+
+
+class _Pictures(Dataset[Tensor]):
+    """uint8 pictures for torch-fidelity, from pictures in 0 to 1."""
+
+    def __init__(self, pictures: Tensor) -> None:
+        self.pictures = pictures.mul(255).round().byte()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.pictures[index]
+
+
+class _DistributionMetric(Metric):
+    higher_is_better: ClassVar[bool | None] = False
+    subsets: ClassVar[frozenset[str]] = frozenset({"retain"})
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.parts: list[Tensor] = []
+
+    def applies(self, batch: Batch) -> bool:
+        return self.context.real is not None
+
+    def update(self, batch: Batch) -> None:
+        self.parts.append(batch.pictures)
+
+    def _measure(self, **wanted: object) -> dict[str, float]:
+        assert self.context.real is not None
+        found: dict[str, float] = calculate_metrics(
+            input1=_Pictures(torch.cat(self.parts)),
+            input2=_Pictures(self.context.real),
+            feature_extractor=self.context.extractor,
+            cuda=torch.cuda.is_available(),
+            cache=False,
+            verbose=False,
+            **wanted,
+        )
+        return found
+
+    @property
+    def n(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+
+class Fid(_DistributionMetric):
+    """Fréchet distance of features (arXiv 1706.08500, eq. 6)."""
+
+    name: ClassVar[str] = "fid"
+
+    def compute(self) -> Result:
+        return Result(float(self._measure(fid=True)["frechet_inception_distance"]), None, self.n)
+
+
+class Kid(_DistributionMetric):
+    """Kernel distance of features (arXiv 1801.01401), over random subsets."""
+
+    name: ClassVar[str] = "kid"
+
+    def compute(self) -> Result:
+        assert self.context.real is not None
+        size = min(1000, self.n, len(self.context.real))
+        found = self._measure(kid=True, kid_subsets=KID_SUBSETS, kid_subset_size=size)
+        mean, error = found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
+        half = 1.96 * error / math.sqrt(KID_SUBSETS)
+        return Result(mean, (mean - half, mean + half), self.n)

@@ -1,0 +1,24 @@
+"""Drift: how far an erasure moves pictures that it should leave alone."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from safemax_sd.evaluation.metrics.base import Batch, PerItemMetric
+
+
+class Drift(PerItemMetric):
+    """Mean squared difference of latents from the base model's, from the same start noise; latents have variance 1."""
+
+    name: ClassVar[str] = "drift"
+    higher_is_better: ClassVar[bool | None] = False
+    subsets: ClassVar[frozenset[str]] = frozenset({"retain", "neighbours"})
+
+    def applies(self, batch: Batch) -> bool:
+        return batch.latents is not None and batch.reference is not None
+
+    def per_item(self, batch: Batch) -> Tensor:
+        assert batch.latents is not None and batch.reference is not None
+        return (batch.latents - batch.reference).square().flatten(1).mean(1)

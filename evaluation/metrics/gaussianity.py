@@ -1,0 +1,72 @@
+"""How Gaussian forbidden outputs are: maximum entropy means that they are N(0, I)."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from scipy.stats import kstest
+from torch import Tensor
+
+from safemax_sd.evaluation.metrics.base import Batch, Metric, PerItemMetric, Result
+
+FORGET = frozenset({"forget"})
+
+
+class LatentStd(PerItemMetric):
+    """Root mean square of the latents' elements: 1 for N(0, I)."""
+
+    name: ClassVar[str] = "latent_std"
+    subsets: ClassVar[frozenset[str]] = FORGET
+
+    def applies(self, batch: Batch) -> bool:
+        return batch.latents is not None
+
+    def per_item(self, batch: Batch) -> Tensor:
+        assert batch.latents is not None
+        return batch.latents.square().flatten(1).mean(1)
+
+    def compute(self) -> Result:
+        power = super().compute()
+        low, high = power.interval or (power.value, power.value)
+        return Result(math.sqrt(power.value), (math.sqrt(low), math.sqrt(high)), power.n)
+
+
+class LatentAutocorrelation(PerItemMetric):
+    """Correlation of horizontally and vertically adjacent elements of each latent: 0 for N(0, I)."""
+
+    name: ClassVar[str] = "latent_lag1_autocorrelation"
+    subsets: ClassVar[frozenset[str]] = FORGET
+
+    def applies(self, batch: Batch) -> bool:
+        return batch.latents is not None
+
+    def per_item(self, batch: Batch) -> Tensor:
+        assert batch.latents is not None
+        x = batch.latents
+        across = (x[..., 1:] * x[..., :-1]).flatten(1).mean(1)
+        down = (x[..., 1:, :] * x[..., :-1, :]).flatten(1).mean(1)
+        return (across + down) / 2 / x.square().flatten(1).mean(1)
+
+
+class LatentKolmogorovSmirnov(Metric):
+    """Kolmogorov-Smirnov distance of all latents' elements to the standard normal: 0 to 1, 0 for N(0, I)."""
+
+    name: ClassVar[str] = "latent_ks_distance"
+    higher_is_better: ClassVar[bool | None] = False
+    subsets: ClassVar[frozenset[str]] = FORGET
+
+    def __init__(self, context: object) -> None:
+        self.parts: list[Tensor] = []
+
+    def applies(self, batch: Batch) -> bool:
+        return batch.latents is not None
+
+    def update(self, batch: Batch) -> None:
+        assert batch.latents is not None
+        self.parts.append(batch.latents.flatten(1))
+
+    def compute(self) -> Result:
+        values = torch.cat(self.parts)
+        return Result(float(kstest(values.flatten().double().numpy(), "norm").statistic), None, len(values))

@@ -1,0 +1,79 @@
+"""Real pictures: the embedded emoji, or a user's folder of them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from safemax_sd.assets import PICTURES
+from safemax_sd.errors import OptionError
+from safemax_sd.judge import STYLE_SUFFIX, Judge
+
+TILE, COLUMNS = 64, 28
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
+ACCEPTED = 0.95
+
+
+@dataclass(frozen=True)
+class RealPictures:
+    """Pictures [N, 3, H, W] in 0 to 1 with the concepts that each one shows."""
+
+    pictures: Tensor
+    concepts: list[frozenset[str]]
+
+    def showing(self, concepts: Sequence[str]) -> Tensor:
+        """Those that show any of the concepts."""
+        wanted = frozenset(concepts)
+        rows = [number for number, shown in enumerate(self.concepts) if shown & wanted]
+        return self.pictures[rows]
+
+    def thresholds(self, judge: Judge, concepts: Sequence[str]) -> dict[str, float]:
+        """By concept, the similarity to its caption that 95 % of its real pictures reach; concepts without one left out."""
+        found = {}
+        for concept, caption in zip(concepts, judge.captions(concepts), strict=True):
+            shown = self.showing([concept])
+            if len(shown):
+                similarities = judge.similarities(shown, [caption])[:, 0]
+                found[concept] = float(similarities.quantile(1 - ACCEPTED))
+        return found
+
+
+def embedded_pictures() -> RealPictures:
+    """The embedded emoji; each shows its concept and its style ("noto style")."""
+    with Image.open(PICTURES / "pictures.webp") as image:
+        sheet = np.asarray(image.convert("RGB"))
+    with (PICTURES / "pictures.csv").open(encoding="utf8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    tiles = []
+    for place in range(len(rows)):
+        top, left = (TILE * part for part in divmod(place, COLUMNS))
+        tiles.append(sheet[top : top + TILE, left : left + TILE])
+    pictures = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).float() / 255
+    return RealPictures(pictures, [frozenset({row["concept"], row["style"] + STYLE_SUFFIX}) for row in rows])
+
+
+def load_folder(folder: str) -> RealPictures:
+    """A folder with one subfolder of pictures for each concept, all of one size after a centre crop to the first's.
+
+    Raises:
+        OptionError: No such folder or no pictures in its subfolders.
+    """
+    paths = sorted(path for path in Path(folder).glob("*/*") if path.suffix.lower() in EXTENSIONS)
+    if not paths:
+        raise OptionError("--real_images", folder, "must hold subfolders, named by concept, with png, jpg or webp files")
+    pictures, size = [], None
+    for path in paths:
+        with Image.open(path) as image:
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            size = size or side
+            square = image.convert("RGB").crop((left, top, left + side, top + side)).resize((size, size))
+        pictures.append(torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255)
+    return RealPictures(torch.stack(pictures), [frozenset({path.parent.name}) for path in paths])
