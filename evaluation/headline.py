@@ -115,7 +115,7 @@ def headline(report: Report) -> list[HeadlineRow]:
     measured = [row for row in report.get("metrics", []) if _at_headline_setting(row, report.get("settings", {}))]
     rows = []
     for wanted in WANTED:
-        matching = [row for row in measured if (row.get("metric", row.get("name")), row.get("subset")) == (wanted.metric, wanted.subset)]
+        matching = [row for row in measured if (row["metric"], row["subset"]) == (wanted.metric, wanted.subset)]
         variants = dict.fromkeys((row.get("column"), row.get("strength")) for row in matching)
         for column, strength in variants:
             pair = [row for row in matching if (row.get("column"), row.get("strength")) == (column, strength)]

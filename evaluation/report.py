@@ -1,0 +1,170 @@
+"""The report page: one self-contained HTML file with the headline, pictures, plots, cost and settings."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safemax_sd.errors import OptionError
+from safemax_sd.evaluation.headline import Report, format_measurement, format_value, headline, measurement, title
+from safemax_sd.evaluation.plots import Line, loss_plot, probe_plot, sweep_plot
+from safemax_sd.provenance import atomic_write_text
+
+STYLE_SHEET = Path(__file__).with_name("report.css")
+GAUSSIAN_BAND = (0.9, 1.3)
+
+SWEEPS = (
+    ("unlearning_accuracy", "forget", "unlearning accuracy (%)", "Forbidden prompts not recognised", None),
+    ("clip_accuracy", "retain", "retained recognised (%)", "Retained prompts recognised", None),
+    ("latent_std", "forget", "std of latents", "Spread of forbidden outputs; 1 is Gaussian noise", GAUSSIAN_BAND),
+)
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head>
+<body><main>
+<h1>{title}</h1>
+<p class="lead">{lead}</p>
+<figure><img src="data:image/png;base64,{samples}" alt="Base and erased model, same prompts and seeds">
+<figcaption>Same prompts, same start noise: the base model above, the erased model below.</figcaption></figure>
+<h2>Headline</h2>{headline}
+{sweeps}
+{training}
+<h2>Cost</h2>{cost}
+<h2>Use it</h2><pre><code>{snippet}</code></pre>
+<h2>Settings</h2>
+<details><summary>Training</summary>{config}</details>
+<details><summary>Evaluation</summary>{settings}</details>
+<details><summary>Versions</summary>{versions}</details>
+</main></body></html>
+"""
+
+
+def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]) -> Path:
+    """Write `index.html` beside `samples.png`.
+
+    Args:
+        report: Content of `report.json`.
+        folder: Where `samples.png` is.
+        log: Rows of the training's `log.jsonl`; may be empty.
+    """
+    record = report["adapter"]
+    page = PAGE.format(
+        title=html.escape(title(report)),
+        style=STYLE_SHEET.read_text(encoding="utf8"),
+        lead=html.escape(_lead(report)),
+        samples=base64.b64encode((folder / "samples.png").read_bytes()).decode(),
+        headline=_headline_table(report),
+        sweeps=_sweeps(report),
+        training=_training(log),
+        cost=_pairs(_cost(record)),
+        snippet=html.escape(snippet(record, "path/to/this/adapter")),
+        config=_pairs(record["config"]),
+        settings=_pairs({"suite": report["suite"], "judge": report["judge"], **report["settings"]}),
+        versions=_pairs({**report["provenance"]["versions"], **_plain(report["provenance"])}),
+    )
+    atomic_write_text(folder / "index.html", page)
+    return folder / "index.html"
+
+
+def render(folder: Path, adapter_dir: Path | None = None) -> Path:
+    """Write the page again from a finished evaluation's folder.
+
+    Raises:
+        OptionError: The folder holds no `report.json`.
+    """
+    path = folder / "report.json"
+    if not path.is_file():
+        raise OptionError("REPORT_DIR", folder, "holds no report.json: run safemax evaluate first")
+    log_path = (adapter_dir or folder.parent) / "log.jsonl"
+    lines = log_path.read_text(encoding="utf8").splitlines() if log_path.exists() else []
+    return write_page(json.loads(path.read_text(encoding="utf8")), folder, log=[json.loads(line) for line in lines])
+
+
+def snippet(record: Mapping[str, Any], adapter: str) -> str:
+    """The diffusers code that uses an adapter."""
+    base = record["base_model"]["name_or_path"]
+    imports = ["from diffusers import StableDiffusionPipeline"]
+    source = f'"{base}"'
+    if base == "emoji":
+        imports.append("from safemax_sd.assets import ASSETS")
+        source = 'ASSETS / "emoji"'
+    return "\n".join(
+        [
+            *imports,
+            f"pipe = StableDiffusionPipeline.from_pretrained({source}, safety_checker=None)",
+            f'pipe.load_lora_weights("{adapter}")',
+            f'pipe("{record["forget"]["texts"][0]}").images[0].save("erased.png")',
+        ]
+    )
+
+
+def _lead(report: Report) -> str:
+    record = report["adapter"]
+    seconds = record["cost"]["seconds"]["total"]
+    return (
+        f"{record['method']} in {seconds:.0f} s and {record['cost']['steps']} steps, for {record['forget']['count']} "
+        f"forbidden prompts. Judge: {report['judge']}. Intervals are 95 %."
+    )
+
+
+def _headline_table(report: Report) -> str:
+    lines = ["<table><thead><tr><th></th><th>base</th><th>erased</th></tr></thead><tbody>"]
+    group = None
+    for entry in headline(report):
+        if entry.group != group:
+            group = entry.group
+            lines.append(f'<tr class="group"><th colspan="3">{html.escape(group)}</th></tr>')
+        note = f"<small>{html.escape(entry.note)}</small>" if entry.note else ""
+        cells = "".join(f"<td>{format_measurement(m, entry.unit)}</td>" for m in (entry.base, entry.erased))
+        lines.append(f"<tr><th>{html.escape(entry.label)}{note}</th>{cells}</tr>")
+    return "".join([*lines, "</tbody></table>"])
+
+
+def _sweeps(report: Report) -> str:
+    parts = []
+    for metric, subset, label, caption, band in SWEEPS:
+        rows = [r for r in report["sweep"] if (r["metric"], r["subset"]) == (metric, subset)]
+        if not rows:
+            continue
+        lines = []
+        for sampler in dict.fromkeys(r["sampler"] for r in rows):
+            ours = sorted((r for r in rows if r["sampler"] == sampler), key=lambda r: r["guidance_scale"])
+            measured = [measurement(r) for r in ours]
+            scales = [r["guidance_scale"] for r in ours]
+            lines.append(Line(sampler, scales, [m.value for m in measured], [m.interval for m in measured]))
+        plot = sweep_plot(lines, name=f"sweep-{metric}", ylabel=label, band=band, alt=caption)
+        parts.append(f"<figure>{plot}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    if not parts:
+        return ""
+    return f'<h2>At other guidance scales and samplers</h2><div class="plots">{"".join(parts)}</div>'
+
+
+def _training(log: Sequence[Mapping[str, Any]]) -> str:
+    if not log:
+        return ""
+    plots = [loss_plot(log, name="loss", alt="Loss by training step")]
+    if any("probe_unlearning_accuracy" in line for line in log):
+        plots.append(probe_plot(log, name="probe", alt="Unlearning accuracy of the probe by training step"))
+    return f'<h2>Training</h2><div class="plots">{"".join(f"<figure>{plot}</figure>" for plot in plots)}</div>'
+
+
+def _cost(record: Mapping[str, Any]) -> dict[str, str]:
+    cost = record["cost"]
+    seconds = {f"seconds, {name}": f"{value:.1f}" for name, value in cost["seconds"].items()}
+    calls = {f"model calls, {name}": f"{value:,}" for name, value in cost["model_calls"].items()}
+    memory = format_value(cost["peak_memory_bytes"] / 2**30, "GiB")
+    return {"steps": str(cost["steps"]), **seconds, **calls, "peak memory": memory}
+
+
+def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if not isinstance(value, Mapping)}
+
+
+def _pairs(content: Mapping[str, Any]) -> str:
+    rows = (f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in content.items())
+    return f"<table>{''.join(rows)}</table>"

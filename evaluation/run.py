@@ -1,0 +1,308 @@
+"""Evaluate an adapter on a prompt suite and write `report.json`, `samples.png` and `index.html`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safemax_sd.errors import OptionError
+from safemax_sd.evaluation.generate import SAMPLERS, Generator, Job, Pictures, read_record
+from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
+from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
+from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
+from safemax_sd.evaluation.report import write_page
+from safemax_sd.judge import Judge, load_judge
+from safemax_sd.pictures import before_after
+from safemax_sd.prompts import Prompt, PromptSet, Suite, load_suite, suite_names
+from safemax_sd.provenance import Stopwatch, provenance, write_json_atomic
+from safemax_sd.registry import closest
+from safemax_sd.samples import SMALL, to_pil
+
+FORMAT_VERSION = 1
+STRENGTHS = (0.5, 0.8)
+SWEEP_METRICS = {
+    "forget": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "latent_std"),
+    "retain": ("clip_accuracy",),
+}
+SUBSET_SEEDS = {"forget": 1_000_000, "retain": 2_000_000, "neighbours": 3_000_000, "paraphrases": 4_000_000}
+SAMPLE_COUNTS = {"forget": 4, "paraphrases": 1, "neighbours": 2, "retain": 4}
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Flags of `safemax evaluate`; see there for their meaning."""
+
+    adapter: str
+    suite: str | None = None
+    output_dir: str | None = None
+    num_images: int = 256
+    num_sweep_images: int = 64
+    guidance_scale: float = 5.0
+    num_inference_steps: int = 25
+    sampler: str = "ddim"
+    sweep_guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 7.5, 12.0)
+    sweep_samplers: tuple[str, ...] = tuple(SAMPLERS)
+    clip_model: str = "emoji"
+    clip_pretrained: str | None = None
+    real_images: str | None = None
+    batch_size: int = 32
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raises OptionError for the first value that cannot be used."""
+        for sampler in (self.sampler, *self.sweep_samplers):
+            if sampler not in SAMPLERS:
+                text = f"must be one of {', '.join(SAMPLERS)}{closest(sampler, SAMPLERS)}"
+                raise OptionError("--sampler", sampler, text)
+        for name in ("num_images", "num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name}", getattr(self, name), "must be at least 1")
+        if self.num_sweep_images < 0:
+            raise OptionError("--num_sweep_images", self.num_sweep_images, "must be 0 (no sweep) or more")
+        for scale in (self.guidance_scale, *self.sweep_guidance_scales):
+            if not 0 < scale < 1000:
+                raise OptionError("--guidance_scale", scale, "must be more than 0 and below 1000")
+
+
+class Evaluation:
+    """One evaluation: what is loaded once and used by every measurement."""
+
+    def __init__(self, options: EvaluateOptions) -> None:
+        options.validate()
+        self.options, self.adapter_dir = options, Path(options.adapter)
+        record = read_record(self.adapter_dir)
+        self.suite = find_suite(options.suite, record)
+        self.output_dir = Path(options.output_dir) if options.output_dir else self.adapter_dir / "evaluation"
+        judge = load_judge(options.clip_model, options.clip_pretrained)
+        self.real = load_real(options, record)
+        concepts = suite_concepts(self.suite)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.generator = Generator(
+            self.adapter_dir, self.output_dir / "cache", device=device, batch_size=options.batch_size
+        )
+        self.context = Context(
+            judge=judge,
+            concepts=concepts,
+            thresholds=self.real.thresholds(judge, concepts) if self.real else {},
+            real=self.real.showing(self.suite.parts["retain"].concepts) if self.real else None,
+            extractor=JUDGE_EXTRACTOR if options.clip_model == "emoji" else "inception-v3-compat",
+        )
+
+    @property
+    def judge(self) -> Judge:
+        return self.context.judge
+
+    def job(self, model: str, prompts: Sequence[Prompt], subset: str, **changes: Any) -> Job:
+        """A job at the options' own sampler, guidance and steps but for `changes`."""
+        seeds = [p.seed if p.seed is not None else self.first_seed(subset) + i for i, p in enumerate(prompts)]
+        settings = {
+            "sampler": self.options.sampler,
+            "guidance_scale": self.options.guidance_scale,
+            "num_inference_steps": self.options.num_inference_steps,
+            **changes,
+        }
+        return Job(model=model, prompts=tuple(p.text for p in prompts), seeds=tuple(seeds), **settings)
+
+    def first_seed(self, subset: str) -> int:
+        return SUBSET_SEEDS[subset] + 10_000_000 * self.options.seed
+
+    def measure(
+        self, made: Pictures, prompts: Sequence[Prompt], names: Sequence[str], reference: Tensor | None = None
+    ) -> dict[str, Result]:
+        """Values of the named metrics that apply."""
+        batch = Batch(
+            pictures=made.pictures,
+            features=self.judge.encode_images(made.pictures),
+            prompts=[prompt.text for prompt in prompts],
+            concepts=[prompt.concept or "" for prompt in prompts],
+            latents=made.latents,
+            reference=reference,
+        )
+        results = {}
+        for name in names:
+            metric = METRICS.get(name)(self.context)
+            if metric.applies(batch):
+                metric.update(batch)
+                results[name] = metric.compute()
+        return results
+
+    def main_rows(self) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+        """Rows of every metric on every subset for both models, and the pictures to show."""
+        rows: list[dict[str, Any]] = []
+        shown: dict[str, list[Any]] = {"base": [], "erased": [], "prompts": []}
+        settings = {"sampler": self.options.sampler, "guidance_scale": self.options.guidance_scale}
+        for subset, prompt_set in self.suite.parts.items():
+            prompts = pick(prompt_set, self.options.num_images)
+            names = [name for name in METRICS.names() if subset in METRICS.get(name).subsets]
+            base: Pictures | None = None
+            for model in ("base", "erased"):
+                made = self.generator.run(self.job(model, prompts, subset), description=f"{model} {subset}")
+                reference = base.latents if base is not None else None
+                results = self.measure(made, prompts, names, reference)
+                rows += [row(name, subset, model, result, **settings) for name, result in results.items()]
+                shown[model] += to_pil(made.pictures[spread(len(prompts), SAMPLE_COUNTS[subset])])
+                base = made
+            shown["prompts"] += [prompts[i].text for i in spread(len(prompts), SAMPLE_COUNTS[subset])]
+        return rows, shown
+
+    def sweep_rows(self) -> list[dict[str, Any]]:
+        """Forgetting and retention of the erased model at every guidance scale and sampler."""
+        rows: list[dict[str, Any]] = []
+        if self.options.num_sweep_images == 0:
+            return rows
+        for sampler in self.options.sweep_samplers:
+            for scale in self.options.sweep_guidance_scales:
+                for subset, names in SWEEP_METRICS.items():
+                    prompts = pick(self.suite.parts[subset], self.options.num_sweep_images)
+                    settings = {"sampler": sampler, "guidance_scale": scale}
+                    job = self.job("erased", prompts, subset, **settings)
+                    made = self.generator.run(job, description=f"{sampler}, guidance {scale:g}, {subset}")
+                    results = self.measure(made, prompts, names)
+                    rows += [row(name, subset, "erased", result, **settings) for name, result in results.items()]
+        return rows
+
+    def image_to_image_rows(self) -> list[dict[str, Any]]:
+        """Forgetting when a real picture of the concept is handed in with the forbidden prompt."""
+        if self.real is None or self.options.num_sweep_images == 0:
+            return []
+        forget = self.suite.parts["forget"]
+        concepts = [concept for concept in forget.concepts if len(self.real.showing([concept]))]
+        if not concepts:
+            return []
+        prompts, sources = [], []
+        for i in range(self.options.num_sweep_images):
+            concept = concepts[i % len(concepts)]
+            pictures = self.real.showing([concept])
+            of_concept = [prompt for prompt in forget.prompts if prompt.concept == concept]
+            prompts.append(of_concept[(i // len(concepts)) % len(of_concept)])
+            sources.append(pictures[(i // len(concepts)) % len(pictures)])
+        rows = []
+        names = [name for name in METRICS.names() if "image_to_image" in METRICS.get(name).subsets]
+        for strength in STRENGTHS:
+            for model in ("base", "erased"):
+                job = self.job(model, prompts, "forget", strength=strength)
+                label = f"{model} image-to-image, strength {strength:g}"
+                made = self.generator.run(job, description=label, sources=torch.stack(sources))
+                results = self.measure(made, prompts, names)
+                settings = {"sampler": job.sampler, "guidance_scale": job.guidance_scale, "strength": strength}
+                rows += [row(name, "image_to_image", model, result, **settings) for name, result in results.items()]
+        return rows
+
+
+def evaluate(options: EvaluateOptions) -> Path:
+    """Run the whole evaluation; returns the folder with report.json, samples.png and index.html.
+
+    Raises:
+        OptionError: Something asked for cannot be found or used.
+    """
+    clock = Stopwatch()
+    with clock.phase("load"):
+        evaluation = Evaluation(options)
+    with clock.phase("subsets"):
+        rows, shown = evaluation.main_rows()
+    with clock.phase("image_to_image"):
+        rows += evaluation.image_to_image_rows()
+    with clock.phase("sweep"):
+        sweep = evaluation.sweep_rows()
+    record = evaluation.generator.record
+    report = {
+        "format_version": FORMAT_VERSION,
+        "adapter": record,
+        "erased": list(evaluation.suite.parts["forget"].concepts),
+        "suite": evaluation.suite.name,
+        "judge": evaluation.judge.name,
+        "settings": asdict(options),
+        "metrics": rows,
+        "sweep": sweep,
+        "seconds": clock.seconds,
+        "provenance": provenance(options.seed, torch.device(evaluation.generator.pipeline.device)),
+    }
+    folder = evaluation.output_dir
+    scale = 2 if shown["base"][0].width < SMALL else 0.5
+    before_after(shown["base"], shown["erased"], shown["prompts"], scale=scale).save(folder / "samples.png")
+    write_json_atomic(folder / "report.json", report)
+    write_page(report, folder, log=read_log(evaluation.adapter_dir))
+    return folder
+
+
+def row(metric: str, subset: str, model: str, result: Result, **settings: Any) -> dict[str, Any]:
+    """One measurement as it stands in `report.json`."""
+    kind = METRICS.get(metric)
+    return {
+        "metric": metric,
+        "version": kind.version,
+        "subset": subset,
+        "model": model,
+        "value": result.value,
+        "interval": list(result.interval) if result.interval else None,
+        "n": result.n,
+        "unit": kind.unit,
+        "higher_is_better": kind.higher_is_better,
+        **settings,
+    }
+
+
+def pick(prompt_set: PromptSet, count: int) -> list[Prompt]:
+    """`count` prompts spread evenly over the file, which is gone through again where it is shorter."""
+    total = len(prompt_set)
+    if count <= total:
+        return [prompt_set.prompts[i * total // count] for i in range(count)]
+    return [prompt_set.prompts[i % total] for i in range(count)]
+
+
+def spread(total: int, count: int) -> list[int]:
+    count = min(total, count)
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def suite_concepts(suite: Suite) -> list[str]:
+    """What the judge chooses from on a suite.
+
+    Raises:
+        OptionError: A prompt file without concepts, or a paraphrase of something that is not in forget.csv.
+    """
+    for part, prompts in suite.parts.items():
+        if any(prompt.concept is None for prompt in prompts.prompts):
+            raise OptionError("--suite", prompts.source, "needs a `concept` for every prompt, or nothing can be judged")
+        if part == "paraphrases" and set(prompts.concepts) - set(suite.parts["forget"].concepts):
+            raise OptionError("--suite", prompts.source, "names concepts that forget.csv does not")
+    concepts = list(dict.fromkeys(concept for prompts in suite.parts.values() for concept in prompts.concepts))
+    if len(concepts) < 2:
+        raise OptionError("--suite", suite.name, "names only one concept: the judge has nothing to choose between")
+    return concepts
+
+
+def find_suite(name: str | None, record: dict[str, Any]) -> Suite:
+    """The suite asked for, else the shipped one whose forbidden prompts the adapter was trained on.
+
+    Raises:
+        OptionError: None was asked for and none fits.
+    """
+    if name is not None:
+        return load_suite(name)
+    for candidate in suite_names():
+        suite = load_suite(candidate)
+        if suite.parts["forget"].sha256 == record["forget"]["sha256"]:
+            return suite
+    text = f"is required: the adapter's forbidden prompts belong to no shipped suite ({', '.join(suite_names())})"
+    raise OptionError("--suite", "(not given)", text)
+
+
+def load_real(options: EvaluateOptions, record: dict[str, Any]) -> RealPictures | None:
+    """Real pictures, where there are any to compare with."""
+    if options.real_images is not None:
+        return load_folder(options.real_images)
+    return embedded_pictures() if record["base_model"]["name_or_path"] == "emoji" else None
+
+
+def read_log(adapter_dir: Path) -> list[dict[str, Any]]:
+    """The training's log, empty where an adapter was passed on without it."""
+    path = adapter_dir / "log.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()] if path.exists() else []

@@ -1,0 +1,166 @@
+"""The `safemax` command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from safemax_sd.errors import OptionError, SafemaxError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print errors that the user can mend in one line and exit with code 2."""
+    try:
+        yield
+    except SafemaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+
+
+def launch_training(arguments: list[str]) -> None:
+    """Run `safemax_sd.train` through Accelerate's launcher; its exit code becomes ours if it fails."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    config = Path.home() / ".cache" / "huggingface" / "accelerate" / "default_config.yaml"
+    if not config.exists():  # spelled out, the launcher's defaults need no warning
+        processes = max(1, torch.cuda.device_count())
+        command += ["--num_processes", str(processes), "--num_machines", "1"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--multi_gpu"] if processes > 1 else []
+    finished = subprocess.run([*command, "-m", "safemax_sd.train", *arguments], check=False)
+    if finished.returncode:
+        raise typer.Exit(finished.returncode)
+
+
+@app.command(context_settings=PASS_THROUGH)
+def train(context: typer.Context) -> None:
+    """Erase concepts: the same flags as `accelerate launch -m safemax_sd.train` (see `safemax train --help`)."""
+    launch_training(context.args)
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[str, typer.Option("--adapter", help="Output folder of a training.")],
+    suite: Annotated[str | None, typer.Option("--suite", help="Prompt suite, by name or folder.")] = None,
+    output_dir: Annotated[str | None, typer.Option("--output_dir", help="Default: ADAPTER/evaluation.")] = None,
+    num_images: Annotated[int, typer.Option("--num_images", help="Pictures of each prompt subset.")] = 256,
+    num_sweep_images: Annotated[int, typer.Option("--num_sweep_images", help="Pictures a setting; 0: no sweep.")] = 64,
+    guidance_scale: Annotated[float, typer.Option("--guidance_scale")] = 5.0,
+    num_inference_steps: Annotated[int, typer.Option("--num_inference_steps")] = 25,
+    sampler: Annotated[str, typer.Option("--sampler", help="ddim, euler or dpm++.")] = "ddim",
+    clip_model: Annotated[str, typer.Option("--clip_model", help="Judge: emoji, or an open_clip model.")] = "emoji",
+    clip_pretrained: Annotated[str | None, typer.Option("--clip_pretrained", help="Its tag or weight file.")] = None,
+    real_images: Annotated[str | None, typer.Option("--real_images", help="Folder with one folder a concept.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch_size")] = 32,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+) -> None:
+    """Measure what an adapter forgets and keeps; writes report.json and index.html."""
+    from safemax_sd.evaluation.run import EvaluateOptions
+
+    with one_line_errors():
+        run_evaluation(
+            EvaluateOptions(
+                adapter=adapter,
+                suite=suite,
+                output_dir=output_dir,
+                num_images=num_images,
+                num_sweep_images=num_sweep_images,
+                guidance_scale=guidance_scale,
+                num_inference_steps=num_inference_steps,
+                sampler=sampler,
+                clip_model=clip_model,
+                clip_pretrained=clip_pretrained,
+                real_images=real_images,
+                batch_size=batch_size,
+                seed=seed,
+            )
+        )
+
+
+def run_evaluation(options: object) -> None:
+    """Evaluate, then print the headline and where the page is."""
+    import json
+
+    from safemax_sd.evaluation.headline import print_headline
+    from safemax_sd.evaluation.run import EvaluateOptions
+    from safemax_sd.evaluation.run import evaluate as measure
+
+    assert isinstance(options, EvaluateOptions)
+    folder = measure(options)
+    print_headline(json.loads((folder / "report.json").read_text(encoding="utf8")), console)
+    console.print(f"page: {folder / 'index.html'}", soft_wrap=True)
+
+
+@app.command()
+def report(report_dir: Annotated[Path, typer.Argument(help="Folder with report.json.")]) -> None:
+    """Write the page of a finished evaluation again."""
+    from safemax_sd.evaluation.report import render
+
+    with one_line_errors():
+        console.print(f"page: {render(report_dir)}", soft_wrap=True)
+
+
+@app.command()
+def suites() -> None:
+    """List the prompt suites that ship with the package."""
+    from safemax_sd.prompts import load_suite, suite_names
+
+    for name in suite_names():
+        parts = load_suite(name).parts
+        console.print(f"{name}: " + ", ".join(f"{len(prompts)} {part}" for part, prompts in parts.items()))
+
+
+@app.command()
+def quickstart(
+    suite: Annotated[str, typer.Option("--suite", help="What to erase from the embedded model.")] = "emoji/bomb",
+    output_dir: Annotated[Path, typer.Option("--output_dir")] = Path("quickstart_output"),
+    overwrite_output_dir: Annotated[bool, typer.Option("--overwrite_output_dir")] = False,
+    max_train_steps: Annotated[int, typer.Option("--max_train_steps")] = 300,
+    num_images: Annotated[int, typer.Option("--num_images", help="Pictures of each prompt subset.")] = 128,
+    num_sweep_images: Annotated[int, typer.Option("--num_sweep_images", help="Pictures a setting.")] = 16,
+) -> None:
+    """Erase a concept from the embedded emoji model, measure it and write a page: offline, in minutes."""
+    from safemax_sd.evaluation.generate import read_record
+    from safemax_sd.evaluation.report import snippet
+    from safemax_sd.evaluation.run import EvaluateOptions
+    from safemax_sd.prompts import load_suite
+
+    with one_line_errors():
+        prompts = load_suite(suite)
+        if (output_dir / "erasure.json").exists() and not overwrite_output_dir:
+            raise OptionError("--output_dir", output_dir, "holds another run: add --overwrite_output_dir or name a new one")
+        started = time.monotonic()
+        arguments = ["--forget_prompts", str(prompts.path("forget")), "--retain_prompts", str(prompts.path("retain"))]
+        arguments += ["--output_dir", str(output_dir), "--max_train_steps", str(max_train_steps)]
+        launch_training([*arguments, "--overwrite_output_dir"])
+        trained = time.monotonic()
+        run_evaluation(
+            EvaluateOptions(
+                adapter=str(output_dir), suite=suite, num_images=num_images, num_sweep_images=num_sweep_images
+            )
+        )
+        finished = time.monotonic()
+        console.print(f"training {trained - started:.0f} s, evaluation {finished - trained:.0f} s")
+        console.print("use it:\n")
+        console.print(snippet(read_record(output_dir), str(output_dir.resolve())), soft_wrap=True, highlight=False)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
