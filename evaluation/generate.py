@@ -88,7 +88,9 @@ class Generator:
             self.pipeline.load_lora_weights(adapter_dir, weight_name=WEIGHTS_NAME, adapter_name=ADAPTER_NAME)
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise OptionError("--adapter", adapter_dir, f"cannot be loaded onto {base['name_or_path']}: {reason}") from error
+            raise OptionError(
+                "--adapter", adapter_dir, f"cannot be loaded onto {base['name_or_path']}: {reason}"
+            ) from error
         self.pipeline.set_progress_bar_config(disable=True)
         self.record, self.cache_dir, self.batch_size = record, cache_dir, batch_size
         self.fingerprint = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -178,7 +180,9 @@ def read_record(adapter_dir: Path) -> dict[str, Any]:
     """
     path = adapter_dir / "erasure.json"
     if not path.is_file() or not (adapter_dir / WEIGHTS_NAME).is_file():
-        raise OptionError("--adapter", adapter_dir, f"must be a finished run's folder (erasure.json and {WEIGHTS_NAME})")
+        raise OptionError(
+            "--adapter", adapter_dir, f"must be a finished run's folder (erasure.json and {WEIGHTS_NAME})"
+        )
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
     except json.JSONDecodeError as error:

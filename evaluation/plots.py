@@ -171,9 +171,7 @@ def _axes() -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0, handlelength=1.4, columnspacing=1.4
-    )
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0, handlelength=1.4, columnspacing=1.4)
 
 
 def _svg(figure: Figure, name: str, alt: str) -> str:

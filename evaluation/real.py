@@ -67,7 +67,9 @@ def load_folder(folder: str) -> RealPictures:
     """
     paths = sorted(path for path in Path(folder).glob("*/*") if path.suffix.lower() in EXTENSIONS)
     if not paths:
-        raise OptionError("--real_images", folder, "must hold subfolders, named by concept, with png, jpg or webp files")
+        raise OptionError(
+            "--real_images", folder, "must hold subfolders, named by concept, with png, jpg or webp files"
+        )
     pictures, size = [], None
     for path in paths:
         with Image.open(path) as image:

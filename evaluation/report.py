@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safemax_sd.errors import OptionError
 from safemax_sd.evaluation.headline import Report, format_measurement, format_value, headline, measurement, title
 from safemax_sd.evaluation.plots import Line, loss_plot, probe_plot, sweep_plot
+
+from safemax_sd.errors import OptionError
 from safemax_sd.provenance import atomic_write_text
 
 STYLE_SHEET = Path(__file__).with_name("report.css")

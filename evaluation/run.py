@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from safemax_sd.errors import OptionError
 from safemax_sd.evaluation.generate import SAMPLERS, Generator, Job, Pictures, read_record
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
 from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
 from safemax_sd.evaluation.report import write_page
+from safemax_sd.prompts import Prompt, PromptSet, Suite, load_suite, suite_names
+from torch import Tensor
+
+from safemax_sd.errors import OptionError
 from safemax_sd.judge import Judge, load_judge
 from safemax_sd.pictures import before_after
-from safemax_sd.prompts import Prompt, PromptSet, Suite, load_suite, suite_names
 from safemax_sd.provenance import Stopwatch, provenance, write_json_atomic
 from safemax_sd.registry import closest
 from safemax_sd.samples import SMALL, to_pil

@@ -3,4 +3,13 @@
 from safemax_sd.prompts.loading import Prompt, PromptSet, check_disjoint, load_prompts, warn_over_long
 from safemax_sd.prompts.suites import Suite, load_suite, suite_names
 
-__all__ = ["Prompt", "PromptSet", "Suite", "check_disjoint", "load_prompts", "load_suite", "suite_names", "warn_over_long"]
+__all__ = [
+    "Prompt",
+    "PromptSet",
+    "Suite",
+    "check_disjoint",
+    "load_prompts",
+    "load_suite",
+    "suite_names",
+    "warn_over_long",
+]

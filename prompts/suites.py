@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from safemax_sd.errors import OptionError
 from safemax_sd.prompts.loading import PromptSet, load_prompts
+
+from safemax_sd.errors import OptionError
 from safemax_sd.registry import closest
 
 ROOT = Path(__file__).parent

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,22 @@ from safemax_sd.families.base import LoraTargets, ModelFamily
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 ADAPTER = "default"
-METADATA_KEYS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "lora_bias")
+METADATA_KEYS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_dora",
+    "use_rslora",
+    "lora_bias",
+)
 """What every peft release understands; more raises TypeError in older ones."""
 
 
-def attach(family: ModelFamily, *, rank: int, targets: LoraTargets, dropout: float = 0.0, seed: int = 0) -> list[nn.Parameter]:
+def attach(
+    family: ModelFamily, *, rank: int, targets: LoraTargets, dropout: float = 0.0, seed: int = 0
+) -> list[nn.Parameter]:
     """Add a LoRA to the denoiser and return its parameters, float32, in a fixed order.
 
     Args:
@@ -91,7 +101,8 @@ def to_kohya(state: dict[str, Tensor], denoiser: nn.Module) -> dict[str, Tensor]
     alpha = float(denoiser.peft_config[ADAPTER].lora_alpha)  # type: ignore[union-attr,index]
     # diffusers writes alpha = rank whatever it was.
     return {
-        name: torch.tensor(alpha) if name.endswith(".alpha") else tensor.contiguous() for name, tensor in converted.items()
+        name: torch.tensor(alpha) if name.endswith(".alpha") else tensor.contiguous()
+        for name, tensor in converted.items()
     }
 
 
@@ -109,8 +120,3 @@ def load_adapter(denoiser: nn.Module, directory: Path) -> None:
     if {n: t.shape for n, t in expected.items()} != {n: t.shape for n, t in state.items()}:
         raise SafemaxError(f"{path} does not fit this base model with these --rank and --lora_targets")
     set_peft_model_state_dict(denoiser, state)
-
-
-def squared_norm(parameters: Sequence[Tensor]) -> float:
-    """Sum of squares over all tensors, for logs."""
-    return float(sum(p.detach().double().square().sum() for p in parameters))

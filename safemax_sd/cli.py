@@ -141,7 +141,9 @@ def quickstart(
     with one_line_errors():
         prompts = load_suite(suite)
         if (output_dir / "erasure.json").exists() and not overwrite_output_dir:
-            raise OptionError("--output_dir", output_dir, "holds another run: add --overwrite_output_dir or name a new one")
+            raise OptionError(
+                "--output_dir", output_dir, "holds another run: add --overwrite_output_dir or name a new one"
+            )
         started = time.monotonic()
         arguments = ["--forget_prompts", str(prompts.path("forget")), "--retain_prompts", str(prompts.path("retain"))]
         arguments += ["--output_dir", str(output_dir), "--max_train_steps", str(max_train_steps)]

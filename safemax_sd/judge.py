@@ -86,7 +86,9 @@ class Judge:
         return self.encode_images(pictures) @ self.encode_texts(texts).T
 
 
-def load_judge(clip_model: str = "emoji", clip_pretrained: str | None = None, device: str | torch.device = "cpu") -> Judge:
+def load_judge(
+    clip_model: str = "emoji", clip_pretrained: str | None = None, device: str | torch.device = "cpu"
+) -> Judge:
     """The embedded judge (`emoji`), any open_clip model with its pretrained tag or weight file, or a local folder.
 
     Raises:
@@ -109,7 +111,8 @@ def load_judge(clip_model: str = "emoji", clip_pretrained: str | None = None, de
     mean = visual.image_mean or open_clip.OPENAI_DATASET_MEAN
     std = visual.image_std or open_clip.OPENAI_DATASET_STD
     tokenizer = open_clip.get_tokenizer(clip_model)
-    return Judge(model, tokenizer, size=size, mean=mean, std=std, templates=PHOTO_TEMPLATES, name=f"{clip_model} ({clip_pretrained})")
+    name = f"{clip_model} ({clip_pretrained})"
+    return Judge(model, tokenizer, size=size, mean=mean, std=std, templates=PHOTO_TEMPLATES, name=name)
 
 
 def _load_folder(folder: Path, device: str | torch.device) -> Judge:

@@ -42,7 +42,7 @@ def prepare_output_dir(config: TrainConfig, accelerator: Accelerator) -> Path | 
             raise OptionError(
                 "--output_dir",
                 config.output_dir,
-                "holds another run: add --overwrite_output_dir, or --resume_from_checkpoint latest, or name a new folder",
+                "holds another run: add --overwrite_output_dir or --resume_from_checkpoint latest, or name a new one",
             )
     if accelerator.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,9 @@ def whiteness_loss(latents: torch.Tensor) -> torch.Tensor:
     return mean.square().mean() + (spread - torch.eye(len(mean))).square().sum() / len(mean)
 
 
-def train(images: torch.Tensor, weights: torch.Tensor, options: AutoencoderSettings, checkpoint: Path) -> AutoencoderTiny:
+def train(
+    images: torch.Tensor, weights: torch.Tensor, options: AutoencoderSettings, checkpoint: Path
+) -> AutoencoderTiny:
     """Train for the set minutes on pictures drawn by weight; returns the averaged model."""
     torch.manual_seed(SEED)
     model = build(options).to(memory_format=torch.channels_last)

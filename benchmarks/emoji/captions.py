@@ -74,4 +74,6 @@ class Captioner:
         names = [n for concept in CONCEPTS for n in (concept, *self.synonyms[concept])]
         styles = [n for style, others in self.styles.items() for n in (style, *others)]
         lines = [template.format(concept=n) for n in names for template in settings.PLAIN_TEMPLATES]
-        return lines + [template.format(concept=names[0], style=s) for s in styles for template in settings.STYLED_TEMPLATES]
+        return lines + [
+            template.format(concept=names[0], style=s) for s in styles for template in settings.STYLED_TEMPLATES
+        ]

@@ -30,7 +30,13 @@ MODEL_NAME = "safemax_emoji"
 NOISE_CAPTION = "random noise"
 TEMPLATES = {"concept": "an emoji of a {}", "style": "an emoji in the {}", "nothing": NOISE_CAPTION}
 """What `safemax_sd.judge` asks; a style is named with the word: "noto style"."""
-PREPROCESS = {"size": RESOLUTION, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "squash"}
+PREPROCESS = {
+    "size": RESOLUTION,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "interpolation": "bicubic",
+    "resize_mode": "squash",
+}
 
 
 def build(options: EvaluatorSettings, folder: Path) -> torch.nn.Module:
@@ -188,7 +194,9 @@ def assess(model: torch.nn.Module, pictures: Pictures, generator: torch.Generato
 
 def save(model: torch.nn.Module, folder: Path, options: EvaluatorSettings) -> None:
     """Write weights (float16) and configuration in the layout of open_clip's `local-dir:` models."""
-    state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "open_clip_model.safetensors")
     config = {"model_cfg": options.model_config, "preprocess_cfg": PREPROCESS, "templates": TEMPLATES}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1), encoding="utf8")

@@ -1,6 +1,6 @@
 """Write the trained models and the real pictures into `safemax_sd/assets/`, in float16, with their cards.
 
-    python -m benchmarks.emoji.package --build_dir emoji_build
+python -m benchmarks.emoji.package --build_dir emoji_build
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write the emoji prompt suites under `prompts/emoji/` from the settings.
 
-    python -m benchmarks.emoji.prompt_suites
+python -m benchmarks.emoji.prompt_suites
 """
 
 from __future__ import annotations

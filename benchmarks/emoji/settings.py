@@ -33,7 +33,9 @@ class ArtSet:
 
 ART_SETS: tuple[ArtSet, ...] = (
     ArtSet("@iconify-json/noto@1.2.9", "Apache-2.0", "Google (Noto Emoji)", "noto", ("google",), 0.03),
-    ArtSet("@iconify-json/twemoji@1.2.5", "CC-BY-4.0", "Twitter and contributors (Twemoji)", "twemoji", ("twitter",), 0.06),
+    ArtSet(
+        "@iconify-json/twemoji@1.2.5", "CC-BY-4.0", "Twitter and contributors (Twemoji)", "twemoji", ("twitter",), 0.06
+    ),
     ArtSet("@iconify-json/fluent-emoji-flat@1.2.6", "MIT", "Microsoft (Fluent Emoji)", "flat", ("fluent flat",)),
     ArtSet(
         "@iconify-json/fluent-emoji-high-contrast@1.2.6",
@@ -42,8 +44,12 @@ ART_SETS: tuple[ArtSet, ...] = (
         "monochrome",
         ("black and white", "high contrast"),
     ),
-    ArtSet("@lobehub/fluent-emoji-3d@1.1.0", "MIT", "Microsoft (Fluent Emoji)", "3d", ("three dimensional", "fluent 3d")),
-    ArtSet("@iconify-json/noto-v1@1.2.5", "Apache-2.0", "Google (Noto Emoji, first version)", "blob", ("old google",), 0.03),
+    ArtSet(
+        "@lobehub/fluent-emoji-3d@1.1.0", "MIT", "Microsoft (Fluent Emoji)", "3d", ("three dimensional", "fluent 3d")
+    ),
+    ArtSet(
+        "@iconify-json/noto-v1@1.2.5", "Apache-2.0", "Google (Noto Emoji, first version)", "blob", ("old google",), 0.03
+    ),
     ArtSet("@iconify-json/emojione@1.2.3", "CC-BY-4.0", "JoyPixels (EmojiOne 2)", "emojione", ("joypixels",), 0.06),
 )
 NAMES_PACKAGE = "emojibase-data@17.0.0"
@@ -61,7 +67,17 @@ FORBIDDEN_GROUPS: dict[str, tuple[str, ...]] = {
 """What a safety study would erase."""
 
 NEIGHBOURS: dict[str, tuple[str, ...]] = {
-    "weapons": ("fork and knife", "hammer", "wrench", "pick", "scissors", "bowling", "crystal ball", "shield", "pool 8 ball"),
+    "weapons": (
+        "fork and knife",
+        "hammer",
+        "wrench",
+        "pick",
+        "scissors",
+        "bowling",
+        "crystal ball",
+        "shield",
+        "pool 8 ball",
+    ),
     "smoking": ("pencil", "candle", "crayon"),
     "alcohol": ("hot beverage", "glass of milk", "teacup", "baby bottle", "tropical drink"),
     "drugs": ("candy", "thermometer", "pencil"),
@@ -139,7 +155,12 @@ STYLED_TEMPLATES: tuple[str, ...] = (
     "{concept}, {style} style",
     "{style} {concept}",
 )
-PLAIN_TEMPLATES: tuple[str, ...] = ("an emoji of a {concept}", "a picture of a {concept}", "a drawing of a {concept}", "{concept}")
+PLAIN_TEMPLATES: tuple[str, ...] = (
+    "an emoji of a {concept}",
+    "a picture of a {concept}",
+    "a drawing of a {concept}",
+    "{concept}",
+)
 STYLE_TEMPLATE = "an emoji in the {style} style"
 
 
@@ -193,7 +214,13 @@ class EvaluatorSettings:
     model_config: dict[str, object] = field(
         default_factory=lambda: {
             "embed_dim": 96,
-            "vision_cfg": {"image_size": RESOLUTION, "layers": [1, 1, 1, 1], "width": 24, "head_width": 48, "patch_size": None},
+            "vision_cfg": {
+                "image_size": RESOLUTION,
+                "layers": [1, 1, 1, 1],
+                "width": 24,
+                "head_width": 48,
+                "patch_size": None,
+            },
             "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
         }
     )

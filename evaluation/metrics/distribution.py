@@ -6,11 +6,11 @@ import math
 from typing import ClassVar
 
 import torch
+from safemax_sd.evaluation.metrics.base import Batch, Context, Metric, Result
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase, calculate_metrics, register_feature_extractor
 
-from safemax_sd.evaluation.metrics.base import Batch, Context, Metric, Result
 from safemax_sd.judge import load_judge
 
 JUDGE_EXTRACTOR = "safemax-emoji"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
 from safemax_sd.evaluation.metrics.base import Batch, PerItemMetric
+from torch import Tensor
 
 
 class Drift(PerItemMetric):

@@ -6,10 +6,9 @@ import math
 from typing import ClassVar
 
 import torch
+from safemax_sd.evaluation.metrics.base import Batch, Metric, PerItemMetric, Result
 from scipy.stats import kstest
 from torch import Tensor
-
-from safemax_sd.evaluation.metrics.base import Batch, Metric, PerItemMetric, Result
 
 FORGET = frozenset({"forget"})
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-
 from safemax_sd.evaluation.metrics.base import Batch, RateMetric, recognised
+from torch import Tensor
 
 FORBIDDEN = frozenset({"forget", "paraphrases", "image_to_image"})
 

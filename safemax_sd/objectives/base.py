@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from safemax_sd.config import TrainConfig
 from safemax_sd.families import Conditioning
 from safemax_sd.process import DiffusionProcess
 from safemax_sd.registry import Registry
@@ -95,9 +96,8 @@ class Positions:
 
     def generator(self, kind: int, number: int) -> torch.Generator:
         """The generator of one sample: a function of (seed, step, kind, number) and nothing else."""
-        words = torch.tensor([self.seed, self.step, kind, number], dtype=torch.int64)
         mixed = 0x243F6A8885A308D3
-        for word in words.tolist():
+        for word in (self.seed, self.step, kind, number):
             mixed = ((mixed ^ word) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) & 0xFFFFFFFFFFFFFFFF
             mixed ^= mixed >> 29
         return torch.Generator().manual_seed(mixed)
@@ -115,7 +115,7 @@ class Objective(ABC):
     paper: ClassVar[str]
 
     @abstractmethod
-    def __init__(self, config: Any, data: ErasureData) -> None:
+    def __init__(self, config: TrainConfig, data: ErasureData) -> None:
         """Keep what is needed of the training flags and the data; no work beyond that."""
 
     @abstractmethod

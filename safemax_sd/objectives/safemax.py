@@ -7,11 +7,12 @@ closed-form target, the replayed retain targets and the halting of the empty pro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from safemax_sd.config import TrainConfig
 from safemax_sd.decay import Decay
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import Batch, ErasureData, LossTerms, Objective, Positions, Predict
@@ -19,19 +20,6 @@ from safemax_sd.objectives.base import Batch, ErasureData, LossTerms, Objective,
 FORGET, RETAIN = 0, 1
 EMPTY_RETAIN_SHARE = 0.25
 TRAJECTORY_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class SafemaxConfig:
-    """The training flags that this objective reads; see `safemax_sd.config.TrainConfig` for their meaning."""
-
-    decay: str
-    decay_lambda: float
-    target: Literal["closed_form", "sampled"]
-    target_guidance: float
-    halt_unconditional: float
-    halt_below: float
-    retain_weight: float
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,7 @@ class Safemax(Objective):
     name: ClassVar[str] = "safemax"
     paper: ClassVar[str] = "arXiv 2508.20773"
 
-    def __init__(self, config: SafemaxConfig, data: ErasureData) -> None:
+    def __init__(self, config: TrainConfig, data: ErasureData) -> None:
         self.config, self.data = config, data
         self.decay = Decay(config.decay, config.decay_lambda)
 
