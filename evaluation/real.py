@@ -35,7 +35,7 @@ class RealPictures:
         return self.pictures[rows]
 
     def thresholds(self, judge: Judge, concepts: Sequence[str]) -> dict[str, float]:
-        """By concept, the similarity to its caption that 95 % of its real pictures reach; concepts without one left out."""
+        """By concept that has real pictures, the similarity to its caption that 95 % of these reach."""
         found = {}
         for concept, caption in zip(concepts, judge.captions(concepts), strict=True):
             shown = self.showing([concept])

@@ -188,10 +188,13 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
         SafemaxError: Unknown flag or YAML key, or a value of the wrong type.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(
-        TrainConfig, prog="safemax train", description="Erase concepts; writes a LoRA.", allow_abbrev=False
+    parser: Any = HfArgumentParser(
+        TrainConfig,  # type: ignore[arg-type]
+        prog="safemax train",
+        description="Erase concepts; writes a LoRA.",
+        allow_abbrev=False,
     )
-    parser.error = _raise  # type: ignore[method-assign]
+    parser.error = _raise
     for number, word in enumerate(words):
         name, _, value = word.partition("=")
         if name == "--config":

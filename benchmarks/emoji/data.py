@@ -104,7 +104,8 @@ def find_svg(icons: dict[str, object], characters: dict[str, str], emoji: dict[s
         icon = bodies.get(aliases.get(name, {}).get("parent", name)) if name else None
         if icon:
             width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
-            head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width} {height}"'
+            spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+            head = f'<svg {spaces} viewBox="0 0 {width} {height}"'
             return f'{head} width="{RENDER_PX}" height="{RENDER_PX}">{icon["body"]}</svg>'
     return None
 

@@ -44,7 +44,7 @@ def build_tokenizer(captions: list[str], folder: Path, options: DiffusionSetting
     tokenizer.train_from_iterator(captions, trainer)
     learned = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in learned["merges"]]
-    # CLIP's order: bytes, bytes that end a word, merges, then the two special tokens (the end token has the highest id).
+    # CLIP's order: bytes, bytes that end a word, merges, the two special tokens (the end token has the highest id).
     words = dict.fromkeys([*alphabet, *(f"{byte}</w>" for byte in alphabet), *(a + b for a, b in merges), START, END])
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {word: index for index, word in enumerate(words)}

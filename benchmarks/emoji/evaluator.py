@@ -77,7 +77,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def noise_pictures(count: int, generator: torch.Generator) -> Tensor:
-    """Noise at a random grain (1 to 16 px), contrast, brightness and tint: what is no picture at all; [N, 3, 64, 64]."""
+    """Noise at a random grain (1 to 16 px), contrast, brightness and tint, no picture at all; [N, 3, 64, 64]."""
     pictures = []
     for _ in range(count):
         grain = 2 ** int(torch.randint(0, 5, (), generator=generator))

@@ -29,7 +29,7 @@ class StableDiffusion(ModelFamily):
     name: ClassVar[str] = "stable_diffusion"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
 
-    def __init__(self, pipeline: StableDiffusionPipeline, options: LoadOptions) -> None:
+    def __init__(self, pipeline: Any, options: LoadOptions) -> None:
         self.pipeline = pipeline
         self.device = options.device
         config = dict(pipeline.scheduler.config)

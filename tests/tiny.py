@@ -1,0 +1,101 @@
+"""Tiny models of the real classes with random weights, and prompt files to go with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+FORGET = ("a red apple", "red apple on a table")
+RETAIN = ("a green pear", "a blue plum", "pear and plum")
+
+
+def build_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer whose vocabulary is the letters."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24)
+
+
+def build_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """A StableDiffusionPipeline folder of some 20 thousand parameters; returns it."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(folder / "vocabulary")
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        num_encoder_blocks=(0, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 0),
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def write_prompts(folder: Path) -> tuple[Path, Path]:
+    """A forget and a retain CSV."""
+    folder.mkdir(parents=True, exist_ok=True)
+    forget, retain = folder / "forget.csv", folder / "retain.csv"
+    forget.write_text("prompt,concept\n" + "".join(f"{text},apple\n" for text in FORGET))
+    retain.write_text("prompt,concept\n" + "".join(f"{text},{text.split()[2]}\n" for text in RETAIN))
+    return forget, retain
+
+
+def train_arguments(model: Path, folder: Path, output_dir: Path, *more: str) -> list[str]:
+    """A command line of a training that takes seconds."""
+    forget, retain = write_prompts(folder)
+    return [
+        *("--pretrained_model_name_or_path", str(model)),
+        *("--forget_prompts", str(forget), "--retain_prompts", str(retain), "--output_dir", str(output_dir)),
+        *("--rank", "2", "--train_batch_size", "2", "--max_train_steps", "4", "--checkpointing_steps", "2"),
+        *("--forget_trajectories", "2", "--retain_trajectories", "4", "--replay_inference_steps", "3"),
+        *("--lr_warmup_steps", "1", *more),
+    ]

@@ -1,0 +1,80 @@
+"""The closed-form maximum-entropy targets against regressions on drawn data and against values by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from safemax_sd.errors import OptionError
+from safemax_sd.process import DiffusionProcess, FlowMatching, VarianceExploding, VariancePreserving, from_scheduler
+
+SIGNAL = torch.linspace(0.999, 0.01, 100)
+PROCESSES = {
+    "epsilon": (VariancePreserving(SIGNAL, "epsilon"), (0, 50, 99)),
+    "v_prediction": (VariancePreserving(SIGNAL, "v_prediction"), (0, 50, 99)),
+    "sample": (VariancePreserving(SIGNAL, "sample"), (0, 50, 99)),
+    "flow": (FlowMatching(), (1.0, 500.0, 1000.0)),
+    "exploding": (VarianceExploding(0.01, 50.0), (0.01, 1.0, 50.0)),
+}
+
+
+@pytest.mark.parametrize(("process", "times"), PROCESSES.values(), ids=PROCESSES)
+def test_closed_form_is_the_regression_of_the_target_on_x_t(
+    process: DiffusionProcess, times: tuple[float, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(200_000, generator=generator) for _ in range(2))
+    for time in times:
+        t = torch.full((len(x0),), time)
+        x_t, target = process.add_noise(x0, noise, t), process.target(x0, noise, t)
+        slope = float((x_t * target).mean() / x_t.square().mean())
+        closed = float(process.max_entropy_target(torch.ones(1), t[:1]))
+        assert closed == pytest.approx(slope, abs=0.01)
+
+
+def test_values_by_hand() -> None:
+    x = torch.full((1, 2), 3.0)
+    t = torch.tensor([0])
+    assert torch.allclose(VariancePreserving(torch.tensor([0.36]), "epsilon").max_entropy_target(x, t), 0.8 * x)
+    assert torch.allclose(VariancePreserving(torch.tensor([0.36]), "sample").max_entropy_target(x, t), 0.6 * x)
+    assert not VariancePreserving(torch.tensor([0.36]), "v_prediction").max_entropy_target(x, t).any()
+    # σ = 0.8: (1.6 - 1) / (0.04 + 0.64) = 15/17
+    assert torch.allclose(FlowMatching().max_entropy_target(x, torch.tensor([800.0])), 15 / 17 * x)
+    assert torch.allclose(VarianceExploding(0.1, 10).max_entropy_target(x, torch.tensor([2.0])), 0.4 * x)
+
+
+def test_flow_matching_is_finite_at_both_ends() -> None:
+    targets = FlowMatching().max_entropy_target(torch.ones(2, 1), torch.tensor([0.0, 1000.0]))
+    assert targets.flatten().tolist() == [-1.0, 1.0]
+
+
+def test_halted_sampling_keeps_the_variance_of_noise() -> None:
+    process = from_scheduler(DDIMScheduler(clip_sample=False))
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    scheduler.set_timesteps(50)
+    x = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for time in scheduler.timesteps:
+        x = scheduler.step(process.max_entropy_target(x, time.expand(64)), time, x).prev_sample
+    assert float(x.std()) == pytest.approx(1, abs=0.05)
+
+
+def test_noise_level_runs_from_clean_to_noise() -> None:
+    for process, times in PROCESSES.values():
+        levels = process.noise_level(torch.tensor(times))
+        assert levels.diff().min() > 0
+        assert 0 <= float(levels[0]) < 0.01
+        assert math.isclose(float(levels[-1]), 1)
+
+
+def test_sample_times_follow_the_generator() -> None:
+    for process, _ in PROCESSES.values():
+        first, second = (process.sample_times(5, torch.Generator().manual_seed(3)) for _ in range(2))
+        assert torch.equal(first, second)
+
+
+def test_unknown_prediction_type() -> None:
+    with pytest.raises(OptionError, match="epsilon, v_prediction, sample"):
+        VariancePreserving(SIGNAL, "score")
