@@ -87,10 +87,12 @@ def load_prompts(path: str | Path, *, option: str) -> PromptSet:
         found = [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
     if not found:
         raise OptionError(option, path, "holds no prompts")
-    kept = {(prompt.text, prompt.seed): prompt for prompt in reversed(found)}
+    kept: dict[tuple[str, int | None], Prompt] = {}
+    for prompt in found:
+        kept.setdefault((prompt.text, prompt.seed), prompt)
     if len(kept) < len(found):
         logger.warning("%s %s: %d duplicate prompts left out", option, path, len(found) - len(kept))
-    return PromptSet(tuple(reversed(kept.values())), str(path), hashlib.sha256(data).hexdigest())
+    return PromptSet(tuple(kept.values()), str(path), hashlib.sha256(data).hexdigest())
 
 
 def _read_csv(text: str, path: str, option: str) -> list[Prompt]:

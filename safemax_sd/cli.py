@@ -14,6 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
+from safemax_sd.config import parse_config
 from safemax_sd.errors import OptionError, SafemaxError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -33,7 +34,7 @@ def one_line_errors() -> Iterator[None]:
 
 def launch_training(arguments: list[str]) -> None:
     """Run `safemax_sd.train` through Accelerate's launcher; its exit code becomes ours if it fails."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     config = Path.home() / ".cache" / "huggingface" / "accelerate" / "default_config.yaml"
     if not config.exists():  # spelled out, the launcher's defaults need no warning
         processes = max(1, torch.cuda.device_count())
@@ -48,7 +49,11 @@ def launch_training(arguments: list[str]) -> None:
 @app.command(context_settings=PASS_THROUGH)
 def train(context: typer.Context) -> None:
     """Erase concepts: the same flags as `accelerate launch -m safemax_sd.train` (see `safemax train --help`)."""
-    launch_training(context.args)
+    from safemax_sd.train import read_input
+
+    with one_line_errors():
+        read_input(parse_config(context.args))  # before any process starts: the launcher would add a traceback
+        launch_training(context.args)
 
 
 @app.command()

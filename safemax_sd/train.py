@@ -70,10 +70,7 @@ def train(config: TrainConfig) -> Path:
     Raises:
         SafemaxError: Bad input, a non-finite loss or a full disk; nothing that was there before is lost.
     """
-    config.validate()
-    forget = load_prompts(config.forget_prompts, option="--forget_prompts")
-    retain = load_prompts(config.retain_prompts, option="--retain_prompts")
-    check_disjoint(forget, retain)
+    forget, retain = read_input(config)
     accelerator = make_accelerator(config)
     resume_from = prepare_output_dir(config, accelerator)
     set_seed(config.seed)  # samples are drawn by number: processes need no seeds of their own
@@ -89,6 +86,20 @@ def train(config: TrainConfig) -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return run.output_dir
+
+
+def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
+    """Check the flags and read the prompt files, forget and retain.
+
+    Raises:
+        OptionError: A value or a file that cannot be used; nothing has been written.
+    """
+    config.validate()
+    forget = load_prompts(config.forget_prompts, option="--forget_prompts")
+    retain = load_prompts(config.retain_prompts, option="--retain_prompts")
+    check_disjoint(forget, retain)
+    OBJECTIVES.get(config.objective)
+    return forget, retain
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

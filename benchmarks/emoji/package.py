@@ -41,8 +41,8 @@ The art it was trained on, with thanks:
 Names and tags: emojibase-data 17.0.0 (MIT). Recipe: `benchmarks/emoji/` of the safemax_sd sources.
 """
 MODEL_TEXT = f"""A small Stable Diffusion (`StableDiffusionPipeline`, 64 px) that draws {len(CONCEPTS)} emoji in
-{len(ART_SETS)} art styles from captions such as "an emoji of a bomb in the noto style". It exists to study concept erasure where no
-large model fits: prompts outside its vocabulary give nothing sensible."""
+{len(ART_SETS)} art styles from captions such as "an emoji of a bomb in the noto style". It exists to study concept
+erasure where no large model fits: prompts outside its vocabulary give nothing sensible."""
 JUDGE_TEXT = """A small open_clip model that names the concept and the style of an emoji picture. It shares no weights
 with the diffusion model. Load it with `safemax_sd.judge.load_judge("emoji")`."""
 PICTURES_TEXT = """The real pictures (64 px, on white) behind the embedded models: `pictures.webp` is a sheet of them in

@@ -40,7 +40,7 @@ def test_bad_yaml(tmp_path: Path, content: str, message: str) -> None:
 
 
 def test_unknown_flag_names_the_nearest() -> None:
-    with pytest.raises(SafemaxError, match="--learning_rte .did you mean '--learning_rate'"):
+    with pytest.raises(SafemaxError, match=r"--learning_rte .did you mean '--learning_rate'"):
         parse_config([*REQUIRED, "--learning_rte", "1"])
 
 

@@ -1,0 +1,70 @@
+"""The commands as a user types them, in processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests import tiny
+
+LOAD = """
+import sys, torch
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None)
+pipe.set_progress_bar_config(disable=True)
+def draw():
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a red apple", num_inference_steps=2, generator=generator, output_type="np").images
+before = draw()
+pipe.load_lora_weights(sys.argv[2])
+after = draw()
+assert "safemax_sd" not in sys.modules
+print(abs(before - after).max() > 1e-4)
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_accelerate_launch_then_a_script_of_diffusers_alone(tiny_model: Path, tmp_path: Path) -> None:
+    arguments = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", "--learning_rate", "0.05")
+    launched = run("-m", "accelerate.commands.launch", "--num_processes", "1", "-m", "safemax_sd.train", *arguments)
+    assert launched.returncode == 0, launched.stderr
+    loaded = run("-c", LOAD, str(tiny_model), str(tmp_path / "out"))
+    assert loaded.stdout.strip() == "True", loaded.stderr
+
+
+def test_train_command_reports_errors_with_code_2(tmp_path: Path) -> None:
+    failed = run(
+        "-m",
+        "safemax_sd.cli",
+        "train",
+        "--forget_prompts",
+        "/nowhere.csv",
+        "--retain_prompts",
+        "r",
+        "--output_dir",
+        "o",
+    )
+    assert failed.returncode == 2
+    assert "error: --forget_prompts /nowhere.csv" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_train_help_lists_the_flags() -> None:
+    shown = run("-m", "safemax_sd.cli", "train", "--help")
+    assert shown.returncode == 0
+    for flag in ("--forget_prompts", "--decay_lambda", "--resume_from_checkpoint", "--halt_unconditional"):
+        assert flag in shown.stdout
+
+
+def test_evaluate_names_what_is_missing(tmp_path: Path) -> None:
+    failed = run("-m", "safemax_sd.cli", "evaluate", "--adapter", str(tmp_path))
+    assert failed.returncode == 2
+    assert "must be a finished run's folder" in failed.stderr
+
+
+def test_suites() -> None:
+    assert "emoji/bomb: " in run("-m", "safemax_sd.cli", "suites").stdout

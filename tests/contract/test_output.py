@@ -1,0 +1,98 @@
+"""The output directory: what stands in it, and bad input that must lose nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from safemax_sd import adapter
+from safemax_sd.config import TrainConfig, parse_config
+from safemax_sd.errors import SafemaxError
+from safemax_sd.train import main, train
+from tests import tiny
+
+
+@pytest.fixture
+def config(tiny_model: Path, tmp_path: Path) -> TrainConfig:
+    return parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out"))
+
+
+def test_files(config: TrainConfig) -> None:
+    config = replace(config, output_kohya_format=True, validation_prompt=["a red apple"], validation_steps=2)
+    output = train(config)
+    names = {path.name for path in output.iterdir()}
+    wanted = {adapter.WEIGHTS_NAME, adapter.KOHYA_NAME, "erasure.json", "log.jsonl", "README.md", "checkpoint-2"}
+    assert wanted <= names
+    assert not [name for name in names if name.startswith(".")]
+    assert {path.name for path in (output / "samples").iterdir()} == {"step-00002.png", "step-00004.png"}
+    record = json.loads((output / "erasure.json").read_text())
+    assert record["config"]["rank"] == 2
+    assert record["forget"]["concepts"] == ["apple"]
+    assert record["cost"]["steps"] == 4
+    # 2 + 4 trajectories of 3 steps, each with and without the prompt; 4 steps of 2 + 4 samples.
+    assert record["cost"]["model_calls"] == {"replay": 36, "train": 24, "probe": 0}
+    card = (output / "README.md").read_text()
+    assert "a red apple" in card or "apple" in card
+    assert "base_model" in card
+
+
+def test_a_used_folder_is_refused_and_kept(config: TrainConfig) -> None:
+    output = train(config)
+    before = (output / adapter.WEIGHTS_NAME).read_bytes()
+    with pytest.raises(SafemaxError, match="--overwrite_output_dir"):
+        train(replace(config, seed=5))
+    assert (output / adapter.WEIGHTS_NAME).read_bytes() == before
+    train(replace(config, seed=5, overwrite_output_dir=True))
+    assert (output / adapter.WEIGHTS_NAME).read_bytes() != before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config: TrainConfig) -> None:
+    with pytest.raises(SafemaxError, match="lower --learning_rate"):
+        train(replace(config, learning_rate=1e30, max_grad_norm=1e30, max_train_steps=20))
+    assert not (Path(config.output_dir) / adapter.WEIGHTS_NAME).exists()
+
+
+def test_nothing_to_resume(config: TrainConfig) -> None:
+    with pytest.raises(SafemaxError, match="holds no checkpoint-N"):
+        train(replace(config, resume_from_checkpoint="latest"))
+
+
+def test_an_adapter_that_does_not_fit(config: TrainConfig) -> None:
+    train(config)
+    with pytest.raises(SafemaxError, match="does not fit this base model"):
+        train(replace(config, rank=3, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pretrained_model_name_or_path": "/nowhere"}, "--pretrained_model_name_or_path /nowhere"),
+        ({"objective": "safemx"}, "did you mean 'safemax'"),
+        ({"forget_prompts": "/nowhere.csv"}, "--forget_prompts /nowhere.csv"),
+        ({"stop_at_unlearning_accuracy": 99.0, "clip_model": "none"}, "--clip_model none"),
+    ],
+)
+def test_bad_values_leave_nothing_behind(config: TrainConfig, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SafemaxError, match=message):
+        train(replace(config, **changes))  # type: ignore[arg-type]
+    assert not list(Path(config.output_dir).rglob("*.*"))
+
+
+def test_the_command_ends_with_one_line_and_code_2(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--forget_prompts", "/nowhere", "--retain_prompts", "x", "--output_dir", "y"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: --forget_prompts /nowhere")
+    assert "\n" not in error
+
+
+def test_a_model_folder_that_lacks_a_part(config: TrainConfig, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(config.pretrained_model_name_or_path, broken)
+    shutil.rmtree(broken / "unet")
+    with pytest.raises(SafemaxError, match="cannot be loaded"):
+        train(replace(config, pretrained_model_name_or_path=str(broken)))

@@ -1,0 +1,91 @@
+"""SAFEMax's loss against a value worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from safemax_sd.config import TrainConfig
+from safemax_sd.families import Conditioning
+from safemax_sd.objectives import ErasureData
+from safemax_sd.objectives.base import Positions
+from safemax_sd.objectives.safemax import Safemax
+from safemax_sd.process import VariancePreserving
+from safemax_sd.replay import ReplayBank
+
+SIGNAL = torch.tensor([0.64, 0.64, 0.64])  # s = 0.6 at every timestep
+
+
+def conditioning(value: float) -> Conditioning:
+    return Conditioning({"states": torch.full((1, 1), value)})
+
+
+def bank(x: float, t: int, conditional: float, unconditional: float) -> ReplayBank:
+    def full(value: float) -> Tensor:
+        return torch.full((1, 1, 2, 2), value)
+
+    row = torch.zeros(1, dtype=torch.long)
+    return ReplayBank(full(x), torch.tensor([t]), row, full(conditional), full(unconditional), 2)
+
+
+def objective(**changes: object) -> Safemax:
+    data = ErasureData(
+        process=VariancePreserving(SIGNAL, "epsilon"),
+        latent_shape=(1, 2, 2),
+        forget=conditioning(1.0),
+        retain=conditioning(2.0),
+        empty=conditioning(0.0),
+        forget_bank=bank(2.0, 1, 0.3, 0.2),
+        retain_bank=bank(1.0, 0, 0.7, 0.4),
+    )
+    return Safemax(TrainConfig(halt_unconditional=0.0, **changes), data)  # type: ignore[arg-type]
+
+
+def zero(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def test_guided_target_by_hand() -> None:
+    # Guidance-aware forget samples all lie on the trajectory: x_t = 2, t/T = 1/2, target 0.2 + (0.6·2 - 0.2)/2 = 0.7.
+    built = objective(target_guidance=2.0, decay_lambda=2.0)
+    terms = built.loss(zero, built.draw(Positions(0, 0, range(8), range(8))))
+    assert float(terms.parts["forget"]) == pytest.approx(math.exp(-1) * 0.49, rel=1e-5)
+
+
+def test_retain_targets_are_the_recorded_predictions() -> None:
+    built = objective(retain_weight=3.0)
+    batch = built.draw(Positions(0, 0, range(1), range(200)))
+    kept = batch.target[1:].flatten(1)[:, 0]
+    asked = batch.conditioning.tensors["states"][1:, 0]
+    assert torch.equal(kept[asked == 2.0].unique(), torch.tensor([0.7]))
+    assert torch.equal(kept[asked == 0.0].unique(), torch.tensor([0.4]))
+    assert 0.15 < float((asked == 0).float().mean()) < 0.35
+    terms = built.loss(zero, batch)
+    assert float(terms.total) == pytest.approx(float(terms.parts["forget"] + 3 * terms.parts["retain"]), rel=1e-6)
+
+
+def test_sampled_target_has_the_closed_forms_mean_and_the_label_noise_of_the_signal() -> None:
+    built = objective(target="sampled", decay="constant")
+    batch = built.draw(Positions(0, 0, range(4000), range(1)))
+    noise = batch.target[:4000] - 0.6 * batch.x_t[:4000]
+    assert float(noise.mean()) == pytest.approx(0, abs=0.02)
+    assert float(noise.var()) == pytest.approx(0.64, rel=0.05)  # a², facts of the process
+
+
+def test_halted_empty_prompts_stay_below_their_noise_level() -> None:
+    built = objective()
+    halting = Safemax(TrainConfig(halt_unconditional=1.0, halt_below=0.5), built.data)
+    batch = halting.draw(Positions(0, 0, range(50), range(1)))
+    assert batch.t[:50].unique().tolist() == [0]
+    assert not batch.conditioning.tensors["states"][:50].any()
+
+
+def test_samples_depend_on_their_number_alone() -> None:
+    built = objective()
+    whole = built.draw(Positions(7, 3, range(6), range(6)))
+    part = built.draw(Positions(7, 3, range(2, 4), range(2, 4)))
+    assert torch.equal(whole.x_t[2:4], part.x_t[:2])
+    assert torch.equal(whole.x_t[8:10], part.x_t[2:])
