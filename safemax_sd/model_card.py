@@ -1,11 +1,11 @@
-"""The adapter's README.md, through diffusers' own model card helpers (they work offline)."""
+"""The adapter's README.md, a model card."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from huggingface_hub import ModelCardData
 
 from safemax_sd.provenance import atomic_write_text
 
@@ -54,12 +54,7 @@ def write_model_card(directory: Path, record: dict[str, Any]) -> None:
     """
     pictures = sorted(str(path.relative_to(directory)) for path in (directory / "samples").glob("*.png"))
     base = record["base_model"]["name_or_path"]
-    card = load_or_create_model_card(
-        repo_id_or_path=str(directory.name),
-        from_training=True,
-        license="openrail++",
-        base_model=base,
-        model_description=describe(record, pictures[-1:]),
-        inference=True,
-    )
-    atomic_write_text(directory / "README.md", str(populate_model_card(card, tags=TAGS)))
+    # Not through diffusers' load_or_create_model_card: it asks the hub for a repository of the folder's name first.
+    data = ModelCardData(base_model=base, library_name="diffusers", pipeline_tag="text-to-image", tags=TAGS)
+    text = f"---\n{data.to_yaml()}\n---\n\n{describe(record, pictures[-1:])}\n"
+    atomic_write_text(directory / "README.md", text)
