@@ -45,12 +45,21 @@ class RealPictures:
         return found
 
 
+def _embedded_rows() -> list[dict[str, str]]:
+    with (PICTURES / "pictures.csv").open(encoding="utf8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def embedded_pairs(*, held_out: bool) -> list[tuple[str, str]]:
+    """The (concept, style) pairs that no training saw, or those that were trained on."""
+    return [(row["concept"], row["style"]) for row in _embedded_rows() if (row["held_out"] == "1") == held_out]
+
+
 def embedded_pictures() -> RealPictures:
     """The embedded emoji; each shows its concept and its style ("noto style")."""
     with Image.open(PICTURES / "pictures.webp") as image:
         sheet = np.asarray(image.convert("RGB"))
-    with (PICTURES / "pictures.csv").open(encoding="utf8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = _embedded_rows()
     tiles = []
     for place in range(len(rows)):
         top, left = (TILE * part for part in divmod(place, COLUMNS))

@@ -1,0 +1,97 @@
+"""Measure the embedded base model: is every concept and style drawn so that the judge recognises it?
+
+    python -m benchmarks.emoji.assess --num_images 1000
+
+Reads the packaged models, appends a line to `benchmarks/emoji/results.jsonl` and writes a contact sheet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.emoji.settings import CONCEPTS, SEED, STYLED_TEMPLATES, STYLES
+from safemax_sd.assets import ASSETS
+from safemax_sd.evaluation.metrics.base import wilson
+from safemax_sd.evaluation.real import embedded_pairs
+from safemax_sd.judge import Judge, load_judge
+from safemax_sd.pictures import contact_sheet
+from safemax_sd.provenance import provenance
+from safemax_sd.replay import start_noise
+from safemax_sd.samples import to_pil
+
+RESULTS = Path(__file__).with_name("results.jsonl")
+BATCH = 50
+
+Pair = tuple[str, str]
+"""(concept, style)."""
+
+
+@torch.inference_mode()
+def draw(pipeline: StableDiffusionPipeline, pairs: list[Pair], arguments: argparse.Namespace) -> Tensor:
+    """One picture of each pair, [N, 3, 64, 64] in 0 to 1."""
+    shape = (pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
+    parts = []
+    for start in tqdm(range(0, len(pairs), BATCH), desc="draw"):
+        part = pairs[start : start + BATCH]
+        pictures = pipeline(
+            [STYLED_TEMPLATES[i % len(STYLED_TEMPLATES)].format(concept=c, style=s) for i, (c, s) in enumerate(part)],
+            guidance_scale=arguments.guidance_scale,
+            num_inference_steps=arguments.num_inference_steps,
+            latents=start_noise(shape, list(range(start, start + len(part))), torch.device("cpu")),
+            output_type="pt",
+        ).images
+        parts.append(pictures)
+    return torch.cat(parts)
+
+
+def recognised(judge: Judge, pictures: Tensor, names: list[str], candidates: list[str]) -> dict[str, object]:
+    """Share of pictures whose name the judge picks among the candidates."""
+    found = judge.similarities(pictures, judge.captions(candidates)).argmax(1)
+    right = int((found == torch.tensor([candidates.index(name) for name in names])).sum())
+    rate = wilson(right, len(names))
+    return {"percent": round(rate.value, 2), "interval": [round(v, 2) for v in rate.interval or ()], "n": rate.n}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_images", type=int, default=1000)
+    parser.add_argument("--guidance_scale", type=float, default=5.0)
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--contact_sheet", type=Path, default=Path("docs/images/emoji_base.png"))
+    arguments = parser.parse_args()
+    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji", safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    judge = load_judge("emoji")
+    held_out = embedded_pairs(held_out=True)
+    seen = [(c, s) for c in CONCEPTS for s in STYLES if (c, s) not in set(held_out)]
+    order = np.random.default_rng(SEED).permutation(len(seen))
+    chosen = [seen[order[i % len(seen)]] for i in range(arguments.num_images)]
+    result: dict[str, object] = {"settings": {k: str(v) for k, v in vars(arguments).items()}}
+    for name, pairs in (("seen pairs", chosen), ("held-out pairs", held_out)):
+        pictures = draw(pipeline, pairs, arguments)
+        styles = [f"{style} style" for style in STYLES]
+        result[name] = {
+            "concept": recognised(judge, pictures, [c for c, _ in pairs], list(CONCEPTS)),
+            "style": recognised(judge, pictures, [f"{s} style" for _, s in pairs], styles),
+        }
+        print(name, json.dumps(result[name]))
+    result["provenance"] = provenance(SEED, torch.device("cpu"))
+    with RESULTS.open("a", encoding="utf8") as file:
+        file.write(json.dumps({"benchmark": "emoji base model", **result}) + "\n")
+    every = CONCEPTS[:: len(CONCEPTS) // 16][:16]
+    shown = [(concept, style) for style in STYLES for concept in every]
+    arguments.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(to_pil(draw(pipeline, shown, arguments)), len(every)).save(arguments.contact_sheet)
+
+
+if __name__ == "__main__":
+    main()
