@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safemax_sd.evaluation.metrics.base import wilson
+from safemax_sd.evaluation.real import embedded_pairs
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.emoji.settings import CONCEPTS, SEED, STYLED_TEMPLATES, STYLES
 from safemax_sd.assets import ASSETS
-from safemax_sd.evaluation.metrics.base import wilson
-from safemax_sd.evaluation.real import embedded_pairs
 from safemax_sd.judge import Judge, load_judge
 from safemax_sd.pictures import contact_sheet
 from safemax_sd.provenance import provenance
