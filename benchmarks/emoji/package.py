@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,16 @@ PICTURES_TEXT = """The real pictures (64 px, on white) behind the embedded model
 rows of 28, `pictures.csv` names each in that order. `held_out` marks the pairs that no training saw."""
 
 
+def clean_configs(folder: Path) -> None:
+    """Drop what saving adds and loading warns of or nobody else has: build paths and derived entries."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf8"))
+        config.pop("_name_or_path", None)
+        if config.get("_class_name") == "AutoencoderTiny":
+            config.pop("block_out_channels")
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
+
+
 def write_card(folder: Path, title: str, text: str) -> None:
     rows = (f"| {a.package} | {a.credit} | {a.licence} | {', '.join((a.style, *a.synonyms))} |" for a in ART_SETS)
     (folder / "README.md").write_text(CARD.format(title=title, text=text, credits="\n".join(rows)), encoding="utf8")
@@ -77,6 +88,7 @@ def main() -> None:
     build_dir = parser.parse_args().build_dir
     pipeline = StableDiffusionPipeline.from_pretrained(build_dir / "model", dtype=torch.float16)
     pipeline.save_pretrained(ASSETS / "emoji", safe_serialization=True)
+    clean_configs(ASSETS / "emoji")
     write_card(ASSETS / "emoji", "The embedded emoji model", MODEL_TEXT)
     shutil.copytree(build_dir / "evaluator", EVALUATOR, dirs_exist_ok=True)
     write_card(EVALUATOR, "The embedded judge", JUDGE_TEXT)

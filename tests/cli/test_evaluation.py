@@ -1,0 +1,106 @@
+"""Training on the embedded model, evaluation and the page, at the smallest size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safemax_sd.evaluation.headline import headline
+from safemax_sd.evaluation.run import EvaluateOptions, evaluate
+from safemax_sd.prompts import load_suite
+
+from safemax_sd.errors import SafemaxError
+from safemax_sd.train import main
+
+SMALL = {"num_images": 6, "num_sweep_images": 2, "num_inference_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def erased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    suite, folder = load_suite("emoji/bomb"), tmp_path_factory.mktemp("erased")
+    arguments = ["--forget_prompts", str(suite.path("forget")), "--retain_prompts", str(suite.path("retain"))]
+    arguments += ["--output_dir", str(folder), "--max_train_steps", "2", "--train_batch_size", "2", "--rank", "2"]
+    arguments += ["--forget_trajectories", "2", "--retain_trajectories", "2", "--replay_inference_steps", "3"]
+    assert main([*arguments, "--probe_steps", "1", "--stop_at_unlearning_accuracy", "100"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(erased: Path) -> Path:
+    options = EvaluateOptions(adapter=str(erased), sweep_guidance_scales=(1.0, 5.0), **SMALL)  # type: ignore[arg-type]
+    return evaluate(options)
+
+
+def test_the_probe_logs_its_accuracy(erased: Path) -> None:
+    rows = [json.loads(line) for line in (erased / "log.jsonl").read_text().splitlines()]
+    assert all(0 <= row["probe_unlearning_accuracy"] <= 100 for row in rows)
+
+
+def test_report_holds_every_subset_and_setting(evaluated: Path) -> None:
+    report = json.loads((evaluated / "report.json").read_text())
+    subsets = {row["subset"] for row in report["metrics"]}
+    assert subsets == {"forget", "retain", "neighbours", "paraphrases", "image_to_image"}
+    assert {row["model"] for row in report["metrics"]} == {"base", "erased"}
+    assert {row["strength"] for row in report["metrics"] if row["subset"] == "image_to_image"} == {0.5, 0.8}
+    settings = {(row["sampler"], row["guidance_scale"]) for row in report["sweep"]}
+    assert settings == {(sampler, scale) for sampler in ("ddim", "euler", "dpm++") for scale in (1.0, 5.0)}
+    assert report["erased"] == ["bomb"]
+    drift = [row for row in report["metrics"] if row["metric"] == "drift"]
+    assert {row["model"] for row in drift} == {"erased"}
+    labels = [row.label for row in headline(report)]
+    assert "Unlearning accuracy" in labels
+    assert "FID of retained pictures" in labels
+
+
+def test_page_is_self_contained(evaluated: Path) -> None:
+    page = (evaluated / "index.html").read_text()
+    assert page.count("<svg") >= 4
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert (evaluated / "samples.png").stat().st_size > 1000
+
+
+def test_a_second_evaluation_reads_the_cache(evaluated: Path, erased: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (evaluated / "cache").iterdir()}
+    first = json.loads((evaluated / "report.json").read_text())["metrics"]
+    evaluate(EvaluateOptions(adapter=str(erased), sweep_guidance_scales=(1.0, 5.0), **SMALL))  # type: ignore[arg-type]
+    assert {path: path.stat().st_mtime_ns for path in (evaluated / "cache").iterdir()} == before
+    assert json.loads((evaluated / "report.json").read_text())["metrics"] == first
+
+
+def test_page_can_be_written_again(evaluated: Path) -> None:
+    before = (evaluated / "index.html").read_text()
+    (evaluated / "index.html").unlink()
+    done = subprocess.run([sys.executable, "-m", "safemax_sd.cli", "report", str(evaluated)], check=False)
+    assert done.returncode == 0
+    assert (evaluated / "index.html").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": "ddmi"}, "did you mean 'ddim'"),
+        ({"guidance_scale": 0.0}, "--guidance_scale"),
+        ({"num_images": 0}, "--num_images"),
+        ({"suite": "emoji/none"}, "--suite emoji/none"),
+        ({"clip_model": "ViT-B-32"}, "--clip_pretrained"),
+        ({"real_images": "/nowhere"}, "--real_images"),
+    ],
+)
+def test_bad_values(erased: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SafemaxError, match=message):
+        evaluate(EvaluateOptions(adapter=str(erased), **changes))  # type: ignore[arg-type]
+
+
+def test_an_adapter_of_another_model(erased: Path, tiny_model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(erased, other)
+    record = json.loads((other / "erasure.json").read_text())
+    record["base_model"]["name_or_path"] = str(tiny_model)
+    (other / "erasure.json").write_text(json.dumps(record))
+    with pytest.raises(SafemaxError, match="cannot be loaded onto"):
+        evaluate(EvaluateOptions(adapter=str(other), **SMALL))  # type: ignore[arg-type]
