@@ -50,7 +50,7 @@ class Captioner:
     def concept(self, concept: str, generator: np.random.Generator) -> str:
         """A caption that names the concept only."""
         template = settings.PLAIN_TEMPLATES[generator.integers(len(settings.PLAIN_TEMPLATES))]
-        return template.format(concept=self._name(concept, self.synonyms[concept], generator))
+        return template.format(concept=self._name(concept, self.synonyms.get(concept, ()), generator))
 
     def style(self, style: str, generator: np.random.Generator) -> str:
         """A caption that names the style only."""
@@ -60,7 +60,7 @@ class Captioner:
         """A caption that names both."""
         template = settings.STYLED_TEMPLATES[generator.integers(len(settings.STYLED_TEMPLATES))]
         return template.format(
-            concept=self._name(concept, self.synonyms[concept], generator),
+            concept=self._name(concept, self.synonyms.get(concept, ()), generator),
             style=self._name(style, self.styles[style], generator),
         )
 

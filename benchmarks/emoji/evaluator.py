@@ -109,12 +109,17 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, labels: Tenso
     return (rows + columns) / 2
 
 
-def to_tensor(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+def to_tensor(images: Tensor) -> Tensor:
+    """uint8 [N, 64, 64, 3] to float32 [N, 3, 64, 64] in -1 to 1."""
+    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def train(pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, build_dir: Path) -> torch.nn.Module:
-    """Train for the set minutes; every batch asks for concept and style, the concept alone, or the style alone."""
+    """Train for the set minutes; every batch asks for concept and style, the concept alone, or the style alone.
+
+    Half of every batch shows our concepts, the other half all other emoji: from our few pictures of each concept alone,
+    the model learns the pictures by heart and tells neither style nor concept in a new one.
+    """
     torch.manual_seed(SEED)
     model = build(options, build_dir / "evaluator")
     tokenizer = open_clip.get_tokenizer(MODEL_NAME)
@@ -124,15 +129,19 @@ def train(pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, 
     run = TimedRun(build_dir / "evaluator.pt", options.minutes, state)
     numbers = np.random.default_rng([SEED, run.step])
     generator = torch.Generator().manual_seed(SEED + run.step)
-    everything = to_tensor(pictures.images)
+    everything = torch.from_numpy(pictures.images)
+    ours = np.isin(pictures.labels, CONCEPTS)
+    groups = [np.flatnonzero(ours), np.flatnonzero(~ours)]
+    names = sorted(set(pictures.labels.tolist()))
     noise_count = options.batch_size // 16
     bar = tqdm(total=round(run.budget), initial=round(run.spent), unit="s", desc="evaluator")
     while run.share < 1:
-        chosen = numbers.choice(len(everything), options.batch_size - noise_count, replace=False)
+        half = (options.batch_size - noise_count) // 2
+        chosen = np.concatenate([numbers.choice(group, half, replace=False) for group in groups])
         kind = ("styled", "concept", "style")[run.step % 3]
         pairs = [(str(pictures.labels[i]), str(pictures.styles[i])) for i in chosen]
-        captions, labels = make_captions(captioner, pairs, kind, numbers)
-        images = torch.cat([augment(everything[chosen], generator), noise_pictures(noise_count, generator)])
+        captions, labels = make_captions(captioner, pairs, kind, numbers, names)
+        images = torch.cat([augment(to_tensor(everything[chosen]), generator), noise_pictures(noise_count, generator)])
         captions += [NOISE_CAPTION] * noise_count
         labels += [-1] * noise_count
         with mixed_precision():
@@ -156,14 +165,14 @@ def train(pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, 
 
 
 def make_captions(
-    captioner: Captioner, pairs: list[tuple[str, str]], kind: str, numbers: np.random.Generator
+    captioner: Captioner, pairs: list[tuple[str, str]], kind: str, numbers: np.random.Generator, names: list[str]
 ) -> tuple[list[str], list[int]]:
-    """A caption of each (concept, style) and the label of what it names."""
+    """A caption of each (concept, style) and the label of what it names, concepts numbered as in `names`."""
     if kind == "styled":
         captions = [captioner.styled(concept, style, numbers) for concept, style in pairs]
-        return captions, [CONCEPTS.index(concept) * len(STYLES) + STYLES.index(style) for concept, style in pairs]
+        return captions, [names.index(concept) * len(STYLES) + STYLES.index(style) for concept, style in pairs]
     if kind == "concept":
-        return [captioner.concept(concept, numbers) for concept, _ in pairs], [CONCEPTS.index(c) for c, _ in pairs]
+        return [captioner.concept(concept, numbers) for concept, _ in pairs], [names.index(c) for c, _ in pairs]
     return [captioner.style(style, numbers) for _, style in pairs], [STYLES.index(style) for _, style in pairs]
 
 
@@ -172,7 +181,7 @@ def assess(model: torch.nn.Module, pictures: Pictures, generator: torch.Generato
     """Share of pictures matched with their own concept, style and full caption, in percent."""
     model.eval()
     tokenizer = open_clip.get_tokenizer(MODEL_NAME)
-    images = to_tensor(pictures.images)
+    images = to_tensor(torch.from_numpy(pictures.images))
     if generator is not None:
         images = augment(images, generator)
     features = torch.cat([F.normalize(model.encode_image(part), dim=-1) for part in images.split(128)])  # type: ignore[operator]
@@ -208,11 +217,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=EvaluatorSettings.minutes)
     arguments = parser.parse_args()
     options = EvaluatorSettings(minutes=arguments.minutes)
-    pictures = load_pictures(arguments.build_dir).concepts_only()
+    everything = load_pictures(arguments.build_dir)
+    pictures = everything.concepts_only()
     names = arguments.build_dir / "npm" / settings.NAMES_PACKAGE.replace("/", "_") / "package"
     captioner = Captioner(concept_synonyms(names), plain_share=0.0, synonym_share=0.4)
     seen, held_out = pictures.select(~pictures.held_out), pictures.select(pictures.held_out)
-    model = train(seen, captioner, options, arguments.build_dir)
+    model = train(everything.select(~everything.held_out), captioner, options, arguments.build_dir)
     save(model, arguments.build_dir / "evaluator", options)
     generator = torch.Generator().manual_seed(SEED)
     for name, part, drawn in (("seen", seen, None), ("seen, augmented", seen, generator), ("held out", held_out, None)):

@@ -52,7 +52,7 @@ rows of 28, `pictures.csv` names each in that order. `held_out` marks the pairs 
 
 def clean_configs(folder: Path) -> None:
     """Drop what saving adds and loading warns of or nobody else has: build paths and derived entries."""
-    for path in folder.rglob("config.json"):
+    for path in [*folder.rglob("config.json"), folder / "model_index.json"]:
         config = json.loads(path.read_text(encoding="utf8"))
         config.pop("_name_or_path", None)
         if config.get("_class_name") == "AutoencoderTiny":
