@@ -1,4 +1,4 @@
-"""Train and evaluate variants of SAFEMax side by side on an emoji suite; appends to `benchmarks/erasure_variants.jsonl`.
+"""Train and evaluate variants of SAFEMax on an emoji suite; appends to `benchmarks/erasure_variants.jsonl`.
 
     python -m benchmarks.erasure_variants --suite emoji/bomb --work_dir variants
 
@@ -12,9 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safemax_sd.config import TrainConfig
 from safemax_sd.evaluation.run import EvaluateOptions, evaluate
 from safemax_sd.prompts import load_suite
+
+from safemax_sd.config import TrainConfig
 from safemax_sd.train import train
 
 RESULTS = Path(__file__).with_suffix(".jsonl")

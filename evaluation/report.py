@@ -167,5 +167,8 @@ def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pairs(content: Mapping[str, Any]) -> str:
-    rows = (f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in content.items())
+    def text(value: Any) -> str:
+        return html.escape(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+
+    rows = (f"<tr><th>{text(key)}</th><td>{text(value)}</td></tr>" for key, value in content.items())
     return f"<table>{''.join(rows)}</table>"

@@ -81,6 +81,7 @@ class _DistributionMetric(Metric):
             cuda=torch.cuda.is_available(),
             cache=False,
             verbose=False,
+            save_cpu_ram=True,  # no worker processes: the pictures are in memory
             **wanted,
         )
         return found
