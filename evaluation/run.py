@@ -138,8 +138,8 @@ class Evaluation:
         rows: list[dict[str, Any]] = []
         shown: dict[str, list[Any]] = {"base": [], "erased": [], "prompts": []}
         settings = {"sampler": self.options.sampler, "guidance_scale": self.options.guidance_scale}
-        for subset, prompt_set in self.suite.parts.items():
-            prompts = pick(prompt_set, self.options.num_images)
+        for subset in (part for part in SAMPLE_COUNTS if part in self.suite.parts):
+            prompts = pick(self.suite.parts[subset], self.options.num_images)
             names = [name for name in METRICS.names() if subset in METRICS.get(name).subsets]
             base: Pictures | None = None
             for model in ("base", "erased"):
