@@ -74,7 +74,7 @@ class TrainConfig:
     enable_xformers_memory_efficient_attention: bool = option(False, "xformers attention where it works.")
 
     forget_trajectories: int = option(32, "Trajectories of the frozen model recorded for forbidden prompts.")
-    retain_trajectories: int = option(128, "The same for prompts to keep.")
+    retain_trajectories: int = option(256, "The same for prompts to keep.")
     replay_guidance_scale: float = option(4.0, "Guidance of those trajectories and of validation pictures.")
     replay_inference_steps: int = option(20, "Sampling steps of those trajectories.")
     replay_batch_size: int = option(32, "Trajectories sampled together.")

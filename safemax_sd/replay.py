@@ -63,7 +63,7 @@ def record(
 
     Args:
         family: Model; an attached adapter is switched off while recording.
-        conditioning: Of the prompts, one row each; they are taken in turn.
+        conditioning: Of the prompts, one row each; spread evenly over them, or taken in turn where they are fewer.
         trajectories: How many pictures to sample.
         guidance_scale: Of the trajectories' classifier-free guidance.
         num_inference_steps: Steps of each trajectory.
@@ -75,10 +75,12 @@ def record(
     shape = family.latent_shape(resolution)
     device = next(family.denoiser.parameters()).device
     parts: list[tuple[Tensor, ...]] = []
+    fewer = trajectories < len(conditioning)
     with family.base_only(), torch.no_grad(), tqdm(total=trajectories, desc=description, unit="trajectory") as bar:
         for start in range(0, trajectories, batch_size):
             indices = torch.arange(start, min(start + batch_size, trajectories))
-            prompts = indices % len(conditioning)
+            # A file usually lists prompts by concept: fewer trajectories than prompts must still visit all of it.
+            prompts = indices * len(conditioning) // trajectories if fewer else indices % len(conditioning)
             noise = start_noise(shape, [seed + int(i) for i in indices], device)
             points = family.trajectory(
                 conditioning.select(prompts),
