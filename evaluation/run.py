@@ -250,11 +250,8 @@ def row(metric: str, subset: str, model: str, result: Result, **settings: Any) -
 
 
 def pick(prompt_set: PromptSet, count: int) -> list[Prompt]:
-    """`count` prompts spread evenly over the file, which is gone through again where it is shorter."""
-    total = len(prompt_set)
-    if count <= total:
-        return [prompt_set.prompts[i * total // count] for i in range(count)]
-    return [prompt_set.prompts[i % total] for i in range(count)]
+    """`count` prompts spread evenly over the file; each several times, with seeds of its own, where it is shorter."""
+    return [prompt_set.prompts[i * len(prompt_set) // count] for i in range(count)]
 
 
 def spread(total: int, count: int) -> list[int]:
