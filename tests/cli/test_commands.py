@@ -68,3 +68,13 @@ def test_evaluate_names_what_is_missing(tmp_path: Path) -> None:
 
 def test_suites() -> None:
     assert "emoji/bomb: " in run("-m", "safemax_sd.cli", "suites").stdout
+
+
+def test_the_source_tree_works_without_an_editable_install() -> None:
+    root = Path(__file__).parents[2]
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
+        f"sys.path.insert(0, {str(root)!r}); import safemax_sd.train, safemax_sd.evaluation as e; print(e.__file__)"
+    )
+    done = run("-c", code)
+    assert done.stdout.strip() == str(root / "evaluation" / "__init__.py"), done.stderr
