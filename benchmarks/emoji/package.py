@@ -57,6 +57,8 @@ def clean_configs(folder: Path) -> None:
         config.pop("_name_or_path", None)
         if config.get("_class_name") == "AutoencoderTiny":
             config.pop("block_out_channels")
+        if "dtype" in config:  # transformers would load the text encoder alone in half precision
+            config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
 
 

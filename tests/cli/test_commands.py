@@ -78,3 +78,14 @@ def test_the_source_tree_works_without_an_editable_install() -> None:
     )
     done = run("-c", code)
     assert done.stdout.strip() == str(root / "evaluation" / "__init__.py"), done.stderr
+
+
+def test_the_embedded_model_draws_in_a_script_of_diffusers_alone() -> None:
+    folder = Path(__file__).parents[2] / "safemax_sd" / "assets" / "emoji"
+    code = (
+        "from diffusers import StableDiffusionPipeline as P;"
+        f"pipe = P.from_pretrained({str(folder)!r}, safety_checker=None);"
+        "print(pipe('an emoji of a dog', num_inference_steps=2).images[0].size)"
+    )
+    done = run("-c", code)
+    assert done.stdout.strip() == "(64, 64)", done.stderr
