@@ -150,7 +150,7 @@ class Generator:
             noise = start_noise(self.latent_shape, seeds, pipeline.device).to(pipeline.unet.dtype)
             latents = pipeline(latents=noise, **options).images
         else:
-            with_image = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+            with_image: Any = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
             with_image.set_progress_bar_config(disable=True)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             latents = with_image(image=sources, strength=job.strength, generator=generators, **options).images

@@ -27,7 +27,7 @@ CSS_OF = {
     **{color: f"var(--series-{number})" for number, color in enumerate(SERIES, start=1)},
 }
 MARKERS = ("o", "s", "^", "D", "v")
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "safemax",
     "font.size": 9,
