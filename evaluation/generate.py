@@ -94,7 +94,7 @@ class Generator:
         self.pipeline.set_progress_bar_config(disable=True)
         self.record, self.cache_dir, self.batch_size = record, cache_dir, batch_size
         self.fingerprint = hashlib.sha256(weights.read_bytes()).hexdigest()
-        self._schedulers = {name: cls.from_config(self.pipeline.scheduler.config) for name, cls in SAMPLERS.items()}
+        self._scheduler_config = self.pipeline.scheduler.config
         cache_dir.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -144,7 +144,7 @@ class Generator:
         }
         pipeline = self.pipeline
         # A scheduler keeps state between runs: each batch gets its own.
-        pipeline.scheduler = SAMPLERS[job.sampler].from_config(self._schedulers[job.sampler].config)
+        pipeline.scheduler = SAMPLERS[job.sampler].from_config(self._scheduler_config)
         seeds = list(job.seeds[part])
         if sources is None:
             noise = start_noise(self.latent_shape, seeds, pipeline.device).to(pipeline.unet.dtype)

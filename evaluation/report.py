@@ -72,7 +72,13 @@ def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]
     return folder / "index.html"
 
 
-def render(folder: Path, adapter_dir: Path | None = None) -> Path:
+def read_log(adapter_dir: Path) -> list[dict[str, Any]]:
+    """The training's log, empty where an adapter was passed on without it."""
+    path = adapter_dir / "log.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()] if path.exists() else []
+
+
+def render(folder: Path) -> Path:
     """Write the page again from a finished evaluation's folder.
 
     Raises:
@@ -81,9 +87,7 @@ def render(folder: Path, adapter_dir: Path | None = None) -> Path:
     path = folder / "report.json"
     if not path.is_file():
         raise OptionError("REPORT_DIR", folder, "holds no report.json: run safemax evaluate first")
-    log_path = (adapter_dir or folder.parent) / "log.jsonl"
-    lines = log_path.read_text(encoding="utf8").splitlines() if log_path.exists() else []
-    return write_page(json.loads(path.read_text(encoding="utf8")), folder, log=[json.loads(line) for line in lines])
+    return write_page(json.loads(path.read_text(encoding="utf8")), folder, log=read_log(folder.parent))
 
 
 def snippet(record: Mapping[str, Any], adapter: str) -> str:

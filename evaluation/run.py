@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from safemax_sd.evaluation.generate import SAMPLERS, Generator, Job, Pictures, r
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
 from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
-from safemax_sd.evaluation.report import write_page
+from safemax_sd.evaluation.report import read_log, write_page
 from safemax_sd.prompts import Prompt, PromptSet, Suite, load_suite, suite_names
 from torch import Tensor
 
@@ -297,9 +296,3 @@ def load_real(options: EvaluateOptions, record: dict[str, Any]) -> RealPictures 
     if options.real_images is not None:
         return load_folder(options.real_images)
     return embedded_pictures() if record["base_model"]["name_or_path"] == "emoji" else None
-
-
-def read_log(adapter_dir: Path) -> list[dict[str, Any]]:
-    """The training's log, empty where an adapter was passed on without it."""
-    path = adapter_dir / "log.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()] if path.exists() else []

@@ -6,21 +6,26 @@ import math
 from typing import ClassVar
 
 import torch
-from safemax_sd.evaluation.metrics.base import Batch, Metric, PerItemMetric, Result
+from safemax_sd.evaluation.metrics.base import Batch, Context, Metric, PerItemMetric, Result
 from scipy.stats import kstest
 from torch import Tensor
 
 FORGET = frozenset({"forget"})
 
 
-class LatentStd(PerItemMetric):
-    """Root mean square of the latents' elements: 1 for N(0, I)."""
+class _OfLatents(Metric):
+    """A metric of forbidden outputs' latents."""
 
-    name: ClassVar[str] = "latent_std"
     subsets: ClassVar[frozenset[str]] = FORGET
 
     def applies(self, batch: Batch) -> bool:
         return batch.latents is not None
+
+
+class LatentStd(_OfLatents, PerItemMetric):
+    """Root mean square of the latents' elements: 1 for N(0, I)."""
+
+    name: ClassVar[str] = "latent_std"
 
     def per_item(self, batch: Batch) -> Tensor:
         assert batch.latents is not None
@@ -32,14 +37,10 @@ class LatentStd(PerItemMetric):
         return Result(math.sqrt(power.value), (math.sqrt(low), math.sqrt(high)), power.n)
 
 
-class LatentAutocorrelation(PerItemMetric):
+class LatentAutocorrelation(_OfLatents, PerItemMetric):
     """Correlation of horizontally and vertically adjacent elements of each latent: 0 for N(0, I)."""
 
     name: ClassVar[str] = "latent_lag1_autocorrelation"
-    subsets: ClassVar[frozenset[str]] = FORGET
-
-    def applies(self, batch: Batch) -> bool:
-        return batch.latents is not None
 
     def per_item(self, batch: Batch) -> Tensor:
         assert batch.latents is not None
@@ -49,18 +50,15 @@ class LatentAutocorrelation(PerItemMetric):
         return (across + down) / 2 / x.square().flatten(1).mean(1)
 
 
-class LatentKolmogorovSmirnov(Metric):
+class LatentKolmogorovSmirnov(_OfLatents):
     """Kolmogorov-Smirnov distance of all latents' elements to the standard normal: 0 to 1, 0 for N(0, I)."""
 
     name: ClassVar[str] = "latent_ks_distance"
     higher_is_better: ClassVar[bool | None] = False
-    subsets: ClassVar[frozenset[str]] = FORGET
 
-    def __init__(self, context: object) -> None:
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
         self.parts: list[Tensor] = []
-
-    def applies(self, batch: Batch) -> bool:
-        return batch.latents is not None
 
     def update(self, batch: Batch) -> None:
         assert batch.latents is not None
