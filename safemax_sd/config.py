@@ -46,7 +46,7 @@ class TrainConfig:
     decay: Literal["exponential", "constant", "linear", "cutoff"] = option("exponential", "Shape of D(t).")
     decay_lambda: float = option(1.0, "λ in D(t) = exp(-λ·t/T).")
     target: Literal["closed_form", "sampled"] = option("closed_form", "Maximum-entropy target or draws of it.")
-    target_guidance: float = option(1.0, "Guidance scale that the target is exact for; 1 moves ε_c itself.")
+    target_guidance: float = option(1.0, "Guidance the target is exact for where the empty prompt is not halted.")
     halt_unconditional: float = option(0.25, "Share of forget samples with the empty prompt on pure noise.")
     halt_below: float = option(0.9, "Highest t/T of those samples.")
     retain_weight: float = option(5.0, "Weight of the retain loss.")

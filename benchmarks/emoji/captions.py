@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.emoji import settings
 from benchmarks.emoji.data import read_emoji
-from benchmarks.emoji.settings import ART_SETS, CONCEPTS, SYNONYMS
+from benchmarks.emoji.settings import ART_SETS, CONCEPTS, SYNONYMS, ArtSet
 
 
 def concept_synonyms(names_folder: Path) -> dict[str, tuple[str, ...]]:
@@ -35,11 +35,19 @@ class Captioner:
         synonyms: Of each concept (see `concept_synonyms`).
         plain_share: Share of captions that name no style.
         synonym_share: Share of captions that use a synonym of the concept, where it has one; same for styles.
+        art_sets: Whose styles are named.
     """
 
-    def __init__(self, synonyms: dict[str, tuple[str, ...]], *, plain_share: float, synonym_share: float) -> None:
+    def __init__(
+        self,
+        synonyms: dict[str, tuple[str, ...]],
+        *,
+        plain_share: float,
+        synonym_share: float,
+        art_sets: tuple[ArtSet, ...] = ART_SETS,
+    ) -> None:
         self.synonyms = synonyms
-        self.styles = {art_set.style: art_set.synonyms for art_set in ART_SETS}
+        self.styles = {art_set.style: art_set.synonyms for art_set in art_sets}
         self.plain_share, self.synonym_share = plain_share, synonym_share
 
     def _name(self, name: str, others: tuple[str, ...], generator: np.random.Generator) -> str:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.emoji.data --build_dir emoji_build
 
-Needs npm and the `emoji` extra (resvg-py). Writes `emoji_build/pictures.npz`; done steps are not repeated.
+Needs npm and the `emoji` extra (resvg-py). Writes `emoji_build/pictures.npz` (the art sets of the embedded model) and
+`judge_pictures.npz` (further sets that only the judge learns from); done steps are not repeated.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import subprocess
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.emoji import settings
-from benchmarks.emoji.settings import ART_SETS, CONCEPTS, ArtSet
+from benchmarks.emoji.settings import ART_SETS, CONCEPTS, JUDGE_ART_SETS, ArtSet
 
 RENDER_PX = 256
 FLAGS_GROUP, COMPONENTS_GROUP = 9, 2
@@ -49,13 +50,19 @@ class Pictures:
         return Pictures(self.images[mask], self.labels[mask], self.styles[mask], self.held_out[mask])
 
     def concepts_only(self) -> Pictures:
-        """The pictures of `settings.CONCEPTS`: what the diffusion model and the evaluator learn."""
+        """The pictures of `settings.CONCEPTS`: what the diffusion model learns."""
         return self.select(np.isin(self.labels, CONCEPTS))
 
+    def __add__(self, other: Pictures) -> Pictures:
+        return Pictures(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(Pictures)))
 
-def load_pictures(build_dir: Path) -> Pictures:
+
+PICTURES, JUDGE_PICTURES = "pictures.npz", "judge_pictures.npz"
+
+
+def load_pictures(build_dir: Path, name: str = PICTURES) -> Pictures:
     """Read what `main` rendered."""
-    with np.load(build_dir / "pictures.npz") as stored:
+    with np.load(build_dir / name) as stored:
         labels, styles = stored["labels"], stored["styles"]
         return Pictures(stored["images"], labels, styles, choose_held_out(labels, styles))
 
@@ -63,7 +70,7 @@ def load_pictures(build_dir: Path) -> Pictures:
 def fetch(build_dir: Path) -> dict[str, Path]:
     """Download and unpack each npm package once; returns package -> folder."""
     folders = {}
-    for package in tqdm([*(a.package for a in ART_SETS), settings.NAMES_PACKAGE], desc="fetch"):
+    for package in tqdm([*(a.package for a in (*ART_SETS, *JUDGE_ART_SETS)), settings.NAMES_PACKAGE], desc="fetch"):
         folder = build_dir / "npm" / package.replace("/", "_")
         if not (folder / "package" / "package.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -157,12 +164,28 @@ def render_set(art_set: ArtSet, folder: Path, emoji: list[dict[str, str]]) -> tu
     return images, [label for label, _ in kept]
 
 
+def render_sets(
+    art_sets: tuple[ArtSet, ...], folders: dict[str, Path], emoji: list[dict[str, str]]
+) -> tuple[list[np.ndarray], list[str], list[str]]:
+    """Render several art sets; returns pictures, labels and styles."""
+    images: list[np.ndarray] = []
+    labels: list[str] = []
+    styles: list[str] = []
+    for art_set in art_sets:
+        set_images, set_labels = render_set(art_set, folders[art_set.package], emoji)
+        images += set_images
+        labels += set_labels
+        styles += [art_set.style] * len(set_labels)
+    return images, labels, styles
+
+
 def choose_held_out(labels: np.ndarray, styles: np.ndarray) -> np.ndarray:
-    """A tenth of the (concept, style) pairs, at most one a concept, evenly over the styles."""
+    """A tenth of the (concept, style) pairs, at most one a concept, evenly over the styles; and their redrawings."""
     generator = np.random.default_rng(settings.SEED)
     count = round(settings.HELD_OUT_SHARE * len(CONCEPTS) * len(settings.STYLES))
     chosen = generator.permutation(len(CONCEPTS))[: min(count, len(CONCEPTS))]
     pairs = {(CONCEPTS[c], settings.STYLES[i % len(settings.STYLES)]) for i, c in enumerate(chosen)}
+    pairs |= {(c, art.style) for c, style in set(pairs) for art in JUDGE_ART_SETS if style in art.sisters}
     return np.array([(label, style) in pairs for label, style in zip(labels, styles, strict=True)])
 
 
@@ -173,22 +196,16 @@ def main() -> None:
     build_dir.mkdir(parents=True, exist_ok=True)
     folders = fetch(build_dir)
     emoji = read_emoji(folders[settings.NAMES_PACKAGE])
-    images: list[np.ndarray] = []
-    labels: list[str] = []
-    styles: list[str] = []
-    for art_set in ART_SETS:
-        set_images, set_labels = render_set(art_set, folders[art_set.package], emoji)
-        missing = sorted(set(CONCEPTS) - set(set_labels))
-        if missing:
-            raise SystemExit(f"{art_set.package} has no picture of: {', '.join(missing)}")
-        images += set_images
-        labels += set_labels
-        styles += [art_set.style] * len(set_labels)
-    np.savez_compressed(
-        build_dir / "pictures.npz", images=np.stack(images), labels=np.array(labels), styles=np.array(styles)
-    )
-    held_out = load_pictures(build_dir).held_out.sum()
-    print(f"{len(images)} pictures, {len(CONCEPTS)} concepts x {len(ART_SETS)} styles, {held_out} pairs held out")
+    for name, art_sets in ((PICTURES, ART_SETS), (JUDGE_PICTURES, JUDGE_ART_SETS)):
+        if not (build_dir / name).exists():
+            images, labels, styles = render_sets(art_sets, folders, emoji)
+            missing = sorted(set(CONCEPTS) - set(labels))
+            if missing:
+                raise SystemExit(f"{name} lacks a picture of: {', '.join(missing)}")
+            arrays = {"images": np.stack(images), "labels": np.array(labels), "styles": np.array(styles)}
+            np.savez_compressed(build_dir / name, **arrays)
+        pictures = load_pictures(build_dir, name)
+        print(f"{name}: {len(pictures.labels)} pictures, {len(art_sets)} styles, {pictures.held_out.sum()} held out")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m benchmarks.emoji.evaluator --build_dir emoji_build
 
-Writes `emoji_build/evaluator/` (open_clip's local format). Killed runs resume. The judge shares nothing with the
+Needs the trained autoencoder (`emoji_build/vae`), of which it learns what decoded noise looks like. Writes
+`emoji_build/evaluator/` (open_clip's local format). Killed runs resume. The judge shares nothing with the
 diffusion model but the pictures: it has its own text tower and reads CLIP's standard vocabulary.
 """
 
@@ -10,20 +11,24 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.emoji import settings
+from benchmarks.emoji.augmentation import augment, decoded_noise, grainy_noise, recolour
 from benchmarks.emoji.captions import Captioner, concept_synonyms
-from benchmarks.emoji.data import Pictures, load_pictures
-from benchmarks.emoji.settings import CONCEPTS, RESOLUTION, SEED, STYLES, EvaluatorSettings
+from benchmarks.emoji.data import JUDGE_PICTURES, Pictures, load_pictures
+from benchmarks.emoji.settings import ART_SETS, CONCEPTS, JUDGE_ART_SETS, RESOLUTION, SEED, STYLES, EvaluatorSettings
 from benchmarks.emoji.training import Ema, TimedRun, cosine_factor, mixed_precision
 
 MODEL_NAME = "safemax_emoji"
@@ -39,57 +44,12 @@ PREPROCESS = {
 }
 
 
-def build(options: EvaluatorSettings, folder: Path) -> torch.nn.Module:
+def build(options: EvaluatorSettings, folder: Path) -> Any:
     """Register the model's configuration with open_clip and create it untrained."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{MODEL_NAME}.json").write_text(json.dumps(options.model_config, indent=1), encoding="utf8")
     open_clip.add_model_config(folder / f"{MODEL_NAME}.json")
-    model: torch.nn.Module = open_clip.create_model(MODEL_NAME)
-    return model
-
-
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random scale, shift, small turn, brightness, blur and noise, as a generated picture may show them.
-
-    Args:
-        images: float32 [B, 3, 64, 64] in -1 to 1.
-    """
-    count = len(images)
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, generator=generator)
-
-    angle, scale = uniform(-0.15, 0.15), uniform(0.9, 1.15)
-    matrix = torch.stack(
-        [
-            torch.stack([scale * angle.cos(), -scale * angle.sin(), uniform(-0.12, 0.12)], 1),
-            torch.stack([scale * angle.sin(), scale * angle.cos(), uniform(-0.12, 0.12)], 1),
-        ],
-        1,
-    )
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images - 1, grid, align_corners=False) + 1  # outside is white
-    blurred = F.avg_pool2d(moved, 3, stride=1, padding=1, count_include_pad=False)
-    blur = uniform(-0.5, 1).clamp(min=0).view(-1, 1, 1, 1)
-    noise = uniform(-0.05, 0.15).clamp(min=0).view(-1, 1, 1, 1) * torch.randn(images.shape, generator=generator)
-    bright = uniform(-0.1, 0.1).view(-1, 1, 1, 1)
-    return (moved.lerp(blurred, blur) + noise + bright).clamp(-1, 1)
-
-
-def noise_pictures(count: int, generator: torch.Generator) -> Tensor:
-    """Noise at a random grain (1 to 16 px), contrast, brightness and tint, no picture at all; [N, 3, 64, 64]."""
-    pictures = []
-    for _ in range(count):
-        grain = 2 ** int(torch.randint(0, 5, (), generator=generator))
-        fine = torch.randn(1, 3, RESOLUTION // grain, RESOLUTION // grain, generator=generator)
-        if torch.rand((), generator=generator) < 0.3:
-            fine = fine.mean(1, keepdim=True).expand(-1, 3, -1, -1) * 1.7
-        mode = "bilinear" if torch.rand((), generator=generator) < 0.7 else "nearest"
-        field = F.interpolate(fine, size=RESOLUTION, mode=mode)
-        spread = 0.2 + 0.8 * torch.rand((), generator=generator)
-        offset = 0.5 * torch.randn((1, 3, 1, 1), generator=generator)
-        pictures.append(field * spread + offset)
-    return torch.cat(pictures).clamp(-1, 1)
+    return open_clip.create_model(MODEL_NAME)
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, labels: Tensor) -> Tensor:
@@ -115,39 +75,26 @@ def to_tensor(images: Tensor) -> Tensor:
 
 
 def train(pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, build_dir: Path) -> torch.nn.Module:
-    """Train for the set minutes; every batch asks for concept and style, the concept alone, or the style alone.
+    """Train for the set minutes; every picture is matched with its concept, its style, and both.
 
     Half of every batch shows our concepts, the other half all other emoji: from our few pictures of each concept alone,
-    the model learns the pictures by heart and tells neither style nor concept in a new one.
+    the model learns the pictures by heart and tells neither style nor concept in a new one. Pictures of another look
+    (`recolour`) teach concepts only.
     """
     torch.manual_seed(SEED)
-    model = build(options, build_dir / "evaluator")
-    tokenizer = open_clip.get_tokenizer(MODEL_NAME)
+    model = build(options, build_dir / "evaluator").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = Ema(model, 0.998)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     state = {"model": model, "ema": ema.module, "optimizer": optimizer}
     run = TimedRun(build_dir / "evaluator.pt", options.minutes, state)
-    numbers = np.random.default_rng([SEED, run.step])
-    generator = torch.Generator().manual_seed(SEED + run.step)
-    everything = torch.from_numpy(pictures.images)
-    ours = np.isin(pictures.labels, CONCEPTS)
-    groups = [np.flatnonzero(ours), np.flatnonzero(~ours)]
-    names = sorted(set(pictures.labels.tolist()))
-    noise_count = options.batch_size // 16
+    feed = Feed(pictures, captioner, options, AutoencoderTiny.from_pretrained(build_dir / "vae"), run.step)
     bar = tqdm(total=round(run.budget), initial=round(run.spent), unit="s", desc="evaluator")
     while run.share < 1:
-        half = (options.batch_size - noise_count) // 2
-        chosen = np.concatenate([numbers.choice(group, half, replace=False) for group in groups])
-        kind = ("styled", "concept", "style")[run.step % 3]
-        pairs = [(str(pictures.labels[i]), str(pictures.styles[i])) for i in chosen]
-        captions, labels = make_captions(captioner, pairs, kind, numbers, names)
-        images = torch.cat([augment(to_tensor(everything[chosen]), generator), noise_pictures(noise_count, generator)])
-        captions += [NOISE_CAPTION] * noise_count
-        labels += [-1] * noise_count
+        images, tasks = feed.draw()
         with mixed_precision():
-            features = F.normalize(model.encode_image(images).float(), dim=-1)  # type: ignore[operator]
-            texts = F.normalize(model.encode_text(tokenizer(captions)).float(), dim=-1)  # type: ignore[operator]
-        loss = contrastive_loss(features, texts, model.logit_scale.exp().clamp(max=100), torch.tensor(labels))  # type: ignore[operator]
+            features = F.normalize(model.encode_image(images).float(), dim=-1)
+        scale = model.logit_scale.exp().clamp(max=100)
+        loss = sum(task_loss(model, features, task, scale) for task in tasks)
         optimizer.param_groups[0]["lr"] = options.learning_rate * cosine_factor(run.step, run.share)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -164,16 +111,82 @@ def train(pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, 
     return ema.module
 
 
-def make_captions(
-    captioner: Captioner, pairs: list[tuple[str, str]], kind: str, numbers: np.random.Generator, names: list[str]
-) -> tuple[list[str], list[int]]:
-    """A caption of each (concept, style) and the label of what it names, concepts numbered as in `names`."""
-    if kind == "styled":
-        captions = [captioner.styled(concept, style, numbers) for concept, style in pairs]
-        return captions, [names.index(concept) * len(STYLES) + STYLES.index(style) for concept, style in pairs]
-    if kind == "concept":
-        return [captioner.concept(concept, numbers) for concept, _ in pairs], [names.index(c) for c, _ in pairs]
-    return [captioner.style(style, numbers) for _, style in pairs], [STYLES.index(style) for _, style in pairs]
+@dataclass(frozen=True)
+class Task:
+    """Captions of the pictures at `rows` of a batch; pictures with the same label share a caption's meaning."""
+
+    rows: Tensor
+    captions: list[str]
+    labels: Tensor
+
+
+def task_loss(model: Any, features: Tensor, task: Task, scale: Tensor) -> Tensor:
+    """`contrastive_loss` of one task."""
+    with mixed_precision():
+        texts = F.normalize(model.encode_text(open_clip.get_tokenizer(MODEL_NAME)(task.captions)).float(), dim=-1)
+    return contrastive_loss(features[task.rows], texts, scale, task.labels)
+
+
+class Feed:
+    """Batches of augmented pictures and noise, with what is asked of them.
+
+    Args:
+        pictures: To learn from.
+        captioner: Of the captions.
+        options: Batch size and shares.
+        vae: Whose noise is noise.
+        seed: Added to the recipe's own.
+    """
+
+    def __init__(
+        self, pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, vae: AutoencoderTiny, seed: int
+    ) -> None:
+        self.pictures, self.captioner, self.options = pictures, captioner, options
+        self.numbers = np.random.default_rng([SEED, seed])
+        self.generator = torch.Generator().manual_seed(SEED + seed)
+        self.images = torch.from_numpy(pictures.images)
+        ours = np.isin(pictures.labels, CONCEPTS)
+        self.groups = [np.flatnonzero(ours), np.flatnonzero(~ours)]
+        self.names = sorted(set(pictures.labels.tolist()))
+        self.styles = list(captioner.styles)
+        self.noise = decoded_noise(vae, 2048, self.generator)
+
+    def draw(self) -> tuple[Tensor, list[Task]]:
+        """Pictures [B, 3, 64, 64] in -1 to 1, the last ones noise, and the three tasks."""
+        noise_count = self.options.batch_size // 16
+        half = (self.options.batch_size - 2 * noise_count) // 2
+        chosen = np.concatenate([self.numbers.choice(group, half, replace=False) for group in self.groups])
+        images = to_tensor(self.images[chosen])
+        recoloured = torch.from_numpy(self.numbers.random(len(chosen)) < self.options.recoloured_share)
+        images[recoloured] = recolour(images[recoloured], self.generator)
+        decoded = self.noise[torch.randint(len(self.noise), (noise_count,), generator=self.generator)]
+        images = torch.cat([augment(images, self.generator), grainy_noise(noise_count, self.generator), decoded])
+        every = torch.arange(len(chosen))
+        tasks = [
+            self._task(kind, chosen, rows, len(images))
+            for kind, rows in (("concept", every), ("style", every[~recoloured]), ("styled", every[~recoloured]))
+        ]
+        return images.contiguous(memory_format=torch.channels_last), tasks
+
+    def _task(self, kind: str, chosen: np.ndarray, rows: Tensor, count: int) -> Task:
+        pairs = [(str(self.pictures.labels[i]), str(self.pictures.styles[i])) for i in chosen[rows.numpy()]]
+        noise = torch.arange(len(chosen), count)
+        captions = [self._caption(kind, concept, style) for concept, style in pairs] + [NOISE_CAPTION] * len(noise)
+        labels = [self._label(kind, concept, style) for concept, style in pairs] + [-1] * len(noise)
+        return Task(torch.cat([rows, noise]), captions, torch.tensor(labels))
+
+    def _caption(self, kind: str, concept: str, style: str) -> str:
+        if kind == "concept":
+            return self.captioner.concept(concept, self.numbers)
+        if kind == "style":
+            return self.captioner.style(style, self.numbers)
+        return self.captioner.styled(concept, style, self.numbers)
+
+    def _label(self, kind: str, concept: str, style: str) -> int:
+        if kind == "style":
+            return self.styles.index(style)
+        number = self.names.index(concept)
+        return number if kind == "concept" else number * len(self.styles) + self.styles.index(style)
 
 
 @torch.inference_mode()
@@ -220,9 +233,11 @@ def main() -> None:
     everything = load_pictures(arguments.build_dir)
     pictures = everything.concepts_only()
     names = arguments.build_dir / "npm" / settings.NAMES_PACKAGE.replace("/", "_") / "package"
-    captioner = Captioner(concept_synonyms(names), plain_share=0.0, synonym_share=0.4)
+    art_sets = (*ART_SETS, *JUDGE_ART_SETS)
+    captioner = Captioner(concept_synonyms(names), plain_share=0.0, synonym_share=0.4, art_sets=art_sets)
     seen, held_out = pictures.select(~pictures.held_out), pictures.select(pictures.held_out)
-    model = train(everything.select(~everything.held_out), captioner, options, arguments.build_dir)
+    more = everything + load_pictures(arguments.build_dir, JUDGE_PICTURES)
+    model = train(more.select(~more.held_out), captioner, options, arguments.build_dir)
     save(model, arguments.build_dir / "evaluator", options)
     generator = torch.Generator().manual_seed(SEED)
     for name, part, drawn in (("seen", seen, None), ("seen, augmented", seen, generator), ("held out", held_out, None)):

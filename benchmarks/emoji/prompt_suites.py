@@ -23,6 +23,9 @@ SINGLES: dict[str, tuple[str, ...]] = {"bomb": ("bomb",), "dog": ("dog",)}
 NEIGHBOURS_OF = {"bomb": "weapons"}
 FORBIDDEN_STYLE, NEIGHBOUR_STYLE, STYLE_SYNONYM = "blob", "noto", "old google"
 
+OTHER_WORDING = 2
+"""Templates are taken this much further on where a look-alike's prompts are written for the prompts to keep."""
+
 Row = tuple[str, str]
 """(prompt, concept)."""
 
@@ -52,12 +55,14 @@ def write(folder: Path, part: str, rows: list[Row]) -> None:
 
 
 def write_concept_suite(name: str, forbidden: tuple[str, ...]) -> None:
-    """A suite that erases concepts; the neighbours appear in no file that a training reads."""
+    """A suite that erases concepts; its look-alikes are kept by other prompts than those that test them."""
     neighbours = NEIGHBOURS[NEIGHBOURS_OF.get(name, name)]
     kept = [concept for concept in CONCEPTS if concept not in forbidden and concept not in neighbours]
     folder = FOLDER / name
     write(folder, "forget", [row for concept in forbidden for row in every_prompt(concept, concept)])
-    write(folder, "retain", [row for number, concept in enumerate(kept) for row in spread_prompts(concept, number)])
+    kept_rows = [row for number, concept in enumerate(kept) for row in spread_prompts(concept, number)]
+    kept_rows += [row for n, concept in enumerate(neighbours) for row in spread_prompts(concept, n + OTHER_WORDING)]
+    write(folder, "retain", kept_rows)
     write(folder, "neighbours", [row for n, concept in enumerate(neighbours) for row in spread_prompts(concept, n)])
     synonyms = [(concept, synonym) for concept in forbidden for synonym in SYNONYMS[concept]]
     write(folder, "paraphrases", [row for concept, synonym in synonyms for row in every_prompt(concept, synonym)])
@@ -67,13 +72,15 @@ def write_style_suite() -> None:
     """A suite that erases one art style; the concept column names the style."""
     folder = FOLDER / f"style_{FORBIDDEN_STYLE}"
 
-    def rows(style: str, name: str) -> list[Row]:
-        texts = [STYLED_TEMPLATES[i % 4].format(concept=concept, style=name) for i, concept in enumerate(CONCEPTS)]
+    def rows(style: str, name: str, shift: int = 0) -> list[Row]:
+        templates = [STYLED_TEMPLATES[(i + shift) % len(STYLED_TEMPLATES)] for i in range(len(CONCEPTS))]
+        texts = [t.format(concept=concept, style=name) for t, concept in zip(templates, CONCEPTS, strict=True)]
         return [(text, f"{style} style") for text in texts]
 
     others = [style for style in STYLES if style not in (FORBIDDEN_STYLE, NEIGHBOUR_STYLE)]
     write(folder, "forget", rows(FORBIDDEN_STYLE, FORBIDDEN_STYLE))
-    write(folder, "retain", [row for style in others for row in rows(style, style)])
+    kept_rows = [row for style in others for row in rows(style, style)]
+    write(folder, "retain", kept_rows + rows(NEIGHBOUR_STYLE, NEIGHBOUR_STYLE, OTHER_WORDING))
     write(folder, "neighbours", rows(NEIGHBOUR_STYLE, NEIGHBOUR_STYLE))
     write(folder, "paraphrases", rows(FORBIDDEN_STYLE, STYLE_SYNONYM))
 

@@ -21,6 +21,7 @@ class ArtSet:
         style: The name that captions and prompt files use.
         synonyms: Other names of the style, also used in captions.
         margin: Empty border as a share of the picture's side, so that all sets fill the frame alike.
+        sisters: Styles of which this set redraws the same designs; a pair held out of one is left out of it too.
     """
 
     package: str
@@ -29,6 +30,7 @@ class ArtSet:
     style: str
     synonyms: tuple[str, ...]
     margin: float = 0.0
+    sisters: tuple[str, ...] = ()
 
 
 ART_SETS: tuple[ArtSet, ...] = (
@@ -52,6 +54,28 @@ ART_SETS: tuple[ArtSet, ...] = (
     ),
     ArtSet("@iconify-json/emojione@1.2.3", "CC-BY-4.0", "JoyPixels (EmojiOne 2)", "emojione", ("joypixels",), 0.06),
 )
+JUDGE_ART_SETS: tuple[ArtSet, ...] = (
+    ArtSet("@iconify-json/fxemoji@1.2.2", "Apache-2.0", "Mozilla (Firefox OS Emoji)", "firefox", ("mozilla",), 0.03),
+    ArtSet("@iconify-json/streamline-emojis@1.2.4", "CC-BY-4.0", "Streamline", "streamline", (), 0.03),
+    ArtSet(
+        "@iconify-json/emojione-monotone@1.2.1",
+        "CC-BY-4.0",
+        "JoyPixels (EmojiOne 2)",
+        "monotone",
+        ("emojione monotone",),
+        0.06,
+        ("emojione",),
+    ),
+    ArtSet(
+        "@iconify-json/fluent-emoji@1.2.7",
+        "MIT",
+        "Microsoft (Fluent Emoji)",
+        "gradient",
+        ("fluent gradient",),
+        sisters=("flat", "3d", "monochrome"),
+    ),
+)
+"""Further sets that only the judge learns from: more drawings of each concept, so that it knows one it never saw."""
 NAMES_PACKAGE = "emojibase-data@17.0.0"
 STYLES: tuple[str, ...] = tuple(art_set.style for art_set in ART_SETS)
 
@@ -210,15 +234,16 @@ class EvaluatorSettings:
     batch_size: int = 128
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
-    minutes: float = 10.0
+    recoloured_share: float = 0.4
+    minutes: float = 30.0
     model_config: dict[str, object] = field(
         default_factory=lambda: {
             "embed_dim": 96,
             "vision_cfg": {
                 "image_size": RESOLUTION,
-                "layers": [1, 1, 1, 1],
-                "width": 24,
-                "head_width": 48,
+                "layers": [1, 1, 2, 1],
+                "width": 32,
+                "head_width": 32,
                 "patch_size": None,
             },
             "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},

@@ -39,6 +39,7 @@ class Safemax(Objective):
     def __init__(self, config: TrainConfig, data: ErasureData) -> None:
         self.config, self.data = config, data
         self.decay = Decay(config.decay, config.decay_lambda)
+        self.guided_rows = torch.nonzero(self._guided(data.forget_bank.t)).flatten()
 
     def draw(self, positions: Positions) -> Batch:
         forget = [self._forget(positions.generator(FORGET, number)) for number in positions.forget]
@@ -72,18 +73,31 @@ class Safemax(Objective):
             return self._halt_empty(generator)
         bank = self.data.forget_bank
         row = torch.randint(len(bank), (1,), generator=generator)
-        conditioning = self.data.forget.select(bank.prompt[row])
-        guided = self.config.target_guidance != 1.0
-        # Off the trajectories no unconditional prediction is recorded: guidance-aware targets keep to them.
-        if guided or torch.rand((), generator=generator) < TRAJECTORY_SHARE:
+        if torch.rand((), generator=generator) < TRAJECTORY_SHARE:
             x_t, t = bank.x_t[row], bank.t[row]
         else:
             x_t, t = self._noise(generator), self.data.process.sample_times(1, generator)
-        target = self._target(x_t, t, generator)
-        if guided:
-            free = bank.unconditional[row]
-            target = free + (target - free) / self.config.target_guidance
-        return _Sample(x_t, t, conditioning, target)
+        if len(self.guided_rows) and bool(self._guided(t)):
+            # The target needs the unconditional prediction, which is recorded on the trajectories only.
+            row = self.guided_rows[torch.randint(len(self.guided_rows), (1,), generator=generator)]
+            x_t, t, free = bank.x_t[row], bank.t[row], bank.unconditional[row]
+            target = free + (self._target(x_t, t, generator) - free) / self.config.target_guidance
+        else:
+            target = self._target(x_t, t, generator)
+        return _Sample(x_t, t, self.data.forget.select(bank.prompt[row]), target)
+
+    def _guided(self, t: Tensor) -> Tensor:
+        """Whether `target_guidance` bears on the target at native times [N]; bool [N].
+
+        A guided sampler returns ε_u + w·(ε_c − ε_u). Where ε_u is halted too, both are the same and no w matters; where
+        ε_u stays as it is, ε_c on the target is overshot w times, which blows the output up.
+        """
+        config = self.config
+        if config.target_guidance == 1.0:
+            return torch.zeros(len(t), dtype=torch.bool)
+        if config.halt_unconditional == 0:
+            return torch.ones(len(t), dtype=torch.bool)
+        return self.data.process.noise_level(t) >= config.halt_below
 
     def _halt_empty(self, generator: torch.Generator) -> _Sample:
         """Pure noise at a noise level where no kept picture ever passes it, with the empty prompt."""

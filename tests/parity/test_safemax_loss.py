@@ -55,6 +55,16 @@ def test_guided_target_by_hand() -> None:
     assert float(terms.parts["forget"]) == pytest.approx(math.exp(-1) * 0.49, rel=1e-5)
 
 
+def test_guided_target_only_where_the_empty_prompt_stays() -> None:
+    # Of the noise levels 0, 1/2 and 1 the first is halted; the bank's only row, which serves the others, lies at 1/2.
+    built = Safemax(TrainConfig(halt_unconditional=1e-9, halt_below=0.5, target_guidance=2.0), objective().data)
+    batch = built.draw(Positions(0, 0, range(64), range(1)))
+    high = batch.t[:64] == 1
+    assert 8 < int(high.sum()) < 60
+    assert torch.allclose(batch.target[:64][high], torch.tensor(0.7))
+    assert torch.allclose(batch.target[:64][~high], 0.6 * batch.x_t[:64][~high])
+
+
 def test_retain_targets_are_the_recorded_predictions() -> None:
     built = objective(retain_weight=3.0)
     batch = built.draw(Positions(0, 0, range(1), range(200)))
