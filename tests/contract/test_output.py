@@ -96,3 +96,16 @@ def test_a_model_folder_that_lacks_a_part(config: TrainConfig, tmp_path: Path) -
     shutil.rmtree(broken / "unet")
     with pytest.raises(SafemaxError, match="cannot be loaded"):
         train(replace(config, pretrained_model_name_or_path=str(broken)))
+
+
+def test_tracker_gets_every_step(config: TrainConfig) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = train(replace(config, report_to="tensorboard"))
+    (events,) = (output / "logs" / "safemax_sd").glob("events.out.tfevents.*")
+    shown = EventAccumulator(str(events.parent)).Reload()
+    logged = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    for name in ("loss", "forget", "retain", "lr"):
+        points = shown.Scalars(name)
+        assert [point.step for point in points] == [1, 2, 3, 4]
+        assert [point.value for point in points] == pytest.approx([row[name] for row in logged], rel=1e-6)
