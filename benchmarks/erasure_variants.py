@@ -25,7 +25,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "λ=2": {"decay_lambda": 2.0},
     "λ=4": {"decay_lambda": 4.0},
     "λ=1, sampled target": {"target": "sampled"},
-    "λ=1, no halting of the empty prompt": {"halt_unconditional": 0.0},
+    "λ=1, target exact at guidance 1": {"target_guidance": 1.0},
+    "λ=1, no halting of the empty prompt": {"halt_unconditional": 0.0, "target_guidance": 1.0},
 }
 COLUMNS = (
     ("forgotten %", "metrics", {"metric": "unlearning_accuracy", "subset": "forget"}),
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--suite", default="emoji/bomb")
     parser.add_argument("--work_dir", type=Path, default=Path("variants"))
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--max_train_steps", type=int, default=300)
+    parser.add_argument("--max_train_steps", type=int, default=450)
     parser.add_argument("--num_images", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -46,20 +46,20 @@ class TrainConfig:
     decay: Literal["exponential", "constant", "linear", "cutoff"] = option("exponential", "Shape of D(t).")
     decay_lambda: float = option(1.0, "λ in D(t) = exp(-λ·t/T).")
     target: Literal["closed_form", "sampled"] = option("closed_form", "Maximum-entropy target or draws of it.")
-    target_guidance: float = option(1.0, "Guidance the target is exact for where the empty prompt is not halted.")
-    halt_unconditional: float = option(0.25, "Share of forget samples with the empty prompt on pure noise.")
+    target_guidance: float = option(4.0, "Guidance the target is exact for where the empty prompt is not halted.")
+    halt_unconditional: float = option(0.33, "Share of forget samples on noise that must stay noise.")
     halt_below: float = option(0.9, "Highest t/T of those samples.")
-    retain_weight: float = option(5.0, "Weight of the retain loss.")
+    retain_weight: float = option(10.0, "Weight of the retain loss.")
 
     lora_targets: Literal["all", "attention", "cross_attention"] = option("all", "Which layers get a LoRA.")
     rank: int = option(16, "LoRA rank (alpha equals it).")
     lora_dropout: float = option(0.0, "LoRA dropout.")
 
-    train_batch_size: int = option(16, "Forget samples a step, micro-batch and process.")
-    retain_batch_size: int | None = option(None, "Retain samples; twice the forget samples if not given.")
+    train_batch_size: int = option(12, "Forget samples a step, micro-batch and process.")
+    retain_batch_size: int | None = option(None, "Retain samples; three times the forget samples if not given.")
     gradient_accumulation_steps: int = option(1, "Micro-batches a step.")
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
-    max_train_steps: int = option(300, "Optimizer steps.")
+    max_train_steps: int = option(450, "Optimizer steps.")
     learning_rate: float = option(5e-4, "Of AdamW.")
     scale_lr: bool = option(False, "Multiply the rate by batch, accumulation and processes.")
     lr_scheduler: str = option("cosine", "Name of a schedule of diffusers.optimization.")
@@ -74,7 +74,7 @@ class TrainConfig:
     enable_xformers_memory_efficient_attention: bool = option(False, "xformers attention where it works.")
 
     forget_trajectories: int = option(32, "Trajectories of the frozen model recorded for forbidden prompts.")
-    retain_trajectories: int = option(256, "The same for prompts to keep.")
+    retain_trajectories: int = option(512, "The same for prompts to keep.")
     replay_guidance_scale: float = option(4.0, "Guidance of those trajectories and of validation pictures.")
     replay_inference_steps: int = option(20, "Sampling steps of those trajectories.")
     replay_batch_size: int = option(32, "Trajectories sampled together.")
@@ -136,7 +136,7 @@ POSITIVE = (
     "resolution", "rank", "train_batch_size", "retain_batch_size", "gradient_accumulation_steps", "max_train_steps",
     "learning_rate", "max_grad_norm", "target_guidance", "forget_trajectories", "retain_trajectories",
     "replay_inference_steps", "replay_batch_size", "probe_steps", "num_validation_images", "validation_steps",
-    "checkpointing_steps", "checkpoints_total_limit",
+    "checkpointing_steps", "checkpoints_total_limit", "halt_below",
 )  # fmt: skip
 SHARES = ("halt_unconditional", "halt_below", "lora_dropout")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -54,6 +54,8 @@ class Batch:
         target: Wanted prediction, [B, *latent].
         weight: Of each sample's squared error, [B].
         is_forget: bool [B].
+        empty_row: Row of the same input with the empty prompt, of which a guided prediction starts; -1 where the batch
+            holds none; int64 [B].
     """
 
     x_t: Tensor
@@ -62,12 +64,10 @@ class Batch:
     target: Tensor
     weight: Tensor
     is_forget: Tensor
+    empty_row: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        moved = (part.to(device) for part in (self.x_t, self.t))
-        x_t, t = moved
-        rest = (self.target.to(device), self.weight.to(device), self.is_forget.to(device))
-        return Batch(x_t, t, self.conditioning.to(device), *rest)
+        return Batch(**{entry.name: getattr(self, entry.name).to(device) for entry in fields(self)})
 
 
 @dataclass(frozen=True)

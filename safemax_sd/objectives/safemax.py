@@ -20,10 +20,17 @@ from safemax_sd.objectives.base import Batch, ErasureData, LossTerms, Objective,
 FORGET, RETAIN = 0, 1
 EMPTY_RETAIN_SHARE = 0.25
 TRAJECTORY_SHARE = 0.5
+DRIFTED_SHARE = 0.5
+DRIFT = 0.6
+"""Largest standard deviation of that share in drifted noise."""
+DRIFTED_BELOW = 0.9
+"""Of `halt_below`: higher up, a faint share of a picture is what every kept picture has."""
 
 
 @dataclass(frozen=True)
 class _Sample:
+    """One row, or two of the same input: with a prompt, and with the empty one."""
+
     x_t: Tensor
     t: Tensor
     conditioning: Conditioning
@@ -39,6 +46,8 @@ class Safemax(Objective):
     def __init__(self, config: TrainConfig, data: ErasureData) -> None:
         self.config, self.data = config, data
         self.decay = Decay(config.decay, config.decay_lambda)
+        levels = data.process.noise_level(data.forget_bank.t)
+        self.high_rows = torch.nonzero(levels >= config.halt_below).flatten()
         self.guided_rows = torch.nonzero(self._guided(data.forget_bank.t)).flatten()
 
     def draw(self, positions: Positions) -> Batch:
@@ -46,21 +55,31 @@ class Safemax(Objective):
         retain = [self._retain(positions.generator(RETAIN, number)) for number in positions.retain]
         samples = forget + retain
         t = torch.cat([sample.t for sample in samples])
-        weight = torch.ones(len(samples))
-        weight[: len(forget)] = self.decay(self.data.process.noise_level(t[: len(forget)]))
+        is_forget = torch.arange(len(t)) < sum(len(sample.t) for sample in forget)
+        empty_row = _empty_rows([len(sample.t) for sample in samples])
         return Batch(
             x_t=torch.cat([sample.x_t for sample in samples]),
             t=t,
             conditioning=Conditioning.cat([sample.conditioning for sample in samples]),
             target=torch.cat([sample.target for sample in samples]),
-            weight=weight,
-            is_forget=torch.arange(len(samples)) < len(forget),
+            # D(t) weighs what a prompt is to forget. Halted noise counts fully: a sampler carries its first errors on.
+            weight=torch.where(is_forget & ~_in_pair(empty_row), self.decay(self.data.process.noise_level(t)), 1.0),
+            is_forget=is_forget,
+            empty_row=empty_row,
         )
 
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
-        error = (predict(batch.x_t, batch.t, batch.conditioning) - batch.target).square().flatten(1).mean(1)
-        weighted = error * batch.weight
-        forget = weighted[batch.is_forget].mean()
+        error = predict(batch.x_t, batch.t, batch.conditioning) - batch.target
+        paired = batch.empty_row >= 0
+        free = error[batch.empty_row[paired]]
+        # A guided sampler follows ε_u + w·(ε_c − ε_u). Both aim at the same target, so their errors mix likewise. The
+        # mixture's error is affine in w, so it is largest at an end of the range 1 to target_guidance: train both ends.
+        guided = free + self.config.target_guidance * (error[paired] - free)
+        squared = error.square()
+        squared[paired] = (squared[paired] + guided.square()) / 2
+        weighted = squared.flatten(1).mean(1) * batch.weight
+        # A sample of two rows counts once, so that a mean over micro-batches is the mean over the batch.
+        forget = weighted[batch.is_forget].sum() / (batch.is_forget.sum() - paired.sum())
         retain = weighted[~batch.is_forget].mean()
         return LossTerms(
             total=forget + self.config.retain_weight * retain,
@@ -68,9 +87,9 @@ class Safemax(Objective):
         )
 
     def _forget(self, generator: torch.Generator) -> _Sample:
-        """A forget sample: pure noise or a frozen trajectory of a forbidden prompt, or noise with the empty prompt."""
+        """A forget sample: pure noise or a frozen trajectory of a forbidden prompt, or noise that must stay noise."""
         if self.config.halt_unconditional > 0 and torch.rand((), generator=generator) < self.config.halt_unconditional:
-            return self._halt_empty(generator)
+            return self._halt(generator)
         bank = self.data.forget_bank
         row = torch.randint(len(bank), (1,), generator=generator)
         if torch.rand((), generator=generator) < TRAJECTORY_SHARE:
@@ -99,13 +118,32 @@ class Safemax(Objective):
             return torch.ones(len(t), dtype=torch.bool)
         return self.data.process.noise_level(t) >= config.halt_below
 
-    def _halt_empty(self, generator: torch.Generator) -> _Sample:
-        """Pure noise at a noise level where no kept picture ever passes it, with the empty prompt."""
+    def _halt(self, generator: torch.Generator) -> _Sample:
+        """Pure noise at a noise level where no kept picture passes it, with a forbidden and with the empty prompt."""
         process = self.data.process
-        x_t, t = self._noise(generator), process.sample_times(1, generator)
-        while float(process.noise_level(t)) >= self.config.halt_below:
+        drifted = len(self.high_rows) > 0 and bool(torch.rand((), generator=generator) < DRIFTED_SHARE)
+        x_t = self._drifted_noise(generator) if drifted else self._noise(generator)
+        limit = self.config.halt_below * (DRIFTED_BELOW if drifted else 1.0)
+        t = process.sample_times(1, generator)
+        while float(process.noise_level(t)) >= limit:
             t = process.sample_times(1, generator)
-        return _Sample(x_t, t, self.data.empty, self._target(x_t, t, generator))
+        row = torch.randint(len(self.data.forget), (1,), generator=generator)
+        conditioning = Conditioning.cat([self.data.forget.select(row), self.data.empty])
+        target = self._target(x_t, t, generator)
+        return _Sample(torch.cat([x_t, x_t]), torch.cat([t, t]), conditioning, torch.cat([target, target]))
+
+    def _drifted_noise(self, generator: torch.Generator) -> Tensor:
+        """What an erased sampler carries on from the highest noise levels, where the empty prompt still acts.
+
+        It is noise with a faint share of what the empty prompt shows, more or less of it as guidance and the errors of
+        the first steps have it.
+        """
+        bank = self.data.forget_bank
+        row = self.high_rows[torch.randint(len(self.high_rows), (1,), generator=generator)]
+        x_t = bank.x_t[row]
+        pull = self.data.process.max_entropy_target(x_t, bank.t[row]) - bank.unconditional[row]
+        length = DRIFT * (2 * torch.rand((), generator=generator) - 1)
+        return x_t + length * pull / pull.square().mean().sqrt()
 
     def _retain(self, generator: torch.Generator) -> _Sample:
         bank = self.data.retain_bank
@@ -131,3 +169,18 @@ class Safemax(Objective):
         x0, noise = self._noise(generator), self._noise(generator)
         other = process.add_noise(x0, noise, t)
         return mean + process.target(x0, noise, t) - process.max_entropy_target(other, t)
+
+
+def _empty_rows(sizes: list[int]) -> Tensor:
+    """`Batch.empty_row` of samples of one row or of two, the second being the empty prompt's."""
+    rows: list[int] = []
+    for size in sizes:
+        rows += [-1] if size == 1 else [len(rows) + 1, -1]
+    return torch.tensor(rows)
+
+
+def _in_pair(empty_row: Tensor) -> Tensor:
+    """Whether a row is one of the two of a halted sample; bool [B]."""
+    inside = empty_row >= 0
+    inside[empty_row[inside]] = True
+    return inside

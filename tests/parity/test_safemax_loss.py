@@ -11,7 +11,7 @@ from torch import Tensor
 from safemax_sd.config import TrainConfig
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives import ErasureData
-from safemax_sd.objectives.base import Positions
+from safemax_sd.objectives.base import Batch, Positions
 from safemax_sd.objectives.safemax import Safemax
 from safemax_sd.process import VariancePreserving
 from safemax_sd.replay import ReplayBank
@@ -59,6 +59,7 @@ def test_guided_target_only_where_the_empty_prompt_stays() -> None:
     # Of the noise levels 0, 1/2 and 1 the first is halted; the bank's only row, which serves the others, lies at 1/2.
     built = Safemax(TrainConfig(halt_unconditional=1e-9, halt_below=0.5, target_guidance=2.0), objective().data)
     batch = built.draw(Positions(0, 0, range(64), range(1)))
+    assert not (batch.empty_row >= 0).any()
     high = batch.t[:64] == 1
     assert 8 < int(high.sum()) < 60
     assert torch.allclose(batch.target[:64][high], torch.tensor(0.7))
@@ -85,12 +86,34 @@ def test_sampled_target_has_the_closed_forms_mean_and_the_label_noise_of_the_sig
     assert float(noise.var()) == pytest.approx(0.64, rel=0.05)  # a², facts of the process
 
 
-def test_halted_empty_prompts_stay_below_their_noise_level() -> None:
+def test_halted_noise_is_asked_with_both_prompts_below_its_noise_level() -> None:
     built = objective()
     halting = Safemax(TrainConfig(halt_unconditional=1.0, halt_below=0.5), built.data)
     batch = halting.draw(Positions(0, 0, range(50), range(1)))
-    assert batch.t[:50].unique().tolist() == [0]
-    assert not batch.conditioning.tensors["states"][:50].any()
+    assert batch.t[:100].unique().tolist() == [0]
+    assert batch.is_forget.tolist() == [True] * 100 + [False]
+    assert batch.conditioning.tensors["states"][:100].flatten().tolist() == [1.0, 0.0] * 50
+    assert torch.equal(batch.x_t[0:100:2], batch.x_t[1:100:2])
+    assert batch.empty_row.tolist() == [row for pair in range(50) for row in (2 * pair + 1, -1)] + [-1]
+
+
+def test_halted_loss_by_hand() -> None:
+    # Errors 1 with the prompt and 3 without: at guidance 1 the mixture's error is 1, at 2 it is 3 + 2·(1 - 3) = -1.
+    built = objective(target_guidance=2.0)
+    batch = Batch(
+        x_t=torch.zeros(3, 1, 1, 1),
+        t=torch.tensor([0, 0, 0]),
+        conditioning=Conditioning({"states": torch.tensor([[1.0], [3.0], [0.0]])}),
+        target=torch.zeros(3, 1, 1, 1),
+        weight=torch.ones(3),
+        is_forget=torch.tensor([True, True, False]),
+        empty_row=torch.tensor([1, -1, -1]),
+    )
+    terms = built.loss(lambda x, t, c: c.tensors["states"].view(-1, 1, 1, 1), batch)
+    assert float(terms.parts["forget"]) == pytest.approx((1 + 1) / 2 + 9)  # one sample of two rows
+    wide = Safemax(TrainConfig(target_guidance=4.0), built.data)
+    terms = wide.loss(lambda x, t, c: c.tensors["states"].view(-1, 1, 1, 1), batch)
+    assert float(terms.parts["forget"]) == pytest.approx((1 + 25) / 2 + 9)  # 3 + 4·(1 - 3) = -5
 
 
 def test_samples_depend_on_their_number_alone() -> None:

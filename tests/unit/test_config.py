@@ -56,6 +56,7 @@ def test_wrong_type() -> None:
         ({"rank": 0}, "--rank 0"),
         ({"learning_rate": float("nan")}, "--learning_rate"),
         ({"halt_unconditional": 1.5}, "--halt_unconditional"),
+        ({"halt_below": 0.0}, "--halt_below"),
         ({"resolution": 63}, "--resolution"),
         ({"target": "closedform"}, "did you mean 'closed_form'"),
         ({"stop_at_unlearning_accuracy": 101.0}, "--stop_at_unlearning_accuracy"),
