@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -41,6 +42,9 @@ def launch_training(arguments: list[str]) -> None:
         command += ["--num_processes", str(processes), "--num_machines", "1"]
         command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
         command += ["--multi_gpu"] if processes > 1 else []
+        # Left alone, the launcher counts physical cores, and a process on two virtual ones gets one thread.
+        threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // processes)
+        command += ["--num_cpu_threads_per_process", str(threads)]
     finished = subprocess.run([*command, "-m", "safemax_sd.train", *arguments], check=False)
     if finished.returncode:
         raise typer.Exit(finished.returncode)
