@@ -48,7 +48,7 @@ class TrainConfig:
     target: Literal["closed_form", "sampled"] = option("closed_form", "Maximum-entropy target or draws of it.")
     target_guidance: float = option(4.0, "Guidance the target is exact for where the empty prompt is not halted.")
     halt_unconditional: float = option(0.33, "Share of forget samples on noise that must stay noise.")
-    halt_below: float = option(0.9, "Highest t/T of those samples.")
+    halt_below: float = option(0.6, "Highest t/T of those samples.")
     retain_weight: float = option(10.0, "Weight of the retain loss.")
 
     lora_targets: Literal["all", "attention", "cross_attention"] = option("all", "Which layers get a LoRA.")
