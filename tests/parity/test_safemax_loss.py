@@ -79,7 +79,7 @@ def test_retain_targets_are_the_recorded_predictions() -> None:
 
 
 def test_sampled_target_has_the_closed_forms_mean_and_the_label_noise_of_the_signal() -> None:
-    built = objective(target="sampled", decay="constant")
+    built = objective(target="sampled", decay="constant", target_guidance=1.0)
     batch = built.draw(Positions(0, 0, range(4000), range(1)))
     noise = batch.target[:4000] - 0.6 * batch.x_t[:4000]
     assert float(noise.mean()) == pytest.approx(0, abs=0.02)

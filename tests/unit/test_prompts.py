@@ -78,7 +78,7 @@ def test_shipped_suites_keep_their_parts_apart(name: str) -> None:
     texts = [text for prompts in parts.values() for text in prompts.texts]
     assert len(texts) == len(set(texts))
     assert set(parts["paraphrases"].concepts) <= set(parts["forget"].concepts)
-    assert not set(parts["neighbours"].concepts) & (set(parts["forget"].concepts) | set(parts["retain"].concepts))
+    assert not set(parts["forget"].concepts) & (set(parts["retain"].concepts) | set(parts["neighbours"].concepts))
 
 
 def test_unknown_suite_names_the_nearest() -> None:
