@@ -17,8 +17,8 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
     return low + (high - low) * torch.rand(count, generator=generator)
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random mirror, scale, shift, small turn, brightness, blur and noise, as a generated picture may show them.
+def move(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random mirror, scale, shift and small turn; colours, by which art sets differ, stay.
 
     Args:
         images: float32 [B, 3, 64, 64] in -1 to 1.
@@ -26,24 +26,22 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     count = len(images)
     angle, scale = _uniform(count, -0.15, 0.15, generator), _uniform(count, 0.85, 1.2, generator)
     mirror = _uniform(count, -1, 1, generator).sign()
-    matrix = torch.stack(
-        [
-            torch.stack(
-                [mirror * scale * angle.cos(), -scale * angle.sin(), _uniform(count, -0.15, 0.15, generator)], 1
-            ),
-            torch.stack(
-                [mirror * scale * angle.sin(), scale * angle.cos(), _uniform(count, -0.15, 0.15, generator)], 1
-            ),
-        ],
-        1,
-    )
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images - 1, grid, align_corners=False) + 1  # outside is white
-    blurred = F.avg_pool2d(moved, 3, stride=1, padding=1, count_include_pad=False)
+    rows = [
+        torch.stack([mirror * scale * angle.cos(), -scale * angle.sin(), _uniform(count, -0.15, 0.15, generator)], 1),
+        torch.stack([mirror * scale * angle.sin(), scale * angle.cos(), _uniform(count, -0.15, 0.15, generator)], 1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images - 1, grid, align_corners=False) + 1  # outside is white
+
+
+def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random brightness, blur and noise, as a poorly generated picture may show them; as `move`."""
+    count = len(images)
+    blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
     blur = _uniform(count, -0.5, 1, generator).clamp(min=0).view(-1, 1, 1, 1)
     noise = _uniform(count, -0.05, 0.15, generator).clamp(min=0).view(-1, 1, 1, 1)
     bright = _uniform(count, -0.1, 0.1, generator).view(-1, 1, 1, 1)
-    return (moved.lerp(blurred, blur) + noise * torch.randn(images.shape, generator=generator) + bright).clamp(-1, 1)
+    return (images.lerp(blurred, blur) + noise * torch.randn(images.shape, generator=generator) + bright).clamp(-1, 1)
 
 
 def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -83,6 +81,13 @@ def grainy_noise(count: int, generator: torch.Generator) -> Tensor:
         offset = 0.5 * torch.randn((1, 3, 1, 1), generator=generator)
         pictures.append(field * spread + offset)
     return torch.cat(pictures).clamp(-1, 1)
+
+
+@torch.inference_mode()
+def reconstructed(vae: AutoencoderTiny, images: Tensor) -> Tensor:
+    """The pictures as the autoencoder gives them back, which is how every generated picture looks; as `move`."""
+    parts = [vae.decode(vae.encode(part).latents).sample.clamp(-1, 1) for part in images.split(64)]
+    return torch.cat(parts).clone()
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.emoji import settings
-from benchmarks.emoji.augmentation import augment, decoded_noise, grainy_noise, recolour
+from benchmarks.emoji.augmentation import decoded_noise, degrade, grainy_noise, move, recolour, reconstructed
 from benchmarks.emoji.captions import Captioner, concept_synonyms
 from benchmarks.emoji.data import JUDGE_PICTURES, Pictures, load_pictures
 from benchmarks.emoji.settings import ART_SETS, CONCEPTS, JUDGE_ART_SETS, RESOLUTION, SEED, STYLES, EvaluatorSettings
@@ -72,6 +72,11 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, labels: Tenso
 def to_tensor(images: Tensor) -> Tensor:
     """uint8 [N, 64, 64, 3] to float32 [N, 3, 64, 64] in -1 to 1."""
     return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """The inverse of `to_tensor`, rounded."""
+    return images.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)
 
 
 def train(pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, build_dir: Path) -> torch.nn.Module:
@@ -145,6 +150,7 @@ class Feed:
         self.numbers = np.random.default_rng([SEED, seed])
         self.generator = torch.Generator().manual_seed(SEED + seed)
         self.images = torch.from_numpy(pictures.images)
+        self.decoded = to_bytes(reconstructed(vae, to_tensor(self.images)))
         ours = np.isin(pictures.labels, CONCEPTS)
         self.groups = [np.flatnonzero(ours), np.flatnonzero(~ours)]
         self.names = sorted(set(pictures.labels.tolist()))
@@ -156,11 +162,14 @@ class Feed:
         noise_count = self.options.batch_size // 16
         half = (self.options.batch_size - 2 * noise_count) // 2
         chosen = np.concatenate([self.numbers.choice(group, half, replace=False) for group in self.groups])
-        images = to_tensor(self.images[chosen])
+        decoded = torch.from_numpy(self.numbers.random((len(chosen), 1, 1, 1)) < 0.5)
+        images = move(to_tensor(torch.where(decoded, self.decoded[chosen], self.images[chosen])), self.generator)
+        degraded = torch.from_numpy(self.numbers.random(len(chosen)) < self.options.degraded_share)
+        images[degraded] = degrade(images[degraded], self.generator)
         recoloured = torch.from_numpy(self.numbers.random(len(chosen)) < self.options.recoloured_share)
         images[recoloured] = recolour(images[recoloured], self.generator)
-        decoded = self.noise[torch.randint(len(self.noise), (noise_count,), generator=self.generator)]
-        images = torch.cat([augment(images, self.generator), grainy_noise(noise_count, self.generator), decoded])
+        noise = self.noise[torch.randint(len(self.noise), (noise_count,), generator=self.generator)]
+        images = torch.cat([images, grainy_noise(noise_count, self.generator), noise])
         every = torch.arange(len(chosen))
         tasks = [
             self._task(kind, chosen, rows, len(images))
@@ -196,7 +205,7 @@ def assess(model: torch.nn.Module, pictures: Pictures, generator: torch.Generato
     tokenizer = open_clip.get_tokenizer(MODEL_NAME)
     images = to_tensor(torch.from_numpy(pictures.images))
     if generator is not None:
-        images = augment(images, generator)
+        images = degrade(move(images, generator), generator)
     features = torch.cat([F.normalize(model.encode_image(part), dim=-1) for part in images.split(128)])  # type: ignore[operator]
 
     def right(texts: list[str], truth: list[int]) -> float:

@@ -235,6 +235,7 @@ class EvaluatorSettings:
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     recoloured_share: float = 0.4
+    degraded_share: float = 0.4
     minutes: float = 30.0
     model_config: dict[str, object] = field(
         default_factory=lambda: {
