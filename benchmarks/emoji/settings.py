@@ -224,7 +224,7 @@ class DiffusionSettings:
     caption_dropout: float = 0.1
     plain_share: float = 0.25
     synonym_share: float = 0.4
-    minutes: float = 50.0
+    minutes: float = 80.0
 
 
 @dataclass(frozen=True)
