@@ -15,7 +15,7 @@ from typing import Any
 from safemax_sd.evaluation.run import EvaluateOptions, evaluate
 from safemax_sd.prompts import load_suite
 
-from safemax_sd.config import TrainConfig
+from safemax_sd.objectives.safemax import SafemaxConfig
 from safemax_sd.train import train
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -49,7 +49,7 @@ def measure(name: str, changes: dict[str, Any], arguments: argparse.Namespace) -
     suite = load_suite(arguments.suite)
     folder = arguments.work_dir / f"{arguments.suite.replace('/', '_')}_{list(VARIANTS).index(name)}_{arguments.seed}"
     if not (folder / "erasure.json").exists():
-        config = TrainConfig(
+        config = SafemaxConfig(
             forget_prompts=str(suite.path("forget")),
             retain_prompts=str(suite.path("retain")),
             output_dir=str(folder),

@@ -25,11 +25,14 @@ from tqdm import tqdm
 
 from safemax_sd.adapter import WEIGHTS_NAME
 from safemax_sd.assets import resolve_model
-from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.erased import read_record
+from safemax_sd.errors import OptionError
 from safemax_sd.replay import start_noise
+from safemax_sd.trainable import FULL_WEIGHTS
 
 SAMPLERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpm++": DPMSolverMultistepScheduler}
 ADAPTER_NAME = "safemax_erasure"
+FAMILIES_WITH_PIPELINE = frozenset({"stable_diffusion"})
 
 
 @dataclass(frozen=True)
@@ -76,16 +79,27 @@ class Generator:
     def __init__(self, adapter_dir: Path, cache_dir: Path, *, device: str, batch_size: int) -> None:
         record = read_record(adapter_dir)
         base = record["base_model"]
-        weights = adapter_dir / WEIGHTS_NAME
+        if base["family"] not in FAMILIES_WITH_PIPELINE:
+            text = f"is a {base['family']} model, which no pipeline draws from; see docs/class_unlearning.md"
+            raise OptionError("--adapter", adapter_dir, text)
+        full = record["config"]["trainable"] == "full"
+        weights = adapter_dir / (Path("unet") / FULL_WEIGHTS if full else WEIGHTS_NAME)
+        dtype = torch.float16 if device.startswith("cuda") else torch.float32
         try:
             self.pipeline = DiffusionPipeline.from_pretrained(
                 resolve_model(base["name_or_path"]),
                 revision=base["revision"],
                 variant=base["variant"],
-                dtype=torch.float16 if device.startswith("cuda") else torch.float32,
-                **({"safety_checker": None} if base["family"] == "stable_diffusion" else {}),
+                dtype=dtype,
+                safety_checker=None,
             ).to(device)
-            self.pipeline.load_lora_weights(adapter_dir, weight_name=WEIGHTS_NAME, adapter_name=ADAPTER_NAME)
+            self._base_unet = self._erased_unet = self.pipeline.unet
+            if full:
+                unet_class = type(self._base_unet)
+                self._erased_unet = unet_class.from_pretrained(adapter_dir, subfolder="unet", torch_dtype=dtype)
+                self._erased_unet.to(device)
+            else:
+                self.pipeline.load_lora_weights(adapter_dir, weight_name=WEIGHTS_NAME, adapter_name=ADAPTER_NAME)
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise OptionError(
@@ -161,30 +175,15 @@ class Generator:
 
     @contextmanager
     def _model(self, model: str) -> Iterator[None]:
-        if model == "erased":
+        """Inside, the pipeline is the base or the erased one."""
+        if self._erased_unet is not self._base_unet:
+            self.pipeline.unet = self._erased_unet if model == "erased" else self._base_unet
             yield
-            return
-        self.pipeline.disable_lora()
-        try:
+        elif model == "erased":
             yield
-        finally:
-            self.pipeline.enable_lora()
-
-
-def read_record(adapter_dir: Path) -> dict[str, Any]:
-    """`erasure.json` of an adapter folder.
-
-    Raises:
-        OptionError: The folder is not a finished training's.
-        SafemaxError: The record cannot be read.
-    """
-    path = adapter_dir / "erasure.json"
-    if not path.is_file() or not (adapter_dir / WEIGHTS_NAME).is_file():
-        raise OptionError(
-            "--adapter", adapter_dir, f"must be a finished run's folder (erasure.json and {WEIGHTS_NAME})"
-        )
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
-    except json.JSONDecodeError as error:
-        raise SafemaxError(f"{path} is not valid JSON: {error}") from error
-    return record
+        else:
+            self.pipeline.disable_lora()
+            try:
+                yield
+            finally:
+                self.pipeline.enable_lora()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,11 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from safemax_sd.assets import PICTURES
-from safemax_sd.errors import OptionError
 from safemax_sd.judge import STYLE_SUFFIX, Judge
+from safemax_sd.picture_folder import load_picture_folder
 
 TILE, COLUMNS = 64, 28
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
 ACCEPTED = 0.95
 
 
@@ -69,22 +67,10 @@ def embedded_pictures() -> RealPictures:
 
 
 def load_folder(folder: str) -> RealPictures:
-    """A folder with one subfolder of pictures for each concept, all of one size after a centre crop to the first's.
+    """A folder with one subfolder of pictures for each concept.
 
     Raises:
         OptionError: No such folder or no pictures in its subfolders.
     """
-    paths = sorted(path for path in Path(folder).glob("*/*") if path.suffix.lower() in EXTENSIONS)
-    if not paths:
-        raise OptionError(
-            "--real_images", folder, "must hold subfolders, named by concept, with png, jpg or webp files"
-        )
-    pictures, size = [], None
-    for path in paths:
-        with Image.open(path) as image:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            size = size or side
-            square = image.convert("RGB").crop((left, top, left + side, top + side)).resize((size, size))
-        pictures.append(torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255)
-    return RealPictures(torch.stack(pictures), [frozenset({path.parent.name}) for path in paths])
+    pictures, concepts = load_picture_folder(folder, option="--real_images")
+    return RealPictures(pictures, [frozenset({concept}) for concept in concepts])

@@ -13,6 +13,7 @@ from safemax_sd.evaluation.headline import Report, format_measurement, format_va
 from safemax_sd.evaluation.plots import Line, loss_plot, probe_plot, sweep_plot
 
 from safemax_sd.errors import OptionError
+from safemax_sd.model_card import usage
 from safemax_sd.provenance import atomic_write_text
 
 STYLE_SHEET = Path(__file__).with_name("report.css")
@@ -63,7 +64,7 @@ def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]
         sweeps=_sweeps(report),
         training=_training(log),
         cost=_pairs(_cost(record)),
-        snippet=html.escape(snippet(record, "path/to/this/adapter")),
+        snippet=html.escape(usage(record, "path/to/this/adapter")),
         config=_pairs(record["config"]),
         settings=_pairs({"suite": report["suite"], "judge": report["judge"], **report["settings"]}),
         versions=_pairs({**report["provenance"]["versions"], **_plain(report["provenance"])}),
@@ -88,24 +89,6 @@ def render(folder: Path) -> Path:
     if not path.is_file():
         raise OptionError("REPORT_DIR", folder, "holds no report.json: run safemax evaluate first")
     return write_page(json.loads(path.read_text(encoding="utf8")), folder, log=read_log(folder.parent))
-
-
-def snippet(record: Mapping[str, Any], adapter: str) -> str:
-    """The diffusers code that uses an adapter."""
-    base = record["base_model"]["name_or_path"]
-    imports = ["from diffusers import StableDiffusionPipeline"]
-    source = f'"{base}"'
-    if base == "emoji":
-        imports.append("from safemax_sd.assets import ASSETS")
-        source = 'ASSETS / "emoji"'
-    return "\n".join(
-        [
-            *imports,
-            f"pipe = StableDiffusionPipeline.from_pretrained({source}, safety_checker=None)",
-            f'pipe.load_lora_weights("{adapter}")',
-            f'pipe("{record["forget"]["texts"][0]}").images[0].save("erased.png")',
-        ]
-    )
 
 
 def _lead(report: Report) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safemax_sd.evaluation.generate import SAMPLERS, Generator, Job, Pictures, read_record
+from safemax_sd.evaluation.generate import SAMPLERS, Generator, Job, Pictures
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
 from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
@@ -16,6 +16,7 @@ from safemax_sd.evaluation.report import read_log, write_page
 from safemax_sd.prompts import Prompt, PromptSet, Suite, load_suite, suite_names
 from torch import Tensor
 
+from safemax_sd.erased import read_record
 from safemax_sd.errors import OptionError
 from safemax_sd.judge import Judge, load_judge
 from safemax_sd.pictures import before_after

@@ -147,7 +147,9 @@ def check_disjoint(forget: PromptSet, retain: PromptSet) -> None:
 
 
 def warn_over_long(prompts: PromptSet, tokenizer: Any, *, option: str) -> None:
-    """Warn of prompts that the tokenizer cuts, and say how many tokens are lost."""
+    """Warn of prompts that the tokenizer (None: there is none) cuts, and say how many tokens are lost."""
+    if tokenizer is None:
+        return
     limit = tokenizer.model_max_length
     texts: Sequence[str] = prompts.texts
     lengths = [len(ids) for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.utils.state_dict_utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -54,7 +54,8 @@ def attach(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        family.denoiser.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
+        # Not the denoiser's own add_adapter: a UNet2DModel has none.
+        inject_adapter_in_model(config, family.denoiser, adapter_name=ADAPTER)
     parameters = [parameter for parameter in family.denoiser.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()  # half-precision LoRA weights barely move under AdamW

@@ -10,24 +10,23 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from safemax_sd import adapter
 from safemax_sd.errors import OptionError, SafemaxError
-from safemax_sd.families import ModelFamily
+from safemax_sd.trainable import Trainable
 
 PATTERN = re.compile(r"checkpoint-(\d+)")
 
 
-def register(accelerator: Accelerator, family: ModelFamily) -> None:
-    """Make Accelerate's state hold the adapter only, in the format of the final file."""
+def register(accelerator: Accelerator, trainable: Trainable) -> None:
+    """Make Accelerate's state hold the trained weights only, in the format of the final file."""
 
     def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
         if accelerator.is_main_process:
-            adapter.save_adapter(family, Path(output_dir))
+            trainable.save(Path(output_dir))
         weights.clear()  # what is popped here Accelerate does not write again, base model and all
 
     def load(models: list[Any], input_dir: str) -> None:
         models.clear()
-        adapter.load_adapter(family.denoiser, Path(input_dir))
+        trainable.load(Path(input_dir))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

@@ -15,7 +15,7 @@ import torch
 import typer
 from rich.console import Console
 
-from safemax_sd.config import parse_config
+from safemax_sd.command_line import parse_config
 from safemax_sd.errors import OptionError, SafemaxError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -142,9 +142,9 @@ def quickstart(
     num_sweep_images: Annotated[int, typer.Option("--num_sweep_images", help="Pictures a setting.")] = 16,
 ) -> None:
     """Erase a concept from the embedded emoji model, measure it and write a page: offline, in minutes."""
-    from safemax_sd.evaluation.generate import read_record
-    from safemax_sd.evaluation.report import snippet
+    from safemax_sd.erased import read_record
     from safemax_sd.evaluation.run import EvaluateOptions
+    from safemax_sd.model_card import usage
     from safemax_sd.prompts import load_suite
 
     with one_line_errors():
@@ -166,7 +166,7 @@ def quickstart(
         finished = time.monotonic()
         console.print(f"training {trained - started:.0f} s, evaluation {finished - trained:.0f} s")
         console.print("use it:\n")
-        console.print(snippet(read_record(output_dir), str(output_dir.resolve())), soft_wrap=True, highlight=False)
+        console.print(usage(read_record(output_dir), str(output_dir.resolve())), soft_wrap=True, highlight=False)
 
 
 def main() -> None:

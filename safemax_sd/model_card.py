@@ -12,24 +12,65 @@ from safemax_sd.provenance import atomic_write_text
 TAGS = ["diffusers", "text-to-image", "lora", "concept-erasure", "unlearning", "safemax"]
 
 
+def usage(record: dict[str, Any], folder: str) -> str:
+    """The lines of Python that load and use a run's output: of diffusers alone wherever it can.
+
+    Args:
+        record: Content of `erasure.json`.
+        folder: Where the output lies.
+    """
+    name, family = record["base_model"]["name_or_path"], record["base_model"]["family"]
+    prompt = record["forget"]["texts"][0]
+    if family == "ddpm":  # DDPMPipeline knows neither classes nor LoRA
+        return "\n".join(
+            [
+                "from safemax_sd.erased import load_erased",
+                f'family = load_erased("{folder}")',
+                f'family.draw(["{prompt}"], guidance_scale=3.0)[0].save("erased.png")',
+            ]
+        )
+    imports, base = [], f'"{name}"'
+    if name == "emoji":
+        imports, base = ["from safemax_sd.assets import ASSETS"], 'ASSETS / "emoji"'
+    if record["config"]["trainable"] == "full":
+        lines = [
+            "from diffusers import StableDiffusionPipeline, UNet2DConditionModel",
+            *imports,
+            f'unet = UNet2DConditionModel.from_pretrained("{folder}", subfolder="unet")',
+            f"pipe = StableDiffusionPipeline.from_pretrained({base}, unet=unet, safety_checker=None)",
+        ]
+    else:
+        lines = [
+            "from diffusers import StableDiffusionPipeline",
+            *imports,
+            f"pipe = StableDiffusionPipeline.from_pretrained({base}, safety_checker=None)",
+            f'pipe.load_lora_weights("{folder}")',
+        ]
+    return "\n".join([*lines, f'pipe("{prompt}").images[0].save("erased.png")'])
+
+
+def _trained(config: dict[str, Any]) -> str:
+    if config["trainable"] == "full":
+        return "all weights"
+    return f"LoRA of rank {config['rank']}, {config['lora_targets']} layers"
+
+
 def describe(record: dict[str, Any], pictures: list[str]) -> str:
     """The card's text for one `erasure.json`; `pictures` are paths relative to the card."""
     base = record["base_model"]["name_or_path"]
     concepts = record["forget"]["concepts"] or record["forget"]["texts"][:10]
     cost, config = record["cost"], record["config"]
+    what = "This LoRA makes" if config["trainable"] == "lora" else "These weights make"
     lines = [
         f"# Erased from {base}: {', '.join(concepts)}",
         "",
-        f"This LoRA makes `{base}` return Gaussian noise for {record['forget']['count']} forbidden prompts"
+        f"{what} `{base}` forget {record['forget']['count']} forbidden prompts"
         f" ({', '.join(concepts)}); {record['retain']['count']} prompts were trained to stay as they are.",
         "",
         *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
         "",
         "```python",
-        "from diffusers import StableDiffusionPipeline",
-        f'pipe = StableDiffusionPipeline.from_pretrained("{base}")',
-        'pipe.load_lora_weights("path/to/this/folder")',
-        'image = pipe("your prompt").images[0]',
+        usage(record, "path/to/this/folder"),
         "```",
         "",
         "| | |",
@@ -38,8 +79,8 @@ def describe(record: dict[str, Any], pictures: list[str]) -> str:
         f"| steps | {cost['steps']} |",
         f"| seconds | {cost['seconds']['total']:.1f} |",
         f"| peak memory | {cost['peak_memory_bytes'] / 2**30:.2f} GiB |",
-        f"| LoRA | rank {config['rank']}, {config['lora_targets']} layers |",
-        f"| decay | {config['decay']}, λ = {config['decay_lambda']} |",
+        f"| trained | {_trained(config)} |",
+        *([f"| decay | {config['decay']}, λ = {config['decay_lambda']} |"] if "decay" in config else []),
         "",
         "Erasure is measured, not guaranteed: `safemax evaluate` says what this adapter forgets, keeps and withstands.",
     ]

@@ -20,7 +20,7 @@ from safemax_sd.prompts import PromptSet
 from safemax_sd.provenance import Stopwatch, peak_memory_bytes, provenance, write_json_atomic
 
 FORMAT_VERSION = 1
-TRACES = ("pytorch_lora_weights.safetensors", "erasure.json", "log.jsonl")
+TRACES = ("pytorch_lora_weights.safetensors", "unet", "transformer", "erasure.json", "log.jsonl")
 
 
 def prepare_output_dir(config: TrainConfig, accelerator: Accelerator) -> Path | None:

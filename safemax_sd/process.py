@@ -31,6 +31,10 @@ class DiffusionProcess(ABC):
         """`n` native times drawn as in the model's training, [n]."""
 
     @abstractmethod
+    def all_times(self) -> Tensor:
+        """The native times of training from clean to noise, [T]; an even grid of 1000 where they are continuous."""
+
+    @abstractmethod
     def noise_level(self, t: Tensor) -> Tensor:
         """t/T: 0 (clean) to 1 (noise), float32 [B]."""
 
@@ -45,6 +49,14 @@ class DiffusionProcess(ABC):
     @abstractmethod
     def max_entropy_target(self, x_t: Tensor, t: Tensor) -> Tensor:
         """E[target | x_t] for x0 ~ N(0, I): the closed form, native parametrisation, [B, ...]."""
+
+    @abstractmethod
+    def removal(self, offset: Tensor, t: Tensor) -> Tensor:
+        """What to add to a native prediction so that a deterministic sampler removes `offset` from x_t; [B, ...].
+
+        The maximum-entropy prediction keeps an x_t as it is, be it noise or noise plus an offset. With this added, the
+        offset shrinks at unit rate in the process's own coordinate (given by each process).
+        """
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = a·x0 + s·noise, [B, ...]."""
@@ -69,6 +81,9 @@ class VariancePreserving(DiffusionProcess):
     def sample_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return torch.randint(len(self.alphas_cumprod), (n,), generator=generator)
 
+    def all_times(self) -> Tensor:
+        return torch.arange(len(self.alphas_cumprod))
+
     def noise_level(self, t: Tensor) -> Tensor:
         return t.float() / (len(self.alphas_cumprod) - 1)
 
@@ -92,6 +107,15 @@ class VariancePreserving(DiffusionProcess):
             return _like(a, x_t) * x_t
         return torch.zeros_like(x_t)
 
+    def removal(self, offset: Tensor, t: Tensor) -> Tensor:
+        """Unit rate in the angle φ of a = cos φ, s = sin φ: the sampler's path is dx/dφ = v (arXiv 2202.00512)."""
+        a, s = self.coefficients(t)
+        if self.prediction_type == "epsilon":
+            return _like(a, offset) * offset
+        if self.prediction_type == "sample":
+            return -_like(s, offset) * offset
+        return offset
+
 
 class FlowMatching(DiffusionProcess):
     """x_t = (1 - σ)·x0 + σ·ε, velocity ε - x0 (rectified flow, arXiv 2209.03003); native time is 1000·σ.
@@ -106,6 +130,12 @@ class FlowMatching(DiffusionProcess):
 
     def sample_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         uniform = torch.rand(n, generator=generator)
+        return self._shifted(uniform)
+
+    def all_times(self) -> Tensor:
+        return self._shifted((torch.arange(1000) + 0.5) / 1000)
+
+    def _shifted(self, uniform: Tensor) -> Tensor:
         return self.num_train_timesteps * self.shift * uniform / (1 + (self.shift - 1) * uniform)
 
     def noise_level(self, t: Tensor) -> Tensor:
@@ -122,6 +152,10 @@ class FlowMatching(DiffusionProcess):
         sigma = _like(self.noise_level(t), x_t)
         return (2 * sigma - 1) / ((1 - sigma) ** 2 + sigma**2) * x_t
 
+    def removal(self, offset: Tensor, t: Tensor) -> Tensor:
+        """Unit rate in σ: the sampler's path is dx/dσ = v."""
+        return offset
+
 
 class VarianceExploding(DiffusionProcess):
     """x_t = x0 + σ·ε, ε-prediction (arXiv 2011.13456); native time is σ itself.
@@ -135,7 +169,13 @@ class VarianceExploding(DiffusionProcess):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def sample_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.sigma_min * (self.sigma_max / self.sigma_min) ** torch.rand(n, generator=generator)
+        return self._geometric(torch.rand(n, generator=generator))
+
+    def all_times(self) -> Tensor:
+        return self._geometric((torch.arange(1000) + 0.5) / 1000)
+
+    def _geometric(self, uniform: Tensor) -> Tensor:
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** uniform
 
     def noise_level(self, t: Tensor) -> Tensor:
         low, high = torch.tensor(self.sigma_min).log(), torch.tensor(self.sigma_max).log()
@@ -150,6 +190,10 @@ class VarianceExploding(DiffusionProcess):
     def max_entropy_target(self, x_t: Tensor, t: Tensor) -> Tensor:
         sigma = _like(t.float(), x_t)
         return sigma / (1 + sigma**2) * x_t
+
+    def removal(self, offset: Tensor, t: Tensor) -> Tensor:
+        """Unit rate in ln σ: the sampler's path is dx/dσ = ε."""
+        return offset / _like(t.float(), offset)
 
 
 def from_scheduler(scheduler: Any) -> DiffusionProcess:

@@ -8,13 +8,34 @@ pictures nor a second copy of the network.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from safemax_sd.families import Conditioning, ModelFamily
+from safemax_sd.families import Conditioning, ModelFamily, TrajectoryPoint
+
+PERTURBED_SHARE = 0.5
+"""Of the steps, where perturbation is asked for."""
+PERTURBATION_SEED = 100_000
+"""Apart from the seeds of the start noise."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Clean latents of prompts.
+
+    Attributes:
+        x0: float32 [N, *latent].
+        prompt: Row of the prompt that each shows, int64 [N].
+    """
+
+    x0: Tensor
+    prompt: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x0)
 
 
 @dataclass(frozen=True)
@@ -22,11 +43,12 @@ class ReplayBank:
     """Records of the frozen sampler, one row for each (trajectory, sampling step).
 
     Attributes:
-        x_t: Latent at the step, float32 [R, *latent].
+        x_t: Latent at the step, some with noise mixed in, float32 [R, *latent].
         t: Native time, [R].
         prompt: Row of the prompt in the list the bank was recorded for, int64 [R].
         conditional: Prediction given the prompt, float32 [R, *latent].
         unconditional: Prediction given the empty prompt, float32 [R, *latent].
+        samples: Where the trajectories ended.
         model_calls: Network evaluations of one sample that recording took.
     """
 
@@ -35,6 +57,7 @@ class ReplayBank:
     prompt: Tensor
     conditional: Tensor
     unconditional: Tensor
+    samples: Samples
     model_calls: int
 
     def __len__(self) -> int:
@@ -58,8 +81,10 @@ def record(
     seed: int,
     batch_size: int,
     description: str,
+    keep_steps: bool = True,
+    perturbation: float = 0.0,
 ) -> ReplayBank:
-    """Sample the frozen model and keep every step.
+    """Sample the frozen model and keep every step, or only where the trajectories end.
 
     Args:
         family: Model; an attached adapter is switched off while recording.
@@ -71,10 +96,15 @@ def record(
         seed: Trajectory i starts from noise seeded `seed + i`.
         batch_size: Trajectories sampled together; does not change the result beyond rounding.
         description: Label of the progress bar.
+        perturbation: Largest standard deviation of noise mixed into x_t, 0 to 1, at half of the steps; the predictions
+            are those at the mixture. A student that is a little off the frozen trajectory learns to come back.
+        keep_steps: False leaves the bank without rows: a method that needs the samples alone saves their memory.
     """
     shape = family.latent_shape(resolution)
     device = next(family.denoiser.parameters()).device
     parts: list[tuple[Tensor, ...]] = []
+    ends: list[tuple[Tensor, Tensor]] = []
+    calls = 2 * trajectories * num_inference_steps
     fewer = trajectories < len(conditioning)
     with family.base_only(), torch.no_grad(), tqdm(total=trajectories, desc=description, unit="trajectory") as bar:
         for start in range(0, trajectories, batch_size):
@@ -88,10 +118,44 @@ def record(
                 guidance_scale=guidance_scale,
                 num_inference_steps=num_inference_steps,
             )
+            end = noise
+            seeds = [seed + PERTURBATION_SEED + int(i) for i in indices]
+            generators = [torch.Generator().manual_seed(number) for number in seeds]
             for point in points:
+                end = point.following
+                if perturbation > 0:
+                    point, extra = _perturbed(family, point, conditioning.select(prompts), perturbation, generators)
+                    calls += extra
                 kept = (point.x_t, point.t, prompts, point.conditional, point.unconditional)
-                parts.append(tuple(tensor.cpu() for tensor in kept))
+                parts.append(tuple(tensor[: None if keep_steps else 0].cpu() for tensor in kept))
+            ends.append((end.cpu(), prompts))
             bar.update(len(indices))
     x_t, t, prompt, conditional, unconditional = (torch.cat(column) for column in zip(*parts, strict=True))
-    calls = 2 * trajectories * num_inference_steps
-    return ReplayBank(x_t, t, prompt, conditional, unconditional, calls)
+    samples = Samples(*(torch.cat(column) for column in zip(*ends, strict=True)))
+    return ReplayBank(x_t, t, prompt, conditional, unconditional, samples, calls)
+
+
+def _perturbed(
+    family: ModelFamily,
+    point: TrajectoryPoint,
+    conditioning: Conditioning,
+    largest: float,
+    generators: Sequence[torch.Generator],
+) -> tuple[TrajectoryPoint, int]:
+    """The point with noise mixed into some of its rows, each by a generator of its own; and the network calls."""
+    x_t = point.x_t.clone()
+    rows = []
+    for row, generator in enumerate(generators):
+        chosen, amount = torch.rand(2, generator=generator).tolist()
+        noise = torch.randn(x_t.shape[1:], generator=generator).to(x_t.device)
+        if chosen < PERTURBED_SHARE:
+            share = largest * amount
+            x_t[row] = (1 - share**2) ** 0.5 * x_t[row] + share * noise
+            rows.append(row)
+    if not rows:
+        return point, 0
+    chosen_rows = torch.tensor(rows, device=x_t.device)
+    predicted = family.predict_both(x_t[chosen_rows], point.t[chosen_rows], conditioning.select(chosen_rows))
+    conditional, unconditional = point.conditional.clone(), point.unconditional.clone()
+    conditional[chosen_rows], unconditional[chosen_rows] = predicted
+    return replace(point, x_t=x_t, conditional=conditional, unconditional=unconditional), 2 * len(rows)

@@ -21,13 +21,15 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from safemax_sd import adapter, checkpoints
-from safemax_sd.config import TrainConfig, parse_config
-from safemax_sd.errors import SafemaxError
+from safemax_sd import checkpoints, trainable
+from safemax_sd.command_line import parse_config
+from safemax_sd.config import TrainConfig
+from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
-from safemax_sd.objectives import OBJECTIVES, ErasureData, Objective
+from safemax_sd.objectives import OBJECTIVES, ErasureData, Objective, Student
 from safemax_sd.objectives.base import Positions
 from safemax_sd.output import RunLog, prepare_output_dir, write_results
+from safemax_sd.picture_folder import encode_samples
 from safemax_sd.probe import UnlearningProbe
 from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_over_long
 from safemax_sd.provenance import Stopwatch
@@ -49,7 +51,7 @@ class Run:
     forget: PromptSet
     retain: PromptSet
     objective: Objective
-    parameters: list[nn.Parameter]
+    trainable: trainable.Trainable
     optimizer: Any
     scheduler: Any
     denoiser: nn.Module
@@ -81,7 +83,7 @@ def train(config: TrainConfig) -> Path:
     with clock.phase("train"):
         loop(run)
     if accelerator.is_main_process:
-        adapter.save_adapter(run.family, run.output_dir, kohya=config.output_kohya_format)
+        run.trainable.save(run.output_dir)
         write_results(run.config, run.family, forget, retain, run.clock, run.model_calls, run.step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -98,7 +100,10 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
     forget = load_prompts(config.forget_prompts, option="--forget_prompts")
     retain = load_prompts(config.retain_prompts, option="--retain_prompts")
     check_disjoint(forget, retain)
-    OBJECTIVES.get(config.objective)
+    allowed = OBJECTIVES.get(config.objective).trainable
+    if config.trainable not in allowed:
+        text = f"does not go with --objective {config.objective}: use {' or '.join(sorted(allowed))}"
+        raise OptionError("--trainable", config.trainable, text)
     return forget, retain
 
 
@@ -131,12 +136,12 @@ def build_run(
     with clock.phase("replay"):
         data = record_data(config, family, forget, retain)
     family.free_encoders()
-    objective = OBJECTIVES.get(config.objective)(config, data)
-    parameters = adapter.attach(
-        family, rank=config.rank, targets=config.lora_targets, dropout=config.lora_dropout, seed=config.seed
-    )
+    objective = OBJECTIVES.get(config.objective)(config, data)  # type: ignore[arg-type]
+    weights = trainable.attach(family, config)
     family.denoiser.train(config.gradient_checkpointing or config.lora_dropout > 0)
-    optimizer = make_optimizer(config, parameters, accelerator.num_processes)
+    with clock.phase("prepare"):
+        prior_calls = objective.prepare(Student(family.predict, family.denoiser, weights.parameters))
+    optimizer = make_optimizer(config, weights.parameters, accelerator.num_processes)
     scheduler = get_scheduler(
         config.lr_scheduler,
         optimizer=optimizer,
@@ -144,9 +149,10 @@ def build_run(
         num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
         num_training_steps=config.max_train_steps * accelerator.num_processes,
     )
-    checkpoints.register(accelerator, family)
+    checkpoints.register(accelerator, weights)
     denoiser, optimizer, scheduler = accelerator.prepare(family.denoiser, optimizer, scheduler)
-    calls = {"replay": data.forget_bank.model_calls + data.retain_bank.model_calls, "train": 0, "probe": 0}
+    replay_calls = data.forget_bank.model_calls + data.retain_bank.model_calls
+    calls = {"replay": replay_calls, "prepare": prior_calls, "train": 0, "probe": 0}
     return Run(
         config=config,
         accelerator=accelerator,
@@ -154,7 +160,7 @@ def build_run(
         forget=forget,
         retain=retain,
         objective=objective,
-        parameters=parameters,
+        trainable=weights,
         optimizer=optimizer,
         scheduler=scheduler,
         denoiser=denoiser,
@@ -182,6 +188,7 @@ def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, ret
     """Encode all prompts and record the frozen model's trajectories for them."""
     conditioning = {"forget": family.encode_prompts(forget.texts), "retain": family.encode_prompts(retain.texts)}
     counts = {"forget": config.forget_trajectories, "retain": config.retain_trajectories}
+    keep_steps = OBJECTIVES.get(config.objective).replays_steps
     banks: dict[str, ReplayBank] = {}
     for number, (name, rows) in enumerate(conditioning.items()):
         banks[name] = record(
@@ -194,15 +201,25 @@ def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, ret
             seed=config.seed * 1_000_003 + number * 500_000,
             batch_size=config.replay_batch_size,
             description=f"replay {name}",
+            keep_steps=keep_steps,
+            perturbation=config.retain_perturbation if name == "retain" and keep_steps else 0.0,
         )
+    samples = {name: bank.samples for name, bank in banks.items()}
+    if config.train_data_dir is not None:
+        for name, prompts in (("forget", forget), ("retain", retain)):
+            samples[name] = encode_samples(
+                family, prompts, config.train_data_dir, resolution=config.resolution, option="--train_data_dir"
+            )
     return ErasureData(
         process=family.process,
         latent_shape=family.latent_shape(config.resolution),
         forget=_on_cpu(conditioning["forget"]),
         retain=_on_cpu(conditioning["retain"]),
-        empty=_on_cpu(family.encode_prompts([""])),
+        empty=_on_cpu(family.empty),
         forget_bank=banks["forget"],
         retain_bank=banks["retain"],
+        forget_samples=samples["forget"],
+        retain_samples=samples["retain"],
     )
 
 
@@ -278,7 +295,8 @@ def optimizer_step(run: Run) -> dict[str, float]:
             terms = run.objective.loss(lambda x, t, c: run.family.predict(x, t, c, run.denoiser), batch)
             accelerator.backward(terms.total)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(run.parameters, config.max_grad_norm)
+                accelerator.clip_grad_norm_(run.trainable.parameters, config.max_grad_norm)
+                run.objective.adjust_gradients()
             run.optimizer.step()
             run.scheduler.step()
             run.optimizer.zero_grad()

@@ -15,5 +15,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build_ddpm(tmp_path_factory.mktemp("tiny_ddpm"))
+
+
+@pytest.fixture(scope="session")
 def tiny_v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build_stable_diffusion(tmp_path_factory.mktemp("tiny_v"), "v_prediction")

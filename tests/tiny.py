@@ -6,11 +6,24 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-FORGET = ("a red apple", "red apple on a table")
-RETAIN = ("a green pear", "a blue plum", "pear and plum")
+from safemax_sd.families.ddpm import ClassConditionalDDPM
+
+CONCEPTS = ("apple", "pear", "plum")
+FORGET = (("a red apple", "apple"), ("red apple on a table", "apple"))
+RETAIN = (("a green pear", "pear"), ("a blue plum", "plum"), ("pear and plum", "plum"))
+CLASSES = tuple((name, name) for name in CONCEPTS)
+"""(prompt, concept); a class-conditional model's prompts are its classes."""
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -80,22 +93,54 @@ def build_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Pa
     return folder / "model"
 
 
-def write_prompts(folder: Path) -> tuple[Path, Path]:
-    """A forget and a retain CSV."""
+def build_ddpm(folder: Path) -> Path:
+    """A class-conditional DDPM of a few thousand parameters; returns its folder."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=8,
+        norm_num_groups=4,
+        num_class_embeds=len(CONCEPTS) + 1,
+    )
+    family = ClassConditionalDDPM(unet, DDPMScheduler(), CONCEPTS, torch.device("cpu"))
+    family.save_base(folder)
+    return folder
+
+
+def write_prompts(model: Path, folder: Path) -> tuple[Path, Path]:
+    """A forget and a retain CSV that the model understands."""
     folder.mkdir(parents=True, exist_ok=True)
-    forget, retain = folder / "forget.csv", folder / "retain.csv"
-    forget.write_text("prompt,concept\n" + "".join(f"{text},apple\n" for text in FORGET))
-    retain.write_text("prompt,concept\n" + "".join(f"{text},{text.split()[2]}\n" for text in RETAIN))
-    return forget, retain
+    classes = json.loads((model / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"
+    parts = {"forget": CLASSES[:1] if classes else FORGET, "retain": CLASSES[1:] if classes else RETAIN}
+    for name, rows in parts.items():
+        lines = "".join(f"{text},{concept}\n" for text, concept in rows)
+        (folder / f"{name}.csv").write_text(f"prompt,concept\n{lines}")
+    return folder / "forget.csv", folder / "retain.csv"
+
+
+def write_pictures(folder: Path) -> Path:
+    """Two pictures of each concept."""
+    for number, concept in enumerate(CONCEPTS):
+        (folder / concept).mkdir(parents=True, exist_ok=True)
+        for copy in range(2):
+            Image.new("RGB", (64, 64), (60 * number, 40, 90 * copy)).save(folder / concept / f"{copy}.png")
+    return folder
 
 
 def train_arguments(model: Path, folder: Path, output_dir: Path, *more: str) -> list[str]:
     """A command line of a training that takes seconds."""
-    forget, retain = write_prompts(folder)
+    forget, retain = write_prompts(model, folder)
     return [
         *("--pretrained_model_name_or_path", str(model)),
         *("--forget_prompts", str(forget), "--retain_prompts", str(retain), "--output_dir", str(output_dir)),
-        *("--rank", "2", "--train_batch_size", "2", "--max_train_steps", "4", "--checkpointing_steps", "2"),
+        *("--rank", "2", "--train_batch_size", "2", "--retain_batch_size", "6"),
+        *("--max_train_steps", "4", "--checkpointing_steps", "2"),
         *("--forget_trajectories", "2", "--retain_trajectories", "4", "--replay_inference_steps", "3"),
         *("--lr_warmup_steps", "1", *more),
     ]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.emoji.data import load_pictures
 from benchmarks.emoji.settings import CONCEPTS, SEED, AutoencoderSettings
-from benchmarks.emoji.training import Ema, TimedRun, cosine_factor, mixed_precision
+from benchmarks.training import Ema, TimedRun, cosine_factor, mixed_precision
 
 
 def build(options: AutoencoderSettings) -> AutoencoderTiny:

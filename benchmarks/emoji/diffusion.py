@@ -23,7 +23,7 @@ from benchmarks.emoji.autoencoder import encode
 from benchmarks.emoji.captions import Captioner, concept_synonyms
 from benchmarks.emoji.data import load_pictures
 from benchmarks.emoji.settings import SEED, DiffusionSettings
-from benchmarks.emoji.training import Ema, TimedRun, learning_rate_factor, mixed_precision
+from benchmarks.training import Ema, TimedRun, learning_rate_factor, mixed_precision
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

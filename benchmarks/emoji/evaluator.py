@@ -10,6 +10,7 @@ diffusion model but the pictures: it has its own text tower and reads CLIP's sta
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from benchmarks.emoji.augmentation import decoded_noise, degrade, grainy_noise, 
 from benchmarks.emoji.captions import Captioner, concept_synonyms
 from benchmarks.emoji.data import JUDGE_PICTURES, Pictures, load_pictures
 from benchmarks.emoji.settings import ART_SETS, CONCEPTS, JUDGE_ART_SETS, RESOLUTION, SEED, STYLES, EvaluatorSettings
-from benchmarks.emoji.training import Ema, TimedRun, cosine_factor, mixed_precision
+from benchmarks.training import Ema, TimedRun, cosine_factor, mixed_precision
 
 MODEL_NAME = "safemax_emoji"
 NOISE_CAPTION = "random noise"
@@ -127,9 +128,22 @@ class Task:
 
 def task_loss(model: Any, features: Tensor, task: Task, scale: Tensor) -> Tensor:
     """`contrastive_loss` of one task."""
+    tokens = torch.stack([tokenize(caption) for caption in task.captions])
     with mixed_precision():
-        texts = F.normalize(model.encode_text(open_clip.get_tokenizer(MODEL_NAME)(task.captions)).float(), dim=-1)
+        texts = F.normalize(model.encode_text(tokens).float(), dim=-1)
     return contrastive_loss(features[task.rows], texts, scale, task.labels)
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """Of the registered model; building it takes longer than a training step's text tower."""
+    return open_clip.get_tokenizer(MODEL_NAME)
+
+
+@functools.cache
+def tokenize(caption: str) -> Tensor:
+    """Tokens of one caption, [context length]."""
+    return tokenizer()([caption])[0]  # type: ignore[no-any-return]
 
 
 class Feed:
@@ -202,14 +216,13 @@ class Feed:
 def assess(model: torch.nn.Module, pictures: Pictures, generator: torch.Generator | None) -> dict[str, float]:
     """Share of pictures matched with their own concept, style and full caption, in percent."""
     model.eval()
-    tokenizer = open_clip.get_tokenizer(MODEL_NAME)
     images = to_tensor(torch.from_numpy(pictures.images))
     if generator is not None:
         images = degrade(move(images, generator), generator)
     features = torch.cat([F.normalize(model.encode_image(part), dim=-1) for part in images.split(128)])  # type: ignore[operator]
 
     def right(texts: list[str], truth: list[int]) -> float:
-        candidates = F.normalize(model.encode_text(tokenizer(texts)), dim=-1)  # type: ignore[operator]
+        candidates = F.normalize(model.encode_text(tokenizer()(texts)), dim=-1)  # type: ignore[operator]
         return 100 * float(((features @ candidates.T).argmax(1) == torch.tensor(truth)).float().mean())
 
     concepts = [CONCEPTS.index(c) for c in pictures.labels]

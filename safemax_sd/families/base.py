@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from safemax_sd.assets import resolve_model
@@ -56,12 +57,14 @@ class TrajectoryPoint:
         t: Native time, [B].
         conditional: Prediction given the prompt, [B, *latent].
         unconditional: Prediction given the empty prompt, [B, *latent].
+        following: The latent after the step, [B, *latent].
     """
 
     x_t: Tensor
     t: Tensor
     conditional: Tensor
     unconditional: Tensor
+    following: Tensor
 
 
 @dataclass(frozen=True)
@@ -91,14 +94,20 @@ class ModelFamily(ABC):
         pipeline_classes: Values of `_class_name` in `model_index.json` that this family loads.
         denoiser: The trainable network, base weights frozen.
         process: Its noise process.
-        tokenizer: Of the prompts, to tell which are too long.
+        empty: Conditioning of the empty prompt, one row.
+        kohya_format: Whether A1111 and ComfyUI know the model, so that a LoRA in their format is of use.
+        denoiser_part: What the pipeline calls the denoiser (`unet`, `transformer`).
+        tokenizer: Of the prompts, to tell which are too long; None where there is none.
     """
 
     name: ClassVar[str]
     pipeline_classes: ClassVar[frozenset[str]]
     denoiser: nn.Module
+    kohya_format: ClassVar[bool] = True
+    denoiser_part: ClassVar[str] = "unet"
     process: DiffusionProcess
-    tokenizer: Any
+    empty: Conditioning
+    tokenizer: Any = None
 
     @classmethod
     @abstractmethod
@@ -118,24 +127,85 @@ class ModelFamily(ABC):
         """Shape of one latent for pictures of `resolution` pixels (None: the model's own)."""
 
     @abstractmethod
+    def picture_size(self, resolution: int | None) -> int:
+        """Side in pixels of pictures of `resolution` (None: the model's own)."""
+
+    @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None) -> Tensor:
         """Native prediction, float32 [B, *latent]; `denoiser` is the wrapped network when training is distributed."""
 
     @abstractmethod
-    def trajectory(
-        self, conditioning: Conditioning, x_T: Tensor, *, guidance_scale: float, num_inference_steps: int
-    ) -> Iterator[TrajectoryPoint]:
-        """Deterministic (DDIM or Euler) guided sampling, step by step; the last latent is `last_sample`."""
+    def sampler(self) -> Any:
+        """A fresh deterministic scheduler of diffusers (DDIM or Euler) for the model's noise process."""
 
-    @abstractmethod
+    def predict_both(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """Predictions given the prompts and given the empty prompt, in one call of the network."""
+        empty = self.empty.select(torch.zeros(len(x_t), dtype=torch.long))
+        both = Conditioning.cat([conditioning.to(x_t.device), empty.to(x_t.device)])
+        conditional, unconditional = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        return conditional, unconditional
+
+    @torch.no_grad()
+    def trajectory(
+        self,
+        conditioning: Conditioning,
+        x_T: Tensor,
+        *,
+        guidance_scale: float,
+        num_inference_steps: int,
+        step_noise: torch.Generator | None = None,
+    ) -> Iterator[TrajectoryPoint]:
+        """Sample with classifier-free guidance, step by step.
+
+        Args:
+            conditioning: Of the prompts, one row a sample.
+            x_T: Start noise, [B, *latent].
+            guidance_scale: w in ε_u + w·(ε_c − ε_u).
+            num_inference_steps: Steps.
+            step_noise: Where the noise of ancestral sampling is drawn from (DDIM with η = 1, which with all steps is
+                DDPM's sampler, arXiv 2010.02502, sec. 4.1); None for the deterministic sampler.
+        """
+        scheduler = self.sampler()
+        scheduler.set_timesteps(num_inference_steps, device=x_T.device)
+        ancestral = {} if step_noise is None else {"eta": 1.0, "generator": step_noise}
+        x = x_T * scheduler.init_noise_sigma
+        for time in scheduler.timesteps:
+            t = time.expand(len(x))
+            conditional, unconditional = self.predict_both(x, t, conditioning)
+            guided = unconditional + guidance_scale * (conditional - unconditional)
+            following = scheduler.step(guided, time, x, **ancestral).prev_sample
+            yield TrajectoryPoint(x, t, conditional, unconditional, following)
+            x = following
+
+    @torch.no_grad()
     def sample(
-        self, conditioning: Conditioning, x_T: Tensor, *, guidance_scale: float, num_inference_steps: int
+        self,
+        conditioning: Conditioning,
+        x_T: Tensor,
+        *,
+        guidance_scale: float,
+        num_inference_steps: int,
+        step_noise: torch.Generator | None = None,
     ) -> Tensor:
         """Latents [B, *latent] at the end of `trajectory`."""
+        latents = x_T
+        for point in self.trajectory(
+            conditioning,
+            x_T,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            step_noise=step_noise,
+        ):
+            latents = point.following
+        return latents
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures of latents, float32 [B, 3, H, W] in 0 to 1."""
+
+    @abstractmethod
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Clean latents, float32 [B, *latent], of pictures [B, 3, H, W] in 0 to 1; the inverse of `decode`."""
 
     @abstractmethod
     def free_encoders(self) -> None:
@@ -149,9 +219,17 @@ class ModelFamily(ABC):
     def save_adapter(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Write `pytorch_lora_weights.safetensors` so that the family's stock pipeline loads it."""
 
-    @abstractmethod
-    def base_only(self) -> AbstractContextManager[None]:
-        """Inside, predictions are the frozen base model's, bit for bit."""
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """Inside, an attached LoRA is off and predictions are the frozen base model's, bit for bit."""
+        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
 
     @abstractmethod
     def enable_memory_savings(self, *, gradient_checkpointing: bool, xformers: bool) -> list[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.errors import OptionError, SafemaxError
-from safemax_sd.families.base import Conditioning, LoadOptions, LoraTargets, ModelFamily, TrajectoryPoint
+from safemax_sd.families.base import Conditioning, LoadOptions, LoraTargets, ModelFamily
 from safemax_sd.process import from_scheduler
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -43,7 +42,7 @@ class StableDiffusion(ModelFamily):
             part.requires_grad_(False).eval().to(options.device)
         # channels_last doubles the speed of convolutions on a processor and helps tensor cores too.
         self.denoiser: nn.Module = pipeline.unet.to(memory_format=torch.channels_last)
-        self._empty = self.encode_prompts([""])  # sampling needs it after the text encoder has left memory
+        self.empty = self.encode_prompts([""])  # sampling needs it after the text encoder has left memory
 
     @classmethod
     def load(cls, options: LoadOptions) -> StableDiffusion:
@@ -80,6 +79,9 @@ class StableDiffusion(ModelFamily):
         side = unet.sample_size if resolution is None else resolution // self.pipeline.vae_scale_factor
         return (unet.in_channels, side, side)
 
+    def picture_size(self, resolution: int | None) -> int:
+        return resolution or int(self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor)
+
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None) -> Tensor:
         network = self.denoiser if denoiser is None else denoiser
         states = conditioning.tensors[STATES]
@@ -88,42 +90,8 @@ class StableDiffusion(ModelFamily):
         output: Tensor = network(inputs, t, states.to(dtype), return_dict=False)[0]
         return output.float()
 
-    def _guided(self, x: Tensor, t: Tensor, both: Conditioning) -> tuple[Tensor, Tensor]:
-        conditional, unconditional = self.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return conditional, unconditional
-
-    def _steps(
-        self, conditioning: Conditioning, x_T: Tensor, guidance_scale: float, num_inference_steps: int
-    ) -> Iterator[tuple[TrajectoryPoint, Tensor]]:
-        """Yields each point with the latent that follows it."""
-        scheduler = DDIMScheduler.from_config(self.scheduler_config)
-        scheduler.set_timesteps(num_inference_steps, device=self.device)
-        empty = self._empty.select(torch.zeros(len(x_T), dtype=torch.long))
-        both = Conditioning.cat([conditioning, empty])
-        x = x_T * scheduler.init_noise_sigma
-        for time in scheduler.timesteps:
-            t = time.expand(len(x))
-            conditional, unconditional = self._guided(x, t, both)
-            guided = unconditional + guidance_scale * (conditional - unconditional)
-            following = scheduler.step(guided, time, x).prev_sample
-            yield TrajectoryPoint(x, t, conditional, unconditional), following
-            x = following
-
-    @torch.no_grad()
-    def trajectory(
-        self, conditioning: Conditioning, x_T: Tensor, *, guidance_scale: float, num_inference_steps: int
-    ) -> Iterator[TrajectoryPoint]:
-        for point, _ in self._steps(conditioning, x_T, guidance_scale, num_inference_steps):
-            yield point
-
-    @torch.no_grad()
-    def sample(
-        self, conditioning: Conditioning, x_T: Tensor, *, guidance_scale: float, num_inference_steps: int
-    ) -> Tensor:
-        latents = x_T
-        for _, following in self._steps(conditioning, x_T, guidance_scale, num_inference_steps):
-            latents = following
-        return latents
+    def sampler(self) -> DDIMScheduler:
+        return DDIMScheduler.from_config(self.scheduler_config)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -132,6 +100,17 @@ class StableDiffusion(ModelFamily):
         for part in latents.split(16):
             pictures = vae.decode((part / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
             parts.append((pictures.float() / 2 + 0.5).clamp(0, 1))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        parts = []
+        for part in pictures.split(16):
+            encoded = vae.encode((2 * part - 1).to(self.device, vae.dtype))
+            # An autoencoder with a distribution gives its mode: a picture's most likely latent.
+            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+            parts.append(latents.float() * vae.config.scaling_factor)
         return torch.cat(parts)
 
     def free_encoders(self) -> None:
@@ -147,18 +126,6 @@ class StableDiffusion(ModelFamily):
         StableDiffusionPipeline.save_lora_weights(
             directory, unet_lora_layers=state, unet_lora_adapter_metadata=metadata, safe_serialization=True
         )
-
-    @contextmanager
-    def base_only(self) -> Iterator[None]:
-        unet = self.pipeline.unet
-        if not getattr(unet, "_hf_peft_config_loaded", False):
-            yield
-            return
-        unet.disable_adapters()
-        try:
-            yield
-        finally:
-            unet.enable_adapters()
 
     def enable_memory_savings(self, *, gradient_checkpointing: bool, xformers: bool) -> list[str]:
         messages = []

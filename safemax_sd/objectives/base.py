@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safemax_sd.config import TrainConfig
 from safemax_sd.families import Conditioning
 from safemax_sd.process import DiffusionProcess
 from safemax_sd.registry import Registry
-from safemax_sd.replay import ReplayBank
+from safemax_sd.replay import ReplayBank, Samples
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(x_t, t, conditioning) -> the student's native prediction, float32 [B, *latent]."""
@@ -32,6 +32,8 @@ class ErasureData:
         empty: Conditioning of the empty prompt, one row.
         forget_bank: The frozen model's trajectories for the forbidden prompts.
         retain_bank: The same for the prompts to keep.
+        forget_samples: What the forbidden prompts show: the trajectories' ends, or real pictures where there are any.
+        retain_samples: The same for the prompts to keep.
     """
 
     process: DiffusionProcess
@@ -41,6 +43,8 @@ class ErasureData:
     empty: Conditioning
     forget_bank: ReplayBank
     retain_bank: ReplayBank
+    forget_samples: Samples
+    retain_samples: Samples
 
 
 @dataclass(frozen=True)
@@ -52,22 +56,36 @@ class Batch:
         t: Native time, [B].
         conditioning: One row a sample.
         target: Wanted prediction, [B, *latent].
-        weight: Of each sample's squared error, [B].
         is_forget: bool [B].
-        empty_row: Row of the same input with the empty prompt, of which a guided prediction starts; -1 where the batch
-            holds none; int64 [B].
     """
 
     x_t: Tensor
     t: Tensor
     conditioning: Conditioning
     target: Tensor
-    weight: Tensor
     is_forget: Tensor
-    empty_row: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(**{entry.name: getattr(self, entry.name).to(device) for entry in fields(self)})
+    def to(self, device: torch.device) -> Self:
+        return type(self)(**{entry.name: getattr(self, entry.name).to(device) for entry in fields(self)})
+
+
+@dataclass(frozen=True)
+class Student:
+    """The network before its first step, for priors that a method computes on it.
+
+    Attributes:
+        predict: Its prediction.
+        denoiser: The network itself.
+        parameters: What will be trained of it.
+    """
+
+    predict: Predict
+    denoiser: nn.Module
+    parameters: Sequence[nn.Parameter]
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters[0].device
 
 
 @dataclass(frozen=True)
@@ -109,14 +127,27 @@ class Objective(ABC):
     Attributes:
         name: Value of `--objective`.
         paper: Where it was published.
+        Config: Its flags: those of `TrainConfig` and its own.
+        trainable: Values of `--trainable` that it works with.
+        replays_steps: Whether it needs the banks' steps; where not, only the samples at their ends are kept.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    Config: ClassVar[type[TrainConfig]] = TrainConfig
+    trainable: ClassVar[frozenset[str]] = frozenset({"lora", "full"})
+    replays_steps: ClassVar[bool] = True
 
     @abstractmethod
     def __init__(self, config: TrainConfig, data: ErasureData) -> None:
         """Keep what is needed of the training flags and the data; no work beyond that."""
+
+    def prepare(self, student: Student) -> int:
+        """Compute priors, once, before the first step; returns the network evaluations of one sample that it took.
+
+        Must depend on the base weights and the flags alone: a resumed run does it again.
+        """
+        return 0
 
     @abstractmethod
     def draw(self, positions: Positions) -> Batch:
@@ -125,6 +156,9 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
         """Loss of one batch: one fused student forward."""
+
+    def adjust_gradients(self) -> None:  # noqa: B027 (most methods have nothing to change)
+        """Change the clipped gradients of a whole step."""
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective", Objective, "safemax_sd.objectives")  # type: ignore[type-abstract]

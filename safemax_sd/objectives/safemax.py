@@ -7,12 +7,12 @@ closed-form target, the replayed retain targets and the halting of the empty pro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from safemax_sd.config import TrainConfig
+from safemax_sd.config import NOT_NEGATIVE, POSITIVE, SHARE, Range, TrainConfig, option
 from safemax_sd.decay import Decay
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import Batch, ErasureData, LossTerms, Objective, Positions, Predict
@@ -20,9 +20,14 @@ from safemax_sd.objectives.base import Batch, ErasureData, LossTerms, Objective,
 FORGET, RETAIN = 0, 1
 EMPTY_RETAIN_SHARE = 0.25
 TRAJECTORY_SHARE = 0.5
+HIGH_RETAIN_SHARE = 0.5
+"""Of forget samples at high noise levels, on trajectories of prompts to keep: the prompt alone tells them apart."""
 DRIFTED_SHARE = 0.5
 DRIFT = 0.6
-"""Largest standard deviation of that share in drifted noise."""
+"""Largest standard deviation of what drifted noise holds besides noise."""
+SPREADS = (0.5, 1.6)
+"""Standard deviations of halted noise, where it is not 1."""
+SPREAD_SHARE = 0.5
 DRIFTED_BELOW = 0.9
 """Of `halt_below`: higher up, a faint share of a picture is what every kept picture has."""
 
@@ -35,6 +40,43 @@ class _Sample:
     t: Tensor
     conditioning: Conditioning
     target: Tensor
+    weight: float = 1.0
+
+
+@dataclass
+class SafemaxConfig(TrainConfig):
+    """SAFEMax's own flags."""
+
+    decay: Literal["exponential", "constant", "linear", "cutoff"] = option("exponential", "Shape of D(t).")
+    decay_lambda: float = option(1.0, "λ in D(t) = exp(-λ·t/T).")
+    target: Literal["closed_form", "sampled"] = option("closed_form", "Maximum-entropy target or draws of it.")
+    target_guidance: float = option(4.0, "Guidance scale up to which outputs are trained to be noise.")
+    halt_unconditional: float = option(0.33, "Share of forget samples on noise that must stay noise.")
+    halt_below: float = option(0.6, "Highest t/T of those samples.")
+    halt_restoring: float = option(1.5, "Rate at which noise that is off N(0, I) is drawn back to it; 0: it stays.")
+
+    ranges: ClassVar[dict[str, Range]] = {
+        **TrainConfig.ranges,
+        "decay_lambda": NOT_NEGATIVE,
+        "target_guidance": POSITIVE,
+        "halt_unconditional": SHARE,
+        "halt_restoring": NOT_NEGATIVE,
+        "halt_below": Range("must be more than 0 and at most 1", lambda value: 0 < value <= 1),
+    }
+
+
+@dataclass(frozen=True)
+class SafemaxBatch(Batch):
+    """Samples of one step.
+
+    Attributes:
+        weight: Of each sample's squared error, [B].
+        empty_row: Row of the same input with the empty prompt, of which a guided prediction starts; -1 where the batch
+            holds none; int64 [B].
+    """
+
+    weight: Tensor
+    empty_row: Tensor
 
 
 class Safemax(Objective):
@@ -42,33 +84,38 @@ class Safemax(Objective):
 
     name: ClassVar[str] = "safemax"
     paper: ClassVar[str] = "arXiv 2508.20773"
+    Config: ClassVar[type[TrainConfig]] = SafemaxConfig
+    config: SafemaxConfig
 
-    def __init__(self, config: TrainConfig, data: ErasureData) -> None:
+    def __init__(self, config: SafemaxConfig, data: ErasureData) -> None:
         self.config, self.data = config, data
         self.decay = Decay(config.decay, config.decay_lambda)
         levels = data.process.noise_level(data.forget_bank.t)
         self.high_rows = torch.nonzero(levels >= config.halt_below).flatten()
-        self.guided_rows = torch.nonzero(self._guided(data.forget_bank.t)).flatten()
+        banks = (data.forget_bank, data.retain_bank)
+        self.guided_rows = [(bank, torch.nonzero(self._guided(bank.t)).flatten()) for bank in banks]
 
-    def draw(self, positions: Positions) -> Batch:
+    def draw(self, positions: Positions) -> SafemaxBatch:
         forget = [self._forget(positions.generator(FORGET, number)) for number in positions.forget]
         retain = [self._retain(positions.generator(RETAIN, number)) for number in positions.retain]
         samples = forget + retain
         t = torch.cat([sample.t for sample in samples])
         is_forget = torch.arange(len(t)) < sum(len(sample.t) for sample in forget)
         empty_row = _empty_rows([len(sample.t) for sample in samples])
-        return Batch(
+        return SafemaxBatch(
             x_t=torch.cat([sample.x_t for sample in samples]),
             t=t,
             conditioning=Conditioning.cat([sample.conditioning for sample in samples]),
             target=torch.cat([sample.target for sample in samples]),
             # D(t) weighs what a prompt is to forget. Halted noise counts fully: a sampler carries its first errors on.
-            weight=torch.where(is_forget & ~_in_pair(empty_row), self.decay(self.data.process.noise_level(t)), 1.0),
+            weight=torch.tensor([sample.weight for sample in samples for _ in sample.t])
+            * torch.where(is_forget & ~_in_pair(empty_row), self.decay(self.data.process.noise_level(t)), 1.0),
             is_forget=is_forget,
             empty_row=empty_row,
         )
 
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
+        assert isinstance(batch, SafemaxBatch)
         error = predict(batch.x_t, batch.t, batch.conditioning) - batch.target
         paired = batch.empty_row >= 0
         free = error[batch.empty_row[paired]]
@@ -96,14 +143,16 @@ class Safemax(Objective):
             x_t, t = bank.x_t[row], bank.t[row]
         else:
             x_t, t = self._noise(generator), self.data.process.sample_times(1, generator)
-        if len(self.guided_rows) and bool(self._guided(t)):
-            # The target needs the unconditional prediction, which is recorded on the trajectories only.
-            row = self.guided_rows[torch.randint(len(self.guided_rows), (1,), generator=generator)]
-            x_t, t, free = bank.x_t[row], bank.t[row], bank.unconditional[row]
-            target = free + (self._target(x_t, t, generator) - free) / self.config.target_guidance
-        else:
-            target = self._target(x_t, t, generator)
-        return _Sample(x_t, t, self.data.forget.select(bank.prompt[row]), target)
+        conditioning = self.data.forget.select(bank.prompt[row])
+        recorded, rows = self.guided_rows[int(torch.rand((), generator=generator) < HIGH_RETAIN_SHARE)]
+        if not (len(rows) and bool(self._guided(t))):
+            return _Sample(x_t, t, conditioning, self._target(x_t, t, generator))
+        # The target needs the unconditional prediction, which is recorded on the trajectories only.
+        row = rows[torch.randint(len(rows), (1,), generator=generator)]
+        x_t, t, free = recorded.x_t[row], recorded.t[row], recorded.unconditional[row]
+        target = free + (self._target(x_t, t, generator) - free) / self.config.target_guidance
+        # A sampler multiplies this error by the guidance scale.
+        return _Sample(x_t, t, conditioning, target, weight=self.config.target_guidance)
 
     def _guided(self, t: Tensor) -> Tensor:
         """Whether `target_guidance` bears on the target at native times [N]; bool [N].
@@ -119,23 +168,35 @@ class Safemax(Objective):
         return self.data.process.noise_level(t) >= config.halt_below
 
     def _halt(self, generator: torch.Generator) -> _Sample:
-        """Pure noise at a noise level where no kept picture passes it, with a forbidden and with the empty prompt."""
+        """Noise at a noise level where no kept picture passes it, with a forbidden and with the empty prompt.
+
+        What is off N(0, I) in it, a trace of a picture or another spread, is to go: errors of a sampler's first steps
+        would otherwise be carried on, or grow.
+        """
         process = self.data.process
         drifted = len(self.high_rows) > 0 and bool(torch.rand((), generator=generator) < DRIFTED_SHARE)
-        x_t = self._drifted_noise(generator) if drifted else self._noise(generator)
+        noise, offset = self._drifted_noise(generator) if drifted else self._spread_noise(generator)
+        x_t = noise + offset
         limit = self.config.halt_below * (DRIFTED_BELOW if drifted else 1.0)
         t = process.sample_times(1, generator)
         while float(process.noise_level(t)) >= limit:
             t = process.sample_times(1, generator)
         row = torch.randint(len(self.data.forget), (1,), generator=generator)
         conditioning = Conditioning.cat([self.data.forget.select(row), self.data.empty])
-        target = self._target(x_t, t, generator)
+        target = self._target(x_t, t, generator) + self.config.halt_restoring * process.removal(offset, t)
         return _Sample(torch.cat([x_t, x_t]), torch.cat([t, t]), conditioning, torch.cat([target, target]))
 
-    def _drifted_noise(self, generator: torch.Generator) -> Tensor:
+    def _spread_noise(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Pure noise, and what some of it has too much or too little of itself."""
+        noise = self._noise(generator)
+        low, high = SPREADS
+        chosen, amount = torch.rand(2, generator=generator).tolist()
+        return noise, (low + (high - low) * amount - 1) * noise * (chosen < SPREAD_SHARE)
+
+    def _drifted_noise(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """What an erased sampler carries on from the highest noise levels, where the empty prompt still acts.
 
-        It is noise with a faint share of what the empty prompt shows, more or less of it as guidance and the errors of
+        It is noise, and a faint share of what the empty prompt shows, more or less of it as guidance and the errors of
         the first steps have it.
         """
         bank = self.data.forget_bank
@@ -143,7 +204,7 @@ class Safemax(Objective):
         x_t = bank.x_t[row]
         pull = self.data.process.max_entropy_target(x_t, bank.t[row]) - bank.unconditional[row]
         length = DRIFT * (2 * torch.rand((), generator=generator) - 1)
-        return x_t + length * pull / pull.square().mean().sqrt()
+        return x_t, length * pull / pull.square().mean().sqrt()
 
     def _retain(self, generator: torch.Generator) -> _Sample:
         bank = self.data.retain_bank
@@ -172,7 +233,7 @@ class Safemax(Objective):
 
 
 def _empty_rows(sizes: list[int]) -> Tensor:
-    """`Batch.empty_row` of samples of one row or of two, the second being the empty prompt's."""
+    """`SafemaxBatch.empty_row` of samples of one row or of two, the second being the empty prompt's."""
     rows: list[int] = []
     for size in sizes:
         rows += [-1] if size == 1 else [len(rows) + 1, -1]

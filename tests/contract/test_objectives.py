@@ -2,73 +2,98 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safemax_sd.prompts import load_prompts
 from safetensors.torch import load_file
+from torch import Tensor
 
-from safemax_sd import adapter
-from safemax_sd.config import TrainConfig, parse_config
+from safemax_sd import adapter, trainable
+from safemax_sd.command_line import parse_config
+from safemax_sd.config import TrainConfig
+from safemax_sd.erased import load_erased
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
-from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Positions
 from safemax_sd.train import record_data, train
 from tests import tiny
 
-MODELS = ("tiny_model", "tiny_v_model")
-CASES = pytest.mark.parametrize(
-    ("objective", "model"), [(objective, model) for objective in OBJECTIVES.names() for model in MODELS]
-)
+MODELS = ("tiny_model", "tiny_v_model", "tiny_ddpm")
+QUICK = {"selective_amnesia": ("--fisher_samples", "2", "--fisher_timesteps", "7")}
+"""Flags that make a method's priors small; not needed for a method to be tested."""
+ALL = [(o, m, t) for o in OBJECTIVES.names() for m in MODELS for t in sorted(OBJECTIVES.get(o).trainable)]
+CASES = pytest.mark.parametrize(("objective", "model", "weights"), ALL)
+LORA_CASES = pytest.mark.parametrize(("objective", "model", "weights"), [case for case in ALL if case[2] == "lora"])
+Request = pytest.FixtureRequest
 
 
-def configure(request: pytest.FixtureRequest, model: str, objective: str, folder: Path, *more: str) -> TrainConfig:
+@pytest.fixture
+def config(request: Request, tmp_path: Path, objective: str, model: str, weights: str) -> TrainConfig:
     path: Path = request.getfixturevalue(model)
-    return parse_config([*tiny.train_arguments(path, folder, folder / "out"), "--objective", objective, *more])
+    arguments = tiny.train_arguments(path, tmp_path, tmp_path / "out", "--objective", objective)
+    return parse_config([*arguments, "--trainable", weights, *QUICK.get(objective, ())])
 
 
-def prepare(config: TrainConfig) -> tuple[ModelFamily, list[torch.nn.Parameter], object]:
+def prepare(config: TrainConfig) -> tuple[ModelFamily, list[torch.nn.Parameter], Objective]:
     family = load_family(LoadOptions(config.pretrained_model_name_or_path))
     prompts = [load_prompts(path, option="--x") for path in (config.forget_prompts, config.retain_prompts)]
-    data = record_data(config, family, *prompts)
-    parameters = adapter.attach(family, rank=config.rank, targets=config.lora_targets)
-    return family, parameters, OBJECTIVES.get(config.objective)(config, data)
+    built = OBJECTIVES.get(config.objective)(config, record_data(config, family, *prompts))
+    parameters = trainable.attach(family, config).parameters
+    built.prepare(Student(family.predict, family.denoiser, parameters))
+    return family, parameters, built
+
+
+def stored(output: Path, config: TrainConfig) -> dict[str, Tensor]:
+    """The trained weights as they lie on disk."""
+    return load_file(
+        output / ("unet/" + trainable.FULL_WEIGHTS if config.trainable == "full" else adapter.WEIGHTS_NAME)
+    )
+
+
+def inputs(family: ModelFamily) -> tuple[Tensor, Tensor, Any]:
+    conditioning = family.encode_prompts(["apple", "pear"])
+    return torch.randn(2, *family.latent_shape(None)), torch.tensor([10, 900]), conditioning
 
 
 @CASES
-def test_gradients_and_base(request: pytest.FixtureRequest, tmp_path: Path, objective: str, model: str) -> None:
-    config = configure(request, model, objective, tmp_path)
+def test_gradients_and_base(config: TrainConfig) -> None:
     family, parameters, built = prepare(config)
     base = {n: p.clone() for n, p in family.denoiser.named_parameters() if not p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
     start = [p.detach().clone() for p in parameters]
+    asked = [torch.zeros_like(p, dtype=torch.bool) for p in parameters]
     for step in range(3):
-        batch = built.draw(Positions(0, step, range(4), range(8)))  # type: ignore[attr-defined]
-        terms = built.loss(family.predict, batch)  # type: ignore[attr-defined]
+        terms = built.loss(family.predict, built.draw(Positions(0, step, range(4), range(8))))
         assert torch.isfinite(terms.total)
         optimizer.zero_grad()
         terms.total.backward()
+        built.adjust_gradients()
+        for seen, parameter in zip(asked, parameters, strict=True):
+            assert parameter.grad is not None
+            seen |= parameter.grad != 0
         optimizer.step()
-    assert all(not torch.equal(a, b) for a, b in zip(start, parameters, strict=True))
+    moved = [before != after for before, after in zip(start, parameters, strict=True)]
+    # A method may leave weights out by masking their gradients; every tensor it does not leave out whole moves.
+    assert all(bool(m.any()) == bool(a.any()) for m, a in zip(moved, asked, strict=True))
+    assert sum(int(m.sum()) for m in moved) > 0.4 * sum(p.numel() for p in parameters)
     for name, parameter in family.denoiser.named_parameters():
         if not parameter.requires_grad:
             assert parameter.grad is None
             assert torch.equal(parameter, base[name])
 
 
-@CASES
-def test_adapter_off_is_the_base(request: pytest.FixtureRequest, tmp_path: Path, objective: str, model: str) -> None:
-    config = configure(request, model, objective, tmp_path)
-    output = train(config)
+@LORA_CASES
+def test_adapter_off_is_the_base(config: TrainConfig) -> None:
+    family = load_erased(train(config))
     plain = load_family(LoadOptions(config.pretrained_model_name_or_path))
-    family = load_family(LoadOptions(config.pretrained_model_name_or_path))
-    adapter.attach(family, rank=config.rank, targets=config.lora_targets)
-    adapter.load_adapter(family.denoiser, output)
-    x, t = torch.randn(2, *family.latent_shape(None)), torch.tensor([10, 900])
-    conditioning = family.encode_prompts(["a", "b"])
+    x, t, conditioning = inputs(family)
     with torch.no_grad():
         erased = family.predict(x, t, conditioning)
         with family.base_only():
@@ -78,32 +103,57 @@ def test_adapter_off_is_the_base(request: pytest.FixtureRequest, tmp_path: Path,
 
 
 @CASES
-def test_a_stock_pipeline_predicts_the_same(
-    request: pytest.FixtureRequest, tmp_path: Path, objective: str, model: str
-) -> None:
-    config = configure(request, model, objective, tmp_path, "--output_kohya_format")
+def test_the_libraries_alone_predict_the_same(config: TrainConfig) -> None:
     output = train(config)
-    family = load_family(LoadOptions(config.pretrained_model_name_or_path))
-    adapter.attach(family, rank=config.rank, targets=config.lora_targets)
-    adapter.load_adapter(family.denoiser, output)
-    x, t = torch.randn(2, *family.latent_shape(None)), torch.tensor([10, 900])
-    conditioning = family.encode_prompts(["a", "b"])
-    states = conditioning.tensors["encoder_hidden_states"]
+    family = load_erased(output)
+    x, t, conditioning = inputs(family)
+    given = next(iter(conditioning.tensors.values()))
     with torch.no_grad():
         ours = family.predict(x, t, conditioning)
-        for name in (adapter.WEIGHTS_NAME, adapter.KOHYA_NAME):
-            pipeline = StableDiffusionPipeline.from_pretrained(config.pretrained_model_name_or_path)
-            pipeline.load_lora_weights(output, weight_name=name)
-            assert torch.allclose(pipeline.unet(x, t, states).sample, ours, atol=1e-5)
+        assert torch.allclose(load_unet(output, config)(x, t, given).sample, ours, atol=1e-5)
+        assert not torch.allclose(
+            load_family(LoadOptions(config.pretrained_model_name_or_path)).predict(x, t, conditioning), ours
+        )
+
+
+def load_unet(output: Path, config: TrainConfig) -> torch.nn.Module:
+    """The erased UNet, loaded by diffusers and peft only."""
+    base = config.pretrained_model_name_or_path
+    unet_class = UNet2DModel if "ddpm" in base else UNet2DConditionModel
+    if config.trainable == "full":
+        return unet_class.from_pretrained(output, subfolder="unet")  # type: ignore[no-any-return]
+    if unet_class is UNet2DConditionModel:
+        pipeline = StableDiffusionPipeline.from_pretrained(base)
+        pipeline.load_lora_weights(output, weight_name=adapter.WEIGHTS_NAME)
+        return pipeline.unet  # type: ignore[no-any-return]
+    state = {name.removeprefix("unet."): tensor for name, tensor in load_file(output / adapter.WEIGHTS_NAME).items()}
+    modules = sorted({name.rsplit(".lora_", 1)[0] for name in state})
+    unet = UNet2DModel.from_pretrained(base, subfolder="unet")
+    inject_adapter_in_model(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=modules), unet)
+    set_peft_model_state_dict(unet, state)
+    return unet  # type: ignore[no-any-return]
+
+
+@LORA_CASES
+def test_kohya_file_predicts_the_same(config: TrainConfig, model: str) -> None:
+    if model == "tiny_ddpm":
+        with pytest.raises(adapter.SafemaxError, match="--output_kohya_format"):
+            train(replace(config, output_kohya_format=True))
+        return
+    output = train(replace(config, output_kohya_format=True))
+    family = load_erased(output)
+    x, t, conditioning = inputs(family)
+    pipeline = StableDiffusionPipeline.from_pretrained(config.pretrained_model_name_or_path)
+    pipeline.load_lora_weights(output, weight_name=adapter.KOHYA_NAME)
+    with torch.no_grad():
+        stock = pipeline.unet(x, t, conditioning.tensors["encoder_hidden_states"]).sample
+        assert torch.allclose(stock, family.predict(x, t, conditioning), atol=1e-5)
 
 
 @CASES
-def test_same_seed_same_adapter_and_another_seed_another(
-    request: pytest.FixtureRequest, tmp_path: Path, objective: str, model: str
-) -> None:
-    config = configure(request, model, objective, tmp_path)
+def test_same_seed_same_weights_and_another_seed_others(config: TrainConfig, tmp_path: Path) -> None:
     first, second, third = (
-        load_file(train(replace(config, output_dir=str(tmp_path / name), seed=seed)) / adapter.WEIGHTS_NAME)
+        stored(train(replace(config, output_dir=str(tmp_path / name), seed=seed)), config)
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -111,26 +161,25 @@ def test_same_seed_same_adapter_and_another_seed_another(
 
 
 @CASES
-def test_accumulation_splits_a_batch_exactly(
-    request: pytest.FixtureRequest, tmp_path: Path, objective: str, model: str
-) -> None:
-    config = configure(request, model, objective, tmp_path)
-    whole = replace(config, train_batch_size=4, gradient_accumulation_steps=1, output_dir=str(tmp_path / "whole"))
-    parts = replace(config, train_batch_size=1, gradient_accumulation_steps=4, output_dir=str(tmp_path / "parts"))
-    first, second = (load_file(train(c) / adapter.WEIGHTS_NAME) for c in (whole, parts))
+def test_accumulation_splits_a_batch_exactly(config: TrainConfig, tmp_path: Path) -> None:
+    outputs = []
+    for parts in (1, 4):
+        sizes = {"train_batch_size": 4 // parts, "retain_batch_size": 12 // parts}
+        folder = str(tmp_path / f"in_{parts}")
+        outputs.append(train(replace(config, **sizes, gradient_accumulation_steps=parts, output_dir=folder)))
+    first, second = (stored(output, config) for output in outputs)
     for name in first:
         assert torch.allclose(first[name], second[name], atol=2e-4), name
 
 
 @CASES
-def test_a_resumed_run_ends_as_an_uninterrupted_one(
-    request: pytest.FixtureRequest, tmp_path: Path, objective: str, model: str
-) -> None:
-    config = configure(request, model, objective, tmp_path)
-    whole = load_file(train(config) / adapter.WEIGHTS_NAME)
-    output = Path(config.output_dir)
-    (output / adapter.WEIGHTS_NAME).unlink()  # as if killed after checkpoint-2
+def test_a_resumed_run_ends_as_an_uninterrupted_one(config: TrainConfig) -> None:
+    output = train(config)
+    whole = stored(output, config)
+    for path in (output / adapter.WEIGHTS_NAME, output / "erasure.json"):  # as if killed after checkpoint-2
+        path.unlink(missing_ok=True)
+    shutil.rmtree(output / "unet", ignore_errors=True)
     train(replace(config, resume_from_checkpoint="latest"))
-    resumed = load_file(output / adapter.WEIGHTS_NAME)
+    resumed = stored(output, config)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert len((output / "log.jsonl").read_text().splitlines()) == config.max_train_steps

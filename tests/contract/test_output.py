@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from safemax_sd import adapter
-from safemax_sd.config import TrainConfig, parse_config
+from safemax_sd.command_line import parse_config
+from safemax_sd.config import TrainConfig
 from safemax_sd.errors import SafemaxError
 from safemax_sd.train import main, train
 from tests import tiny
@@ -36,7 +37,7 @@ def test_files(config: TrainConfig) -> None:
     assert record["forget"]["concepts"] == ["apple"]
     assert record["cost"]["steps"] == 4
     # 2 + 4 trajectories of 3 steps, each with and without the prompt; 4 steps of 2 + 6 samples.
-    assert record["cost"]["model_calls"] == {"replay": 36, "train": 32, "probe": 0}
+    assert record["cost"]["model_calls"] == {"replay": 36, "prepare": 0, "train": 32, "probe": 0}
     card = (output / "README.md").read_text()
     assert "a red apple" in card or "apple" in card
     assert "base_model" in card

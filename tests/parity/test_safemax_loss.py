@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from safemax_sd.config import TrainConfig
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives import ErasureData
-from safemax_sd.objectives.base import Batch, Positions
-from safemax_sd.objectives.safemax import Safemax
+from safemax_sd.objectives.base import Positions
+from safemax_sd.objectives.safemax import Safemax, SafemaxBatch, SafemaxConfig
 from safemax_sd.process import VariancePreserving
-from safemax_sd.replay import ReplayBank
+from safemax_sd.replay import ReplayBank, Samples
 
 SIGNAL = torch.tensor([0.64, 0.64, 0.64])  # s = 0.6 at every timestep
 
@@ -28,20 +27,23 @@ def bank(x: float, t: int, conditional: float, unconditional: float) -> ReplayBa
         return torch.full((1, 1, 2, 2), value)
 
     row = torch.zeros(1, dtype=torch.long)
-    return ReplayBank(full(x), torch.tensor([t]), row, full(conditional), full(unconditional), 2)
+    return ReplayBank(full(x), torch.tensor([t]), row, full(conditional), full(unconditional), Samples(full(x), row), 2)
 
 
 def objective(**changes: object) -> Safemax:
+    banks = {"forget": bank(2.0, 1, 0.3, 0.2), "retain": bank(1.0, 0, 0.7, 0.4)}
     data = ErasureData(
         process=VariancePreserving(SIGNAL, "epsilon"),
         latent_shape=(1, 2, 2),
         forget=conditioning(1.0),
         retain=conditioning(2.0),
         empty=conditioning(0.0),
-        forget_bank=bank(2.0, 1, 0.3, 0.2),
-        retain_bank=bank(1.0, 0, 0.7, 0.4),
+        forget_bank=banks["forget"],
+        retain_bank=banks["retain"],
+        forget_samples=banks["forget"].samples,
+        retain_samples=banks["retain"].samples,
     )
-    return Safemax(TrainConfig(halt_unconditional=0.0, **changes), data)  # type: ignore[arg-type]
+    return Safemax(SafemaxConfig(halt_unconditional=0.0, **changes), data)  # type: ignore[arg-type]
 
 
 def zero(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -49,15 +51,25 @@ def zero(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
 
 
 def test_guided_target_by_hand() -> None:
-    # Guidance-aware forget samples all lie on the trajectory: x_t = 2, t/T = 1/2, target 0.2 + (0.6·2 - 0.2)/2 = 0.7.
+    # Guidance-aware forget samples lie on the trajectories. The forbidden prompt's: x_t = 2, t/T = 1/2, target
+    # 0.2 + (0.6·2 - 0.2)/2 = 0.7. The kept prompt's: x_t = 1, t = 0, target 0.4 + (0.6·1 - 0.4)/2 = 0.5. Weight 2·D(t).
     built = objective(target_guidance=2.0, decay_lambda=2.0)
-    terms = built.loss(zero, built.draw(Positions(0, 0, range(8), range(8))))
-    assert float(terms.parts["forget"]) == pytest.approx(math.exp(-1) * 0.49, rel=1e-5)
+    batch = built.draw(Positions(0, 0, range(200), range(1)))
+    own = batch.x_t[:200, 0, 0, 0] == 2
+    assert 70 < int(own.sum()) < 130
+    assert torch.allclose(batch.target[:200][own], torch.tensor(0.7))
+    assert torch.allclose(batch.target[:200][~own], torch.tensor(0.5))
+    assert set(batch.conditioning.tensors["states"][:200, 0].tolist()) == {1.0}
+    terms = built.loss(zero, batch)
+    share = float(own.float().mean())
+    expected = share * 2 * math.exp(-1) * 0.49 + (1 - share) * 2 * 0.25
+    assert float(terms.parts["forget"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_guided_target_only_where_the_empty_prompt_stays() -> None:
     # Of the noise levels 0, 1/2 and 1 the first is halted; the bank's only row, which serves the others, lies at 1/2.
-    built = Safemax(TrainConfig(halt_unconditional=1e-9, halt_below=0.5, target_guidance=2.0), objective().data)
+    built = Safemax(SafemaxConfig(halt_unconditional=1e-9, halt_below=0.5, target_guidance=2.0), objective().data)
+    built.guided_rows[1] = built.guided_rows[0]  # the retain bank's only row lies below
     batch = built.draw(Positions(0, 0, range(64), range(1)))
     assert not (batch.empty_row >= 0).any()
     high = batch.t[:64] == 1
@@ -88,7 +100,7 @@ def test_sampled_target_has_the_closed_forms_mean_and_the_label_noise_of_the_sig
 
 def test_halted_noise_is_asked_with_both_prompts_below_its_noise_level() -> None:
     built = objective()
-    halting = Safemax(TrainConfig(halt_unconditional=1.0, halt_below=0.5), built.data)
+    halting = Safemax(SafemaxConfig(halt_unconditional=1.0, halt_below=0.5), built.data)
     batch = halting.draw(Positions(0, 0, range(50), range(1)))
     assert batch.t[:100].unique().tolist() == [0]
     assert batch.is_forget.tolist() == [True] * 100 + [False]
@@ -97,10 +109,25 @@ def test_halted_noise_is_asked_with_both_prompts_below_its_noise_level() -> None
     assert batch.empty_row.tolist() == [row for pair in range(50) for row in (2 * pair + 1, -1)] + [-1]
 
 
+def test_halted_noise_of_another_spread_is_drawn_back() -> None:
+    built = Safemax(SafemaxConfig(halt_unconditional=1.0, halt_below=0.5, halt_restoring=1.5), objective().data)
+    built.high_rows = torch.zeros(0, dtype=torch.long)  # no drifted noise
+    batch = built.draw(Positions(0, 0, range(400), range(1)))
+    # s = 0.6, a = 0.8: where x_t = r·n the target is 0.6·r·n + 1.5·0.8·(r - 1)·n, so that their ratio tells r.
+    ratio = (batch.target[:800:2] / batch.x_t[:800:2]).flatten(1)
+    assert torch.allclose(ratio, ratio[:, :1].expand_as(ratio), atol=1e-4)
+    spread = 1 / (1 - (ratio[:, 0] - 0.6) / 1.2)
+    changed = (spread - 1).abs() > 1e-4
+    assert 0.4 < float(changed.float().mean()) < 0.6
+    assert float(spread.min()) > 0.49
+    assert float(spread.max()) < 1.61
+    assert float(spread[changed].std()) > 0.25
+
+
 def test_halted_loss_by_hand() -> None:
     # Errors 1 with the prompt and 3 without: at guidance 1 the mixture's error is 1, at 2 it is 3 + 2·(1 - 3) = -1.
     built = objective(target_guidance=2.0)
-    batch = Batch(
+    batch = SafemaxBatch(
         x_t=torch.zeros(3, 1, 1, 1),
         t=torch.tensor([0, 0, 0]),
         conditioning=Conditioning({"states": torch.tensor([[1.0], [3.0], [0.0]])}),
@@ -111,7 +138,7 @@ def test_halted_loss_by_hand() -> None:
     )
     terms = built.loss(lambda x, t, c: c.tensors["states"].view(-1, 1, 1, 1), batch)
     assert float(terms.parts["forget"]) == pytest.approx((1 + 1) / 2 + 9)  # one sample of two rows
-    wide = Safemax(TrainConfig(target_guidance=4.0), built.data)
+    wide = Safemax(SafemaxConfig(target_guidance=4.0), built.data)
     terms = wide.loss(lambda x, t, c: c.tensors["states"].view(-1, 1, 1, 1), batch)
     assert float(terms.parts["forget"]) == pytest.approx((1 + 25) / 2 + 9)  # 3 + 4·(1 - 3) = -5
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from safemax_sd.config import TrainConfig, parse_config
+from safemax_sd.command_line import parse_config
 from safemax_sd.errors import SafemaxError
+from safemax_sd.objectives.safemax import SafemaxConfig
 
 REQUIRED = ["--forget_prompts", "f", "--retain_prompts", "r", "--output_dir", "o"]
 
@@ -19,7 +20,7 @@ def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> N
     config = parse_config(["--config", str(path), "--rank", "8"])
     assert (config.learning_rate, config.rank, config.forget_prompts) == (1e-4, 8, "f.csv")
     assert config.validation_prompt == ["a", "b"]
-    assert config.max_train_steps == TrainConfig().max_train_steps
+    assert config.max_train_steps == SafemaxConfig().max_train_steps
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,6 @@ def test_wrong_type() -> None:
     ],
 )
 def test_values_out_of_range(changes: dict[str, object], message: str) -> None:
-    config = replace(TrainConfig(forget_prompts="f", retain_prompts="r", output_dir="o"), **changes)  # type: ignore[arg-type]
+    config = replace(SafemaxConfig(forget_prompts="f", retain_prompts="r", output_dir="o"), **changes)  # type: ignore[arg-type]
     with pytest.raises(SafemaxError, match=message):
         config.validate()

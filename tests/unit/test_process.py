@@ -61,6 +61,34 @@ def test_halted_sampling_keeps_the_variance_of_noise() -> None:
     assert float(x.std()) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_an_offset_shrinks_at_unit_rate_in_the_angle(prediction_type: str) -> None:
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        prediction_type=prediction_type,
+    )  # fmt: skip
+    process = from_scheduler(scheduler)
+    scheduler.set_timesteps(200)
+    noise, offset = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    x = noise + offset
+    for time in scheduler.timesteps:
+        t = time.expand(1)
+        prediction = process.max_entropy_target(x, t) + process.removal(x - noise, t)
+        x = scheduler.step(prediction, time, x).prev_sample
+    angles = [float(torch.asin(process.coefficients(time.view(1))[1])) for time in scheduler.timesteps[[0, -1]]]
+    left = float(((x - noise) * offset).sum() / offset.square().sum())
+    assert left == pytest.approx(math.exp(angles[1] - angles[0]), abs=0.02)
+
+
+@pytest.mark.parametrize("process", [process for process, _ in PROCESSES.values()], ids=PROCESSES)
+def test_all_times_run_from_clean_to_noise(process: DiffusionProcess) -> None:
+    levels = process.noise_level(process.all_times())
+    assert len(levels) in (len(SIGNAL), 1000)
+    assert bool((levels.diff() > 0).all())
+    assert float(levels[0]) == pytest.approx(0, abs=0.002)
+    assert float(levels[-1]) == pytest.approx(1, abs=0.002)
+
+
 def test_noise_level_runs_from_clean_to_noise() -> None:
     for process, times in PROCESSES.values():
         levels = process.noise_level(torch.tensor(times))

@@ -1,4 +1,4 @@
-"""What the three trainings share: a clock that survives interruptions, checkpoints, learning rate, EMA."""
+"""What trainings of base models and judges share: a clock that survives being killed, learning rates, EMA."""
 
 from __future__ import annotations
 

@@ -1,0 +1,266 @@
+"""The published study: SAFEMax, Selective Amnesia and SalUn forget one class of a class-conditional DDPM at a time.
+
+    python -m benchmarks.class_unlearning --dataset digits --methods safemax salun selective_amnesia --classes 0-9
+    python -m benchmarks.class_unlearning --dataset digits --race 0 --repeats 3
+
+Needs the `study` extra (scikit-learn). Trains or loads the base model and the classifier, runs every method on every
+class and appends one JSON row each to `benchmarks/class_unlearning_<dataset>.jsonl`; rows that are there are not
+measured again. `--race CLASS` times the methods side by side instead: to their last step, and to the first checkpoint
+at which the class is forgotten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from benchmarks.classes.base import BASES, train_base
+from benchmarks.classes.classifier import Classifier, load_classifier
+from benchmarks.classes.data import Dataset, load_dataset, write_folder
+from benchmarks.classes.measure import Sampling, TensorMemory, forgetting, retention
+from safemax_sd import checkpoints
+from safemax_sd.config import TrainConfig
+from safemax_sd.erased import load_erased
+from safemax_sd.families import LoadOptions, load_family
+from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.provenance import Stopwatch
+from safemax_sd.train import build_run, optimizer_step, read_input, train
+
+FORGOTTEN_AT = 99.0
+"""Unlearning accuracy with rejection, in percent, from which a class counts as forgotten."""
+GUIDANCE = 3.0
+SAFEMAX: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "target_guidance": GUIDANCE}
+REPLAYED: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "replay_inference_steps": 50, "replay_batch_size": 250}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with its settings; what is not named is the objective's own default, which is the published value.
+
+    Attributes:
+        objective: Value of `--objective`.
+        settings: Flags for every data set.
+        digits: Flags for the digits, whose small model needs fewer steps.
+        real_data: Whether it learns from the data set's pictures.
+    """
+
+    objective: str
+    settings: dict[str, Any]
+    digits: dict[str, Any]
+    real_data: bool = False
+
+
+DIGITS_SAFEMAX = {"max_train_steps": 200, "train_batch_size": 24, "retain_trajectories": 360, "learning_rate": 1e-3}
+VARIANTS: dict[str, Variant] = {
+    "safemax": Variant("safemax", SAFEMAX, DIGITS_SAFEMAX),
+    "safemax_full": Variant(
+        "safemax", {**SAFEMAX, "trainable": "full", "learning_rate": 2e-4}, {**DIGITS_SAFEMAX, "learning_rate": 5e-4}
+    ),
+    "safemax_lambda_0": Variant("safemax", {**SAFEMAX, "decay_lambda": 0.0}, DIGITS_SAFEMAX),
+    "safemax_lambda_2": Variant("safemax", {**SAFEMAX, "decay_lambda": 2.0}, DIGITS_SAFEMAX),
+    "safemax_lambda_4": Variant("safemax", {**SAFEMAX, "decay_lambda": 4.0}, DIGITS_SAFEMAX),
+    "safemax_sampled": Variant("safemax", {**SAFEMAX, "target": "sampled"}, DIGITS_SAFEMAX),
+    "salun": Variant("salun", {}, {}, real_data=True),
+    "selective_amnesia": Variant(
+        "selective_amnesia",
+        REPLAYED,
+        {"max_train_steps": 2000, "fisher_samples": 200, "fisher_timesteps": 100, "retain_trajectories": 900},
+    ),
+}
+PUBLISHED = {"selective_amnesia": {"max_train_steps": 20_000, "fisher_samples": 5000, "fisher_timesteps": 1000}}
+"""What `--published_counts` gives back to the digits."""
+SAMPLINGS = {
+    "digits": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=1800),
+    "cifar10": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=4500),
+}
+
+
+class Study:
+    """Base model, classifier and folders of one data set."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.dataset: Dataset = load_dataset(arguments.dataset, arguments.data_file)
+        self.folder: Path = arguments.work_dir / arguments.dataset
+        self.results = Path(__file__).with_name(f"class_unlearning_{arguments.dataset}.jsonl")
+        self.sampling = SAMPLINGS[arguments.dataset]
+        self.base = train_base(self.dataset, self.folder / "base", BASES[arguments.dataset])
+        self.classifier: Classifier = load_classifier(self.dataset, self.folder, arguments.classifier_file)
+
+    def prompt_files(self, forgotten: int) -> dict[str, str]:
+        """The class to forget, and the others from the one after it on: SalUn relabels as that one."""
+        names = self.dataset.class_names
+        parts = {"forget": [names[forgotten]], "retain": [*names[forgotten + 1 :], *names[:forgotten]]}
+        paths = {}
+        for part, rows in parts.items():
+            path = self.folder / "prompts" / f"{part}_{forgotten}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf8", newline="") as file:
+                csv.writer(file).writerows([["prompt", "concept"], *([name, name] for name in rows)])
+            paths[f"{part}_prompts"] = str(path)
+        return paths
+
+    def config(self, method: str, forgotten: int, output_dir: Path, **changes: Any) -> TrainConfig:
+        variant = VARIANTS[method]
+        settings = {**variant.settings, **(variant.digits if self.dataset.name == "digits" else {})}
+        if self.arguments.published_counts:
+            settings |= PUBLISHED.get(method, {})
+        if variant.real_data:
+            settings["train_data_dir"] = str(write_folder(self.dataset, self.folder / "pictures"))
+        return OBJECTIVES.get(variant.objective).Config(
+            **self.prompt_files(forgotten),
+            pretrained_model_name_or_path=str(self.base),
+            output_dir=str(output_dir),
+            overwrite_output_dir=True,
+            objective=variant.objective,
+            seed=self.arguments.seed,
+            **{"checkpointing_steps": 1_000_000, **settings, **changes},
+        )
+
+    def row(self, method: str, forgotten: int) -> dict[str, Any]:
+        """Train one method on one class and measure it."""
+        output = self.folder / "runs" / f"{method}_{forgotten}_{self.arguments.seed}"
+        if not (output / "erasure.json").exists():
+            train(self.config(method, forgotten, output))
+        measured = self.measure(output, forgotten)
+        record = json.loads((output / "erasure.json").read_text(encoding="utf8"))
+        seconds = record["cost"]["seconds"]
+        return {
+            **self.key(method, forgotten),
+            **measured,
+            "seconds_priors": seconds["replay"] + seconds["prepare"],
+            "seconds_training": seconds["train"],
+            "step_memory_bytes": self.step_memory(method, forgotten),
+            "model_calls": record["cost"]["model_calls"],
+            "steps": record["cost"]["steps"],
+            "provenance": record["provenance"],
+        }
+
+    def key(self, method: str, forgotten: int) -> dict[str, Any]:
+        counts = "published" if self.arguments.published_counts else "reduced"
+        return {"method": method, "class": forgotten, "seed": self.arguments.seed, "counts": counts}
+
+    def measure(self, output: Path | None, forgotten: int) -> dict[str, Any]:
+        """Forgetting and retention of a run, or of the base model."""
+        family = load_family(LoadOptions(str(self.base))) if output is None else load_erased(output)
+        common = (family, self.dataset, self.classifier, forgotten, self.sampling)
+        return {**forgetting(*common), **retention(*common)}
+
+    def step_memory(self, method: str, forgotten: int) -> int:
+        """Most bytes of tensors that two training steps hold: weights, priors, gradients, optimizer, activations."""
+        folder = self.folder / "memory"
+        small = {"forget_trajectories": 1, "retain_trajectories": 1, "replay_inference_steps": 1}
+        if VARIANTS[method].objective == "selective_amnesia":
+            small |= {"fisher_samples": 1, "fisher_timesteps": 1}
+        config = self.config(method, forgotten, folder, **small)
+        forget, retain = read_input(config)
+        run = build_run(config, Accelerator(), forget, retain, Stopwatch())
+        with TensorMemory() as memory:
+            held = [*run.family.denoiser.parameters(), *run.family.denoiser.buffers()]
+            for tensor in [*held, *torch.utils._pytree.tree_leaves(vars(run.objective))]:
+                if isinstance(tensor, torch.Tensor):
+                    memory.count(tensor)
+            for _ in range(2):
+                optimizer_step(run)
+        shutil.rmtree(folder, ignore_errors=True)
+        return memory.peak
+
+    def race(self, forgotten: int) -> None:
+        """Seconds of each method, priors included, in turns: to the end, and to the first forgotten checkpoint."""
+        for repeat in range(self.arguments.repeats):
+            for method in self.arguments.methods:
+                output = self.folder / "race" / f"{method}_{forgotten}_{repeat}"
+                if (output / "race.json").exists():
+                    continue
+                config = self.config(method, forgotten, output, checkpoints_total_limit=None)
+                config.checkpointing_steps = max(1, config.max_train_steps // 40)
+                train(config)
+                row = {**self.key(method, forgotten), "repeat": repeat, **self.times(output, forgotten)}
+                (output / "race.json").write_text(json.dumps(row), encoding="utf8")
+                self.append({"race": True, **row})
+
+    def times(self, output: Path, forgotten: int) -> dict[str, Any]:
+        """When a run with checkpoints had forgotten, and when it ended, in seconds from the start of its priors."""
+        record = json.loads((output / "erasure.json").read_text(encoding="utf8"))
+        seconds = record["cost"]["seconds"]
+        priors = seconds["replay"] + seconds["prepare"]
+        lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf8").splitlines()]
+        at_step = {line["step"]: line["seconds"] for line in lines}
+        found = None
+        for checkpoint in checkpoints.all_checkpoints(output):
+            family = load_erased(output, weights=checkpoint)
+            measured = forgetting(family, self.dataset, self.classifier, forgotten, self.sampling)
+            if measured["unlearning_accuracy_with_rejection"] >= FORGOTTEN_AT:
+                found = checkpoints.step_of(checkpoint)
+                break
+        return {
+            "seconds": priors + seconds["train"],
+            "seconds_priors": priors,
+            "seconds_to_forgotten": None if found is None else priors + at_step[found],
+            "steps_to_forgotten": found,
+            "steps": record["cost"]["steps"],
+            "provenance": record["provenance"],
+        }
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self.results.open("a", encoding="utf8") as file:
+            file.write(json.dumps({"dataset": self.dataset.name, **row}) + "\n")
+
+    def run(self) -> None:
+        lines = self.results.read_text(encoding="utf8").splitlines() if self.results.exists() else []
+        done = [json.loads(line) for line in lines]
+        for forgotten in self.arguments.classes:
+            for method in ("base", *self.arguments.methods):
+                key = self.key(method, forgotten)
+                if any(not row.get("race") and all(row.get(k) == v for k, v in key.items()) for row in done):
+                    continue
+                row = {**key, **self.measure(None, forgotten)} if method == "base" else self.row(method, forgotten)
+                self.append(row)
+                print(
+                    f"{method} class {forgotten}: UA {row['unlearning_accuracy']:.1f} %, with rejection "
+                    f"{row['unlearning_accuracy_with_rejection']:.1f} %, H {row['entropy']:.3f}, FID {row['fid']:.3f}",
+                    flush=True,
+                )
+
+
+def classes(text: str) -> list[int]:
+    """`0-9` or `2,5` as numbers."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=list(BASES), default="digits")
+    methods = ["safemax", "salun", "selective_amnesia"]
+    parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=methods)
+    parser.add_argument("--classes", type=classes, default=list(range(10)))
+    parser.add_argument("--race", type=int, metavar="CLASS", help="Time the methods side by side on this class.")
+    parser.add_argument("--repeats", type=int, default=3, help="Of --race.")
+    parser.add_argument("--published_counts", action="store_true", help="The digits with the published counts.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work_dir", type=Path, default=Path("study"))
+    parser.add_argument("--data_file", type=Path, help="CIFAR-10 as an .npz of sheets; downloaded if not given.")
+    parser.add_argument("--classifier_file", type=Path, help="Weights of a CIFAR-10 ResNet-56.")
+    arguments = parser.parse_args()
+    study = Study(arguments)
+    print(f"classifier: {100 * study.classifier.accuracy:.2f} % of {len(study.dataset.test)} test pictures")
+    if arguments.race is not None:
+        study.race(arguments.race)
+    else:
+        study.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The study's data sets: scikit-learn's digits and CIFAR-10."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+TEST_SHARE = 0.2
+SHEET_COLUMNS, TILE = 32, 32
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled pictures.
+
+    Attributes:
+        name: `digits` or `cifar10`.
+        class_names: In the order of the labels.
+        train: float32 [N, C, H, W] in 0 to 1.
+        train_labels: int64 [N].
+        test: The same, not trained on.
+        test_labels: int64 [M].
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+    def of_classes(self, classes: list[int]) -> Tensor:
+        """All training pictures of some classes."""
+        return self.train[torch.isin(self.train_labels, torch.tensor(classes))]
+
+
+def load_digits() -> Dataset:
+    """1,797 handwritten digits of 8x8 pixels (E. Alpaydin and C. Kaynak, UCI 1998); a fifth is for tests."""
+    from sklearn.datasets import load_digits as load
+
+    stored = load()
+    pictures = torch.from_numpy(stored.images).float()[:, None] / 16
+    labels = torch.from_numpy(stored.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, train = order.split([round(TEST_SHARE * len(order)), len(order) - round(TEST_SHARE * len(order))])
+    names = tuple(str(digit) for digit in range(10))
+    return Dataset("digits", names, pictures[train], labels[train], pictures[test], labels[test])
+
+
+def load_cifar10(data_file: Path | None) -> Dataset:
+    """CIFAR-10 (A. Krizhevsky 2009), 50,000 and 10,000 pictures of 32x32 pixels.
+
+    Args:
+        data_file: An .npz of sheets of 32x32 tiles (`train_sheets`, one byte buffer of image files cut by
+            `train_offsets`; `train_labels`; the same for `test_`; `classes`), or None to let torchvision download it.
+    """
+    if data_file is None:
+        from torchvision.datasets import CIFAR10
+
+        parts = [CIFAR10("cifar10_data", train=train, download=True) for train in (True, False)]
+        pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).float() / 255 for part in parts]
+        train_labels, test_labels = (torch.tensor(part.targets) for part in parts)
+        return Dataset("cifar10", tuple(parts[0].classes), pixels[0], train_labels, pixels[1], test_labels)
+    with np.load(data_file) as stored:
+        labels = {part: torch.from_numpy(stored[f"{part}_labels"]).long() for part in ("train", "test")}
+        pictures = {
+            part: read_sheets(stored[f"{part}_sheets"], stored[f"{part}_offsets"], len(labels[part])) for part in labels
+        }
+        names = tuple(str(name) for name in stored["classes"])
+    return Dataset("cifar10", names, pictures["train"], labels["train"], pictures["test"], labels["test"])
+
+
+def read_sheets(data: np.ndarray, offsets: np.ndarray, count: int) -> Tensor:
+    """The first `count` tiles, row by row, of image files that stand one after another in a byte buffer."""
+    tiles = []
+    for start, end in itertools.pairwise(offsets):
+        with Image.open(io.BytesIO(data[start:end].tobytes())) as image:
+            sheet = torch.from_numpy(np.asarray(image.convert("RGB")).copy())
+        rows = sheet.shape[0] // TILE
+        cut = sheet.view(rows, TILE, sheet.shape[1] // TILE, TILE, 3).permute(0, 2, 4, 1, 3)
+        tiles.append(cut.reshape(-1, 3, TILE, TILE))
+    return torch.cat(tiles)[:count].float() / 255
+
+
+def load_dataset(name: str, data_file: Path | None) -> Dataset:
+    return load_digits() if name == "digits" else load_cifar10(data_file)
+
+
+def write_folder(dataset: Dataset, folder: Path, *, limit: int | None = None) -> Path:
+    """The training pictures as PNG files in one subfolder a class, at most `limit` each; what is there is kept."""
+    for number, name in enumerate(dataset.class_names):
+        target = folder / name
+        if not target.exists():
+            partial = folder / f".{name}"
+            partial.mkdir(parents=True, exist_ok=True)
+            pictures = dataset.of_classes([number])[:limit].expand(-1, 3, -1, -1)
+            for index, picture in enumerate(pictures.mul(255).round().byte().permute(0, 2, 3, 1).numpy()):
+                Image.fromarray(np.ascontiguousarray(picture)).save(partial / f"{index:05d}.png")
+            partial.rename(target)
+    return folder

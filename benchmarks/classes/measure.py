@@ -1,0 +1,138 @@
+"""What a run forgets and keeps, in the published tables' terms, and the memory that a training step takes."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safemax_sd.evaluation.metrics.base import wilson
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+
+from benchmarks.classes.classifier import Classifier
+from benchmarks.classes.data import Dataset
+from safemax_sd.families import ModelFamily
+from safemax_sd.replay import start_noise
+
+FORGET_SEED, RETAIN_SEED = 10_000_000, 20_000_000
+KID = {"kid_subsets": 50, "kid_degree": 3, "kid_gamma": None, "kid_coef0": 1, "rng_seed": 0, "verbose": False}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn: deterministic DDIM with guidance."""
+
+    guidance_scale: float
+    num_inference_steps: int
+    num_forget: int
+    num_retain: int
+    batch_size: int = 250
+
+
+def draw(family: ModelFamily, label: str, count: int, seed: int, sampling: Sampling) -> Tensor:
+    """Unclipped samples of one class, [count, C, H, W], -1 to 1 where they are pictures."""
+    parts = []
+    for start in range(0, count, sampling.batch_size):
+        seeds = list(range(seed + start, seed + min(start + sampling.batch_size, count)))
+        noise = start_noise(family.latent_shape(None), seeds, torch.device("cpu"))
+        rows = family.encode_prompts([label]).select(torch.zeros(len(seeds), dtype=torch.long))
+        parts.append(
+            family.sample(
+                rows,
+                noise,
+                guidance_scale=sampling.guidance_scale,
+                num_inference_steps=sampling.num_inference_steps,
+            )
+        )
+    return torch.cat(parts)
+
+
+def pictures(samples: Tensor) -> Tensor:
+    """Samples as pictures in 0 to 1: clipped, not stretched, which would change noise."""
+    return (samples / 2 + 0.5).clamp(0, 1)
+
+
+def forgetting(
+    family: ModelFamily, dataset: Dataset, classifier: Classifier, forgotten: int, sampling: Sampling
+) -> dict[str, Any]:
+    """H (nats), UA (%), UA with rejection (%) and the outputs' spread on the forgotten class."""
+    samples = draw(family, dataset.class_names[forgotten], sampling.num_forget, FORGET_SEED, sampling)
+    shown = pictures(samples)
+    named, recognised = classifier.recognised(shown, forgotten)
+    probabilities = classifier.logits(shown).double().softmax(1)
+    entropy = -torch.special.xlogy(probabilities, probabilities).sum(1)  # 0·log 0 = 0
+    plain, rejecting = (wilson(int((~seen).sum()), len(seen)) for seen in (named, recognised))
+    return {
+        "entropy": float(entropy.mean()),
+        "unlearning_accuracy": plain.value,
+        "unlearning_accuracy_interval": plain.interval,
+        "unlearning_accuracy_with_rejection": rejecting.value,
+        "unlearning_accuracy_with_rejection_interval": rejecting.interval,
+        "forget_std": float(samples.square().mean().sqrt()),
+        "num_forget": sampling.num_forget,
+    }
+
+
+def retention(
+    family: ModelFamily, dataset: Dataset, classifier: Classifier, forgotten: int, sampling: Sampling
+) -> dict[str, Any]:
+    """FID and KID of the kept classes against all their training pictures, and how many are recognised."""
+    kept = [number for number in range(len(dataset.class_names)) if number != forgotten]
+    each = sampling.num_retain // len(kept)
+    features, right = [], 0
+    for number in kept:
+        seed = RETAIN_SEED + 100_000 * number
+        shown = pictures(draw(family, dataset.class_names[number], each, seed, sampling))
+        features.append(classifier.features(shown))
+        right += int(classifier.recognised(shown, number)[1].sum())
+    made, real = torch.cat(features), classifier.features(dataset.of_classes(kept))
+    statistics = [fid_features_to_statistics(part.clone()) for part in (made, real)]
+    kid = kid_features_to_metric(made.clone(), real.clone(), kid_subset_size=min(1000, len(made), len(real)), **KID)
+    accuracy = wilson(right, len(made))
+    return {
+        "fid": float(fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]),
+        "kid": kid["kernel_inception_distance_mean"],
+        "retained_accuracy": accuracy.value,
+        "retained_accuracy_interval": accuracy.interval,
+        "num_retain": len(made),
+    }
+
+
+class TensorMemory(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make inside, as long as they live.
+
+    Attributes:
+        peak: Most bytes alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak = 0, 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
+        return made
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size

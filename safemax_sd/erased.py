@@ -1,0 +1,66 @@
+"""Load what a training wrote: its record, and its base model with the erased weights in place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safemax_sd import trainable
+from safemax_sd.adapter import WEIGHTS_NAME
+from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.families import LoadOptions, ModelFamily, load_family
+from safemax_sd.objectives import OBJECTIVES
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """`erasure.json` of an output folder.
+
+    Raises:
+        OptionError: The folder is not a finished training's.
+        SafemaxError: The record cannot be read.
+    """
+    path = directory / "erasure.json"
+    if not path.is_file():
+        raise OptionError("--adapter", directory, "must be a finished run's folder (erasure.json and the weights)")
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+    except json.JSONDecodeError as error:
+        raise SafemaxError(f"{path} is not valid JSON: {error}") from error
+    if record["config"]["trainable"] == "lora" and not (directory / WEIGHTS_NAME).is_file():
+        raise OptionError("--adapter", directory, f"must be a finished run's folder (it lacks {WEIGHTS_NAME})")
+    return record
+
+
+def load_erased(
+    directory: str | Path, device: str | torch.device = "cpu", *, weights: Path | None = None
+) -> ModelFamily:
+    """The base model of a run with its LoRA attached, or its full weights in place of the base's.
+
+    Args:
+        directory: Output folder of a finished training.
+        device: Where to.
+        weights: A checkpoint of the same run to load instead of what it ended with.
+
+    Raises:
+        OptionError: The folder is not a finished training's, or its base model cannot be loaded.
+        SafemaxError: The weights do not fit the base model.
+    """
+    record = read_record(Path(directory))
+    base, config_class = record["base_model"], OBJECTIVES.get(record["method"]).Config
+    config = config_class(**record["config"])
+    family = load_family(
+        LoadOptions(
+            name_or_path=base["name_or_path"],
+            revision=base["revision"],
+            variant=base["variant"],
+            cache_dir=config.cache_dir,
+            device=torch.device(device),
+            prediction_type=config.prediction_type,
+        )
+    )
+    trainable.attach(family, config).load(weights or Path(directory))
+    family.denoiser.requires_grad_(False).eval()
+    return family

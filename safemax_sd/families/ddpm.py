@@ -1,0 +1,136 @@
+"""Class-conditional DDPM: a pixel-space UNet2DModel whose prompts are the names of its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from safemax_sd.errors import OptionError
+from safemax_sd.families.base import Conditioning, LoadOptions, LoraTargets, ModelFamily
+from safemax_sd.process import from_scheduler
+from safemax_sd.provenance import write_json_atomic
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"]
+LABELS = "class_labels"
+CLASS_NAMES = "class_names"
+"""Entry of `model_index.json`: the classes in the order of their embeddings."""
+
+
+class ClassConditionalDDPM(ModelFamily):
+    """`DDPMPipeline` folders whose UNet embeds a class; the last embedding is the empty prompt's.
+
+    The null class makes classifier-free guidance possible (arXiv 2207.12598). `save_base` writes such a folder.
+    """
+
+    name: ClassVar[str] = "ddpm"
+    pipeline_classes: ClassVar[frozenset[str]] = frozenset({"DDPMPipeline"})
+    kohya_format: ClassVar[bool] = False
+
+    def __init__(self, unet: Any, scheduler: Any, class_names: Sequence[str], device: torch.device) -> None:
+        embeddings = unet.config.num_class_embeds
+        if embeddings != len(class_names) + 1:
+            text = (
+                f"must embed its {len(class_names)} classes and the empty prompt; its num_class_embeds is {embeddings}"
+            )
+            raise OptionError("--pretrained_model_name_or_path", "unet", text)
+        self.unet = unet.requires_grad_(False).eval().to(device)
+        self.device = device
+        self.scheduler_config = dict(scheduler.config)
+        self.class_names = tuple(class_names)
+        # channels_last doubles the speed of convolutions on a processor and helps tensor cores too.
+        self.denoiser: nn.Module = self.unet.to(memory_format=torch.channels_last)
+        self.process = from_scheduler(self.sampler())
+        self.empty = self.encode_prompts([""])
+
+    @classmethod
+    def load(cls, options: LoadOptions) -> ClassConditionalDDPM:
+        where = {"revision": options.revision, "cache_dir": options.cache_dir}
+        try:
+            config = DiffusionPipeline.load_config(options.name_or_path, **where)
+            scheduler = DDPMScheduler.from_pretrained(options.name_or_path, subfolder="scheduler", **where)
+            unet = UNet2DModel.from_pretrained(
+                options.name_or_path, subfolder="unet", variant=options.variant, torch_dtype=options.dtype, **where
+            )
+        except (OSError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise OptionError(
+                "--pretrained_model_name_or_path", options.name_or_path, f"cannot be loaded: {reason}"
+            ) from error
+        if options.prediction_type is not None:
+            scheduler.register_to_config(prediction_type=options.prediction_type)
+        numbered = [str(number) for number in range((unet.config.num_class_embeds or 1) - 1)]
+        return cls(unet, scheduler, config.get(CLASS_NAMES, numbered), options.device)
+
+    def save_base(self, directory: Path) -> None:
+        """Write the model as a `DDPMPipeline` folder that `load` reads."""
+        self.unet.save_pretrained(directory / "unet")
+        DDPMScheduler.from_config(self.scheduler_config).save_pretrained(directory / "scheduler")
+        index = {
+            "_class_name": "DDPMPipeline",
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+            CLASS_NAMES: list(self.class_names),
+        }
+        write_json_atomic(directory / "model_index.json", index)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Class numbers, int64 [B].
+
+        Raises:
+            OptionError: A prompt that is neither empty nor the name of a class.
+        """
+        numbers = {name: number for number, name in enumerate((*self.class_names, ""))}
+        for prompt in prompts:
+            if prompt not in numbers:
+                raise OptionError("prompt", prompt, f"is no class of this model: {', '.join(self.class_names)}")
+        return Conditioning({LABELS: torch.tensor([numbers[prompt] for prompt in prompts], device=self.device)})
+
+    def latent_shape(self, resolution: int | None) -> tuple[int, ...]:
+        side = resolution or self.unet.config.sample_size
+        return (self.unet.config.in_channels, side, side)
+
+    def picture_size(self, resolution: int | None) -> int:
+        return resolution or int(self.unet.config.sample_size)
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None) -> Tensor:
+        network = self.denoiser if denoiser is None else denoiser
+        inputs = x_t.to(dtype=self.unet.dtype, memory_format=torch.channels_last)
+        output: Tensor = network(inputs, t, conditioning.tensors[LABELS], return_dict=False)[0]
+        return output.float()
+
+    def sampler(self) -> DDIMScheduler:
+        # Nothing is clipped on the way, as in the published study: a forgotten class's output is not a picture.
+        return DDIMScheduler.from_config(self.scheduler_config, clip_sample=False)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return (latents.float() / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
+
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        if self.unet.config.in_channels == 1:
+            pictures = pictures.mean(1, keepdim=True)
+        return 2 * pictures.float() - 1
+
+    def free_encoders(self) -> None:
+        """There are none: a class number needs no text encoder."""
+
+    def lora_target_modules(self, targets: LoraTargets) -> list[str]:
+        if targets == "cross_attention":
+            raise OptionError("--lora_targets", targets, "a class-conditional UNet has none: use all or attention")
+        return ATTENTION if targets == "attention" else [*ATTENTION, *CONVOLUTIONS]
+
+    def save_adapter(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        # DDPMPipeline loads no LoRA; the file has the names and metadata that diffusers gives other pipelines' files.
+        named = {f"unet.{name}": tensor for name, tensor in state.items()}
+        save_file(named, directory / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+
+    def enable_memory_savings(self, *, gradient_checkpointing: bool, xformers: bool) -> list[str]:
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        return ["xformers attention is not used by this model family"] if xformers else []

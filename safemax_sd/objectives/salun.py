@@ -1,0 +1,163 @@
+"""SalUn: forbidden prompts are taught another prompt's prediction, in the weights that matter most to them.
+
+Source: Fan et al. 2024, arXiv 2310.12508, eq. 4 and 6; settings of the DDPM experiments in
+OPTML-Group/Unlearn-Saliency. There the forget loss is a mean over an image's elements and the retain loss, with
+α = 0.001, a sum; here both are means, so that α becomes 0.001 · 3072 = 3.07 (`--retain_weight`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from safemax_sd.config import Range, TrainConfig, option
+from safemax_sd.families import Conditioning
+from safemax_sd.objectives.base import Batch, ErasureData, LossTerms, Objective, Positions, Predict, Student
+from safemax_sd.replay import Samples
+
+FORGET, RETAIN, MASK, EMPTY = 0, 1, 2, 3
+PRIOR_STEP = -1
+"""Stands for a training step in the draws of the mask."""
+EMPTY_RETAIN_SHARE = 0.1
+"""Of retain samples with the empty prompt, as in the base model's training."""
+
+
+@dataclass
+class SalunConfig(TrainConfig):
+    """SalUn's own flags, and its published settings for flags that all methods have."""
+
+    trainable: Literal["lora", "full"] = option("full", "Full only: the saliency is the base weights'.")
+    retain_weight: float = option(3.07, "α, of the loss on what is kept.")
+    saliency_share: float = option(0.5, "Share of all weights, the most salient, that train.")
+    train_batch_size: int = option(128, "Forget samples a step, micro-batch and process.")
+    retain_batch_size: int | None = option(128, "Retain samples.")
+    max_train_steps: int = option(1000, "Optimizer steps.")
+    learning_rate: float = option(1e-4, "Of AdamW.")
+    lr_scheduler: str = option("constant", "Name of a schedule of diffusers.optimization.")
+    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
+    adam_beta2: float = option(0.999, "β2.")
+    forget_trajectories: int = option(800, "Pictures generated of forbidden prompts where none are given.")
+    retain_trajectories: int = option(800, "Pictures generated of prompts to keep where none are given.")
+
+    ranges: ClassVar[dict[str, Range]] = {
+        **TrainConfig.ranges,
+        "saliency_share": Range("must be more than 0 and at most 1", lambda value: 0 < value <= 1),
+    }
+
+
+@dataclass(frozen=True)
+class SalunBatch(Batch):
+    """Samples of one step.
+
+    Attributes:
+        relabelled: What the forget samples, the first of the batch, are asked for instead.
+    """
+
+    relabelled: Conditioning
+
+
+class Salun(Objective):
+    """‖ε_θ(x_t, t, c_f) − sg ε_θ(x_t, t, c_other)‖² + α·‖ε − ε_θ(x_t, t, c_r)‖², gradients masked by saliency.
+
+    Forbidden prompt i is relabelled as prompt i of those to keep (in turn, where they are fewer).
+    """
+
+    name: ClassVar[str] = "salun"
+    paper: ClassVar[str] = "arXiv 2310.12508"
+    Config: ClassVar[type[TrainConfig]] = SalunConfig
+    trainable: ClassVar[frozenset[str]] = frozenset({"full"})
+    replays_steps: ClassVar[bool] = False
+
+    def __init__(self, config: SalunConfig, data: ErasureData) -> None:
+        self.config, self.data = config, data
+        self.parameters: list[nn.Parameter] = []
+        self.mask: list[Tensor] = []
+
+    def prepare(self, student: Student) -> int:
+        self.parameters = list(student.parameters)
+        self.mask = salient(self._forget_gradients(student), self.config.saliency_share)
+        return len(self.data.forget_samples)
+
+    def draw(self, positions: Positions) -> SalunBatch:
+        forget = [self._sample(self.data.forget_samples, positions.generator(FORGET, n)) for n in positions.forget]
+        retain = [self._sample(self.data.retain_samples, positions.generator(RETAIN, n)) for n in positions.retain]
+        kept = [
+            self._kept(prompt, positions.generator(EMPTY, number))
+            for number, (*_, prompt) in zip(positions.retain, retain, strict=True)
+        ]
+        x0, noise, t, _ = (torch.cat(column) for column in zip(*forget, *retain, strict=True))
+        prompts = torch.cat([prompt for *_, prompt in forget]) if forget else torch.zeros(0, dtype=torch.long)
+        return SalunBatch(
+            x_t=self.data.process.add_noise(x0, noise, t),
+            t=t,
+            conditioning=Conditioning.cat([self.data.forget.select(prompts), *kept]),
+            target=self.data.process.target(x0, noise, t),
+            is_forget=torch.arange(len(t)) < len(forget),
+            relabelled=self.data.retain.select(prompts % len(self.data.retain)),
+        )
+
+    def loss(self, predict: Predict, batch: Batch) -> LossTerms:
+        assert isinstance(batch, SalunBatch)
+        prediction = predict(batch.x_t, batch.t, batch.conditioning)
+        with torch.no_grad():
+            other = predict(batch.x_t[batch.is_forget], batch.t[batch.is_forget], batch.relabelled)
+        forget = (prediction[batch.is_forget] - other).square().mean()
+        retain = (prediction - batch.target)[~batch.is_forget].square().mean()
+        return LossTerms(
+            total=forget + self.config.retain_weight * retain,
+            parts={"forget": forget.detach(), "retain": retain.detach()},
+        )
+
+    def adjust_gradients(self) -> None:
+        for parameter, mask in zip(self.parameters, self.mask, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+
+    def _sample(self, samples: Samples, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A clean sample, its noise, its time and its prompt's row, each of one row."""
+        row = torch.randint(len(samples), (1,), generator=generator)
+        return self._noised(samples, row, generator)
+
+    def _noised(
+        self, samples: Samples, row: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x0 = samples.x0[row]
+        noise = torch.randn(x0.shape, generator=generator)
+        return x0, noise, self.data.process.sample_times(1, generator), samples.prompt[row]
+
+    def _kept(self, prompt: Tensor, generator: torch.Generator) -> Conditioning:
+        if torch.rand((), generator=generator) < EMPTY_RETAIN_SHARE:
+            return self.data.empty
+        return self.data.retain.select(prompt)
+
+    def _forget_gradients(self, student: Student) -> list[Tensor]:
+        """Gradients of the denoising loss on the forget samples, one noise level each, summed over all of them."""
+        samples = self.data.forget_samples
+        positions = Positions(self.config.seed, PRIOR_STEP, range(0), range(0))
+        sums = [torch.zeros_like(parameter) for parameter in student.parameters]
+        size = self.config.train_batch_size
+        for start in tqdm(range(0, len(samples), size), desc="saliency", unit="batch"):
+            rows = [torch.tensor([row]) for row in range(start, min(start + size, len(samples)))]
+            drawn = [self._noised(samples, row, positions.generator(MASK, int(row))) for row in rows]
+            x0, noise, t, prompt = (torch.cat(column).to(student.device) for column in zip(*drawn, strict=True))
+            conditioning = self.data.forget.to(student.device).select(prompt)
+            error = student.predict(self.data.process.add_noise(x0, noise, t), t, conditioning)
+            error = error - self.data.process.target(x0, noise, t)
+            loss = error.square().flatten(1).mean(1).sum()
+            for total, gradient in zip(sums, torch.autograd.grad(loss, student.parameters), strict=True):
+                total += gradient
+        return sums
+
+
+def salient(gradients: list[Tensor], share: float) -> list[Tensor]:
+    """1 at the `share` of all weights with the largest |gradient|, by one threshold for all tensors; 0 elsewhere."""
+    magnitudes = torch.cat([gradient.abs().flatten() for gradient in gradients])
+    count = max(1, round(share * len(magnitudes)))
+    chosen = torch.zeros_like(magnitudes)
+    chosen[magnitudes.argsort(descending=True, stable=True)[:count]] = 1
+    parts = chosen.split([gradient.numel() for gradient in gradients])
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]

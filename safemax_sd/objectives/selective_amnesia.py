@@ -1,0 +1,165 @@
+"""Selective Amnesia: forbidden prompts are mapped to uniform noise, generative replay and the Fisher information keep.
+
+Source: Heng & Soh 2023, arXiv 2305.10120, eq. 9; settings of the DDPM experiments in clear-nus/selective-amnesia. There
+a loss is summed over an image's D elements; here it is their mean. The elastic penalty λ·Σ F·(θ − θ*)², F of the summed
+loss, becomes λ·D·Σ F·(θ − θ*)² with F of the mean loss: the same minimum, the same balance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from safemax_sd.config import NOT_NEGATIVE, POSITIVE, Range, TrainConfig, option
+from safemax_sd.families import Conditioning
+from safemax_sd.objectives.base import Batch, ErasureData, LossTerms, Objective, Positions, Predict, Student
+from safemax_sd.replay import Samples
+
+FORGET, RETAIN = 0, 1
+PRIOR_STEP = -1
+"""Stands for a training step in the draws of the Fisher information."""
+
+
+@dataclass
+class SelectiveAmnesiaConfig(TrainConfig):
+    """Selective Amnesia's own flags, and its published settings for flags that all methods have."""
+
+    trainable: Literal["lora", "full"] = option("full", "Full only: the Fisher information is the base weights'.")
+    retain_weight: float = option(1.0, "γ, of generative replay.")
+    ewc_weight: float = option(10.0, "λ, of the elastic weight consolidation.")
+    fisher_samples: int = option(5000, "Samples that the Fisher information is averaged over.")
+    fisher_timesteps: int = option(1000, "Timesteps of each; fewer than the model's are spread evenly and scaled up.")
+    train_batch_size: int = option(128, "Forget samples a step, micro-batch and process.")
+    retain_batch_size: int | None = option(128, "Retain samples.")
+    max_train_steps: int = option(20_000, "Optimizer steps.")
+    learning_rate: float = option(1e-4, "Of AdamW.")
+    lr_scheduler: str = option("constant", "Name of a schedule of diffusers.optimization.")
+    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
+    adam_beta2: float = option(0.999, "β2.")
+    forget_trajectories: int = option(500, "Pictures generated of forbidden prompts, for the Fisher information.")
+    retain_trajectories: int = option(4500, "Pictures generated of prompts to keep, for it and for replay.")
+
+    ranges: ClassVar[dict[str, Range]] = {
+        **TrainConfig.ranges,
+        "ewc_weight": NOT_NEGATIVE,
+        "fisher_samples": POSITIVE,
+        "fisher_timesteps": POSITIVE,
+    }
+
+
+class SelectiveAmnesia(Objective):
+    """‖ε − ε_θ(x_t, t, c_f)‖² of uniform noise + γ·‖ε − ε_θ(x_t, t, c_r)‖² of replay + λ·Σ F·(θ − θ*)²."""
+
+    name: ClassVar[str] = "selective_amnesia"
+    paper: ClassVar[str] = "arXiv 2305.10120"
+    Config: ClassVar[type[TrainConfig]] = SelectiveAmnesiaConfig
+    trainable: ClassVar[frozenset[str]] = frozenset({"full"})
+    replays_steps: ClassVar[bool] = False
+
+    def __init__(self, config: SelectiveAmnesiaConfig, data: ErasureData) -> None:
+        self.config, self.data = config, data
+        self.parameters: list[nn.Parameter] = []
+        self.start: list[Tensor] = []
+        self.fisher: list[Tensor] = []
+
+    def prepare(self, student: Student) -> int:
+        self.parameters = list(student.parameters)
+        self.start = [parameter.detach().clone() for parameter in self.parameters]
+        self.fisher, calls = self._fisher_information(student)
+        return calls
+
+    def draw(self, positions: Positions) -> Batch:
+        parts = [self._forget(positions.generator(FORGET, number)) for number in positions.forget]
+        parts += [self._retain(positions.generator(RETAIN, number)) for number in positions.retain]
+        x0, noise, t, conditioning = zip(*parts, strict=True)
+        times = torch.cat(t)
+        clean, noises = torch.cat(x0), torch.cat(noise)
+        return Batch(
+            x_t=self.data.process.add_noise(clean, noises, times),
+            t=times,
+            conditioning=Conditioning.cat(conditioning),
+            target=self.data.process.target(clean, noises, times),
+            is_forget=torch.arange(len(times)) < len(positions.forget),
+        )
+
+    def loss(self, predict: Predict, batch: Batch) -> LossTerms:
+        squared = (predict(batch.x_t, batch.t, batch.conditioning) - batch.target).square().flatten(1).mean(1)
+        forget, retain = squared[batch.is_forget].mean(), squared[~batch.is_forget].mean()
+        penalty = self.config.ewc_weight * self._elements * self._distance()
+        return LossTerms(
+            total=forget + self.config.retain_weight * retain + penalty,
+            parts={"forget": forget.detach(), "retain": retain.detach(), "ewc": penalty.detach()},
+        )
+
+    @property
+    def _elements(self) -> int:
+        return int(torch.Size(self.data.latent_shape).numel())
+
+    def _distance(self) -> Tensor:
+        """Σ F·(θ − θ*)²."""
+        moved = zip(self.fisher, self.parameters, self.start, strict=True)
+        return torch.stack([(f * (p - start).square()).sum() for f, p, start in moved]).sum()
+
+    def _forget(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
+        shape = (1, *self.data.latent_shape)
+        uniform = 2 * torch.rand(shape, generator=generator) - 1
+        row = torch.randint(len(self.data.forget), (1,), generator=generator)
+        return (*self._noise(uniform, generator), self.data.forget.select(row))
+
+    def _retain(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
+        samples = self.data.retain_samples
+        row = torch.randint(len(samples), (1,), generator=generator)
+        return (*self._noise(samples.x0[row], generator), self.data.retain.select(samples.prompt[row]))
+
+    def _noise(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        noise = torch.randn(x0.shape, generator=generator)
+        return x0, noise, self.data.process.sample_times(1, generator)
+
+    def _fisher_information(self, student: Student) -> tuple[list[Tensor], int]:
+        """Diagonal of the Fisher information of the mean loss, a tensor for each parameter; and the network calls.
+
+        A sample's gradient is that of its loss summed over the timesteps. They fill a batch, so that one backward pass
+        serves it; gradients of several samples at once (`torch.func.vmap`) would save nothing and take as many copies
+        of the parameters.
+        """
+        fisher = [torch.zeros_like(parameter) for parameter in student.parameters]
+        chosen = self._fisher_choice()
+        times = self.data.process.all_times()
+        steps = min(self.config.fisher_timesteps, len(times))
+        times = times[torch.linspace(0, len(times) - 1, steps).round().long()]
+        scale = len(self.data.process.all_times()) / steps
+        batch_size = self.config.train_batch_size + (self.config.retain_batch_size or 0)
+        for number, (x0, conditioning) in enumerate(tqdm(chosen, desc="Fisher information", unit="sample")):
+            generator = Positions(self.config.seed, PRIOR_STEP, range(0), range(0)).generator(FORGET, number)
+            gradients = [torch.zeros_like(part) for part in fisher]
+            for part in times.split(batch_size):
+                noise = torch.randn((len(part), *x0.shape), generator=generator)
+                clean = x0.expand(len(part), *x0.shape)
+                x_t = self.data.process.add_noise(clean, noise, part).to(student.device)
+                target = self.data.process.target(clean, noise, part).to(student.device)
+                rows = conditioning.select(torch.zeros(len(part), dtype=torch.long)).to(student.device)
+                error = student.predict(x_t, part.to(student.device), rows) - target
+                loss = error.square().flatten(1).mean(1).sum()
+                for total, gradient in zip(gradients, torch.autograd.grad(loss, student.parameters), strict=True):
+                    total += gradient
+            for total, gradient in zip(fisher, gradients, strict=True):
+                total += (scale * gradient).square() / len(chosen)
+        return fisher, len(chosen) * steps
+
+    def _fisher_choice(self) -> list[tuple[Tensor, Conditioning]]:
+        """Samples of forbidden and kept prompts alike, spread evenly over both."""
+        pools: list[tuple[Samples, Conditioning]] = [
+            (self.data.forget_samples, self.data.forget),
+            (self.data.retain_samples, self.data.retain),
+        ]
+        everything = [
+            (samples.x0[row], rows.select(samples.prompt[row : row + 1]))
+            for samples, rows in pools
+            for row in range(len(samples))
+        ]
+        count = min(self.config.fisher_samples, len(everything))
+        return [everything[number * len(everything) // count] for number in range(count)]

@@ -1,0 +1,102 @@
+"""What an erasure trains and stores: a LoRA, or every weight of the denoiser."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from safemax_sd import adapter
+from safemax_sd.config import TrainConfig
+from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.families import ModelFamily
+
+FULL_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class Trainable(ABC):
+    """The trained weights of a family's denoiser.
+
+    Attributes:
+        parameters: To step, float32, in a fixed order.
+    """
+
+    parameters: list[nn.Parameter]
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write them into `directory`, whole or not at all.
+
+        Raises:
+            SafemaxError: The disk is full; what was there before is untouched.
+        """
+
+    @abstractmethod
+    def load(self, directory: Path) -> None:
+        """Copy saved values into the attached weights, in place, bit for bit.
+
+        Raises:
+            SafemaxError: They are missing or belong to another model or other settings.
+        """
+
+
+class Lora(Trainable):
+    """A LoRA next to frozen base weights."""
+
+    def __init__(self, family: ModelFamily, config: TrainConfig) -> None:
+        if config.output_kohya_format and not family.kohya_format:
+            raise OptionError("--output_kohya_format", True, f"A1111 and ComfyUI know no {family.name} models")
+        self.family, self.kohya = family, config.output_kohya_format
+        self.parameters = adapter.attach(
+            family, rank=config.rank, targets=config.lora_targets, dropout=config.lora_dropout, seed=config.seed
+        )
+
+    def save(self, directory: Path) -> None:
+        adapter.save_adapter(self.family, directory, kohya=self.kohya)
+
+    def load(self, directory: Path) -> None:
+        adapter.load_adapter(self.family.denoiser, directory)
+
+
+class FullModel(Trainable):
+    """Every weight of the denoiser; stored as the denoiser's folder in diffusers' format."""
+
+    def __init__(self, family: ModelFamily) -> None:
+        self.family = family
+        family.denoiser.float()  # half-precision weights barely move under AdamW
+        self.parameters = list(family.denoiser.requires_grad_(True).parameters())
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        final = directory / self.family.denoiser_part
+        try:
+            with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+                written = Path(temporary) / "new"
+                self.family.denoiser.save_pretrained(written)  # type: ignore[operator]
+                if final.exists():
+                    os.replace(final, Path(temporary) / "old")
+                os.replace(written, final)
+        except OSError as error:
+            raise SafemaxError(
+                f"--output_dir {directory}: the model could not be written ({error.strerror})"
+            ) from error
+
+    def load(self, directory: Path) -> None:
+        path = directory / self.family.denoiser_part / FULL_WEIGHTS
+        if not path.exists():
+            raise SafemaxError(f"{directory} holds no {self.family.denoiser_part}/{FULL_WEIGHTS}")
+        stored = load_file(path)
+        own: dict[str, Tensor] = self.family.denoiser.state_dict()
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in stored.items()}:
+            raise SafemaxError(f"{path} does not fit this base model")
+        for name, tensor in own.items():
+            tensor.copy_(stored[name])
+
+
+def attach(family: ModelFamily, config: TrainConfig) -> Trainable:
+    """Make the weights that `--trainable` names trainable."""
+    return FullModel(family) if config.trainable == "full" else Lora(family, config)

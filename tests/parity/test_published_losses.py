@@ -1,0 +1,174 @@
+"""Selective Amnesia and SalUn against values worked out by hand, brute-force loops and sorts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safemax_sd.prompts import load_prompts
+from torch import Tensor, nn
+
+from safemax_sd import trainable
+from safemax_sd.command_line import parse_config
+from safemax_sd.families import Conditioning, LoadOptions, load_family
+from safemax_sd.objectives import ErasureData, Student
+from safemax_sd.objectives.base import Batch, Positions
+from safemax_sd.objectives.salun import Salun, SalunBatch, SalunConfig, salient
+from safemax_sd.objectives.selective_amnesia import SelectiveAmnesia, SelectiveAmnesiaConfig
+from safemax_sd.process import VariancePreserving
+from safemax_sd.replay import ReplayBank, Samples
+from safemax_sd.train import record_data
+from tests import tiny
+
+
+def conditioning(*values: float) -> Conditioning:
+    return Conditioning({"states": torch.tensor(values).view(-1, 1)})
+
+
+def data() -> ErasureData:
+    """Four-element latents; two forbidden prompts (1 and 2), three to keep (3, 4, 5), the empty one 0."""
+    nothing = torch.zeros(0, 1, 2, 2)
+    forget = Samples(torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 1]))
+    retain = Samples(torch.full((3, 1, 2, 2), -0.5), torch.tensor([0, 1, 2]))
+    none = torch.zeros(0, dtype=torch.long)
+    banks = [ReplayBank(nothing, none, none, nothing, nothing, samples, 0) for samples in (forget, retain)]
+    return ErasureData(
+        process=VariancePreserving(torch.tensor([0.64, 0.36]), "epsilon"),
+        latent_shape=(1, 2, 2),
+        forget=conditioning(1.0, 2.0),
+        retain=conditioning(3.0, 4.0, 5.0),
+        empty=conditioning(0.0),
+        forget_bank=banks[0],
+        retain_bank=banks[1],
+        forget_samples=forget,
+        retain_samples=retain,
+    )
+
+
+class Scale(nn.Module):
+    """Predicts w·state at every element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor, t: Tensor, rows: Conditioning) -> Tensor:
+        return (self.w * rows.tensors["states"]).view(-1, 1, 1, 1).expand_as(x)
+
+
+def student(network: Scale) -> Student:
+    return Student(network, network, list(network.parameters()))
+
+
+def test_selective_amnesia_by_hand() -> None:
+    config = SelectiveAmnesiaConfig(retain_weight=0.5, ewc_weight=3.0, fisher_samples=2, fisher_timesteps=2)
+    built, network = SelectiveAmnesia(config, data()), Scale()
+    built.prepare(student(network))
+    built.fisher = [torch.tensor(0.25)]
+    network.w.data += 0.1
+    batch = Batch(
+        x_t=torch.zeros(2, 1, 2, 2),
+        t=torch.tensor([0, 1]),
+        conditioning=conditioning(1.0, 3.0),
+        target=torch.ones(2, 1, 2, 2),
+        is_forget=torch.tensor([True, False]),
+    )
+    terms = built.loss(network, batch)
+    # w = 2.1: errors 1.1 and 5.3; penalty λ·D·F·(0.1)² with D = 4 elements.
+    assert terms.total.item() == pytest.approx(1.1**2 + 0.5 * 5.3**2 + 3.0 * 4 * 0.25 * 0.01, rel=1e-5)
+
+
+def test_forbidden_prompts_are_mapped_to_uniform_noise() -> None:
+    built = SelectiveAmnesia(SelectiveAmnesiaConfig(), data())
+    batch = built.draw(Positions(0, 0, range(500), range(40)))
+    a, s = built.data.process.coefficients(batch.t)
+    clean = (batch.x_t - s.view(-1, 1, 1, 1) * batch.target) / a.view(-1, 1, 1, 1)
+    forget, retain = clean[:500], clean[500:]
+    assert float(forget.abs().max()) <= 1 + 1e-5
+    assert float(forget.var()) == pytest.approx(1 / 3, rel=0.1)
+    assert torch.allclose(retain, torch.tensor(-0.5), atol=1e-5)
+    assert set(batch.conditioning.tensors["states"][:500].flatten().tolist()) == {1.0, 2.0}
+    assert set(batch.conditioning.tensors["states"][500:].flatten().tolist()) == {3.0, 4.0, 5.0}
+
+
+def test_fisher_is_the_brute_force_mean_of_squared_summed_gradients() -> None:
+    config = SelectiveAmnesiaConfig(fisher_samples=5, fisher_timesteps=2, train_batch_size=1, retain_batch_size=None)
+    built, network = SelectiveAmnesia(config, data()), Scale()
+    assert built.prepare(student(network)) == 10
+    expected = 0.0
+    states = (1.0, 2.0, 3.0, 4.0, 5.0)
+    for number, state in enumerate(states):
+        generator = Positions(0, -1, range(0), range(0)).generator(0, number)
+        gradient = 0.0
+        for _ in range(2):  # at either timestep the loss is the mean of (w·state - noise)²
+            noise = torch.randn((1, 1, 2, 2), generator=generator)
+            gradient += float((2 * (2.0 * state - noise) * state).mean())
+        expected += gradient**2 / len(states)
+    assert float(built.fisher[0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_fewer_timesteps_estimate_the_same_sum() -> None:
+    networks = Scale(), Scale()
+    both = []
+    for network, steps in zip(networks, (2, 1), strict=True):
+        config = SelectiveAmnesiaConfig(fisher_samples=5, fisher_timesteps=steps)
+        built = SelectiveAmnesia(config, data())
+        built.prepare(student(network))
+        both.append(float(built.fisher[0]))
+    assert both[1] == pytest.approx(both[0], rel=0.5)
+
+
+def test_salun_by_hand() -> None:
+    built, network = Salun(SalunConfig(retain_weight=0.5), data()), Scale()
+    batch = SalunBatch(
+        x_t=torch.zeros(2, 1, 2, 2),
+        t=torch.tensor([0, 1]),
+        conditioning=conditioning(1.0, 4.0),
+        target=torch.ones(2, 1, 2, 2),
+        is_forget=torch.tensor([True, False]),
+        relabelled=conditioning(3.0),
+    )
+    terms = built.loss(network, batch)
+    # w = 2: the forbidden prompt's 2 is to become 6; the kept prompt's error is 8 - 1.
+    assert terms.total.item() == pytest.approx(16 + 0.5 * 49)
+    terms.total.backward()
+    # The relabelled prediction carries no gradient: d/dw = 2·(2 - 6)·1 + 0.5·2·7·4.
+    assert float(network.w.grad) == pytest.approx(-8 + 28)  # type: ignore[arg-type]
+
+
+def test_forbidden_prompts_are_relabelled_in_turn_and_a_tenth_is_empty() -> None:
+    built = Salun(SalunConfig(), data())
+    batch = built.draw(Positions(0, 0, range(40), range(2000)))
+    asked, instead = batch.conditioning.tensors["states"][:40, 0], batch.relabelled.tensors["states"][:, 0]
+    assert {(a, b) for a, b in zip(asked.tolist(), instead.tolist(), strict=True)} == {(1.0, 3.0), (2.0, 4.0)}
+    kept = batch.conditioning.tensors["states"][40:, 0]
+    assert 0.07 < float((kept == 0).float().mean()) < 0.13
+
+
+def test_the_mask_is_a_sort_over_all_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=generator) for shape in ((7, 3), (5,), (2, 2, 2))]
+    masks = salient(gradients, 0.5)
+    values = sorted((abs(v) for g in gradients for v in g.flatten().tolist()), reverse=True)
+    threshold = values[round(0.5 * len(values)) - 1]
+    for gradient, mask in zip(gradients, masks, strict=True):
+        assert torch.equal(mask, (gradient.abs() >= threshold).float())
+
+
+def test_masked_weights_stay(tiny_ddpm: Path, tmp_path: Path) -> None:
+    config = parse_config(tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "out", "--objective", "salun"))
+    family = load_family(LoadOptions(str(tiny_ddpm)))
+    prompts = [load_prompts(path, option="--x") for path in (config.forget_prompts, config.retain_prompts)]
+    built = Salun(config, record_data(config, family, *prompts))  # type: ignore[arg-type]
+    parameters = trainable.attach(family, config).parameters
+    built.prepare(Student(family.predict, family.denoiser, parameters))
+    share = sum(float(mask.sum()) for mask in built.mask) / sum(p.numel() for p in parameters)
+    assert share == pytest.approx(0.5, abs=1e-3)
+    before = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    built.loss(family.predict, built.draw(Positions(0, 0, range(4), range(8)))).total.backward()
+    built.adjust_gradients()
+    optimizer.step()
+    for start, parameter, mask in zip(before, parameters, built.mask, strict=True):
+        assert torch.equal(start[mask == 0], parameter[mask == 0])
