@@ -24,9 +24,13 @@ def usage(record: dict[str, Any], folder: str) -> str:
     if family == "ddpm":  # DDPMPipeline knows neither classes nor LoRA
         return "\n".join(
             [
+                "import torch",
                 "from safemax_sd.erased import load_erased",
+                "from safemax_sd.samples import to_pil",
                 f'family = load_erased("{folder}")',
-                f'family.draw(["{prompt}"], guidance_scale=3.0)[0].save("erased.png")',
+                f'prompt, noise = family.encode_prompts(["{prompt}"]), torch.randn(1, *family.latent_shape(None))',
+                "latents = family.sample(prompt, noise, guidance_scale=3.0, num_inference_steps=50)",
+                'to_pil(family.decode(latents))[0].save("erased.png")',
             ]
         )
     imports, base = [], f'"{name}"'

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from PIL import Image
 from safemax_sd.prompts import load_prompts
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,8 +19,9 @@ from torch import Tensor
 from safemax_sd import adapter, trainable
 from safemax_sd.command_line import parse_config
 from safemax_sd.config import TrainConfig
-from safemax_sd.erased import load_erased
+from safemax_sd.erased import load_erased, read_record
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
+from safemax_sd.model_card import usage
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Positions
 from safemax_sd.train import record_data, train
@@ -132,6 +134,17 @@ def load_unet(output: Path, config: TrainConfig) -> torch.nn.Module:
     inject_adapter_in_model(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=modules), unet)
     set_peft_model_state_dict(unet, state)
     return unet  # type: ignore[no-any-return]
+
+
+@CASES
+def test_the_model_cards_lines_draw_a_picture(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = train(replace(config, max_train_steps=1))
+    monkeypatch.chdir(tmp_path)
+    exec(usage(read_record(output), str(output)))
+    with Image.open(tmp_path / "erased.png") as picture:
+        assert picture.mode == "RGB"
 
 
 @LORA_CASES
