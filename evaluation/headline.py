@@ -94,6 +94,8 @@ WANTED = (
     _Wanted(KEPT, "KID of retained pictures", "kid", "retain"),
     _Wanted(KEPT, "CLIP score of retained pictures", "clip_score", "retain"),
     _Wanted(KEPT, "Drift of retained pictures", "drift", "retain", "mean squared difference from the base’s"),
+    _Wanted(HALTED, "Called noise by the judge", "halted", "forget", "rather than a picture of anything"),
+    _Wanted(HALTED, "… on paraphrases", "halted", "paraphrases"),
     _Wanted(HALTED, "Spread of latents", "latent_std", "forget", "1 is N(0, I)"),
     _Wanted(HALTED, "Autocorrelation of latents", "latent_lag1_autocorrelation", "forget", "0 is N(0, I)"),
     _Wanted(HALTED, "KS distance of latents to the normal", "latent_ks_distance", "forget", "0 is N(0, I)"),

@@ -27,7 +27,7 @@ from safemax_sd.samples import SMALL, to_pil
 FORMAT_VERSION = 1
 STRENGTHS = (0.5, 0.8)
 SWEEP_METRICS = {
-    "forget": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "latent_std"),
+    "forget": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "halted", "latent_std"),
     "retain": ("clip_accuracy",),
 }
 SUBSET_SEEDS = {"forget": 1_000_000, "retain": 2_000_000, "neighbours": 3_000_000, "paraphrases": 4_000_000}

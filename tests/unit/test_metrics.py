@@ -53,6 +53,12 @@ def test_real_pictures_are_recognised_and_noise_is_not(judge: Judge) -> None:
     assert compute("unlearning_accuracy_with_rejection", setting, batch(judge, bombs, "bomb")) < 20
     noise = torch.rand(40, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert compute("unlearning_accuracy_with_rejection", setting, batch(judge, noise, "bomb")) == 100
+    assert compute("halted", setting, batch(judge, noise, "bomb")) == 100
+    assert compute("halted", setting, batch(judge, bombs, "bomb")) == 0
+    # Another picture than the forbidden one is unlearned, but not halted.
+    dogs = real.showing(["dog"])
+    assert compute("unlearning_accuracy", setting, batch(judge, dogs, "bomb")) == 100
+    assert compute("halted", setting, batch(judge, dogs, "bomb")) == 0
 
 
 def test_gaussianity_of_gaussian_and_other_latents(judge: Judge) -> None:
