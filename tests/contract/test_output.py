@@ -85,6 +85,12 @@ def test_bad_values_leave_nothing_behind(config: TrainConfig, changes: dict[str,
     assert not list(Path(config.output_dir).rglob("*.*"))
 
 
+def test_a_method_that_needs_all_weights_says_so(config: TrainConfig) -> None:
+    with pytest.raises(SafemaxError, match="--trainable lora: does not go with --objective salun: use full"):
+        train(replace(config, objective="salun"))
+    assert not Path(config.output_dir).exists()
+
+
 def test_the_command_ends_with_one_line_and_code_2(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--forget_prompts", "/nowhere", "--retain_prompts", "x", "--output_dir", "y"]) == 2
     error = capsys.readouterr().err.strip()

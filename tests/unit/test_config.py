@@ -10,6 +10,7 @@ import pytest
 from safemax_sd.command_line import parse_config
 from safemax_sd.errors import SafemaxError
 from safemax_sd.objectives.safemax import SafemaxConfig
+from safemax_sd.objectives.salun import SalunConfig
 
 REQUIRED = ["--forget_prompts", "f", "--retain_prompts", "r", "--output_dir", "o"]
 
@@ -38,6 +39,24 @@ def test_bad_yaml(tmp_path: Path, content: str, message: str) -> None:
     path.write_text(content)
     with pytest.raises(SafemaxError, match=message):
         parse_config([*REQUIRED, "--config", str(path)])
+
+
+def test_an_objective_brings_its_own_flags_and_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse_config([*REQUIRED, "--objective", "salun", "--saliency_share", "0.25"])
+    assert isinstance(config, SalunConfig)
+    assert (config.saliency_share, config.trainable, config.max_train_steps) == (0.25, "full", 1000)
+    path = tmp_path / "run.yaml"
+    path.write_text("objective: salun\nsaliency_share: 0.75\n")
+    from_file = parse_config([*REQUIRED, "--config", str(path)])
+    assert isinstance(from_file, SalunConfig)
+    assert from_file.saliency_share == 0.75
+    with pytest.raises(SafemaxError, match=r"unknown option --saliency_share .*for --objective safemax"):
+        parse_config([*REQUIRED, "--saliency_share", "0.25"])
+    with pytest.raises(SystemExit):
+        parse_config(["--objective=salun", "--help"])
+    assert "--saliency_share" in capsys.readouterr().out
+    with pytest.raises(SafemaxError, match="--objective : needs a value"):
+        parse_config([*REQUIRED, "--objective"])
 
 
 def test_unknown_flag_names_the_nearest() -> None:
