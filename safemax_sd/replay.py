@@ -63,6 +63,12 @@ class ReplayBank:
     def __len__(self) -> int:
         return len(self.t)
 
+    @staticmethod
+    def empty(latent_shape: tuple[int, ...]) -> ReplayBank:
+        """A bank in which nothing is recorded."""
+        latents, rows = torch.zeros(0, *latent_shape), torch.zeros(0, dtype=torch.long)
+        return ReplayBank(latents, rows, rows, latents, latents, Samples(latents, rows), 0)
+
 
 def start_noise(shape: tuple[int, ...], seeds: Sequence[int], device: torch.device) -> Tensor:
     """N(0, I) of `shape`, one generator a sample, so that batching changes nothing; [len(seeds), *shape]."""

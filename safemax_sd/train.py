@@ -33,7 +33,7 @@ from safemax_sd.picture_folder import encode_samples
 from safemax_sd.probe import UnlearningProbe
 from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_over_long
 from safemax_sd.provenance import Stopwatch
-from safemax_sd.replay import ReplayBank, record, start_noise
+from safemax_sd.replay import ReplayBank, Samples, record, start_noise
 from safemax_sd.samples import save_samples
 
 logger = logging.getLogger("safemax_sd")
@@ -185,12 +185,22 @@ def load_options(config: TrainConfig, device: torch.device) -> LoadOptions:
 
 
 def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet) -> ErasureData:
-    """Encode all prompts and record the frozen model's trajectories for them."""
+    """Encode all prompts, record the frozen model's trajectories for them and read real pictures of them."""
     conditioning = {"forget": family.encode_prompts(forget.texts), "retain": family.encode_prompts(retain.texts)}
-    counts = {"forget": config.forget_trajectories, "retain": config.retain_trajectories}
+    latent_shape = family.latent_shape(config.resolution)
     keep_steps = OBJECTIVES.get(config.objective).replays_steps
+    samples: dict[str, Samples] = {}
+    if config.train_data_dir is not None:
+        for name, prompts in (("forget", forget), ("retain", retain)):
+            samples[name] = encode_samples(
+                family, prompts, config.train_data_dir, resolution=config.resolution, option="--train_data_dir"
+            )
+    counts = {"forget": config.forget_trajectories, "retain": config.retain_trajectories}
     banks: dict[str, ReplayBank] = {}
     for number, (name, rows) in enumerate(conditioning.items()):
+        if samples and not keep_steps:  # real pictures are all that the method learns from
+            banks[name] = ReplayBank.empty(latent_shape)
+            continue
         banks[name] = record(
             family,
             rows,
@@ -204,22 +214,16 @@ def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, ret
             keep_steps=keep_steps,
             perturbation=config.retain_perturbation if name == "retain" and keep_steps else 0.0,
         )
-    samples = {name: bank.samples for name, bank in banks.items()}
-    if config.train_data_dir is not None:
-        for name, prompts in (("forget", forget), ("retain", retain)):
-            samples[name] = encode_samples(
-                family, prompts, config.train_data_dir, resolution=config.resolution, option="--train_data_dir"
-            )
     return ErasureData(
         process=family.process,
-        latent_shape=family.latent_shape(config.resolution),
+        latent_shape=latent_shape,
         forget=_on_cpu(conditioning["forget"]),
         retain=_on_cpu(conditioning["retain"]),
         empty=_on_cpu(family.empty),
         forget_bank=banks["forget"],
         retain_bank=banks["retain"],
-        forget_samples=samples["forget"],
-        retain_samples=samples["retain"],
+        forget_samples=samples.get("forget", banks["forget"].samples),
+        retain_samples=samples.get("retain", banks["retain"].samples),
     )
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safemax_sd.prompts import load_prompts
 
+from safemax_sd.command_line import parse_config
 from safemax_sd.errors import SafemaxError
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.picture_folder import encode_samples, load_picture_folder
+from safemax_sd.train import train
 from tests import tiny
 
 
@@ -56,3 +59,12 @@ def test_what_is_missing_is_named(tiny_ddpm: Path, tmp_path: Path) -> None:
     _, retain = tiny.write_prompts(tiny_ddpm, tmp_path)
     with pytest.raises(SafemaxError, match="no subfolder of pictures named 'plum'"):
         encode_samples(family, load_prompts(retain, option="--x"), str(pictures), resolution=None, option="--x")
+
+
+def test_a_method_that_learns_from_pictures_alone_generates_none(tiny_ddpm: Path, tmp_path: Path) -> None:
+    pictures = str(tiny.write_pictures(tmp_path / "pictures"))
+    arguments = tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "out", "--objective", "salun")
+    output = train(parse_config([*arguments, "--train_data_dir", pictures]))
+    # Two pictures of the forbidden class give the saliency; 4 steps of 8 samples.
+    calls = json.loads((output / "erasure.json").read_text())["cost"]["model_calls"]
+    assert calls == {"replay": 0, "prepare": 2, "train": 32, "probe": 0}
