@@ -304,7 +304,7 @@ def optimizer_step(run: Run) -> dict[str, float]:
             run.optimizer.step()
             run.scheduler.step()
             run.optimizer.zero_grad()
-        run.model_calls["train"] += len(batch.t) * accelerator.num_processes
+        run.model_calls["train"] += batch.model_calls * accelerator.num_processes
         for name, value in {"loss": terms.total.detach(), **terms.parts}.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value / config.gradient_accumulation_steps
     means = {name: float(accelerator.reduce(value, reduction="mean")) for name, value in sums.items()}

@@ -65,6 +65,11 @@ class Batch:
     target: Tensor
     is_forget: Tensor
 
+    @property
+    def model_calls(self) -> int:
+        """Network evaluations of one sample that the loss takes."""
+        return len(self.t)
+
     def to(self, device: torch.device) -> Self:
         return type(self)(**{entry.name: getattr(self, entry.name).to(device) for entry in fields(self)})
 

@@ -59,6 +59,10 @@ class SalunBatch(Batch):
 
     relabelled: Conditioning
 
+    @property
+    def model_calls(self) -> int:
+        return len(self.t) + len(self.relabelled)
+
 
 class Salun(Objective):
     """‖ε_θ(x_t, t, c_f) − sg ε_θ(x_t, t, c_other)‖² + α·‖ε − ε_θ(x_t, t, c_r)‖², gradients masked by saliency.
