@@ -118,8 +118,9 @@ def record(
             # A file usually lists prompts by concept: fewer trajectories than prompts must still visit all of it.
             prompts = indices * len(conditioning) // trajectories if fewer else indices % len(conditioning)
             noise = start_noise(shape, [seed + int(i) for i in indices], device)
+            rows = conditioning.select(prompts)
             points = family.trajectory(
-                conditioning.select(prompts),
+                rows,
                 noise,
                 guidance_scale=guidance_scale,
                 num_inference_steps=num_inference_steps,
@@ -130,7 +131,7 @@ def record(
             for point in points:
                 end = point.following
                 if perturbation > 0:
-                    point, extra = _perturbed(family, point, conditioning.select(prompts), perturbation, generators)
+                    point, extra = _perturbed(family, point, rows, perturbation, generators)
                     calls += extra
                 kept = (point.x_t, point.t, prompts, point.conditional, point.unconditional)
                 parts.append(tuple(tensor[: None if keep_steps else 0].cpu() for tensor in kept))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.config import TrainConfig
+from safemax_sd.config import TrainConfig, option
 from safemax_sd.families import Conditioning
 from safemax_sd.process import DiffusionProcess
 from safemax_sd.registry import Registry
@@ -124,6 +124,28 @@ class Positions:
             mixed = ((mixed ^ word) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) & 0xFFFFFFFFFFFFFFFF
             mixed ^= mixed >> 29
         return torch.Generator().manual_seed(mixed)
+
+
+PRIOR_STEP = -1
+"""Stands for a training step in the draws of a prior."""
+
+
+def prior_generator(seed: int, kind: int, number: int) -> torch.Generator:
+    """The generator of one draw of a prior, which belongs to no step; see `Positions.generator`."""
+    return Positions(seed, PRIOR_STEP, range(0), range(0)).generator(kind, number)
+
+
+@dataclass
+class FullWeightsConfig(TrainConfig):
+    """What Selective Amnesia's and SalUn's published DDPM experiments have in common."""
+
+    trainable: Literal["lora", "full"] = option("full", "Full only: the method's prior is that of the base weights.")
+    train_batch_size: int = option(128, "Forget samples a step, micro-batch and process.")
+    retain_batch_size: int | None = option(128, "Retain samples.")
+    learning_rate: float = option(1e-4, "Of AdamW.")
+    lr_scheduler: str = option("constant", "Name of a schedule of diffusers.optimization.")
+    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
+    adam_beta2: float = option(0.999, "β2.")
 
 
 class Objective(ABC):

@@ -8,7 +8,7 @@ OPTML-Group/Unlearn-Saliency. There the forget loss is a mean over an image's el
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +16,31 @@ from tqdm import tqdm
 
 from safemax_sd.config import Range, TrainConfig, option
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import Batch, ErasureData, LossTerms, Objective, Positions, Predict, Student
+from safemax_sd.objectives.base import (
+    Batch,
+    ErasureData,
+    FullWeightsConfig,
+    LossTerms,
+    Objective,
+    Positions,
+    Predict,
+    Student,
+    prior_generator,
+)
 from safemax_sd.replay import Samples
 
 FORGET, RETAIN, MASK, EMPTY = 0, 1, 2, 3
-PRIOR_STEP = -1
-"""Stands for a training step in the draws of the mask."""
 EMPTY_RETAIN_SHARE = 0.1
 """Of retain samples with the empty prompt, as in the base model's training."""
 
 
 @dataclass
-class SalunConfig(TrainConfig):
+class SalunConfig(FullWeightsConfig):
     """SalUn's own flags, and its published settings for flags that all methods have."""
 
-    trainable: Literal["lora", "full"] = option("full", "Full only: the saliency is the base weights'.")
     retain_weight: float = option(3.07, "α, of the loss on what is kept.")
     saliency_share: float = option(0.5, "Share of all weights, the most salient, that train.")
-    train_batch_size: int = option(128, "Forget samples a step, micro-batch and process.")
-    retain_batch_size: int | None = option(128, "Retain samples.")
     max_train_steps: int = option(1000, "Optimizer steps.")
-    learning_rate: float = option(1e-4, "Of AdamW.")
-    lr_scheduler: str = option("constant", "Name of a schedule of diffusers.optimization.")
-    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
-    adam_beta2: float = option(0.999, "β2.")
     forget_trajectories: int = option(800, "Pictures generated of forbidden prompts where none are given.")
     retain_trajectories: int = option(800, "Pictures generated of prompts to keep where none are given.")
 
@@ -141,12 +142,11 @@ class Salun(Objective):
     def _forget_gradients(self, student: Student) -> list[Tensor]:
         """Gradients of the denoising loss on the forget samples, one noise level each, summed over all of them."""
         samples = self.data.forget_samples
-        positions = Positions(self.config.seed, PRIOR_STEP, range(0), range(0))
         sums = [torch.zeros_like(parameter) for parameter in student.parameters]
         size = self.config.train_batch_size
         for start in tqdm(range(0, len(samples), size), desc="saliency", unit="batch"):
             rows = [torch.tensor([row]) for row in range(start, min(start + size, len(samples)))]
-            drawn = [self._noised(samples, row, positions.generator(MASK, int(row))) for row in rows]
+            drawn = [self._noised(samples, row, prior_generator(self.config.seed, MASK, int(row))) for row in rows]
             x0, noise, t, prompt = (torch.cat(column).to(student.device) for column in zip(*drawn, strict=True))
             conditioning = self.data.forget.to(student.device).select(prompt)
             error = student.predict(self.data.process.add_noise(x0, noise, t), t, conditioning)

@@ -8,7 +8,7 @@ loss, becomes λ·D·Σ F·(θ − θ*)² with F of the mean loss: the same mini
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +16,31 @@ from tqdm import tqdm
 
 from safemax_sd.config import NOT_NEGATIVE, POSITIVE, Range, TrainConfig, option
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import Batch, ErasureData, LossTerms, Objective, Positions, Predict, Student
+from safemax_sd.objectives.base import (
+    Batch,
+    ErasureData,
+    FullWeightsConfig,
+    LossTerms,
+    Objective,
+    Positions,
+    Predict,
+    Student,
+    prior_generator,
+)
 from safemax_sd.replay import Samples
 
 FORGET, RETAIN = 0, 1
-PRIOR_STEP = -1
-"""Stands for a training step in the draws of the Fisher information."""
 
 
 @dataclass
-class SelectiveAmnesiaConfig(TrainConfig):
+class SelectiveAmnesiaConfig(FullWeightsConfig):
     """Selective Amnesia's own flags, and its published settings for flags that all methods have."""
 
-    trainable: Literal["lora", "full"] = option("full", "Full only: the Fisher information is the base weights'.")
     retain_weight: float = option(1.0, "γ, of generative replay.")
     ewc_weight: float = option(10.0, "λ, of the elastic weight consolidation.")
     fisher_samples: int = option(5000, "Samples that the Fisher information is averaged over.")
     fisher_timesteps: int = option(1000, "Timesteps of each; fewer than the model's are spread evenly and scaled up.")
-    train_batch_size: int = option(128, "Forget samples a step, micro-batch and process.")
-    retain_batch_size: int | None = option(128, "Retain samples.")
     max_train_steps: int = option(20_000, "Optimizer steps.")
-    learning_rate: float = option(1e-4, "Of AdamW.")
-    lr_scheduler: str = option("constant", "Name of a schedule of diffusers.optimization.")
-    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
-    adam_beta2: float = option(0.999, "β2.")
     forget_trajectories: int = option(500, "Pictures generated of forbidden prompts, for the Fisher information.")
     retain_trajectories: int = option(4500, "Pictures generated of prompts to keep, for it and for replay.")
 
@@ -128,13 +129,13 @@ class SelectiveAmnesia(Objective):
         """
         fisher = [torch.zeros_like(parameter) for parameter in student.parameters]
         chosen = self._fisher_choice()
-        times = self.data.process.all_times()
-        steps = min(self.config.fisher_timesteps, len(times))
-        times = times[torch.linspace(0, len(times) - 1, steps).round().long()]
-        scale = len(self.data.process.all_times()) / steps
+        all_times = self.data.process.all_times()
+        steps = min(self.config.fisher_timesteps, len(all_times))
+        times = all_times[torch.linspace(0, len(all_times) - 1, steps).round().long()]
+        scale = len(all_times) / steps
         batch_size = self.config.train_batch_size + (self.config.retain_batch_size or 0)
         for number, (x0, conditioning) in enumerate(tqdm(chosen, desc="Fisher information", unit="sample")):
-            generator = Positions(self.config.seed, PRIOR_STEP, range(0), range(0)).generator(FORGET, number)
+            generator = prior_generator(self.config.seed, FORGET, number)
             gradients = [torch.zeros_like(part) for part in fisher]
             for part in times.split(batch_size):
                 noise = torch.randn((len(part), *x0.shape), generator=generator)
