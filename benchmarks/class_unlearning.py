@@ -2,11 +2,13 @@
 
     python -m benchmarks.class_unlearning --dataset digits --methods safemax salun selective_amnesia --classes 0-9
     python -m benchmarks.class_unlearning --dataset digits --race 0 --repeats 3
+    python -m benchmarks.class_unlearning --dataset digits --rates 0 --published_counts --repeats 3
 
 Needs the `study` extra (scikit-learn). Trains or loads the base model and the classifier, runs every method on every
-class and appends one JSON row each to `benchmarks/class_unlearning_<dataset>.jsonl`; rows that are there are not
-measured again. `--race CLASS` times the methods side by side instead: to their last step, and to the first checkpoint
-at which the class is forgotten.
+class and appends one JSON row each to `study/class_unlearning_<dataset>.jsonl`; rows that are there are not
+measured again. Tables (`.md`), a plot and pictures (`.png`) are written beside it. `--race CLASS` times the methods
+instead, side by side: to their last step, and to the first checkpoint at which the class is forgotten. `--rates CLASS`
+times a few steps and a small part of each prior, and multiplies: for counts that would take hours.
 """
 
 from __future__ import annotations
@@ -21,21 +23,30 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from benchmarks.classes.base import BASES, train_base
 from benchmarks.classes.classifier import Classifier, load_classifier
 from benchmarks.classes.data import Dataset, load_dataset, write_folder
-from benchmarks.classes.measure import Sampling, TensorMemory, forgetting, retention
+from benchmarks.classes.measure import Sampling, TensorMemory, draw, forgetting, pictures, retention
+from benchmarks.classes.summary import gallery, plot, summary
 from safemax_sd import checkpoints
 from safemax_sd.config import TrainConfig
 from safemax_sd.erased import load_erased
-from safemax_sd.families import LoadOptions, load_family
+from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.objectives.salun import SalunConfig
+from safemax_sd.objectives.selective_amnesia import SelectiveAmnesiaConfig
 from safemax_sd.provenance import Stopwatch
 from safemax_sd.train import build_run, optimizer_step, read_input, train
 
 FORGOTTEN_AT = 99.0
 """Unlearning accuracy with rejection, in percent, from which a class counts as forgotten."""
+GALLERY_ROWS, GALLERY_SEED = 3, 30_000_000
+PART_TRAJECTORIES, PART_INFERENCE_STEPS, PART_TIMESTEPS, PART_PICTURES, PART_STEPS = 8, 2, 256, 128, 3
+"""What `--rates` and the memory of a step take of the priors, and how many steps are timed."""
+MEMORY_SHARES = (0.25, 0.5)
+"""Of a batch."""
 GUIDANCE = 3.0
 SAFEMAX: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "target_guidance": GUIDANCE}
 REPLAYED: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "replay_inference_steps": 50, "replay_batch_size": 250}
@@ -90,8 +101,9 @@ class Study:
         self.arguments = arguments
         self.dataset: Dataset = load_dataset(arguments.dataset, arguments.data_file)
         self.folder: Path = arguments.work_dir / arguments.dataset
-        self.results = Path(__file__).with_name(f"class_unlearning_{arguments.dataset}.jsonl")
+        self.results: Path = arguments.work_dir / f"class_unlearning_{arguments.dataset}"
         self.sampling = SAMPLINGS[arguments.dataset]
+        self.counts = "published" if arguments.published_counts or arguments.dataset == "cifar10" else "reduced"
         self.base = train_base(self.dataset, self.folder / "base", BASES[arguments.dataset])
         self.classifier: Classifier = load_classifier(self.dataset, self.folder, arguments.classifier_file)
 
@@ -127,14 +139,13 @@ class Study:
 
     def row(self, method: str, forgotten: int) -> dict[str, Any]:
         """Train one method on one class and measure it."""
-        output = self.folder / "runs" / f"{method}_{forgotten}_{self.arguments.seed}"
+        output = self.run_folder(method, forgotten)
         if not (output / "erasure.json").exists():
             train(self.config(method, forgotten, output))
         measured = self.measure(output, forgotten)
         record = json.loads((output / "erasure.json").read_text(encoding="utf8"))
         seconds = record["cost"]["seconds"]
         return {
-            **self.key(method, forgotten),
             **measured,
             "seconds_priors": seconds["replay"] + seconds["prepare"],
             "seconds_training": seconds["train"],
@@ -144,48 +155,117 @@ class Study:
             "provenance": record["provenance"],
         }
 
+    def run_folder(self, method: str, forgotten: int) -> Path:
+        return self.folder / "runs" / f"{method}_{forgotten}_{self.arguments.seed}_{self.counts}"
+
     def key(self, method: str, forgotten: int) -> dict[str, Any]:
-        counts = "published" if self.arguments.published_counts else "reduced"
-        return {"method": method, "class": forgotten, "seed": self.arguments.seed, "counts": counts}
+        return {
+            "dataset": self.dataset.name,
+            "method": method,
+            "class": forgotten,
+            "seed": self.arguments.seed,
+            "counts": self.counts,
+        }
+
+    def model(self, output: Path | None) -> ModelFamily:
+        return load_family(LoadOptions(str(self.base))) if output is None else load_erased(output)
 
     def measure(self, output: Path | None, forgotten: int) -> dict[str, Any]:
         """Forgetting and retention of a run, or of the base model."""
-        family = load_family(LoadOptions(str(self.base))) if output is None else load_erased(output)
-        common = (family, self.dataset, self.classifier, forgotten, self.sampling)
+        common = (self.model(output), self.dataset, self.classifier, forgotten, self.sampling)
         return {**forgetting(*common), **retention(*common)}
 
+    def part(self, method: str, forgotten: int, output_dir: Path) -> TrainConfig:
+        """A run with the same steps and a small part of the priors."""
+        whole = self.config(method, forgotten, output_dir)
+        kept = round(PART_TRAJECTORIES * whole.retain_trajectories / whole.forget_trajectories)
+        changes: dict[str, Any] = {
+            "forget_trajectories": PART_TRAJECTORIES,
+            "retain_trajectories": max(1, kept),
+            "replay_inference_steps": PART_INFERENCE_STEPS,
+        }
+        if VARIANTS[method].real_data:
+            changes["train_data_dir"] = str(write_folder(self.dataset, self.folder / "part", limit=PART_PICTURES))
+        if isinstance(whole, SelectiveAmnesiaConfig):
+            changes |= {"fisher_samples": 1, "fisher_timesteps": PART_TIMESTEPS}
+        return self.config(method, forgotten, output_dir, **changes)
+
+    def prior_calls(self, config: TrainConfig, forgotten: int) -> int:
+        """Network evaluations of one sample that a method's own prior takes."""
+        if isinstance(config, SelectiveAmnesiaConfig):
+            return config.fisher_samples * config.fisher_timesteps
+        if isinstance(config, SalunConfig):
+            return len(self.dataset.of_classes([forgotten]))
+        return 0
+
     def step_memory(self, method: str, forgotten: int) -> int:
-        """Most bytes of tensors that two training steps hold: weights, priors, gradients, optimizer, activations."""
-        folder = self.folder / "memory"
-        small = {"forget_trajectories": 1, "retain_trajectories": 1, "replay_inference_steps": 1}
-        if VARIANTS[method].objective == "selective_amnesia":
-            small |= {"fisher_samples": 1, "fisher_timesteps": 1}
-        config = self.config(method, forgotten, folder, **small)
-        forget, retain = read_input(config)
-        run = build_run(config, Accelerator(), forget, retain, Stopwatch())
+        """Most bytes of tensors that a training step holds: weights, priors, gradients, optimizer, activations.
+
+        Activations grow in proportion to the batch, and the published batches need a large GPU: two small ones are
+        measured and the line through them is followed to the whole.
+        """
+        small, large = (self.measured_memory(method, forgotten, share) for share in MEMORY_SHARES)
+        low, high = MEMORY_SHARES
+        return round(small + (large - small) * (1 - low) / (high - low))
+
+    def measured_memory(self, method: str, forgotten: int, share: float) -> int:
+        """The same, measured over two steps with a share of the batch."""
+        config = self.part(method, forgotten, self.folder / "memory")
+        kept = config.retain_batch_size or 3 * config.train_batch_size
+        config.train_batch_size, config.retain_batch_size = round(share * config.train_batch_size), round(share * kept)
+        run = build_run(config, Accelerator(), *read_input(config), Stopwatch())
         with TensorMemory() as memory:
             held = [*run.family.denoiser.parameters(), *run.family.denoiser.buffers()]
             for tensor in [*held, *torch.utils._pytree.tree_leaves(vars(run.objective))]:
-                if isinstance(tensor, torch.Tensor):
+                if isinstance(tensor, Tensor):
                     memory.count(tensor)
             for _ in range(2):
                 optimizer_step(run)
-        shutil.rmtree(folder, ignore_errors=True)
         return memory.peak
+
+    def rates(self, forgotten: int) -> None:
+        """Seconds that each method's whole run would take, from a few steps and a part of its priors, in turns."""
+        for repeat in range(self.arguments.repeats):
+            for method in self.arguments.methods:
+                key = {"kind": "rates", **self.key(method, forgotten), "repeat": repeat}
+                if not self.has(key):
+                    self.append({**key, **self.rate(method, forgotten)})
+
+    def rate(self, method: str, forgotten: int) -> dict[str, Any]:
+        whole = self.config(method, forgotten, self.folder / "rates")
+        config = self.part(method, forgotten, self.folder / "rates")
+        clock = Stopwatch()
+        run = build_run(config, Accelerator(), *read_input(config), clock)
+        optimizer_step(run)  # the first one allocates
+        with clock.phase("steps"):
+            for _ in range(PART_STEPS):
+                optimizer_step(run)
+        trajectories = whole.forget_trajectories * whole.replay_inference_steps
+        replay = clock.seconds["replay"] * trajectories / (PART_TRAJECTORIES * PART_INFERENCE_STEPS)
+        calls = run.model_calls["prepare"]
+        found = {
+            # Real pictures are read, not replayed.
+            "seconds_replay": 0.0 if VARIANTS[method].real_data else replay,
+            "seconds_prepare": clock.seconds["prepare"] * self.prior_calls(whole, forgotten) / calls if calls else 0.0,
+            "seconds_step": clock.seconds["steps"] / PART_STEPS,
+            "steps": whole.max_train_steps,
+        }
+        total = found["seconds_replay"] + found["seconds_prepare"] + found["seconds_step"] * found["steps"]
+        return {"seconds": total, **found}
 
     def race(self, forgotten: int) -> None:
         """Seconds of each method, priors included, in turns: to the end, and to the first forgotten checkpoint."""
         for repeat in range(self.arguments.repeats):
             for method in self.arguments.methods:
-                output = self.folder / "race" / f"{method}_{forgotten}_{repeat}"
-                if (output / "race.json").exists():
+                key = {"kind": "race", **self.key(method, forgotten), "repeat": repeat}
+                if self.has(key):
                     continue
+                output = self.folder / "race" / method
                 config = self.config(method, forgotten, output, checkpoints_total_limit=None)
                 config.checkpointing_steps = max(1, config.max_train_steps // 40)
                 train(config)
-                row = {**self.key(method, forgotten), "repeat": repeat, **self.times(output, forgotten)}
-                (output / "race.json").write_text(json.dumps(row), encoding="utf8")
-                self.append({"race": True, **row})
+                self.append({**key, **self.times(output, forgotten)})
+                shutil.rmtree(output)
 
     def times(self, output: Path, forgotten: int) -> dict[str, Any]:
         """When a run with checkpoints had forgotten, and when it ended, in seconds from the start of its priors."""
@@ -211,24 +291,53 @@ class Study:
         }
 
     def append(self, row: dict[str, Any]) -> None:
-        with self.results.open("a", encoding="utf8") as file:
-            file.write(json.dumps({"dataset": self.dataset.name, **row}) + "\n")
+        with self.results.with_suffix(".jsonl").open("a", encoding="utf8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        path = self.results.with_suffix(".jsonl")
+        return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()] if path.exists() else []
+
+    def has(self, key: dict[str, Any]) -> bool:
+        """Whether a row with these entries is there."""
+        return any(all(row.get(name) == wanted for name, wanted in key.items()) for row in self.rows())
 
     def run(self) -> None:
-        lines = self.results.read_text(encoding="utf8").splitlines() if self.results.exists() else []
-        done = [json.loads(line) for line in lines]
         for forgotten in self.arguments.classes:
             for method in ("base", *self.arguments.methods):
-                key = self.key(method, forgotten)
-                if any(not row.get("race") and all(row.get(k) == v for k, v in key.items()) for row in done):
+                key = {"kind": "class", **self.key(method, forgotten)}
+                if self.has(key):
                     continue
-                row = {**key, **self.measure(None, forgotten)} if method == "base" else self.row(method, forgotten)
+                row = {**key, **(self.measure(None, forgotten) if method == "base" else self.row(method, forgotten))}
                 self.append(row)
                 print(
                     f"{method} class {forgotten}: UA {row['unlearning_accuracy']:.1f} %, with rejection "
                     f"{row['unlearning_accuracy_with_rejection']:.1f} %, H {row['entropy']:.3f}, FID {row['fid']:.3f}",
                     flush=True,
                 )
+        self.draw_gallery()
+
+    def draw_gallery(self) -> None:
+        """Pictures of every method: asked for the class that each run forgot, and for the one after it."""
+        names = self.dataset.class_names
+        blocks: dict[str, list[Tensor]] = {}
+        for method in ("base", *self.arguments.methods):
+            asked: list[list[Tensor]] = [[], []]
+            for forgotten in self.arguments.classes:
+                family = self.model(None if method == "base" else self.run_folder(method, forgotten))
+                for offset, drawn in enumerate(asked):
+                    label = names[(forgotten + offset) % len(names)]
+                    drawn.append(pictures(draw(family, label, GALLERY_ROWS, GALLERY_SEED, self.sampling)))
+            blocks[method] = [torch.stack(drawn, 1).flatten(0, 1) for drawn in asked]
+        gallery(blocks, len(self.arguments.classes)).savefig(f"{self.results}_pictures.png", dpi=110)
+
+    def summarize(self) -> None:
+        """Write the tables and the plot of all rows that are there."""
+        rows = self.rows()
+        self.results.with_suffix(".md").write_text(summary(rows), encoding="utf8")
+        if any(row["kind"] == "class" for row in rows):
+            plot(rows).savefig(self.results.with_suffix(".png"), dpi=130)
+        print(f"tables: {self.results.with_suffix('.md')}")
 
 
 def classes(text: str) -> list[int]:
@@ -247,10 +356,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=methods)
     parser.add_argument("--classes", type=classes, default=list(range(10)))
     parser.add_argument("--race", type=int, metavar="CLASS", help="Time the methods side by side on this class.")
-    parser.add_argument("--repeats", type=int, default=3, help="Of --race.")
+    parser.add_argument("--rates", type=int, metavar="CLASS", help="Estimate their seconds from parts of their runs.")
+    parser.add_argument("--repeats", type=int, default=3, help="Of --race and --rates.")
     parser.add_argument("--published_counts", action="store_true", help="The digits with the published counts.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work_dir", type=Path, default=Path("study"))
+    parser.add_argument("--work_dir", type=Path, default=Path("study"), help="Models, runs and results.")
     parser.add_argument("--data_file", type=Path, help="CIFAR-10 as an .npz of sheets; downloaded if not given.")
     parser.add_argument("--classifier_file", type=Path, help="Weights of a CIFAR-10 ResNet-56.")
     arguments = parser.parse_args()
@@ -258,8 +368,11 @@ def main() -> None:
     print(f"classifier: {100 * study.classifier.accuracy:.2f} % of {len(study.dataset.test)} test pictures")
     if arguments.race is not None:
         study.race(arguments.race)
+    elif arguments.rates is not None:
+        study.rates(arguments.rates)
     else:
         study.run()
+    study.summarize()
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ class DigitNet(nn.Module):
         )
         self.linear = nn.Linear(widths[-1], 10)
 
-    def features(self, x: Tensor) -> Tensor:
-        x = self.blocks[0](2 * x - 1)
-        x = self.blocks[1](F.max_pool2d(x, 2))
-        features: Tensor = self.blocks[2](x).amax((2, 3))
-        return features
+    def layers(self, x: Tensor) -> list[Tensor]:
+        first = self.blocks[0](2 * x - 1)
+        second = self.blocks[1](F.max_pool2d(first, 2))
+        third = self.blocks[2](second)
+        return [*(layer.mean((2, 3)) for layer in (first, second, third)), third.amax((2, 3))]
 
 
 class CifarResNet(nn.Module):
@@ -55,10 +55,11 @@ class CifarResNet(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
-    def features(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1((x - self.mean) / self.std)))
-        pooled: Tensor = self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
-        return pooled
+    def layers(self, x: Tensor) -> list[Tensor]:
+        layers = [F.relu(self.bn1(self.conv1((x - self.mean) / self.std)))]
+        for part in (self.layer1, self.layer2, self.layer3):
+            layers.append(part(layers[-1]))
+        return [layer.mean((2, 3)) for layer in layers]
 
 
 class _Block(nn.Module):
@@ -77,49 +78,71 @@ class _Block(nn.Module):
 class Classifier:
     """Names pictures, and says whether one looks like the named class at all.
 
-    A closed-set classifier must call noise something. A picture counts as recognised only where its features are as
-    close to the class's mean as 95 % of the class's real test pictures are, in the Mahalanobis distance of a covariance
-    that all classes share (arXiv 1807.03888, eq. 1 and 2).
+    A closed-set classifier must call noise something. A picture counts as recognised only where it is as close to the
+    class as 95 % of the class's real test pictures are, in every layer: in each, the Mahalanobis distance from the
+    class's mean by a covariance that all classes share (arXiv 1807.03888, eq. 1 and 2), in units of the class's median
+    distance; the largest counts. The last layer alone has discarded most of what tells noise from a picture.
 
     Args:
-        network: With `features` and `linear`.
-        dataset: Whose training pictures give means and covariance, whose test pictures the thresholds.
+        network: With `layers`, the features of each layer, of which the last one's feed `linear`.
+        dataset: Whose training pictures give means and covariances, whose test pictures the thresholds.
     """
 
     def __init__(self, network: Any, dataset: Dataset) -> None:
         self.network = network.eval().requires_grad_(False)
-        features = self.features(dataset.train).double()
-        classes = range(len(dataset.class_names))
-        self.means = torch.stack([features[dataset.train_labels == c].mean(0) for c in classes])
-        centred = features - self.means[dataset.train_labels]
-        covariance = centred.T @ centred / len(centred)
-        ridge = 1e-3 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
-        self.precision = torch.linalg.inv(covariance + ridge)
-        distances = self.distances(self.features(dataset.test))
-        self.thresholds = torch.stack([distances[dataset.test_labels == c, c].quantile(ACCEPTED) for c in classes])
+        count = len(dataset.class_names)
+        self.layers = [_LayerDistance(part, dataset.train_labels, count) for part in self._layers(dataset.train)]
+        distances = self._distances(dataset.test)
+        own = [distances[:, dataset.test_labels == c, c] for c in range(count)]
+        self.medians = torch.stack([part.median(1).values for part in own], 1)[:, None]
+        scores = self.scores(dataset.test)
+        self.thresholds = torch.stack([scores[dataset.test_labels == c, c].quantile(ACCEPTED) for c in range(count)])
         self.accuracy = float((self.logits(dataset.test).argmax(1) == dataset.test_labels).float().mean())
 
-    @torch.inference_mode()
     def features(self, pictures: Tensor) -> Tensor:
-        """[N, 64] of pictures [N, C, H, W] in 0 to 1."""
-        return torch.cat([self.network.features(part) for part in pictures.split(BATCH)])
+        """The last layer's, [N, 64], of pictures [N, C, H, W] in 0 to 1."""
+        return self._layers(pictures)[-1]
 
-    @torch.inference_mode()
     def logits(self, pictures: Tensor) -> Tensor:
         """[N, classes]."""
         found: Tensor = self.network.linear(self.features(pictures))
         return found
 
-    def distances(self, features: Tensor) -> Tensor:
-        """Squared Mahalanobis distance to each class's mean, [N, classes]."""
-        offsets = features.double()[:, None] - self.means
-        return torch.einsum("ncd,de,nce->nc", offsets, self.precision, offsets)
+    def scores(self, pictures: Tensor) -> Tensor:
+        """How far pictures are from each class, [N, classes]: 1 where real pictures of the class lie in the middle."""
+        return (self._distances(pictures) / self.medians).amax(0)
 
     def recognised(self, pictures: Tensor, label: int) -> tuple[Tensor, Tensor]:
         """Whether each picture is named as `label`, and whether it also passes for one; bool [N] each."""
         named = self.logits(pictures).argmax(1) == label
-        accepted = self.distances(self.features(pictures))[:, label] <= self.thresholds[label]
-        return named, named & accepted
+        return named, named & (self.scores(pictures)[:, label] <= self.thresholds[label])
+
+    @torch.no_grad()
+    def _layers(self, pictures: Tensor) -> list[Tensor]:
+        parts = [self.network.layers(part) for part in pictures.split(BATCH)]
+        return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
+    def _distances(self, pictures: Tensor) -> Tensor:
+        """[layers, N, classes]."""
+        found = zip(self.layers, self._layers(pictures), strict=True)
+        return torch.stack([layer.distances(features) for layer, features in found])
+
+
+class _LayerDistance:
+    """Squared Mahalanobis distance of one layer's features to each class's mean."""
+
+    def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
+        features = features.double()
+        self.means = torch.stack([features[labels == c].mean(0) for c in range(classes)])
+        centred = features - self.means[labels]
+        covariance = centred.T @ centred / len(centred)
+        ridge = 1e-3 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+        self.precision = torch.linalg.inv(covariance + ridge)
+
+    def distances(self, features: Tensor) -> Tensor:
+        """[N, classes] of [N, F]."""
+        offsets = features.double()[:, None] - self.means
+        return torch.einsum("ncd,de,nce->nc", offsets, self.precision, offsets)
 
 
 def load_classifier(dataset: Dataset, folder: Path, weights: Path | None) -> Classifier:
@@ -152,7 +175,7 @@ def train_digit_net(network: nn.Module, dataset: Dataset) -> None:
         pictures = F.pad(dataset.train[rows], (1, 1, 1, 1))[:, :, 1 + down : 9 + down, 1 + across : 9 + across]
         pictures = pictures + 0.1 * torch.randn(pictures.shape, generator=generator)
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / DIGITS_STEPS)
-        loss = F.cross_entropy(network.linear(network.features(pictures)), dataset.train_labels[rows])  # type: ignore[operator]
+        loss = F.cross_entropy(network.linear(network.layers(pictures)[-1]), dataset.train_labels[rows])  # type: ignore[operator]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

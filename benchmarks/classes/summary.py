@@ -1,0 +1,271 @@
+"""Tables and a plot of the study's rows."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.utils import make_grid
+
+Row = dict[str, Any]
+NAMES = {"base": "base", "safemax": "SAFEMax", "salun": "SalUn", "selective_amnesia": "SA"}
+COLORS = {"base": "#8a8a8a", "safemax": "#1f6feb", "salun": "#d1680d", "selective_amnesia": "#2f8f4e"}
+RESAMPLES = 10_000
+SECONDS = "seconds"
+"""Not a column of the rows: priors and training together."""
+PANELS = (
+    ("unlearning_accuracy_with_rejection", "UA with rejection, %"),
+    ("entropy", "H, nats"),
+    ("fid", "FID of the kept classes"),
+    (SECONDS, "seconds, priors included"),
+)
+DIFFERENCES = (
+    ("fid", "FID", ".2f"),
+    ("entropy", "H", ".3f"),
+    ("unlearning_accuracy_with_rejection", "UA with rejection %", ".1f"),
+    ("retained_accuracy", "kept classes recognised %", ".1f"),
+)
+
+
+def value(row: Row, column: str) -> float:
+    """One quantity of a row; seconds are of priors and training together."""
+    if column == SECONDS:
+        return float(row.get("seconds_priors", 0.0) + row.get("seconds_training", 0.0))
+    return float(row[column])
+
+
+def measured(rows: Iterable[Row]) -> list[Row]:
+    """The rows of methods and of the base, without those of times."""
+    return [row for row in rows if row["kind"] == "class"]
+
+
+def methods_in(rows: Iterable[Row]) -> list[str]:
+    """Methods in the order in which they first occur, without the base."""
+    return list(dict.fromkeys(row["method"] for row in rows if row["method"] != "base"))
+
+
+def over_seeds(rows: Sequence[Row], method: str, forgotten: int, column: str) -> float | None:
+    """Mean over the seeds of one method and class, None where nothing was measured."""
+    found = [value(row, column) for row in rows if row["method"] == method and row["class"] == forgotten]
+    return statistics.fmean(found) if found else None
+
+
+def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def class_table(rows: Sequence[Row], columns: Sequence[tuple[str, str, str, bool]]) -> str:
+    """One line a class and one for the mean and the standard deviation over the classes.
+
+    Args:
+        rows: Of any methods.
+        columns: (name in the rows, heading, format, whether the base has it too) of each quantity.
+    """
+    rows = measured(rows)
+    methods = methods_in(rows)
+    cells = [
+        (method, column, f"{NAMES.get(method, method)} {heading}", form)
+        for column, heading, form, of_base in columns
+        for method in (["base"] if of_base else []) + methods
+    ]
+    classes = sorted({row["class"] for row in rows})
+    body = []
+    values: list[list[float | None]] = []
+    for forgotten in classes:
+        values.append([over_seeds(rows, method, forgotten, column) for method, column, _, _ in cells])
+        body.append(
+            [str(forgotten), *("" if v is None else f"{v:{c[3]}}" for v, c in zip(values[-1], cells, strict=True))]
+        )
+    for name, reduce in (("mean", statistics.fmean), ("std", statistics.stdev)):
+        if len(classes) > 1:
+            every = [[v for v in column if v is not None] for column in zip(*values, strict=True)]
+            body.append(
+                [name, *(f"{reduce(v):{c[3]}}" if len(v) > 1 else "" for v, c in zip(every, cells, strict=True))]
+            )
+    return markdown(["class", *(heading for _, _, heading, _ in cells)], body)
+
+
+def method_table(rows: Sequence[Row]) -> str:
+    """One line a method: means over its classes and seeds, and the lowest class where that is what counts."""
+    rows = measured(rows)
+    body = []
+    for method in ["base", *methods_in(rows)]:
+        own = [row for row in rows if row["method"] == method]
+        if not own:
+            continue
+        rejecting = [row["unlearning_accuracy_with_rejection"] for row in own]
+        means = {
+            column: statistics.fmean(value(row, column) for row in own)
+            for column in ("unlearning_accuracy", "entropy", "forget_std", "fid", "retained_accuracy", SECONDS)
+        }
+        memory = statistics.fmean(row["step_memory_bytes"] for row in own) / 2**20 if method != "base" else None
+        body.append(
+            [
+                NAMES.get(method, f"`{method}`"),
+                str(len(own)),
+                f"{means['unlearning_accuracy']:.1f}",
+                f"{statistics.fmean(rejecting):.1f} ({min(rejecting):.1f})",
+                f"{means['entropy']:.3f}",
+                f"{means['forget_std']:.2f}",
+                f"{means['fid']:.2f}",
+                f"{means['retained_accuracy']:.1f}",
+                "" if memory is None else f"{means[SECONDS]:.0f}",
+                "" if memory is None else f"{memory:.0f}",
+            ]
+        )
+    header = ["method", "runs", "UA %", "UA with rejection % (lowest)", "H", "spread of the outputs", "FID",
+              "kept classes recognised %", "seconds", "step memory MiB"]  # fmt: skip
+    return markdown(header, body)
+
+
+def paired_difference(rows: Sequence[Row], method: str, reference: str, column: str) -> tuple[float, float, float, int]:
+    """Mean of `method` minus `reference` over the (class, seed) that both have; 95 % bootstrap interval; count.
+
+    Raises:
+        ValueError: They have fewer than two in common.
+    """
+    found: dict[str, dict[tuple[int, int], float]] = {method: {}, reference: {}}
+    for row in measured(rows):
+        if row["method"] in found:
+            found[row["method"]][row["class"], row["seed"]] = value(row, column)
+    common = sorted(found[method].keys() & found[reference].keys())
+    if len(common) < 2:
+        raise ValueError(
+            f"{method} and {reference} have {len(common)} class and seed in common: at least two are needed"
+        )
+    differences = np.array([found[method][key] - found[reference][key] for key in common])
+    chosen = np.random.default_rng(0).integers(len(common), size=(RESAMPLES, len(common)))
+    low, high = np.quantile(differences[chosen].mean(1), [0.025, 0.975])
+    return float(differences.mean()), float(low), float(high), len(common)
+
+
+def difference_table(rows: Sequence[Row], reference: str) -> str:
+    """What each variant of the reference differs by from it, over the classes and seeds that both have."""
+    body = []
+    for method in methods_in(rows):
+        if method.startswith(f"{reference}_"):
+            cells = [paired_difference(rows, method, reference, column) for column, _, _ in DIFFERENCES]
+            shown = [
+                f"{mean:+{c[2]}} [{low:+{c[2]}}, {high:+{c[2]}}]"
+                for c, (mean, low, high, _) in zip(DIFFERENCES, cells, strict=True)
+            ]
+            body.append([f"`{method}`", str(cells[0][3]), *shown])
+    return markdown(["variant", "pairs", *(heading for _, heading, _ in DIFFERENCES)], body)
+
+
+def time_table(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
+    """Median and range of seconds measured in turns, and how many times SAFEMax's they are, repeat by repeat.
+
+    Args:
+        rows: Of a race, or of rates.
+        columns: (name in the rows, heading).
+    """
+    body = []
+    for method in methods_in(rows):
+        own = [row for row in rows if row["method"] == method]
+        cells = [NAMES.get(method, f"`{method}`"), str(len(own)), f"{own[0]['steps']:,}"]
+        for column, _ in columns:
+            cells += [_median_and_range([row[column] for row in own])]
+            pairs = [
+                row[column] / other[column]
+                for row, other in itertools.product(own, rows)
+                if other["method"] == "safemax" and (other["class"], other["repeat"]) == (row["class"], row["repeat"])
+                if row[column] is not None and other[column] is not None
+            ]
+            cells += [_median_and_range(pairs) + "x" if pairs and method != "safemax" else ""]
+        body.append(cells)
+    header = ["method", "runs", "steps"]
+    for _, heading in columns:
+        header += [heading, "times SAFEMax's"]
+    return markdown(header, body)
+
+
+def _median_and_range(values: Sequence[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    if len(known) < len(values) or not known:
+        return f"not reached in {len(values) - len(known)} of {len(values)}"
+    return f"{statistics.median(known):.1f} ({min(known):.1f} to {max(known):.1f})"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """All tables that the rows allow, as markdown."""
+    parts = []
+    published = [row for row in rows if row["method"] in NAMES]
+    if measured(rows):
+        parts += ["## All methods\n", method_table(rows)]
+        cost = (("fid", "FID", ".2f", True), (SECONDS, "s", ".1f", False))
+        parts += ["## Retention and cost\n", class_table(published, cost)]
+        forgetting = (
+            ("entropy", "H", ".3f", False),
+            ("unlearning_accuracy", "UA %", ".1f", False),
+            ("unlearning_accuracy_with_rejection", "UA with rejection %", ".1f", False),
+        )
+        parts += ["## Forgetting\n", class_table(published, forgetting)]
+        if any(method.startswith("safemax_") for method in methods_in(rows)):
+            parts += ["## Variants minus SAFEMax\n", difference_table(measured(rows), "safemax")]
+    timed = {kind: [row for row in rows if row["kind"] == kind] for kind in ("race", "rates")}
+    if timed["race"]:
+        columns = (("seconds", "seconds to the end"), ("seconds_to_forgotten", "seconds until forgotten"))
+        parts += ["## Race\n", time_table(timed["race"], columns)]
+    if timed["rates"]:
+        parts += [
+            "## Whole runs, from the rates of their parts\n",
+            time_table(timed["rates"], (("seconds", "seconds"),)),
+        ]
+    return "\n".join(parts)
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """A panel a quantity, a dot a class and method; the base's level as a line."""
+    rows = measured(rows)
+    methods = [method for method in methods_in(rows) if method in NAMES]
+    classes = sorted({row["class"] for row in rows})
+    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
+             "axes.axisbelow": True, "font.size": 9, "figure.facecolor": "white"}  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(9.6, 5.4), layout="constrained")
+        for axes, (column, label) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+            with_base = ["base", *methods] if column == "fid" else methods
+            for number, method in enumerate(with_base):
+                found = [(c, over_seeds(rows, method, c, column)) for c in classes]
+                x = [c + 0.14 * (number - (len(with_base) - 1) / 2) for c, v in found if v is not None]
+                y = [v for _, v in found if v is not None]
+                axes.plot(x, y, "_" if method == "base" else "o", color=COLORS[method], markersize=6,
+                          markeredgewidth=2 if method == "base" else 0, label=NAMES[method])  # fmt: skip
+            axes.set_xticks(classes)
+            axes.set_xlabel("class forgotten")
+            axes.set_title(label, loc="left", fontsize=10)
+            if column == SECONDS:
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(bottom=0)
+        handles, labels = figure.axes[2].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
+    return figure
+
+
+def gallery(blocks: dict[str, list[Tensor]], columns: int) -> Figure:
+    """Pictures of each method: on the left of the class that was forgotten, on the right of a kept one.
+
+    Args:
+        blocks: Two stacks a method, [N, C, H, W] in 0 to 1, row by row of `columns` pictures.
+        columns: One a class.
+    """
+    figure = Figure(figsize=(9.6, 1.55 * len(blocks)), layout="constrained", facecolor="white")
+    grid = figure.subplots(len(blocks), 2, squeeze=False)
+    for axes, (method, block) in zip(grid, blocks.items(), strict=True):
+        for place, stack, title in zip(
+            axes, block, ("asked for the forgotten class", "asked for a kept class"), strict=True
+        ):
+            tiles = make_grid(stack.expand(-1, 3, -1, -1), columns, padding=1, pad_value=1.0)
+            place.imshow(tiles.permute(1, 2, 0).numpy(), interpolation="nearest")
+            place.set_axis_off()
+            place.set_title(f"{NAMES.get(method, method)}, {title}", loc="left", fontsize=9)
+    return figure
