@@ -8,7 +8,7 @@ Needs the `study` extra (scikit-learn). Trains or loads the base model and the c
 class and appends one JSON row each to `study/class_unlearning_<dataset>.jsonl`; rows that are there are not
 measured again. Tables (`.md`), a plot and pictures (`.png`) are written beside it. `--race CLASS` times the methods
 instead, side by side: to their last step, and to the first checkpoint at which the class is forgotten. `--rates CLASS`
-times a few steps and a small part of each prior, and multiplies: for counts that would take hours.
+times a few steps and a small part of each prior, and multiplies, for counts that would take hours; and memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import csv
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ GALLERY_ROWS, GALLERY_SEED = 3, 30_000_000
 PART_TRAJECTORIES, PART_INFERENCE_STEPS, PART_TIMESTEPS, PART_PICTURES, PART_STEPS = 8, 2, 256, 128, 3
 """What `--rates` and the memory of a step take of the priors, and how many steps are timed."""
 MEMORY_SHARES = (0.25, 0.5)
-"""Of a batch."""
+TIMED_SHARE = {"digits": 1.0, "cifar10": 0.25, "cifar10_small": 1.0}
+"""Of a batch. A published batch of CIFAR-10 does not fit 24 GB; a step's time is proportional to it."""
 GUIDANCE = 3.0
 SAFEMAX: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "target_guidance": GUIDANCE}
 REPLAYED: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "replay_inference_steps": 20, "replay_batch_size": 250}
@@ -59,17 +60,17 @@ class Variant:
     Attributes:
         objective: Value of `--objective`.
         settings: Flags for every data set.
-        digits: Flags for the digits, whose small model needs fewer steps.
+        small: Flags for small networks, which need fewer steps.
         real_data: Whether it learns from the data set's pictures.
     """
 
     objective: str
     settings: dict[str, Any]
-    digits: dict[str, Any]
+    small: dict[str, Any]
     real_data: bool = False
 
 
-DIGITS_SAFEMAX = {
+SMALL_SAFEMAX = {
     "trainable": "full",
     "learning_rate": 1e-3,
     "max_train_steps": 200,
@@ -80,13 +81,13 @@ DIGITS_SAFEMAX = {
     "halt_restoring": 0.5,
 }
 VARIANTS: dict[str, Variant] = {
-    "safemax": Variant("safemax", SAFEMAX, DIGITS_SAFEMAX),
-    "safemax_lora": Variant("safemax", SAFEMAX, {**DIGITS_SAFEMAX, "trainable": "lora", "learning_rate": 2e-3}),
-    "safemax_full": Variant("safemax", {**SAFEMAX, "trainable": "full", "learning_rate": 2e-4}, DIGITS_SAFEMAX),
-    "safemax_lambda_0": Variant("safemax", {**SAFEMAX, "decay_lambda": 0.0}, DIGITS_SAFEMAX),
-    "safemax_lambda_2": Variant("safemax", {**SAFEMAX, "decay_lambda": 2.0}, DIGITS_SAFEMAX),
-    "safemax_lambda_4": Variant("safemax", {**SAFEMAX, "decay_lambda": 4.0}, DIGITS_SAFEMAX),
-    "safemax_sampled": Variant("safemax", {**SAFEMAX, "target": "sampled"}, DIGITS_SAFEMAX),
+    "safemax": Variant("safemax", SAFEMAX, SMALL_SAFEMAX),
+    "safemax_lora": Variant("safemax", SAFEMAX, {**SMALL_SAFEMAX, "trainable": "lora", "learning_rate": 2e-3}),
+    "safemax_full": Variant("safemax", {**SAFEMAX, "trainable": "full", "learning_rate": 2e-4}, SMALL_SAFEMAX),
+    "safemax_lambda_0": Variant("safemax", {**SAFEMAX, "decay_lambda": 0.0}, SMALL_SAFEMAX),
+    "safemax_lambda_2": Variant("safemax", {**SAFEMAX, "decay_lambda": 2.0}, SMALL_SAFEMAX),
+    "safemax_lambda_4": Variant("safemax", {**SAFEMAX, "decay_lambda": 4.0}, SMALL_SAFEMAX),
+    "safemax_sampled": Variant("safemax", {**SAFEMAX, "target": "sampled"}, SMALL_SAFEMAX),
     "salun": Variant("salun", {}, {}, real_data=True),
     "selective_amnesia": Variant(
         "selective_amnesia",
@@ -101,15 +102,17 @@ VARIANTS: dict[str, Variant] = {
         },
     ),
 }
-"""On the digits `safemax` trains all weights, as the other methods do; on CIFAR-10 a LoRA, as it does by default."""
+"""In a small network `safemax` trains all weights, as the other methods do; in the published one a LoRA, its default."""
 PUBLISHED = {
     "selective_amnesia": {"max_train_steps": 20_000, "learning_rate": 1e-4, "ewc_weight": 10.0, "fisher_samples": 5000,
                           "retain_trajectories": 4500, "replay_inference_steps": 50},
 }  # fmt: skip
-"""What `--published_counts` gives back to the digits."""
+"""Of the published network, and of small ones with `--published_counts`."""
+SMALL = ("digits", "cifar10_small")
 SAMPLINGS = {
     "digits": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=1800),
     "cifar10": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=4500),
+    "cifar10_small": Sampling(GUIDANCE, num_inference_steps=25, num_forget=200, num_retain=900),
 }
 
 
@@ -122,8 +125,11 @@ class Study:
         self.folder: Path = arguments.work_dir / arguments.dataset
         self.results: Path = arguments.work_dir / f"class_unlearning_{arguments.dataset}"
         self.sampling = SAMPLINGS[arguments.dataset]
-        self.counts = "published" if arguments.published_counts or arguments.dataset == "cifar10" else "reduced"
-        self.base = train_base(self.dataset, self.folder / "base", BASES[arguments.dataset])
+        self.counts = "reduced" if arguments.dataset in SMALL and not arguments.published_counts else "published"
+        settings = BASES[arguments.dataset]
+        if arguments.base_minutes is not None:
+            settings = replace(settings, minutes=arguments.base_minutes)
+        self.base = train_base(self.dataset, self.folder / "base", settings)
         self.classifier: Classifier = load_classifier(self.dataset, self.folder, arguments.classifier_file)
 
     def prompt_files(self, forgotten: int) -> dict[str, str]:
@@ -141,8 +147,8 @@ class Study:
 
     def config(self, method: str, forgotten: int, output_dir: Path, **changes: Any) -> TrainConfig:
         variant = VARIANTS[method]
-        settings = {**variant.settings, **(variant.digits if self.dataset.name == "digits" else {})}
-        if self.arguments.published_counts:
+        settings = {**variant.settings, **(variant.small if self.dataset.name in SMALL else {})}
+        if self.counts == "published":
             settings |= PUBLISHED.get(method, {})
         if variant.real_data:
             settings["train_data_dir"] = str(write_folder(self.dataset, self.folder / "pictures"))
@@ -194,14 +200,16 @@ class Study:
         common = (self.model(output), self.dataset, self.classifier, forgotten, self.sampling)
         return {**forgetting(*common), **retention(*common)}
 
-    def part(self, method: str, forgotten: int, output_dir: Path) -> TrainConfig:
-        """A run with the same steps and a small part of the priors."""
+    def part(self, method: str, forgotten: int, output_dir: Path, batch_share: float) -> TrainConfig:
+        """A run with a small part of the priors and of each batch."""
         whole = self.config(method, forgotten, output_dir)
         kept = round(PART_TRAJECTORIES * whole.retain_trajectories / whole.forget_trajectories)
         changes: dict[str, Any] = {
             "forget_trajectories": PART_TRAJECTORIES,
             "retain_trajectories": max(1, kept),
             "replay_inference_steps": PART_INFERENCE_STEPS,
+            "train_batch_size": round(batch_share * whole.train_batch_size),
+            "retain_batch_size": round(batch_share * (whole.retain_batch_size or 3 * whole.train_batch_size)),
         }
         if VARIANTS[method].real_data:
             changes["train_data_dir"] = str(write_folder(self.dataset, self.folder / "part", limit=PART_PICTURES))
@@ -229,9 +237,7 @@ class Study:
 
     def measured_memory(self, method: str, forgotten: int, share: float) -> int:
         """The same, measured over two steps with a share of the batch."""
-        config = self.part(method, forgotten, self.folder / "memory")
-        kept = config.retain_batch_size or 3 * config.train_batch_size
-        config.train_batch_size, config.retain_batch_size = round(share * config.train_batch_size), round(share * kept)
+        config = self.part(method, forgotten, self.folder / "memory", share)
         run = build_run(config, Accelerator(), *read_input(config), Stopwatch())
         with TensorMemory() as memory:
             held = [*run.family.denoiser.parameters(), *run.family.denoiser.buffers()]
@@ -243,7 +249,14 @@ class Study:
         return memory.peak
 
     def rates(self, forgotten: int) -> None:
-        """Seconds that each method's whole run would take, from a few steps and a part of its priors, in turns."""
+        """Seconds that each method's whole run would take, from a few steps and a part of its priors, in turns.
+
+        And the memory of its step, which needs no repeats.
+        """
+        for method in self.arguments.methods:
+            key = {"kind": "memory", **self.key(method, forgotten)}
+            if not self.has(key):
+                self.append({**key, "step_memory_bytes": self.step_memory(method, forgotten)})
         for repeat in range(self.arguments.repeats):
             for method in self.arguments.methods:
                 key = {"kind": "rates", **self.key(method, forgotten), "repeat": repeat}
@@ -252,7 +265,8 @@ class Study:
 
     def rate(self, method: str, forgotten: int) -> dict[str, Any]:
         whole = self.config(method, forgotten, self.folder / "rates")
-        config = self.part(method, forgotten, self.folder / "rates")
+        share = TIMED_SHARE[self.dataset.name]
+        config = self.part(method, forgotten, self.folder / "rates", share)
         clock = Stopwatch()
         run = build_run(config, Accelerator(), *read_input(config), clock)
         optimizer_step(run)  # the first one allocates
@@ -266,7 +280,7 @@ class Study:
             # Real pictures are read, not replayed.
             "seconds_replay": 0.0 if VARIANTS[method].real_data else replay,
             "seconds_prepare": clock.seconds["prepare"] * self.prior_calls(whole, forgotten) / calls if calls else 0.0,
-            "seconds_step": clock.seconds["steps"] / PART_STEPS,
+            "seconds_step": clock.seconds["steps"] / PART_STEPS / share,
             "steps": whole.max_train_steps,
         }
         total = found["seconds_replay"] + found["seconds_prepare"] + found["seconds_step"] * found["steps"]
@@ -377,7 +391,8 @@ def main() -> None:
     parser.add_argument("--race", type=int, metavar="CLASS", help="Time the methods side by side on this class.")
     parser.add_argument("--rates", type=int, metavar="CLASS", help="Estimate their seconds from parts of their runs.")
     parser.add_argument("--repeats", type=int, default=3, help="Of --race and --rates.")
-    parser.add_argument("--published_counts", action="store_true", help="The digits with the published counts.")
+    parser.add_argument("--published_counts", action="store_true", help="Of steps and priors, for a small network.")
+    parser.add_argument("--base_minutes", type=float, help="Of the base's training; seconds and memory need few.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work_dir", type=Path, default=Path("study"), help="Models, runs and results.")
     parser.add_argument("--data_file", type=Path, help="CIFAR-10 as an .npz of sheets; downloaded if not given.")

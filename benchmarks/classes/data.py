@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ class Dataset:
     """Labelled pictures.
 
     Attributes:
-        name: `digits` or `cifar10`.
+        name: Value of `--dataset`.
         class_names: In the order of the labels.
         train: float32 [N, C, H, W] in 0 to 1.
         train_labels: int64 [N].
@@ -90,7 +90,8 @@ def read_sheets(data: np.ndarray, offsets: np.ndarray, count: int) -> Tensor:
 
 
 def load_dataset(name: str, data_file: Path | None) -> Dataset:
-    return load_digits() if name == "digits" else load_cifar10(data_file)
+    """`digits`, `cifar10`, or the same pictures as `cifar10_small`, for a network that a processor can train."""
+    return load_digits() if name == "digits" else replace(load_cifar10(data_file), name=name)
 
 
 def write_folder(dataset: Dataset, folder: Path, *, limit: int | None = None) -> Path:

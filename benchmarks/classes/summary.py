@@ -187,6 +187,17 @@ def time_table(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
     return markdown(header, body)
 
 
+def memory_table(rows: Sequence[Row]) -> str:
+    """Memory of a step of each method, and SAFEMax's share of it."""
+    found = {row["method"]: row["step_memory_bytes"] for row in rows}
+    own = found.get("safemax")
+    body = [
+        [NAMES.get(method, f"`{method}`"), f"{size / 2**20:,.0f}", "" if own is None else f"{100 * own / size:.1f}"]
+        for method, size in found.items()
+    ]
+    return markdown(["method", "step memory MiB", "SAFEMax's share of it %"], body)
+
+
 def _median_and_range(values: Sequence[float | None]) -> str:
     known = [v for v in values if v is not None]
     if len(known) < len(values) or not known:
@@ -210,7 +221,7 @@ def summary(rows: Sequence[Row]) -> str:
         parts += ["## Forgetting\n", class_table(published, forgetting)]
         if any(method.startswith("safemax_") for method in methods_in(rows)):
             parts += ["## Variants minus SAFEMax\n", difference_table(measured(rows), "safemax")]
-    timed = {kind: [row for row in rows if row["kind"] == kind] for kind in ("race", "rates")}
+    timed = {kind: [row for row in rows if row["kind"] == kind] for kind in ("race", "rates", "memory")}
     if timed["race"]:
         columns = (("seconds", "seconds to the end"), ("seconds_to_forgotten", "seconds until forgotten"))
         parts += ["## Race\n", time_table(timed["race"], columns)]
@@ -219,6 +230,8 @@ def summary(rows: Sequence[Row]) -> str:
             "## Whole runs, from the rates of their parts\n",
             time_table(timed["rates"], (("seconds", "seconds"),)),
         ]
+    if timed["memory"]:
+        parts += ["## Memory\n", memory_table(timed["memory"])]
     return "\n".join(parts)
 
 

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.classes.summary import (
     class_table,
     difference_table,
+    memory_table,
     method_table,
     paired_difference,
     plot,
@@ -76,6 +77,14 @@ def test_times_are_compared_within_a_repeat() -> None:
     assert lines[3] == (
         "| SalUn | 2 | 1,000 | 55.0 (50.0 to 60.0) | 4.0 (3.0 to 5.0)x | not reached in 1 of 2 | 2.0 (2.0 to 2.0)x |"
     )
+
+
+def test_memory_is_given_as_a_share() -> None:
+    rows = [
+        {"kind": "memory", "method": "safemax", "step_memory_bytes": 2**20},
+        {"kind": "memory", "method": "salun", "step_memory_bytes": 4 * 2**20},
+    ]
+    assert memory_table(rows).splitlines()[2:] == ["| SAFEMax | 1 | 100.0 |", "| SalUn | 4 | 25.0 |"]
 
 
 def test_summary_and_plot_show_what_is_there() -> None:
