@@ -102,7 +102,7 @@ VARIANTS: dict[str, Variant] = {
         },
     ),
 }
-"""In a small network `safemax` trains all weights, as the other methods do; in the published one a LoRA, its default."""
+"""In a small network `safemax` trains all weights, as the other methods do; in the published one a LoRA."""
 PUBLISHED = {
     "selective_amnesia": {"max_train_steps": 20_000, "learning_rate": 1e-4, "ewc_weight": 10.0, "fisher_samples": 5000,
                           "retain_trajectories": 4500, "replay_inference_steps": 50},

@@ -64,6 +64,13 @@ class ReplayBank:
         return len(self.t)
 
     @staticmethod
+    def cat(parts: Sequence[ReplayBank]) -> ReplayBank:
+        rows = ("x_t", "t", "prompt", "conditional", "unconditional")
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in rows}
+        x0, prompt = (torch.cat([getattr(part.samples, name) for part in parts]) for name in ("x0", "prompt"))
+        return ReplayBank(**joined, samples=Samples(x0, prompt), model_calls=sum(part.model_calls for part in parts))
+
+    @staticmethod
     def empty(latent_shape: tuple[int, ...]) -> ReplayBank:
         """A bank in which nothing is recorded."""
         latents, rows = torch.zeros(0, *latent_shape), torch.zeros(0, dtype=torch.long)
@@ -106,40 +113,57 @@ def record(
             are those at the mixture. A student that is a little off the frozen trajectory learns to come back.
         keep_steps: False leaves the bank without rows: a method that needs the samples alone saves their memory.
     """
-    shape = family.latent_shape(resolution)
-    device = next(family.denoiser.parameters()).device
-    parts: list[tuple[Tensor, ...]] = []
-    ends: list[tuple[Tensor, Tensor]] = []
-    calls = 2 * trajectories * num_inference_steps
+    parts = []
     fewer = trajectories < len(conditioning)
     with family.base_only(), torch.no_grad(), tqdm(total=trajectories, desc=description, unit="trajectory") as bar:
         for start in range(0, trajectories, batch_size):
             indices = torch.arange(start, min(start + batch_size, trajectories))
             # A file usually lists prompts by concept: fewer trajectories than prompts must still visit all of it.
             prompts = indices * len(conditioning) // trajectories if fewer else indices % len(conditioning)
-            noise = start_noise(shape, [seed + int(i) for i in indices], device)
-            rows = conditioning.select(prompts)
-            points = family.trajectory(
-                rows,
-                noise,
+            bank = _record_batch(
+                family,
+                conditioning.select(prompts),
+                prompts,
+                seeds=[seed + int(i) for i in indices],
                 guidance_scale=guidance_scale,
                 num_inference_steps=num_inference_steps,
+                resolution=resolution,
+                keep_steps=keep_steps,
+                perturbation=perturbation,
             )
-            end = noise
-            seeds = [seed + PERTURBATION_SEED + int(i) for i in indices]
-            generators = [torch.Generator().manual_seed(number) for number in seeds]
-            for point in points:
-                end = point.following
-                if perturbation > 0:
-                    point, extra = _perturbed(family, point, rows, perturbation, generators)
-                    calls += extra
-                kept = (point.x_t, point.t, prompts, point.conditional, point.unconditional)
-                parts.append(tuple(tensor[: None if keep_steps else 0].cpu() for tensor in kept))
-            ends.append((end.cpu(), prompts))
+            parts.append(bank)
             bar.update(len(indices))
-    x_t, t, prompt, conditional, unconditional = (torch.cat(column) for column in zip(*parts, strict=True))
-    samples = Samples(*(torch.cat(column) for column in zip(*ends, strict=True)))
-    return ReplayBank(x_t, t, prompt, conditional, unconditional, samples, calls)
+    return ReplayBank.cat(parts)
+
+
+def _record_batch(
+    family: ModelFamily,
+    conditioning: Conditioning,
+    prompts: Tensor,
+    *,
+    seeds: Sequence[int],
+    guidance_scale: float,
+    num_inference_steps: int,
+    resolution: int | None,
+    keep_steps: bool,
+    perturbation: float,
+) -> ReplayBank:
+    """The trajectories of one batch; `prompts` are the rows that are recorded with them, see `record`."""
+    noise = start_noise(family.latent_shape(resolution), seeds, next(family.denoiser.parameters()).device)
+    generators = [torch.Generator().manual_seed(number + PERTURBATION_SEED) for number in seeds]
+    end, calls = noise, 2 * len(seeds) * num_inference_steps
+    rows = []
+    for point in family.trajectory(
+        conditioning, noise, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
+    ):
+        end = point.following
+        if perturbation > 0:
+            point, extra = _perturbed(family, point, conditioning, perturbation, generators)
+            calls += extra
+        kept = (point.x_t, point.t, prompts, point.conditional, point.unconditional)
+        rows.append([tensor[: None if keep_steps else 0].cpu() for tensor in kept])
+    columns = (torch.cat(column) for column in zip(*rows, strict=True))
+    return ReplayBank(*columns, samples=Samples(end.cpu(), prompts), model_calls=calls)
 
 
 def _perturbed(
