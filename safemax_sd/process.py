@@ -58,6 +58,10 @@ class DiffusionProcess(ABC):
         offset shrinks at unit rate in the process's own coordinate (given by each process).
         """
 
+    @abstractmethod
+    def step(self, x_t: Tensor, prediction: Tensor, t: Tensor, following: Tensor) -> Tensor:
+        """Where an Euler step along the sampler's path in the process's own coordinate ends, [B, ...]."""
+
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = a·x0 + s·noise, [B, ...]."""
         a, s = self.coefficients(t)
@@ -116,6 +120,21 @@ class VariancePreserving(DiffusionProcess):
             return -_like(s, offset) * offset
         return offset
 
+    def step(self, x_t: Tensor, prediction: Tensor, t: Tensor, following: Tensor) -> Tensor:
+        """Euler in the angle φ: x + (φ' − φ)·v, which keeps the spread of halted noise whatever the step's size."""
+        a, s = (_like(value, x_t) for value in self.coefficients(t))
+        if self.prediction_type == "epsilon":
+            velocity = (prediction - s * x_t) / a
+        elif self.prediction_type == "sample":
+            velocity = (a * x_t - prediction) / s
+        else:
+            velocity = prediction
+        return x_t + _like(self._angle(following) - self._angle(t), x_t) * velocity
+
+    def _angle(self, t: Tensor) -> Tensor:
+        a, s = self.coefficients(t)
+        return torch.atan2(s, a)
+
 
 class FlowMatching(DiffusionProcess):
     """x_t = (1 - σ)·x0 + σ·ε, velocity ε - x0 (rectified flow, arXiv 2209.03003); native time is 1000·σ.
@@ -156,6 +175,10 @@ class FlowMatching(DiffusionProcess):
         """Unit rate in σ: the sampler's path is dx/dσ = v."""
         return offset
 
+    def step(self, x_t: Tensor, prediction: Tensor, t: Tensor, following: Tensor) -> Tensor:
+        """Euler in σ."""
+        return x_t + _like(self.noise_level(following) - self.noise_level(t), x_t) * prediction
+
 
 class VarianceExploding(DiffusionProcess):
     """x_t = x0 + σ·ε, ε-prediction (arXiv 2011.13456); native time is σ itself.
@@ -194,6 +217,10 @@ class VarianceExploding(DiffusionProcess):
     def removal(self, offset: Tensor, t: Tensor) -> Tensor:
         """Unit rate in ln σ: the sampler's path is dx/dσ = ε."""
         return offset / _like(t.float(), offset)
+
+    def step(self, x_t: Tensor, prediction: Tensor, t: Tensor, following: Tensor) -> Tensor:
+        """Euler in σ."""
+        return x_t + _like(following.float() - t.float(), x_t) * prediction
 
 
 def from_scheduler(scheduler: Any) -> DiffusionProcess:

@@ -6,6 +6,7 @@ closed-form target, the replayed retain targets and the halting of the empty pro
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -30,6 +31,8 @@ SPREADS = (0.5, 1.6)
 SPREAD_SHARE = 0.5
 DRIFTED_BELOW = 0.9
 """Of `halt_below`: higher up, a faint share of a picture is what every kept picture has."""
+ROLLOUT_STEPS = 3
+ROLLOUT_GUIDANCE = (1.0, 7.5)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class _Sample:
     conditioning: Conditioning
     target: Tensor
     weight: float = 1.0
+    rollout_guidance: float = 0.0
 
 
 @dataclass
@@ -53,13 +57,15 @@ class SafemaxConfig(TrainConfig):
     target_guidance: float = option(4.0, "Guidance scale up to which outputs are trained to be noise.")
     halt_unconditional: float = option(0.33, "Share of forget samples on noise that must stay noise.")
     halt_below: float = option(0.6, "Highest t/T of those samples.")
-    halt_restoring: float = option(1.5, "Rate at which noise that is off N(0, I) is drawn back to it; 0: it stays.")
+    halt_rollout: float = option(0.5, "Share of those to which the student itself has sampled.")
+    halt_restoring: float = option(1.0, "Rate at which noise that is off N(0, I) is drawn back to it; 0: it stays.")
 
     ranges: ClassVar[dict[str, Range]] = {
         **TrainConfig.ranges,
         "decay_lambda": NOT_NEGATIVE,
         "target_guidance": POSITIVE,
         "halt_unconditional": SHARE,
+        "halt_rollout": SHARE,
         "halt_restoring": NOT_NEGATIVE,
         "halt_below": Range("must be more than 0 and at most 1", lambda value: 0 < value <= 1),
     }
@@ -73,10 +79,17 @@ class SafemaxBatch(Batch):
         weight: Of each sample's squared error, [B].
         empty_row: Row of the same input with the empty prompt, of which a guided prediction starts; -1 where the batch
             holds none; int64 [B].
+        rollout_guidance: Guidance scale at which the student samples from x_t, at the highest noise level, down to t,
+            where it is asked; 0 where x_t itself is asked; [B].
     """
 
     weight: Tensor
     empty_row: Tensor
+    rollout_guidance: Tensor
+
+    @property
+    def model_calls(self) -> int:
+        return len(self.t) + ROLLOUT_STEPS * int((self.rollout_guidance > 0).sum())
 
 
 class Safemax(Objective):
@@ -112,11 +125,13 @@ class Safemax(Objective):
             * torch.where(is_forget & ~_in_pair(empty_row), self.decay(self.data.process.noise_level(t)), 1.0),
             is_forget=is_forget,
             empty_row=empty_row,
+            rollout_guidance=torch.tensor([sample.rollout_guidance for sample in samples for _ in sample.t]),
         )
 
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
         assert isinstance(batch, SafemaxBatch)
-        error = predict(batch.x_t, batch.t, batch.conditioning) - batch.target
+        x_t, target = self._rolled_out(predict, batch)
+        error = predict(x_t, batch.t, batch.conditioning) - target
         paired = batch.empty_row >= 0
         free = error[batch.empty_row[paired]]
         # A guided sampler follows ε_u + w·(ε_c − ε_u). Both aim at the same target, so their errors mix likewise. The
@@ -132,6 +147,40 @@ class Safemax(Objective):
             total=forget + self.config.retain_weight * retain,
             parts={"forget": forget.detach(), "retain": retain.detach()},
         )
+
+    def _rolled_out(self, predict: Predict, batch: SafemaxBatch) -> tuple[Tensor, Tensor]:
+        """x_t and targets of a batch, after the student has sampled where that is asked for.
+
+        The start noise was to stay. What has come of it, besides itself, is to go.
+        """
+        rows = torch.nonzero((batch.rollout_guidance > 0) & (batch.empty_row >= 0)).flatten()
+        if not len(rows):
+            return batch.x_t, batch.target
+        start, end = batch.x_t[rows], batch.t[rows]
+        reached = self._sample(predict, batch, rows)
+        process = self.data.process
+        restored = self.config.halt_restoring * process.removal(reached - start, end)
+        x_t, target = batch.x_t.clone(), batch.target.clone()
+        for pair in (rows, batch.empty_row[rows]):
+            x_t[pair], target[pair] = reached, process.max_entropy_target(reached, end) + restored
+        return x_t, target
+
+    def _sample(self, predict: Predict, batch: SafemaxBatch, rows: Tensor) -> Tensor:
+        """Where the student gets to from x_t of some rows in a few guided steps."""
+        grid = self.data.process.all_times().to(batch.t)
+        last = torch.searchsorted(grid, batch.t[rows]).clamp(max=len(grid) - 1)
+        shares = [step / ROLLOUT_STEPS for step in range(ROLLOUT_STEPS)]
+        times = [grid[((1 - share) * (len(grid) - 1) + share * last).round().long()] for share in shares]
+        asked = batch.conditioning.select(torch.cat([rows, batch.empty_row[rows]]))
+        x = batch.x_t[rows]
+        scale = batch.rollout_guidance[rows].view(-1, *[1] * (x.dim() - 1))
+        with torch.no_grad():
+            for t, following in itertools.pairwise([*times, batch.t[rows]]):
+                conditional, free = predict(torch.cat([x, x]), torch.cat([t, t]), asked).chunk(2)
+                x = self.data.process.step(x, free + scale * (conditional - free), t, following)
+        # Autocast has kept its copies of the weights, and those made here know no gradient.
+        torch.clear_autocast_cache()
+        return x
 
     def _forget(self, generator: torch.Generator) -> _Sample:
         """A forget sample: pure noise or a frozen trajectory of a forbidden prompt, or noise that must stay noise."""
@@ -171,20 +220,32 @@ class Safemax(Objective):
         """Noise at a noise level where no kept picture passes it, with a forbidden and with the empty prompt.
 
         What is off N(0, I) in it, a trace of a picture or another spread, is to go: errors of a sampler's first steps
-        would otherwise be carried on, or grow.
+        would otherwise be carried on, or grow. Some of these errors are made up here, the others the student makes.
         """
-        process = self.data.process
-        drifted = len(self.high_rows) > 0 and bool(torch.rand((), generator=generator) < DRIFTED_SHARE)
-        noise, offset = self._drifted_noise(generator) if drifted else self._spread_noise(generator)
+        process, limit, guidance = self.data.process, self.config.halt_below, 0.0
+        if torch.rand((), generator=generator) < self.config.halt_rollout:
+            noise = self._noise(generator)
+            offset = torch.zeros_like(noise)
+            low, high = ROLLOUT_GUIDANCE
+            guidance = low + (high - low) * float(torch.rand((), generator=generator))
+        elif len(self.high_rows) > 0 and torch.rand((), generator=generator) < DRIFTED_SHARE:
+            noise, offset = self._drifted_noise(generator)
+            limit *= DRIFTED_BELOW
+        else:
+            noise, offset = self._spread_noise(generator)
         x_t = noise + offset
-        limit = self.config.halt_below * (DRIFTED_BELOW if drifted else 1.0)
         t = process.sample_times(1, generator)
         while float(process.noise_level(t)) >= limit:
             t = process.sample_times(1, generator)
         row = torch.randint(len(self.data.forget), (1,), generator=generator)
-        conditioning = Conditioning.cat([self.data.forget.select(row), self.data.empty])
         target = self._target(x_t, t, generator) + self.config.halt_restoring * process.removal(offset, t)
-        return _Sample(torch.cat([x_t, x_t]), torch.cat([t, t]), conditioning, torch.cat([target, target]))
+        return _Sample(
+            x_t=torch.cat([x_t, x_t]),
+            t=torch.cat([t, t]),
+            conditioning=Conditioning.cat([self.data.forget.select(row), self.data.empty]),
+            target=torch.cat([target, target]),
+            rollout_guidance=guidance,
+        )
 
     def _spread_noise(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Pure noise, and what some of it has too much or too little of itself."""

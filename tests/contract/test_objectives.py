@@ -91,6 +91,20 @@ def test_gradients_and_base(config: TrainConfig) -> None:
             assert torch.equal(parameter, base[name])
 
 
+@CASES
+def test_mixed_precision_leaves_no_weight_out(config: TrainConfig) -> None:
+    family, parameters, built = prepare(config)
+    gradients = []
+    for precise in (True, False):
+        for parameter in parameters:
+            parameter.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            terms = built.loss(family.predict, built.draw(Positions(0, 0, range(8), range(8))))
+        terms.total.backward()
+        gradients.append([p.grad is not None and bool(p.grad.any()) for p in parameters])
+    assert gradients[0] == gradients[1]
+
+
 @LORA_CASES
 def test_adapter_off_is_the_base(config: TrainConfig) -> None:
     family = load_erased(train(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def objective(**changes: object) -> Safemax:
         forget_samples=banks["forget"].samples,
         retain_samples=banks["retain"].samples,
     )
-    return Safemax(SafemaxConfig(halt_unconditional=0.0, **changes), data)  # type: ignore[arg-type]
+    return Safemax(SafemaxConfig(**{"halt_unconditional": 0.0, "halt_rollout": 0.0, **changes}), data)  # type: ignore[arg-type]
 
 
 def zero(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -100,7 +101,7 @@ def test_sampled_target_has_the_closed_forms_mean_and_the_label_noise_of_the_sig
 
 def test_halted_noise_is_asked_with_both_prompts_below_its_noise_level() -> None:
     built = objective()
-    halting = Safemax(SafemaxConfig(halt_unconditional=1.0, halt_below=0.5), built.data)
+    halting = Safemax(SafemaxConfig(halt_unconditional=1.0, halt_below=0.5, halt_rollout=0.0), built.data)
     batch = halting.draw(Positions(0, 0, range(50), range(1)))
     assert batch.t[:100].unique().tolist() == [0]
     assert batch.is_forget.tolist() == [True] * 100 + [False]
@@ -110,7 +111,7 @@ def test_halted_noise_is_asked_with_both_prompts_below_its_noise_level() -> None
 
 
 def test_halted_noise_of_another_spread_is_drawn_back() -> None:
-    built = Safemax(SafemaxConfig(halt_unconditional=1.0, halt_below=0.5, halt_restoring=1.5), objective().data)
+    built = objective(halt_unconditional=1.0, halt_below=0.5, halt_restoring=1.5)
     built.high_rows = torch.zeros(0, dtype=torch.long)  # no drifted noise
     batch = built.draw(Positions(0, 0, range(400), range(1)))
     # s = 0.6, a = 0.8: where x_t = r·n the target is 0.6·r·n + 1.5·0.8·(r - 1)·n, so that their ratio tells r.
@@ -135,12 +136,47 @@ def test_halted_loss_by_hand() -> None:
         weight=torch.ones(3),
         is_forget=torch.tensor([True, True, False]),
         empty_row=torch.tensor([1, -1, -1]),
+        rollout_guidance=torch.zeros(3),
     )
     terms = built.loss(lambda x, t, c: c.tensors["states"].view(-1, 1, 1, 1), batch)
     assert float(terms.parts["forget"]) == pytest.approx((1 + 1) / 2 + 9)  # one sample of two rows
     wide = Safemax(SafemaxConfig(target_guidance=4.0), built.data)
     terms = wide.loss(lambda x, t, c: c.tensors["states"].view(-1, 1, 1, 1), batch)
     assert float(terms.parts["forget"]) == pytest.approx((1 + 25) / 2 + 9)  # 3 + 4·(1 - 3) = -5
+
+
+def test_rollout_by_hand() -> None:
+    # a = cos φ falls from 1 to 0.6: φ = 0, 0.6435, 0.9273. The prompt's velocity is 1, the empty prompt's 0, so that
+    # the rollout from t = 2 to t = 0 moves x by w·(0 - 0.9273); both prompts are asked there, where the target is
+    # s·x + k·a·moved = 0·x + 1.5·1·moved.
+    process = VariancePreserving(torch.tensor([1.0, 0.64, 0.36]), "epsilon")
+    built = Safemax(
+        SafemaxConfig(halt_unconditional=1.0, halt_below=0.3, halt_rollout=1.0, halt_restoring=1.5),
+        replace(objective().data, process=process),
+    )
+    batch = built.draw(Positions(0, 0, range(8), range(1)))
+    assert batch.rollout_guidance[:16:2].min() >= 1
+    assert batch.rollout_guidance[:16:2].max() <= 7.5
+    assert batch.model_calls == 17 + 3 * 16
+    seen = []
+
+    def moving(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        seen.append((x, t))
+        a, s = (value.view(-1, 1, 1, 1) for value in process.coefficients(t))
+        return s * x + a * (conditioning.tensors["states"] == 1).view(-1, 1, 1, 1)
+
+    terms = built.loss(moving, batch)
+    x, t = seen[-1]
+    moved = -math.acos(0.6) * batch.rollout_guidance[:16:2].view(-1, 1, 1, 1)
+    assert t[:16].tolist() == [0] * 16
+    assert torch.allclose(x[:16:2] - batch.x_t[:16:2], moved.expand(-1, 1, 2, 2), atol=1e-5)
+    assert torch.equal(x[:16:2], x[1:16:2])
+    assert torch.equal(x[16:], batch.x_t[16:])
+    # Errors at t = 0: 1 - 1.5·moved with the prompt, -1.5·moved without.
+    free, error = -1.5 * moved.flatten(), 1 - 1.5 * moved.flatten()
+    guided = free + built.config.target_guidance * (error - free)
+    expected = ((error.square() + guided.square()) / 2 + free.square()).mean()
+    assert float(terms.parts["forget"]) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_samples_depend_on_their_number_alone() -> None:

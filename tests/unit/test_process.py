@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from torch import Tensor
 
 from safemax_sd.errors import OptionError
 from safemax_sd.process import DiffusionProcess, FlowMatching, VarianceExploding, VariancePreserving, from_scheduler
@@ -78,6 +80,44 @@ def test_an_offset_shrinks_at_unit_rate_in_the_angle(prediction_type: str) -> No
     angles = [float(torch.asin(process.coefficients(time.view(1))[1])) for time in scheduler.timesteps[[0, -1]]]
     left = float(((x - noise) * offset).sum() / offset.square().sum())
     assert left == pytest.approx(math.exp(angles[1] - angles[0]), abs=0.02)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_small_steps_follow_ddim(prediction_type: str) -> None:
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        prediction_type=prediction_type,
+    )  # fmt: skip
+    process = from_scheduler(scheduler)
+    scheduler.set_timesteps(250)
+    x0, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    ours = theirs = process.add_noise(x0, noise, scheduler.timesteps[:1])
+    for time, following in itertools.pairwise(scheduler.timesteps):
+        # A field that depends on x: what the model of N(x0, 1/4) would predict for its own noise.
+        ours = process.step(ours, prediction_at(process, ours, x0, time), time.expand(1), following.expand(1))
+        theirs = scheduler.step(prediction_at(process, theirs, x0, time), time, theirs).prev_sample
+    assert float((ours - theirs).square().mean().sqrt()) < 0.02
+    assert float((ours - noise).square().mean().sqrt()) > 0.5
+
+
+def prediction_at(process: VariancePreserving, x_t: Tensor, x0: Tensor, time: Tensor) -> Tensor:
+    """The best prediction for data N(x0, I/4)."""
+    t = time.expand(1)
+    a, s = (float(value) for value in process.coefficients(t))
+    noise = s * (x_t - a * x0) / (a * a / 4 + s * s)
+    return process.target((x_t - s * noise) / a, noise, t)
+
+
+@pytest.mark.parametrize("process", [process for process, _ in PROCESSES.values()], ids=PROCESSES)
+def test_a_step_of_halted_noise_goes_along_its_own_direction(process: DiffusionProcess) -> None:
+    grid = process.all_times()
+    t, following = grid[-1:], grid[len(grid) // 2 : len(grid) // 2 + 1]
+    x = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    moved = process.step(x, process.max_entropy_target(x, t), t, following)
+    ratio = moved / x
+    assert torch.allclose(ratio, ratio[:, :1].expand_as(ratio), atol=1e-4)
+    if isinstance(process, VariancePreserving):
+        assert float(ratio[0, 0]) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("process", [process for process, _ in PROCESSES.values()], ids=PROCESSES)
