@@ -178,7 +178,7 @@ class Safemax(Objective):
             for t, following in itertools.pairwise([*times, batch.t[rows]]):
                 conditional, free = predict(torch.cat([x, x]), torch.cat([t, t]), asked).chunk(2)
                 x = self.data.process.step(x, free + scale * (conditional - free), t, following)
-        # Autocast has kept its copies of the weights, and those made here know no gradient.
+        # Older PyTorch keeps autocast's copies of the weights, and those made here know no gradient.
         torch.clear_autocast_cache()
         return x
 

@@ -99,7 +99,7 @@ def test_mixed_precision_leaves_no_weight_out(config: TrainConfig) -> None:
         for parameter in parameters:
             parameter.grad = None
         with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
-            terms = built.loss(family.predict, built.draw(Positions(0, 0, range(8), range(8))))
+            terms = built.loss(family.predict, built.draw(Positions(0, 0, range(32), range(8))))
         terms.total.backward()
         gradients.append([p.grad is not None and bool(p.grad.any()) for p in parameters])
     assert gradients[0] == gradients[1]
