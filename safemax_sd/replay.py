@@ -162,8 +162,8 @@ def _record_batch(
             calls += extra
         kept = (point.x_t, point.t, prompts, point.conditional, point.unconditional)
         rows.append([tensor[: None if keep_steps else 0].cpu() for tensor in kept])
-    columns = (torch.cat(column) for column in zip(*rows, strict=True))
-    return ReplayBank(*columns, samples=Samples(end.cpu(), prompts), model_calls=calls)
+    x_t, t, prompt, conditional, unconditional = (torch.cat(column) for column in zip(*rows, strict=True))
+    return ReplayBank(x_t, t, prompt, conditional, unconditional, Samples(end.cpu(), prompts), calls)
 
 
 def _perturbed(
