@@ -113,23 +113,17 @@ class VariancePreserving(DiffusionProcess):
 
     def removal(self, offset: Tensor, t: Tensor) -> Tensor:
         """Unit rate in the angle φ of a = cos φ, s = sin φ: the sampler's path is dx/dφ = v (arXiv 2202.00512)."""
-        a, s = self.coefficients(t)
-        if self.prediction_type == "epsilon":
-            return _like(a, offset) * offset
-        if self.prediction_type == "sample":
-            return -_like(s, offset) * offset
-        return offset
+        return _like(self._slope(t), offset) * offset
 
     def step(self, x_t: Tensor, prediction: Tensor, t: Tensor, following: Tensor) -> Tensor:
         """Euler in the angle φ: x + (φ' − φ)·v, which keeps the spread of halted noise whatever the step's size."""
-        a, s = (_like(value, x_t) for value in self.coefficients(t))
-        if self.prediction_type == "epsilon":
-            velocity = (prediction - s * x_t) / a
-        elif self.prediction_type == "sample":
-            velocity = (a * x_t - prediction) / s
-        else:
-            velocity = prediction
+        velocity = (prediction - self.max_entropy_target(x_t, t)) / _like(self._slope(t), x_t)
         return x_t + _like(self._angle(following) - self._angle(t), x_t) * velocity
+
+    def _slope(self, t: Tensor) -> Tensor:
+        """What the prediction gains per unit of velocity, [B]: ε = s·x + a·v and x0 = a·x − s·v."""
+        a, s = self.coefficients(t)
+        return {"epsilon": a, "sample": -s, "v_prediction": torch.ones_like(a)}[self.prediction_type]
 
     def _angle(self, t: Tensor) -> Tensor:
         a, s = self.coefficients(t)

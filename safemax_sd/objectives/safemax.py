@@ -130,7 +130,7 @@ class Safemax(Objective):
 
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
         assert isinstance(batch, SafemaxBatch)
-        x_t, target = self._rolled_out(predict, batch)
+        x_t, target = self._with_rollouts(predict, batch)
         error = predict(x_t, batch.t, batch.conditioning) - target
         paired = batch.empty_row >= 0
         free = error[batch.empty_row[paired]]
@@ -148,7 +148,7 @@ class Safemax(Objective):
             parts={"forget": forget.detach(), "retain": retain.detach()},
         )
 
-    def _rolled_out(self, predict: Predict, batch: SafemaxBatch) -> tuple[Tensor, Tensor]:
+    def _with_rollouts(self, predict: Predict, batch: SafemaxBatch) -> tuple[Tensor, Tensor]:
         """x_t and targets of a batch, after the student has sampled where that is asked for.
 
         The start noise was to stay. What has come of it, besides itself, is to go.
@@ -157,15 +157,16 @@ class Safemax(Objective):
         if not len(rows):
             return batch.x_t, batch.target
         start, end = batch.x_t[rows], batch.t[rows]
-        reached = self._sample(predict, batch, rows)
+        reached = self._roll_out(predict, batch, rows)
         process = self.data.process
         restored = self.config.halt_restoring * process.removal(reached - start, end)
+        halted = process.max_entropy_target(reached, end) + restored
         x_t, target = batch.x_t.clone(), batch.target.clone()
         for pair in (rows, batch.empty_row[rows]):
-            x_t[pair], target[pair] = reached, process.max_entropy_target(reached, end) + restored
+            x_t[pair], target[pair] = reached, halted
         return x_t, target
 
-    def _sample(self, predict: Predict, batch: SafemaxBatch, rows: Tensor) -> Tensor:
+    def _roll_out(self, predict: Predict, batch: SafemaxBatch, rows: Tensor) -> Tensor:
         """Where the student gets to from x_t of some rows in a few guided steps."""
         grid = self.data.process.all_times().to(batch.t)
         last = torch.searchsorted(grid, batch.t[rows]).clamp(max=len(grid) - 1)
