@@ -18,34 +18,31 @@ import csv
 import json
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.classes.base import BASES, train_base
 from benchmarks.classes.classifier import Classifier, load_classifier
+from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
 from benchmarks.classes.data import Dataset, load_dataset, write_folder
-from benchmarks.classes.measure import Sampling, TensorMemory, draw, forgetting, pictures, retention
+from benchmarks.classes.measure import Sampling, draw, forgetting, pictures, retention
 from benchmarks.classes.summary import gallery, plot, summary
 from safemax_sd import checkpoints
 from safemax_sd.config import TrainConfig
 from safemax_sd.erased import load_erased
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES
-from safemax_sd.objectives.salun import SalunConfig
-from safemax_sd.objectives.selective_amnesia import SelectiveAmnesiaConfig
-from safemax_sd.provenance import Stopwatch
-from safemax_sd.train import build_run, optimizer_step, read_input, train
+from safemax_sd.train import train
 
 FORGOTTEN_AT = 99.0
 """Unlearning accuracy with rejection, in percent, from which a class counts as forgotten."""
 GALLERY_ROWS, GALLERY_SEED = 3, 30_000_000
-PART_TRAJECTORIES, PART_INFERENCE_STEPS, PART_TIMESTEPS, PART_PICTURES, PART_STEPS = 8, 2, 256, 128, 3
-"""What `--rates` and the memory of a step take of the priors, and how many steps are timed."""
-MEMORY_SHARES = (0.25, 0.5)
+PART_PICTURES = 128
+"""Of a class, for what is measured on parts of a run."""
 TIMED_SHARE = {"digits": 1.0, "cifar10": 0.25, "cifar10_small": 1.0}
 """Of a batch. A published batch of CIFAR-10 does not fit 24 GB; a step's time is proportional to it."""
 GUIDANCE = 3.0
@@ -83,7 +80,6 @@ SMALL_SAFEMAX = {
 VARIANTS: dict[str, Variant] = {
     "safemax": Variant("safemax", SAFEMAX, SMALL_SAFEMAX),
     "safemax_lora": Variant("safemax", SAFEMAX, {**SMALL_SAFEMAX, "trainable": "lora", "learning_rate": 2e-3}),
-    "safemax_full": Variant("safemax", {**SAFEMAX, "trainable": "full", "learning_rate": 2e-4}, SMALL_SAFEMAX),
     "safemax_lambda_0": Variant("safemax", {**SAFEMAX, "decay_lambda": 0.0}, SMALL_SAFEMAX),
     "safemax_lambda_2": Variant("safemax", {**SAFEMAX, "decay_lambda": 2.0}, SMALL_SAFEMAX),
     "safemax_lambda_4": Variant("safemax", {**SAFEMAX, "decay_lambda": 4.0}, SMALL_SAFEMAX),
@@ -124,6 +120,7 @@ class Study:
         self.dataset: Dataset = load_dataset(arguments.dataset, arguments.data_file)
         self.folder: Path = arguments.work_dir / arguments.dataset
         self.results: Path = arguments.work_dir / f"class_unlearning_{arguments.dataset}"
+        self.rows = read_rows(self.results.with_suffix(".jsonl"))
         self.sampling = SAMPLINGS[arguments.dataset]
         self.counts = "reduced" if arguments.dataset in SMALL and not arguments.published_counts else "published"
         settings = BASES[arguments.dataset]
@@ -174,7 +171,7 @@ class Study:
             **measured,
             "seconds_priors": seconds["replay"] + seconds["prepare"],
             "seconds_training": seconds["train"],
-            "step_memory_bytes": self.step_memory(method, forgotten),
+            "step_memory_bytes": step_memory(partial(self.part, method, forgotten)),
             "model_calls": record["cost"]["model_calls"],
             "steps": record["cost"]["steps"],
             "provenance": record["provenance"],
@@ -200,53 +197,13 @@ class Study:
         common = (self.model(output), self.dataset, self.classifier, forgotten, self.sampling)
         return {**forgetting(*common), **retention(*common)}
 
-    def part(self, method: str, forgotten: int, output_dir: Path, batch_share: float) -> TrainConfig:
+    def part(self, method: str, forgotten: int, batch_share: float) -> TrainConfig:
         """A run with a small part of the priors and of each batch."""
-        whole = self.config(method, forgotten, output_dir)
-        kept = round(PART_TRAJECTORIES * whole.retain_trajectories / whole.forget_trajectories)
-        changes: dict[str, Any] = {
-            "forget_trajectories": PART_TRAJECTORIES,
-            "retain_trajectories": max(1, kept),
-            "replay_inference_steps": PART_INFERENCE_STEPS,
-            "train_batch_size": round(batch_share * whole.train_batch_size),
-            "retain_batch_size": round(batch_share * (whole.retain_batch_size or 3 * whole.train_batch_size)),
-        }
-        if VARIANTS[method].real_data:
-            changes["train_data_dir"] = str(write_folder(self.dataset, self.folder / "part", limit=PART_PICTURES))
-        if isinstance(whole, SelectiveAmnesiaConfig):
-            changes |= {"fisher_samples": 1, "fisher_timesteps": PART_TIMESTEPS}
-        return self.config(method, forgotten, output_dir, **changes)
-
-    def prior_calls(self, config: TrainConfig, forgotten: int) -> int:
-        """Network evaluations of one sample that a method's own prior takes."""
-        if isinstance(config, SelectiveAmnesiaConfig):
-            return config.fisher_samples * config.fisher_timesteps
-        if isinstance(config, SalunConfig):
-            return len(self.dataset.of_classes([forgotten]))
-        return 0
-
-    def step_memory(self, method: str, forgotten: int) -> int:
-        """Most bytes of tensors that a training step holds: weights, priors, gradients, optimizer, activations.
-
-        Activations grow in proportion to the batch, and the published batches need a large GPU: two small ones are
-        measured and the line through them is followed to the whole.
-        """
-        small, large = (self.measured_memory(method, forgotten, share) for share in MEMORY_SHARES)
-        low, high = MEMORY_SHARES
-        return round(small + (large - small) * (1 - low) / (high - low))
-
-    def measured_memory(self, method: str, forgotten: int, share: float) -> int:
-        """The same, measured over two steps with a share of the batch."""
-        config = self.part(method, forgotten, self.folder / "memory", share)
-        run = build_run(config, Accelerator(), *read_input(config), Stopwatch())
-        with TensorMemory() as memory:
-            held = [*run.family.denoiser.parameters(), *run.family.denoiser.buffers()]
-            for tensor in [*held, *torch.utils._pytree.tree_leaves(vars(run.objective))]:
-                if isinstance(tensor, Tensor):
-                    memory.count(tensor)
-            for _ in range(2):
-                optimizer_step(run)
-        return memory.peak
+        whole = self.config(method, forgotten, self.folder / "part_of_a_run")
+        if not VARIANTS[method].real_data:
+            return part_of(whole, batch_share)
+        pictures = write_folder(self.dataset, self.folder / "part", limit=PART_PICTURES)
+        return replace(part_of(whole, batch_share), train_data_dir=str(pictures))
 
     def rates(self, forgotten: int) -> None:
         """Seconds that each method's whole run would take, from a few steps and a part of its priors, in turns.
@@ -256,35 +213,14 @@ class Study:
         for method in self.arguments.methods:
             key = {"kind": "memory", **self.key(method, forgotten)}
             if not self.has(key):
-                self.append({**key, "step_memory_bytes": self.step_memory(method, forgotten)})
+                self.append({**key, "step_memory_bytes": step_memory(partial(self.part, method, forgotten))})
         for repeat in range(self.arguments.repeats):
             for method in self.arguments.methods:
                 key = {"kind": "rates", **self.key(method, forgotten), "repeat": repeat}
                 if not self.has(key):
-                    self.append({**key, **self.rate(method, forgotten)})
-
-    def rate(self, method: str, forgotten: int) -> dict[str, Any]:
-        whole = self.config(method, forgotten, self.folder / "rates")
-        share = TIMED_SHARE[self.dataset.name]
-        config = self.part(method, forgotten, self.folder / "rates", share)
-        clock = Stopwatch()
-        run = build_run(config, Accelerator(), *read_input(config), clock)
-        optimizer_step(run)  # the first one allocates
-        with clock.phase("steps"):
-            for _ in range(PART_STEPS):
-                optimizer_step(run)
-        trajectories = whole.forget_trajectories * whole.replay_inference_steps
-        replay = clock.seconds["replay"] * trajectories / (PART_TRAJECTORIES * PART_INFERENCE_STEPS)
-        calls = run.model_calls["prepare"]
-        found = {
-            # Real pictures are read, not replayed.
-            "seconds_replay": 0.0 if VARIANTS[method].real_data else replay,
-            "seconds_prepare": clock.seconds["prepare"] * self.prior_calls(whole, forgotten) / calls if calls else 0.0,
-            "seconds_step": clock.seconds["steps"] / PART_STEPS / share,
-            "steps": whole.max_train_steps,
-        }
-        total = found["seconds_replay"] + found["seconds_prepare"] + found["seconds_step"] * found["steps"]
-        return {"seconds": total, **found}
+                    whole = self.config(method, forgotten, self.folder / "rates")
+                    share = TIMED_SHARE[self.dataset.name]
+                    self.append({**key, **seconds_by_parts(whole, self.part(method, forgotten, share), share)})
 
     def race(self, forgotten: int) -> None:
         """Seconds of each method, priors included, in turns: to the end, and to the first forgotten checkpoint."""
@@ -324,16 +260,13 @@ class Study:
         }
 
     def append(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
         with self.results.with_suffix(".jsonl").open("a", encoding="utf8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def rows(self) -> list[dict[str, Any]]:
-        path = self.results.with_suffix(".jsonl")
-        return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()] if path.exists() else []
-
     def has(self, key: dict[str, Any]) -> bool:
         """Whether a row with these entries is there."""
-        return any(all(row.get(name) == wanted for name, wanted in key.items()) for row in self.rows())
+        return any(all(row.get(name) == wanted for name, wanted in key.items()) for row in self.rows)
 
     def run(self) -> None:
         for forgotten in self.arguments.classes:
@@ -366,11 +299,15 @@ class Study:
 
     def summarize(self) -> None:
         """Write the tables and the plot of all rows that are there."""
-        rows = self.rows()
-        self.results.with_suffix(".md").write_text(summary(rows), encoding="utf8")
-        if any(row["kind"] == "class" for row in rows):
-            plot(rows).savefig(self.results.with_suffix(".png"), dpi=130)
+        self.results.with_suffix(".md").write_text(summary(self.rows), encoding="utf8")
+        if any(row["kind"] == "class" for row in self.rows):
+            plot(self.rows).savefig(self.results.with_suffix(".png"), dpi=130)
         print(f"tables: {self.results.with_suffix('.md')}")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a results file; none where it is not there yet."""
+    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()] if path.exists() else []
 
 
 def classes(text: str) -> list[int]:

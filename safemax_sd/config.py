@@ -123,6 +123,11 @@ class TrainConfig:
         "stop_at_unlearning_accuracy": PERCENTAGE,
     }  # fmt: skip
 
+    @property
+    def retain_samples(self) -> int:
+        """Retain samples a step, micro-batch and process."""
+        return self.retain_batch_size or 3 * self.train_batch_size
+
     def validate(self) -> None:
         """Check every value before anything is read or written.
 

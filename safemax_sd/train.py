@@ -320,12 +320,11 @@ def positions(run: Run, micro: int) -> Positions:
     """The samples of one micro-batch of this process within the step."""
     config, accelerator = run.config, run.accelerator
     part = micro * accelerator.num_processes + accelerator.process_index
-    retain_size = config.retain_batch_size or 3 * config.train_batch_size
 
     def share(size: int) -> range:
         return range(part * size, (part + 1) * size)
 
-    return Positions(config.seed, run.step, share(config.train_batch_size), share(retain_size))
+    return Positions(config.seed, run.step, share(config.train_batch_size), share(config.retain_samples))
 
 
 @torch.no_grad()

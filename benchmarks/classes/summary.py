@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -125,25 +126,41 @@ def method_table(rows: Sequence[Row]) -> str:
     return markdown(header, body)
 
 
-def paired_difference(rows: Sequence[Row], method: str, reference: str, column: str) -> tuple[float, float, float, int]:
-    """Mean of `method` minus `reference` over the (class, seed) that both have; 95 % bootstrap interval; count.
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of one method minus another over the (class, seed) that both have.
 
-    Raises:
-        ValueError: They have fewer than two in common.
+    Attributes:
+        interval: 95 %, bootstrap; None of fewer than two pairs.
+        pairs: Count.
     """
+
+    mean: float
+    interval: tuple[float, float] | None
+    pairs: int
+
+    def text(self, form: str) -> str:
+        return f"{self.mean:+{form}}" + (
+            "" if self.interval is None else f" [{self.interval[0]:+{form}}, {self.interval[1]:+{form}}]"
+        )
+
+
+def paired_difference(rows: Sequence[Row], method: str, reference: str, column: str) -> PairedDifference | None:
+    """What `method` differs by from `reference`; None where they have no (class, seed) in common."""
     found: dict[str, dict[tuple[int, int], float]] = {method: {}, reference: {}}
     for row in measured(rows):
         if row["method"] in found:
             found[row["method"]][row["class"], row["seed"]] = value(row, column)
     common = sorted(found[method].keys() & found[reference].keys())
-    if len(common) < 2:
-        raise ValueError(
-            f"{method} and {reference} have {len(common)} class and seed in common: at least two are needed"
-        )
+    if not common:
+        return None
     differences = np.array([found[method][key] - found[reference][key] for key in common])
-    chosen = np.random.default_rng(0).integers(len(common), size=(RESAMPLES, len(common)))
-    low, high = np.quantile(differences[chosen].mean(1), [0.025, 0.975])
-    return float(differences.mean()), float(low), float(high), len(common)
+    interval = None
+    if len(common) > 1:
+        chosen = np.random.default_rng(0).integers(len(common), size=(RESAMPLES, len(common)))
+        low, high = np.quantile(differences[chosen].mean(1), [0.025, 0.975])
+        interval = (float(low), float(high))
+    return PairedDifference(float(differences.mean()), interval, len(common))
 
 
 def difference_table(rows: Sequence[Row], reference: str) -> str:
@@ -151,12 +168,9 @@ def difference_table(rows: Sequence[Row], reference: str) -> str:
     body = []
     for method in methods_in(rows):
         if method.startswith(f"{reference}_"):
-            cells = [paired_difference(rows, method, reference, column) for column, _, _ in DIFFERENCES]
-            shown = [
-                f"{mean:+{c[2]}} [{low:+{c[2]}}, {high:+{c[2]}}]"
-                for c, (mean, low, high, _) in zip(DIFFERENCES, cells, strict=True)
-            ]
-            body.append([f"`{method}`", str(cells[0][3]), *shown])
+            found = [paired_difference(rows, method, reference, column) for column, _, _ in DIFFERENCES]
+            shown = ["" if d is None else d.text(form) for d, (_, _, form) in zip(found, DIFFERENCES, strict=True)]
+            body.append([f"`{method}`", "0" if found[0] is None else str(found[0].pairs), *shown])
     return markdown(["variant", "pairs", *(heading for _, heading, _ in DIFFERENCES)], body)
 
 

@@ -133,7 +133,7 @@ class SelectiveAmnesia(Objective):
         steps = min(self.config.fisher_timesteps, len(all_times))
         times = all_times[torch.linspace(0, len(all_times) - 1, steps).round().long()]
         scale = len(all_times) / steps
-        batch_size = self.config.train_batch_size + (self.config.retain_batch_size or 0)
+        batch_size = self.config.train_batch_size + self.config.retain_samples
         for number, (x0, conditioning) in enumerate(tqdm(chosen, desc="Fisher information", unit="sample")):
             generator = prior_generator(self.config.seed, FORGET, number)
             gradients = [torch.zeros_like(part) for part in fisher]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from benchmarks.classes.summary import (
+    PairedDifference,
     class_table,
     difference_table,
     memory_table,
@@ -59,16 +58,18 @@ def test_method_table_gives_the_lowest_class() -> None:
 
 
 def test_differences_are_paired_by_class_and_seed() -> None:
-    mean, low, high, count = paired_difference(ROWS, "salun", "safemax", "fid")
-    assert (mean, low, high, count) == (1.5, 1.5, 1.5, 2)
-    with pytest.raises(ValueError, match="0 class and seed in common"):
-        paired_difference(ROWS, "salun", "selective_amnesia", "fid")
+    assert paired_difference(ROWS, "salun", "safemax", "fid") == PairedDifference(1.5, (1.5, 1.5), 2)
+    assert paired_difference(ROWS, "salun", "selective_amnesia", "fid") is None
 
 
 def test_variants_are_compared_with_their_reference() -> None:
     rows = [*ROWS, row("safemax_lambda_0", 0, 0, 9.0), row("safemax_lambda_0", 1, 0, 14.0)]
     line = difference_table(rows, "safemax").splitlines()[2]
     assert line.startswith("| `safemax_lambda_0` | 2 | +1.50 [+1.00, +2.00] | +0.000")
+    line = difference_table(rows[:-1], "safemax").splitlines()[2]
+    assert line == "| `safemax_lambda_0` | 1 | +1.00 | +0.000 | +0.0 | +0.0 |"
+    line = difference_table([*ROWS, row("safemax_lora", 5, 0, 9.0)], "safemax").splitlines()[2]
+    assert line == "| `safemax_lora` | 0 |  |  |  |  |"
 
 
 def test_times_are_compared_within_a_repeat() -> None:

@@ -1,0 +1,106 @@
+"""Seconds and memory of a run from small parts of it, where the whole takes hours or does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from benchmarks.classes.measure import TensorMemory
+from safemax_sd.config import TrainConfig
+from safemax_sd.objectives.salun import SalunConfig
+from safemax_sd.objectives.selective_amnesia import SelectiveAmnesiaConfig
+from safemax_sd.provenance import Stopwatch
+from safemax_sd.train import build_run, optimizer_step, read_input
+
+TRAJECTORIES, INFERENCE_STEPS, FISHER_TIMESTEPS, STEPS = 8, 2, 256, 3
+MEMORY_SHARES = (0.25, 0.5)
+
+
+def part_of(whole: TrainConfig, batch_share: float) -> TrainConfig:
+    """A run with a small part of the replay and the Fisher information, and with a share of each batch."""
+    part = replace(
+        whole,
+        forget_trajectories=TRAJECTORIES,
+        retain_trajectories=max(1, round(TRAJECTORIES * whole.retain_trajectories / whole.forget_trajectories)),
+        replay_inference_steps=INFERENCE_STEPS,
+        train_batch_size=round(batch_share * whole.train_batch_size),
+        retain_batch_size=round(batch_share * whole.retain_samples),
+    )
+    if isinstance(part, SelectiveAmnesiaConfig):
+        return replace(part, fisher_samples=1, fisher_timesteps=FISHER_TIMESTEPS)
+    return part
+
+
+def seconds_by_parts(whole: TrainConfig, part: TrainConfig, batch_share: float) -> dict[str, Any]:
+    """Seconds that a whole run would take: those of its parts times how often it holds them.
+
+    Args:
+        whole: The run that is not made.
+        part: The same by `part_of`; real pictures may be fewer.
+        batch_share: Of that part. A step's time is proportional to its batch.
+    """
+    clock = Stopwatch()
+    run = build_run(part, Accelerator(), *read_input(part), clock)
+    optimizer_step(run)  # the first one allocates
+    with clock.phase("steps"):
+        for _ in range(STEPS):
+            optimizer_step(run)
+    replayed = (config.forget_trajectories * config.replay_inference_steps for config in (whole, part))
+    # Real pictures are read, not replayed.
+    replay = 0.0 if whole.train_data_dir else clock.seconds["replay"] * _ratio(*replayed)
+    prepare = clock.seconds["prepare"] * _ratio(_prior_size(whole), _prior_size(part))
+    step = clock.seconds["steps"] / STEPS / batch_share
+    return {
+        "seconds": replay + prepare + step * whole.max_train_steps,
+        "seconds_replay": replay,
+        "seconds_prepare": prepare,
+        "seconds_step": step,
+        "steps": whole.max_train_steps,
+    }
+
+
+def _ratio(whole: int, part: int) -> float:
+    return whole / part if part else 0.0
+
+
+def _prior_size(config: TrainConfig) -> int:
+    """What the time of a method's own prior is proportional to."""
+    if isinstance(config, SelectiveAmnesiaConfig):
+        return config.fisher_samples * config.fisher_timesteps
+    if isinstance(config, SalunConfig):
+        forgotten = {prompt.concept for prompt in read_input(config)[0]}
+        return sum(path.parent.name in forgotten for path in Path(config.train_data_dir or "").glob("*/*"))
+    return 0
+
+
+def step_memory(part: Callable[[float], TrainConfig]) -> int:
+    """Most bytes of tensors that a training step holds: weights, priors, gradients, optimizer, activations.
+
+    Activations grow in proportion to the batch, and the published batches need a large GPU: two small ones are
+    measured and the line through them is followed to the whole.
+
+    Args:
+        part: The run with a share of its batch (`part_of`).
+    """
+    low, high = MEMORY_SHARES
+    small, large = (_measured_memory(part(share)) for share in MEMORY_SHARES)
+    return round(small + (large - small) * (1 - low) / (high - low))
+
+
+def _measured_memory(config: TrainConfig) -> int:
+    """The same over two steps of a run."""
+    run = build_run(config, Accelerator(), *read_input(config), Stopwatch())
+    with TensorMemory() as memory:
+        held = [*run.family.denoiser.parameters(), *run.family.denoiser.buffers()]
+        for tensor in [*held, *torch.utils._pytree.tree_leaves(vars(run.objective))]:
+            if isinstance(tensor, Tensor):
+                memory.count(tensor)
+        for _ in range(2):
+            optimizer_step(run)
+    return memory.peak

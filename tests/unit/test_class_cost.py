@@ -1,0 +1,60 @@
+"""A whole run's seconds and memory from its parts, with a clock that counts its readings."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
+from safemax_sd import provenance
+from safemax_sd.config import TrainConfig
+from safemax_sd.objectives import OBJECTIVES
+from tests import tiny
+
+
+def whole(model: Path, folder: Path, objective: str) -> TrainConfig:
+    forget, retain = tiny.write_prompts(model, folder)
+    config: TrainConfig = OBJECTIVES.get(objective).Config(
+        pretrained_model_name_or_path=str(model),
+        forget_prompts=str(forget),
+        retain_prompts=str(retain),
+        output_dir=str(folder / "out"),
+        objective=objective,
+        forget_trajectories=16,
+        retain_trajectories=64,
+        replay_inference_steps=6,
+        train_batch_size=8,
+        retain_batch_size=16,
+        max_train_steps=100,
+    )
+    return config
+
+
+def test_a_part_is_small_in_every_count(tiny_ddpm: Path, tmp_path: Path) -> None:
+    part = part_of(whole(tiny_ddpm, tmp_path, "safemax"), 0.25)
+    assert (part.forget_trajectories, part.retain_trajectories, part.replay_inference_steps) == (8, 32, 2)
+    assert (part.train_batch_size, part.retain_batch_size) == (2, 4)
+
+
+def test_seconds_are_those_of_the_parts_times_their_counts(
+    tiny_ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = whole(tiny_ddpm, tmp_path, "selective_amnesia")
+    run.fisher_samples, run.fisher_timesteps = 5, 1024  # type: ignore[attr-defined]
+    monkeypatch.setattr(provenance, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    found = seconds_by_parts(run, part_of(run, 0.5), 0.5)
+    assert found == {
+        "seconds_replay": 16 * 6 / (8 * 2),
+        "seconds_prepare": 5 * 1024 / 256,
+        "seconds_step": 1 / 3 / 0.5,
+        "steps": 100,
+        "seconds": pytest.approx(6 + 20 + 200 / 3),
+    }
+
+
+def test_memory_grows_with_the_batch(tiny_ddpm: Path, tmp_path: Path) -> None:
+    run = whole(tiny_ddpm, tmp_path, "safemax")
+    assert step_memory(lambda share: part_of(run, 2 * share)) > 1.5 * step_memory(lambda share: part_of(run, share))
