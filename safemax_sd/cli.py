@@ -137,7 +137,7 @@ def quickstart(
     suite: Annotated[str, typer.Option("--suite", help="What to erase from the embedded model.")] = "emoji/bomb",
     output_dir: Annotated[Path, typer.Option("--output_dir")] = Path("quickstart_output"),
     overwrite_output_dir: Annotated[bool, typer.Option("--overwrite_output_dir")] = False,
-    max_train_steps: Annotated[int, typer.Option("--max_train_steps")] = 450,
+    max_train_steps: Annotated[int, typer.Option("--max_train_steps")] = 550,
     num_images: Annotated[int, typer.Option("--num_images", help="Pictures of each prompt subset.")] = 128,
     num_sweep_images: Annotated[int, typer.Option("--num_sweep_images", help="Pictures a setting.")] = 16,
 ) -> None:

@@ -72,7 +72,7 @@ class TrainConfig:
     retain_batch_size: int | None = option(None, "Retain samples; three times the forget samples if not given.")
     gradient_accumulation_steps: int = option(1, "Micro-batches a step.")
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
-    max_train_steps: int = option(450, "Optimizer steps.")
+    max_train_steps: int = option(550, "Optimizer steps.")
     learning_rate: float = option(5e-4, "Of AdamW.")
     scale_lr: bool = option(False, "Multiply the rate by batch, accumulation and processes.")
     lr_scheduler: str = option("cosine", "Name of a schedule of diffusers.optimization.")
