@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, ScalarFormatter
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -47,8 +48,9 @@ def measured(rows: Iterable[Row]) -> list[Row]:
 
 
 def methods_in(rows: Iterable[Row]) -> list[str]:
-    """Methods in the order in which they first occur, without the base."""
-    return list(dict.fromkeys(row["method"] for row in rows if row["method"] != "base"))
+    """Methods without the base: those of the published study in its order, then variants as they first occur."""
+    found = dict.fromkeys(row["method"] for row in rows if row["method"] != "base")
+    return [*(name for name in NAMES if name in found), *(name for name in found if name not in NAMES)]
 
 
 def over_seeds(rows: Sequence[Row], method: str, forgotten: int, column: str) -> float | None:
@@ -271,6 +273,8 @@ def plot(rows: Sequence[Row]) -> Figure:
             axes.set_title(label, loc="left", fontsize=10)
             if column == SECONDS:
                 axes.set_yscale("log")
+                axes.yaxis.set_major_formatter(ScalarFormatter())
+                axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
             else:
                 axes.set_ylim(bottom=0)
         handles, labels = figure.axes[2].get_legend_handles_labels()
