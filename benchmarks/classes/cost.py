@@ -74,7 +74,7 @@ def _prior_size(config: TrainConfig) -> int:
     if isinstance(config, SelectiveAmnesiaConfig):
         return config.fisher_samples * config.fisher_timesteps
     if isinstance(config, SalunConfig):
-        forgotten = {prompt.concept for prompt in read_input(config)[0]}
+        forgotten = set(read_input(config)[0].concepts)
         return sum(path.parent.name in forgotten for path in Path(config.train_data_dir or "").glob("*/*"))
     return 0
 
