@@ -218,7 +218,9 @@ def _median_and_range(values: Sequence[float | None]) -> str:
     known = [v for v in values if v is not None]
     if len(known) < len(values) or not known:
         return f"not reached in {len(values) - len(known)} of {len(values)}"
-    return f"{statistics.median(known):.1f} ({min(known):.1f} to {max(known):.1f})"
+    form = ",.1f" if statistics.median(known) < 1000 else ",.0f"
+    shown = f"{statistics.median(known):{form}}"
+    return shown if len(known) == 1 else f"{shown} ({min(known):{form}} to {max(known):{form}})"
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
 from safemax_sd import provenance
@@ -53,6 +55,26 @@ def test_seconds_are_those_of_the_parts_times_their_counts(
         "steps": 100,
         "seconds": pytest.approx(6 + 20 + 200 / 3),
     }
+
+
+def test_real_pictures_are_not_replayed_and_the_forgotten_ones_make_the_prior(
+    tiny_ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = whole(tiny_ddpm, tmp_path, "salun")
+    run.train_data_dir = str(pictures(tmp_path / "whole", 6))
+    part = replace(part_of(run, 0.5), train_data_dir=str(pictures(tmp_path / "part", 2)))
+    monkeypatch.setattr(provenance, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    found = seconds_by_parts(run, part, 0.5)
+    assert (found["seconds_replay"], found["seconds_prepare"]) == (0.0, 3.0)
+
+
+def pictures(folder: Path, count: int) -> Path:
+    """As many of each concept."""
+    for name in tiny.CONCEPTS:
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("L", (8, 8), 20 * number).save(folder / name / f"{number}.png")
+    return folder
 
 
 def test_memory_grows_with_the_batch(tiny_ddpm: Path, tmp_path: Path) -> None:

@@ -80,6 +80,11 @@ def test_times_are_compared_within_a_repeat() -> None:
     )
 
 
+def test_one_run_has_no_range() -> None:
+    lines = time_table([{**RACE[0], "seconds": 4321.5}, RACE[1]], [("seconds", "seconds")]).splitlines()
+    assert lines[2:] == ["| SAFEMax | 1 | 200 | 4,322 |  |", "| SalUn | 1 | 1,000 | 50.0 | 0.0x |"]
+
+
 def test_memory_is_given_as_a_share() -> None:
     rows = [
         {"kind": "memory", "method": "safemax", "step_memory_bytes": 2**20},
