@@ -76,7 +76,7 @@ def test_times_are_compared_within_a_repeat() -> None:
     lines = time_table(RACE, [("seconds", "seconds"), ("forgotten", "until forgotten")]).splitlines()
     assert lines[2] == "| SAFEMax | 2 | 200 | 15.0 (10.0 to 20.0) |  | 4.0 (4.0 to 4.0) |  |"
     assert lines[3] == (
-        "| SalUn | 2 | 1,000 | 55.0 (50.0 to 60.0) | 4.0 (3.0 to 5.0)x | not reached in 1 of 2 | 2.0 (2.0 to 2.0)x |"
+        "| SalUn | 2 | 1,000 | 55.0 (50.0 to 60.0) | 4.0 (3.0 to 5.0)x | not reached in 1 of 2 | 2.0x |"
     )
 
 
