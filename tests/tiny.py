@@ -124,12 +124,12 @@ def write_prompts(model: Path, folder: Path) -> tuple[Path, Path]:
     return folder / "forget.csv", folder / "retain.csv"
 
 
-def write_pictures(folder: Path) -> Path:
-    """Two pictures of each concept."""
+def write_pictures(folder: Path, each: int = 2) -> Path:
+    """A few pictures of each concept."""
     for number, concept in enumerate(CONCEPTS):
         (folder / concept).mkdir(parents=True, exist_ok=True)
-        for copy in range(2):
-            Image.new("RGB", (64, 64), (60 * number, 40, 90 * copy)).save(folder / concept / f"{copy}.png")
+        for copy in range(each):
+            Image.new("RGB", (64, 64), (60 * number, 40, 90 * copy % 256)).save(folder / concept / f"{copy}.png")
     return folder
 
 

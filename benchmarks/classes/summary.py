@@ -142,9 +142,11 @@ class PairedDifference:
     pairs: int
 
     def text(self, form: str) -> str:
-        return f"{self.mean:+{form}}" + (
-            "" if self.interval is None else f" [{self.interval[0]:+{form}}, {self.interval[1]:+{form}}]"
-        )
+        mean = f"{self.mean:+{form}}"
+        if self.interval is None:
+            return mean
+        low, high = self.interval
+        return f"{mean} [{low:+{form}}, {high:+{form}}]"
 
 
 def paired_difference(rows: Sequence[Row], method: str, reference: str, column: str) -> PairedDifference | None:

@@ -8,31 +8,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
 
 from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
 from safemax_sd import provenance
+from safemax_sd.command_line import parse_config
 from safemax_sd.config import TrainConfig
-from safemax_sd.objectives import OBJECTIVES
 from tests import tiny
 
 
 def whole(model: Path, folder: Path, objective: str) -> TrainConfig:
-    forget, retain = tiny.write_prompts(model, folder)
-    config: TrainConfig = OBJECTIVES.get(objective).Config(
-        pretrained_model_name_or_path=str(model),
-        forget_prompts=str(forget),
-        retain_prompts=str(retain),
-        output_dir=str(folder / "out"),
-        objective=objective,
-        forget_trajectories=16,
-        retain_trajectories=64,
-        replay_inference_steps=6,
-        train_batch_size=8,
-        retain_batch_size=16,
-        max_train_steps=100,
-    )
-    return config
+    counts = {
+        "forget_trajectories": 16, "retain_trajectories": 64, "replay_inference_steps": 6,
+        "train_batch_size": 8, "retain_batch_size": 16, "max_train_steps": 100,
+    }  # fmt: skip
+    flags = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
+    return parse_config(tiny.train_arguments(model, folder, folder / "out", "--objective", objective, *flags))
 
 
 def test_a_part_is_small_in_every_count(tiny_ddpm: Path, tmp_path: Path) -> None:
@@ -61,20 +51,11 @@ def test_real_pictures_are_not_replayed_and_the_forgotten_ones_make_the_prior(
     tiny_ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = whole(tiny_ddpm, tmp_path, "salun")
-    run.train_data_dir = str(pictures(tmp_path / "whole", 6))
-    part = replace(part_of(run, 0.5), train_data_dir=str(pictures(tmp_path / "part", 2)))
+    run.train_data_dir = str(tiny.write_pictures(tmp_path / "whole", 6))
+    part = replace(part_of(run, 0.5), train_data_dir=str(tiny.write_pictures(tmp_path / "part", 2)))
     monkeypatch.setattr(provenance, "time", SimpleNamespace(monotonic=itertools.count().__next__))
     found = seconds_by_parts(run, part, 0.5)
     assert (found["seconds_replay"], found["seconds_prepare"]) == (0.0, 3.0)
-
-
-def pictures(folder: Path, count: int) -> Path:
-    """As many of each concept."""
-    for name in tiny.CONCEPTS:
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            Image.new("L", (8, 8), 20 * number).save(folder / name / f"{number}.png")
-    return folder
 
 
 def test_memory_grows_with_the_batch(tiny_ddpm: Path, tmp_path: Path) -> None:
