@@ -105,6 +105,11 @@ PUBLISHED = {
                           "retain_trajectories": 4500, "replay_inference_steps": 50},
 }  # fmt: skip
 """Of the published network, and of small ones with `--published_counts`."""
+SMALL_CIFAR10 = {
+    "salun": {"max_train_steps": 200},
+    "selective_amnesia": {"max_train_steps": 300, "retain_trajectories": 225},
+}
+"""A subset of the steps, since one of 256 pictures takes seconds on two cores; not the paper's scale."""
 SMALL = ("digits", "cifar10_small")
 SAMPLINGS = {
     "digits": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=1800),
@@ -148,6 +153,8 @@ class Study:
         settings = {**variant.settings, **(variant.small if self.dataset.name in SMALL else {})}
         if self.counts == "published":
             settings |= PUBLISHED.get(method, {})
+        elif self.dataset.name == "cifar10_small":
+            settings |= SMALL_CIFAR10.get(method, {})
         if variant.real_data:
             settings["train_data_dir"] = str(write_folder(self.dataset, self.folder / "pictures"))
         return OBJECTIVES.get(variant.objective).Config(
