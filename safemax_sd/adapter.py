@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from diffusers.utils.state_dict_utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from safemax_sd.errors import SafemaxError
 from safemax_sd.families.base import LoraTargets, ModelFamily
+from safemax_sd.low_rank import LowRank
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
@@ -34,7 +36,13 @@ METADATA_KEYS = (
 
 
 def attach(
-    family: ModelFamily, *, rank: int, targets: LoraTargets, dropout: float = 0.0, seed: int = 0
+    family: ModelFamily,
+    *,
+    rank: int,
+    targets: LoraTargets,
+    dropout: float = 0.0,
+    seed: int = 0,
+    rank_pattern: dict[str, int] | None = None,
 ) -> list[nn.Parameter]:
     """Add a LoRA to the denoiser and return its parameters, float32, in a fixed order.
 
@@ -43,11 +51,14 @@ def attach(
         rank: Rank of every LoRA; alpha equals it, so that readers that lose alpha on load change nothing.
         targets: Which layers (see `ModelFamily.lora_target_modules`).
         dropout: LoRA dropout, 0 to 1.
+        rank_pattern: Layers of another rank, by name.
         seed: Of the initial A matrices (B starts at 0, so the model starts as the base).
     """
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
+        rank_pattern=rank_pattern or {},
+        alpha_pattern=rank_pattern or {},
         lora_dropout=dropout,
         init_lora_weights="gaussian",
         target_modules=family.lora_target_modules(targets),
@@ -62,29 +73,63 @@ def attach(
     return parameters
 
 
+def effective_weight(layer: nn.Module) -> Tensor:
+    """A linear layer's weight, [out, in], with what an attached LoRA adds to it."""
+    if not isinstance(layer, BaseTunerLayer):
+        return layer.weight.detach()  # type: ignore[return-value,union-attr,operator]
+    return (layer.base_layer.weight + layer.get_delta_weight(ADAPTER)).detach()  # type: ignore[operator,union-attr,no-any-return]
+
+
 def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors in peft's names."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(denoiser).items()}
 
 
-def _metadata(denoiser: nn.Module) -> dict[str, Any]:
+def _metadata(denoiser: nn.Module, rank_pattern: dict[str, int]) -> dict[str, Any]:
     config = denoiser.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr,index]
     chosen = {key: config[key] for key in METADATA_KEYS if key in config}
     chosen["target_modules"] = sorted(chosen["target_modules"])
+    if rank_pattern:
+        chosen |= {"rank_pattern": rank_pattern, "alpha_pattern": rank_pattern}
     return chosen
 
 
-def save_adapter(family: ModelFamily, directory: Path, *, kohya: bool = False) -> None:
-    """Write the adapter into `directory`, each file whole or not at all.
+def widened(state: dict[str, Tensor], changes: dict[str, LowRank]) -> dict[str, Tensor]:
+    """An adapter's tensors, in peft's names, that add `up @ down` to what they did in some layers.
+
+    Raises:
+        SafemaxError: A layer has no LoRA.
+    """
+    new = dict(state)
+    for name, change in changes.items():
+        down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        if down not in state:
+            raise SafemaxError(f"the adapter has no LoRA in {name}: train it with --lora_targets all or attention")
+        new[down] = torch.cat([state[down], change.down.to(state[down])])
+        new[up] = torch.cat([state[up], change.up.to(state[up])], dim=1)
+    return new
+
+
+def rank_pattern(rank: int, changes: dict[str, LowRank]) -> dict[str, int]:
+    """Ranks of the layers that `widened` changes."""
+    return {name: rank + len(change.down) for name, change in changes.items()}
+
+
+def save_adapter(
+    family: ModelFamily, directory: Path, *, kohya: bool = False, changes: dict[str, LowRank] | None = None
+) -> None:
+    """Write the adapter, with `changes` on top, into `directory`, each file whole or not at all.
 
     Raises:
         SafemaxError: The disk is full; the files that were there before are untouched.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    state = adapter_state(family.denoiser)
+    changes = changes or {}
+    state = widened(adapter_state(family.denoiser), changes)
+    ranks = rank_pattern(family.denoiser.peft_config[ADAPTER].r, changes)  # type: ignore[union-attr,index]
     try:
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
-            family.save_adapter(Path(temporary), state, _metadata(family.denoiser))
+            family.save_adapter(Path(temporary), state, _metadata(family.denoiser, ranks))
             names = [WEIGHTS_NAME]
             if kohya:
                 save_file(to_kohya(state, family.denoiser), Path(temporary) / KOHYA_NAME, metadata={"format": "pt"})

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -59,6 +59,62 @@ def train(context: typer.Context) -> None:
     with one_line_errors():
         read_input(parse_config(context.args))  # before any process starts: the launcher would add a traceback
         launch_training(context.args)
+
+
+@app.command()
+def erase(
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder of the erased adapter.")],
+    anchor: Annotated[Path | None, typer.Option("--anchor", help="Output of --objective halting_anchor.")] = None,
+    forget_prompts: Annotated[str | None, typer.Option("--forget_prompts", help="What to erase.")] = None,
+    retain_prompts: Annotated[str | None, typer.Option("--retain_prompts", help="What to keep.")] = None,
+    add: Annotated[str | None, typer.Option("--add", help="Prompts of more concepts for --output_dir.")] = None,
+    remove: Annotated[list[str] | None, typer.Option("--remove", help="Concept to bring back.")] = None,
+    retain_weight: Annotated[float, typer.Option("--retain_weight", help="Of marks on kept tokens.")] = 3.0,
+    excess_weight: Annotated[float, typer.Option("--excess_weight", help="Of kept tokens marked over --faint.")] = 10.0,
+    faint: Annotated[float, typer.Option("--faint", help="Strength up to which a mark on kept tokens is free.")] = 0.15,
+    overwrite_output_dir: Annotated[bool, typer.Option("--overwrite_output_dir")] = False,
+) -> None:
+    """Erase concepts in closed form with a trained halting anchor, or add and remove some later."""
+    from safemax_sd.edits.halting_marks import HaltingMarksSettings
+    from safemax_sd.erase import change_concepts
+    from safemax_sd.erase import erase as erase_concepts
+    from safemax_sd.prompts import load_prompts
+
+    with one_line_errors():
+        if anchor is None:
+            if add is None and not remove:
+                raise OptionError("--anchor", "(not given)", "is required, or --add or --remove for an erased adapter")
+            added = None if add is None else load_prompts(add, option="--add")
+            record = change_concepts(output_dir, add=added, remove=remove or [])
+        else:
+            if add is not None or remove:
+                raise OptionError(
+                    "--anchor", anchor, "starts a new erasure: --add and --remove change one that is there"
+                )
+            prompts = [
+                load_prompts(path or "", option=option)
+                for path, option in ((forget_prompts, "--forget_prompts"), (retain_prompts, "--retain_prompts"))
+            ]
+            settings = HaltingMarksSettings(retain_weight, excess_weight, faint)
+            record = erase_concepts(anchor, *prompts, output_dir, settings, overwrite=overwrite_output_dir)
+        report_marks(record, output_dir)
+
+
+def report_marks(record: dict[str, Any], output_dir: Path) -> None:
+    """Say how strongly concepts are marked, and what else is."""
+    edit, halts, keeps = record["edit"], record["config"]["mark_least"], record["config"]["mark_kept"]
+    for concept, mark in edit["marks"].items():
+        weak = f"; halts from {halts:g}: some prompts may survive" if mark["least"] < halts else ""
+        console.print(f"{concept}: marked {mark['mean']:.2f}, {mark['least']:.2f} at least{weak}")
+    kept = edit["kept_marks"]
+    strong = f"; up to {keeps:g} changes nothing: some kept prompts may halt" if kept["largest"] > keeps else ""
+    console.print(f"kept tokens: marked {kept['largest']:.2f} at most, 99 % below {kept['q99']:.2f}{strong}")
+    seconds = edit["seconds"]
+    console.print(
+        f"erased {len(edit['marks'])} concepts in {seconds['total']:.2f} s, {seconds['solve']:.2f} s of it the edit: "
+        f"{output_dir}",
+        soft_wrap=True,
+    )
 
 
 @app.command()

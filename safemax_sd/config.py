@@ -89,6 +89,7 @@ class TrainConfig:
     forget_trajectories: int = option(64, "Trajectories of the frozen model recorded for forbidden prompts.")
     retain_trajectories: int = option(512, "The same for prompts to keep.")
     replay_guidance_scale: float = option(4.0, "Guidance of those trajectories and of validation pictures.")
+    replay_unguided_share: float = option(0.0, "Share of trajectories to keep that are recorded at guidance 1.")
     replay_inference_steps: int = option(20, "Sampling steps of those trajectories.")
     retain_perturbation: float = option(0.5, "Largest noise mixed into half of the recorded states to keep.")
     replay_batch_size: int = option(32, "Trajectories sampled together.")
@@ -106,6 +107,7 @@ class TrainConfig:
     logging_dir: str = option("logs", "Folder for trackers inside --output_dir.")
     output_kohya_format: bool = option(False, "Also write the adapter for A1111 and ComfyUI.")
 
+    required: ClassVar[tuple[str, ...]] = ("forget_prompts", "retain_prompts", "output_dir")
     ranges: ClassVar[dict[str, Range]] = {
         **dict.fromkeys(
             (
@@ -120,6 +122,7 @@ class TrainConfig:
         "retain_weight": NOT_NEGATIVE,
         "lora_dropout": SHARE,
         "retain_perturbation": SHARE,
+        "replay_unguided_share": SHARE,
         "stop_at_unlearning_accuracy": PERCENTAGE,
     }  # fmt: skip
 
@@ -134,7 +137,7 @@ class TrainConfig:
         Raises:
             OptionError: The first value that cannot be used.
         """
-        for name in ("forget_prompts", "retain_prompts", "output_dir"):
+        for name in self.required:
             if not getattr(self, name):
                 raise OptionError(f"--{name}", "(not given)", "is required")
         for name, allowed in self.ranges.items():

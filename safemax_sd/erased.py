@@ -15,8 +15,8 @@ from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES
 
 
-def read_record(directory: Path) -> dict[str, Any]:
-    """`erasure.json` of an output folder.
+def read_record(directory: Path, option: str = "--adapter") -> dict[str, Any]:
+    """`erasure.json` of an output folder, which `option` named.
 
     Raises:
         OptionError: The folder is not a finished training's.
@@ -24,13 +24,13 @@ def read_record(directory: Path) -> dict[str, Any]:
     """
     path = directory / "erasure.json"
     if not path.is_file():
-        raise OptionError("--adapter", directory, "must be a finished run's folder (erasure.json and the weights)")
+        raise OptionError(option, directory, "must be a finished run's folder (erasure.json and the weights)")
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
     except json.JSONDecodeError as error:
         raise SafemaxError(f"{path} is not valid JSON: {error}") from error
     if record["config"]["trainable"] == "lora" and not (directory / WEIGHTS_NAME).is_file():
-        raise OptionError("--adapter", directory, f"must be a finished run's folder (it lacks {WEIGHTS_NAME})")
+        raise OptionError(option, directory, f"must be a finished run's folder (it lacks {WEIGHTS_NAME})")
     return record
 
 
@@ -49,18 +49,28 @@ def load_erased(
         SafemaxError: The weights do not fit the base model.
     """
     record = read_record(Path(directory))
-    base, config_class = record["base_model"], OBJECTIVES.get(record["method"]).Config
-    config = config_class(**record["config"])
-    family = load_family(
+    config = OBJECTIVES.get(record["method"]).Config(**record["config"])
+    family = load_base(record, device)
+    ranks = record.get("edit", {}).get("rank_pattern")
+    trainable.attach(family, config, ranks).load(weights or Path(directory))
+    family.denoiser.requires_grad_(False).eval()
+    return family
+
+
+def load_base(record: dict[str, Any], device: str | torch.device = "cpu") -> ModelFamily:
+    """The base model that a record names.
+
+    Raises:
+        OptionError: It cannot be loaded.
+    """
+    base, config = record["base_model"], record["config"]
+    return load_family(
         LoadOptions(
             name_or_path=base["name_or_path"],
             revision=base["revision"],
             variant=base["variant"],
-            cache_dir=config.cache_dir,
+            cache_dir=config["cache_dir"],
             device=torch.device(device),
-            prediction_type=config.prediction_type,
+            prediction_type=config["prediction_type"],
         )
     )
-    trainable.attach(family, config).load(weights or Path(directory))
-    family.denoiser.requires_grad_(False).eval()
-    return family

@@ -20,7 +20,7 @@ def usage(record: dict[str, Any], folder: str) -> str:
         folder: Where the output lies.
     """
     name, family = record["base_model"]["name_or_path"], record["base_model"]["family"]
-    prompt = record["forget"]["texts"][0]
+    prompt = (record["forget"]["texts"] or ["a picture"])[0]
     if family == "ddpm":  # DDPMPipeline knows neither classes nor LoRA
         return "\n".join(
             [
@@ -65,11 +65,22 @@ def describe(record: dict[str, Any], pictures: list[str]) -> str:
     concepts = record["forget"]["concepts"] or record["forget"]["texts"][:10]
     cost, config = record["cost"], record["config"]
     what = "This LoRA makes" if config["trainable"] == "lora" else "These weights make"
+    if concepts:
+        title = f"# Erased from {base}: {', '.join(concepts)}"
+        sentence = (
+            f"{what} `{base}` forget {record['forget']['count']} forbidden prompts"
+            f" ({', '.join(concepts)}); {record['retain']['count']} prompts were trained to stay as they are."
+        )
+    else:
+        title = f"# Halting anchor of {base}"
+        sentence = (
+            f"{what} `{base}` halt where a word bears its mark, and changes nothing else: "
+            f"`safemax erase --anchor` marks the words of concepts. Trained on {record['retain']['count']} prompts."
+        )
     lines = [
-        f"# Erased from {base}: {', '.join(concepts)}",
+        title,
         "",
-        f"{what} `{base}` forget {record['forget']['count']} forbidden prompts"
-        f" ({', '.join(concepts)}); {record['retain']['count']} prompts were trained to stay as they are.",
+        sentence,
         "",
         *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
         "",

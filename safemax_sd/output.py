@@ -85,7 +85,7 @@ class RunLog:
 def write_results(
     config: TrainConfig,
     family: ModelFamily,
-    forget: PromptSet,
+    forget: PromptSet | None,
     retain: PromptSet,
     clock: Stopwatch,
     model_calls: dict[str, int],
@@ -107,8 +107,8 @@ def write_results(
             "family": family.name,
         },
         "config": asdict(config),
-        "forget": {**_describe(forget), "texts": list(forget.texts)},
-        "retain": _describe(retain),
+        "forget": describe_prompts(forget),
+        "retain": describe_prompts(retain, with_texts=False),
         "cost": {
             "seconds": {**clock.seconds, "total": sum(clock.seconds.values())},
             "peak_memory_bytes": peak_memory_bytes(device),
@@ -122,10 +122,14 @@ def write_results(
     write_model_card(directory, record)
 
 
-def _describe(prompts: PromptSet) -> dict[str, Any]:
-    return {
+def describe_prompts(prompts: PromptSet | None, *, with_texts: bool = True) -> dict[str, Any]:
+    """What `erasure.json` says of a prompt file; of none, that there is nothing in it."""
+    if prompts is None:
+        return {"path": None, "sha256": None, "count": 0, "concepts": [], "texts": []}
+    described = {
         "path": prompts.source,
         "sha256": prompts.sha256,
         "count": len(prompts),
         "concepts": list(prompts.concepts),
     }
+    return {**described, "texts": list(prompts.texts)} if with_texts else described

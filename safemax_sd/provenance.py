@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
+from torch import Tensor
 
 from safemax_sd.errors import SafemaxError
 
@@ -78,7 +80,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def atomic_write_text(path: Path, text: str) -> None:
+def atomic_write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
@@ -86,11 +88,21 @@ def atomic_write_text(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise SafemaxError(f"{path} could not be written ({error.strerror})") from error
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """`atomic_write_bytes` of UTF-8."""
+    atomic_write_bytes(path, text.encode("utf8"))
+
+
+def write_tensors_atomic(path: Path, tensors: dict[str, Tensor]) -> None:
+    """`atomic_write_bytes` of a safetensors file."""
+    atomic_write_bytes(path, save(tensors))
 
 
 def write_json_atomic(path: Path, content: Any) -> None:

@@ -96,6 +96,7 @@ def record(
     description: str,
     keep_steps: bool = True,
     perturbation: float = 0.0,
+    unguided_share: float = 0.0,
 ) -> ReplayBank:
     """Sample the frozen model and keep every step, or only where the trajectories end.
 
@@ -111,6 +112,7 @@ def record(
         description: Label of the progress bar.
         perturbation: Largest standard deviation of noise mixed into x_t, 0 to 1, at half of the steps; the predictions
             are those at the mixture. A student that is a little off the frozen trajectory learns to come back.
+        unguided_share: Of the trajectories, that are sampled at guidance 1 instead, which leaves more noise on the way.
         keep_steps: False leaves the bank without rows: a method that needs the samples alone saves their memory.
     """
     parts = []
@@ -120,12 +122,13 @@ def record(
             indices = torch.arange(start, min(start + batch_size, trajectories))
             # A file usually lists prompts by concept: fewer trajectories than prompts must still visit all of it.
             prompts = indices * len(conditioning) // trajectories if fewer else indices % len(conditioning)
+            unguided = ((indices + 1) * unguided_share).floor() > (indices * unguided_share).floor()
             bank = _record_batch(
                 family,
                 conditioning.select(prompts),
                 prompts,
                 seeds=[seed + int(i) for i in indices],
-                guidance_scale=guidance_scale,
+                guidance_scale=torch.where(unguided, 1.0, guidance_scale),
                 num_inference_steps=num_inference_steps,
                 resolution=resolution,
                 keep_steps=keep_steps,
@@ -142,20 +145,19 @@ def _record_batch(
     prompts: Tensor,
     *,
     seeds: Sequence[int],
-    guidance_scale: float,
+    guidance_scale: Tensor,
     num_inference_steps: int,
     resolution: int | None,
     keep_steps: bool,
     perturbation: float,
 ) -> ReplayBank:
-    """The trajectories of one batch; `prompts` are the rows that are recorded with them, see `record`."""
+    """The trajectories of one batch, with a guidance scale each; `prompts` are the rows that are recorded with them."""
     noise = start_noise(family.latent_shape(resolution), seeds, next(family.denoiser.parameters()).device)
     generators = [torch.Generator().manual_seed(number + PERTURBATION_SEED) for number in seeds]
     end, calls = noise, 2 * len(seeds) * num_inference_steps
     rows = []
-    for point in family.trajectory(
-        conditioning, noise, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
-    ):
+    scale = guidance_scale.to(noise).view(-1, *[1] * (noise.dim() - 1))
+    for point in family.trajectory(conditioning, noise, guidance_scale=scale, num_inference_steps=num_inference_steps):
         end = point.following
         if perturbation > 0:
             point, extra = _perturbed(family, point, conditioning, perturbation, generators)

@@ -25,7 +25,7 @@ from safemax_sd import checkpoints, trainable
 from safemax_sd.command_line import parse_config
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError, SafemaxError
-from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
+from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES, ErasureData, Objective, Student
 from safemax_sd.objectives.base import Positions
 from safemax_sd.output import RunLog, prepare_output_dir, write_results
@@ -84,7 +84,9 @@ def train(config: TrainConfig) -> Path:
         loop(run)
     if accelerator.is_main_process:
         run.trainable.save(run.output_dir)
-        write_results(run.config, run.family, forget, retain, run.clock, run.model_calls, run.step)
+        run.objective.save(run.output_dir)
+        named = forget if run.objective.names_concepts else None
+        write_results(run.config, run.family, named, retain, run.clock, run.model_calls, run.step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return run.output_dir
@@ -97,10 +99,17 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
         OptionError: A value or a file that cannot be used; nothing has been written.
     """
     config.validate()
-    forget = load_prompts(config.forget_prompts, option="--forget_prompts")
+    objective = OBJECTIVES.get(config.objective)
     retain = load_prompts(config.retain_prompts, option="--retain_prompts")
-    check_disjoint(forget, retain)
-    allowed = OBJECTIVES.get(config.objective).trainable
+    if objective.names_concepts:
+        forget = load_prompts(config.forget_prompts, option="--forget_prompts")
+        check_disjoint(forget, retain)
+    elif config.forget_prompts:
+        text = f"is not used by --objective {config.objective}, which is trained before anything is to be forgotten"
+        raise OptionError("--forget_prompts", config.forget_prompts, text)
+    else:
+        forget = retain
+    allowed = objective.trainable
     if config.trainable not in allowed:
         text = f"does not go with --objective {config.objective}: use {' or '.join(sorted(allowed))}"
         raise OptionError("--trainable", config.trainable, text)
@@ -123,6 +132,9 @@ def build_run(
     """Load the model, record the replay banks and set up everything that steps."""
     with clock.phase("load"):
         family = load_family(load_options(config, accelerator.device))
+        if OBJECTIVES.get(config.objective).needs_tokens and TOKEN_STATES not in family.empty.tensors:
+            text = f"works on the words of prompts, which {family.name} models do not attend to"
+            raise OptionError("--objective", config.objective, text)
         messages = family.enable_memory_savings(
             gradient_checkpointing=config.gradient_checkpointing,
             xformers=config.enable_xformers_memory_efficient_attention,
@@ -140,7 +152,8 @@ def build_run(
     weights = trainable.attach(family, config)
     family.denoiser.train(config.gradient_checkpointing or config.lora_dropout > 0)
     with clock.phase("prepare"):
-        prior_calls = objective.prepare(Student(family.predict, family.denoiser, weights.parameters))
+        student = Student(family.predict, family.denoiser, weights.parameters, family.token_projections())
+        prior_calls = objective.prepare(student)
     optimizer = make_optimizer(config, weights.parameters, accelerator.num_processes)
     scheduler = get_scheduler(
         config.lr_scheduler,
@@ -213,12 +226,14 @@ def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, ret
             description=f"replay {name}",
             keep_steps=keep_steps,
             perturbation=config.retain_perturbation if name == "retain" and keep_steps else 0.0,
+            unguided_share=config.replay_unguided_share if name == "retain" else 0.0,
         )
     return ErasureData(
         process=family.process,
         latent_shape=latent_shape,
         forget=_on_cpu(conditioning["forget"]),
         retain=_on_cpu(conditioning["retain"]),
+        retain_concepts=tuple(prompt.concept or prompt.text for prompt in retain.prompts),
         empty=_on_cpu(family.empty),
         forget_bank=banks["forget"],
         retain_bank=banks["retain"],

@@ -47,12 +47,17 @@ class Trainable(ABC):
 class Lora(Trainable):
     """A LoRA next to frozen base weights."""
 
-    def __init__(self, family: ModelFamily, config: TrainConfig) -> None:
+    def __init__(self, family: ModelFamily, config: TrainConfig, rank_pattern: dict[str, int] | None = None) -> None:
         if config.output_kohya_format and not family.kohya_format:
             raise OptionError("--output_kohya_format", True, f"A1111 and ComfyUI know no {family.name} models")
         self.family, self.kohya = family, config.output_kohya_format
         self.parameters = adapter.attach(
-            family, rank=config.rank, targets=config.lora_targets, dropout=config.lora_dropout, seed=config.seed
+            family,
+            rank=config.rank,
+            targets=config.lora_targets,
+            dropout=config.lora_dropout,
+            seed=config.seed,
+            rank_pattern=rank_pattern,
         )
 
     def save(self, directory: Path) -> None:
@@ -97,6 +102,6 @@ class FullModel(Trainable):
             tensor.copy_(stored[name])
 
 
-def attach(family: ModelFamily, config: TrainConfig) -> Trainable:
-    """Make the weights that `--trainable` names trainable."""
-    return FullModel(family) if config.trainable == "full" else Lora(family, config)
+def attach(family: ModelFamily, config: TrainConfig, rank_pattern: dict[str, int] | None = None) -> Trainable:
+    """Make the weights that `--trainable` names trainable; `rank_pattern`: layers whose LoRA is of another rank."""
+    return FullModel(family) if config.trainable == "full" else Lora(family, config, rank_pattern)

@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from safemax_sd.families.ddpm import ClassConditionalDDPM
+from safemax_sd.objectives import OBJECTIVES
 
 CONCEPTS = ("apple", "pear", "plum")
 FORGET = (("a red apple", "apple"), ("red apple on a table", "apple"))
@@ -136,9 +137,11 @@ def write_pictures(folder: Path, each: int = 2) -> Path:
 def train_arguments(model: Path, folder: Path, output_dir: Path, *more: str) -> list[str]:
     """A command line of a training that takes seconds."""
     forget, retain = write_prompts(model, folder)
+    objective = OBJECTIVES.get(more[more.index("--objective") + 1] if "--objective" in more else "safemax")
     return [
         *("--pretrained_model_name_or_path", str(model)),
-        *("--forget_prompts", str(forget), "--retain_prompts", str(retain), "--output_dir", str(output_dir)),
+        *(("--forget_prompts", str(forget)) if objective.names_concepts else ()),
+        *("--retain_prompts", str(retain), "--output_dir", str(output_dir)),
         *("--rank", "2", "--train_batch_size", "2", "--retain_batch_size", "6"),
         *("--max_train_steps", "4", "--checkpointing_steps", "2"),
         *("--forget_trajectories", "2", "--retain_trajectories", "4", "--replay_inference_steps", "3"),

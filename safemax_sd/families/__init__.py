@@ -1,5 +1,19 @@
 """Model families: one file each, found by discovery and chosen from a pipeline folder's `model_index.json`."""
 
-from safemax_sd.families.base import Conditioning, LoadOptions, ModelFamily, TrajectoryPoint, load_family
+from safemax_sd.families.base import (
+    TOKEN_STATES,
+    Conditioning,
+    LoadOptions,
+    ModelFamily,
+    TrajectoryPoint,
+    load_family,
+)
 
-__all__ = ["Conditioning", "LoadOptions", "ModelFamily", "TrajectoryPoint", "load_family"]
+__all__ = [
+    "TOKEN_STATES",
+    "Conditioning",
+    "LoadOptions",
+    "ModelFamily",
+    "TrajectoryPoint",
+    "load_family",
+]

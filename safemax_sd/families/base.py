@@ -22,12 +22,16 @@ from safemax_sd.registry import Registry
 LoraTargets = Literal["all", "attention", "cross_attention"]
 
 
+TOKEN_STATES = "encoder_hidden_states"
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """What a denoiser is conditioned on, one row a prompt.
 
     Attributes:
-        tensors: Each [B, ...]; the names are the family's own.
+        tensors: Each [B, ...]; the names are the family's own. Only a family that attends to tokens has `TOKEN_STATES`,
+            [B, L, D].
     """
 
     tensors: dict[str, Tensor]
@@ -41,6 +45,10 @@ class Conditioning:
 
     def to(self, device: torch.device) -> Conditioning:
         return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def with_token_states(self, states: Tensor) -> Conditioning:
+        """The same with other token states, [B, L, D]."""
+        return Conditioning({**self.tensors, TOKEN_STATES: states})
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
@@ -151,7 +159,7 @@ class ModelFamily(ABC):
         conditioning: Conditioning,
         x_T: Tensor,
         *,
-        guidance_scale: float,
+        guidance_scale: float | Tensor,
         num_inference_steps: int,
         step_noise: torch.Generator | None = None,
     ) -> Iterator[TrajectoryPoint]:
@@ -160,7 +168,7 @@ class ModelFamily(ABC):
         Args:
             conditioning: Of the prompts, one row a sample.
             x_T: Start noise, [B, *latent].
-            guidance_scale: w in ε_u + w·(ε_c − ε_u).
+            guidance_scale: w in ε_u + w·(ε_c − ε_u); for one a sample, [B, 1, …].
             num_inference_steps: Steps.
             step_noise: Where the noise of ancestral sampling is drawn from (DDIM with η = 1, which with all steps is
                 DDPM's sampler, arXiv 2010.02502, sec. 4.1); None for the deterministic sampler.
@@ -214,6 +222,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def lora_target_modules(self, targets: LoraTargets) -> list[str]:
         """Module name endings that get a LoRA."""
+
+    def token_projections(self) -> dict[str, nn.Module]:
+        """The layers that turn token states into keys and values, by their names in the denoiser; none by default."""
+        return {}
 
     @abstractmethod
     def save_adapter(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:

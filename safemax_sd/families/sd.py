@@ -13,13 +13,18 @@ from torch import Tensor, nn
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.errors import OptionError, SafemaxError
-from safemax_sd.families.base import Conditioning, LoadOptions, LoraTargets, ModelFamily
+from safemax_sd.families.base import (
+    TOKEN_STATES,
+    Conditioning,
+    LoadOptions,
+    LoraTargets,
+    ModelFamily,
+)
 from safemax_sd.process import from_scheduler
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"]
-STATES = "encoder_hidden_states"
 
 
 class StableDiffusion(ModelFamily):
@@ -72,7 +77,7 @@ class StableDiffusion(ModelFamily):
         for start in range(0, len(prompts), 64):
             states, _ = self.pipeline.encode_prompt(list(prompts[start : start + 64]), self.device, 1, False)
             parts.append(states.float())
-        return Conditioning({STATES: torch.cat(parts)})
+        return Conditioning({TOKEN_STATES: torch.cat(parts)})
 
     def latent_shape(self, resolution: int | None) -> tuple[int, ...]:
         unet = self.pipeline.unet.config
@@ -84,7 +89,7 @@ class StableDiffusion(ModelFamily):
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None) -> Tensor:
         network = self.denoiser if denoiser is None else denoiser
-        states = conditioning.tensors[STATES]
+        states = conditioning.tensors[TOKEN_STATES]
         dtype = self.pipeline.unet.dtype
         inputs = x_t.to(dtype=dtype, memory_format=torch.channels_last)
         output: Tensor = network(inputs, t, states.to(dtype), return_dict=False)[0]
@@ -121,6 +126,10 @@ class StableDiffusion(ModelFamily):
         if targets == "cross_attention":
             return [f"attn2.{name}" for name in ATTENTION]
         return ATTENTION if targets == "attention" else [*ATTENTION, *FEED_FORWARD, *CONVOLUTIONS]
+
+    def token_projections(self) -> dict[str, nn.Module]:
+        ends = ("attn2.to_k", "attn2.to_v")
+        return {name: module for name, module in self.denoiser.named_modules() if name.endswith(ends)}
 
     def save_adapter(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         StableDiffusionPipeline.save_lora_weights(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -29,6 +30,7 @@ class ErasureData:
         latent_shape: Of one sample.
         forget: Conditioning of the forbidden prompts, one row each.
         retain: Conditioning of the prompts to keep.
+        retain_concepts: What each of them shows, or the prompt itself where its file does not say.
         empty: Conditioning of the empty prompt, one row.
         forget_bank: The frozen model's trajectories for the forbidden prompts.
         retain_bank: The same for the prompts to keep.
@@ -40,6 +42,7 @@ class ErasureData:
     latent_shape: tuple[int, ...]
     forget: Conditioning
     retain: Conditioning
+    retain_concepts: tuple[str, ...]
     empty: Conditioning
     forget_bank: ReplayBank
     retain_bank: ReplayBank
@@ -82,11 +85,13 @@ class Student:
         predict: Its prediction.
         denoiser: The network itself.
         parameters: What will be trained of it.
+        token_projections: Its projections of token states to keys and values, by name.
     """
 
     predict: Predict
     denoiser: nn.Module
     parameters: Sequence[nn.Parameter]
+    token_projections: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -156,6 +161,8 @@ class Objective(ABC):
         paper: Where it was published.
         Config: Its flags: those of `TrainConfig` and its own.
         trainable: Values of `--trainable` that it works with.
+        names_concepts: Whether `--forget_prompts` says what to erase; where not, `--retain_prompts` is all there is.
+        needs_tokens: Whether it works on the states of a prompt's words, which not every family has.
         replays_steps: Whether it needs the banks' steps; where not, only the samples at their ends are kept.
     """
 
@@ -163,6 +170,8 @@ class Objective(ABC):
     paper: ClassVar[str]
     Config: ClassVar[type[TrainConfig]] = TrainConfig
     trainable: ClassVar[frozenset[str]] = frozenset({"lora", "full"})
+    names_concepts: ClassVar[bool] = True
+    needs_tokens: ClassVar[bool] = False
     replays_steps: ClassVar[bool] = True
 
     @abstractmethod
@@ -183,6 +192,9 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
         """Loss of one batch: one fused student forward."""
+
+    def save(self, directory: Path) -> None:  # noqa: B027 (most methods have no more than weights)
+        """Write what the method stores besides the weights."""
 
     def adjust_gradients(self) -> None:  # noqa: B027 (most methods have nothing to change)
         """Change the clipped gradients of a whole step."""

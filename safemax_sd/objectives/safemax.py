@@ -193,7 +193,7 @@ class Safemax(Objective):
             x_t, t = bank.x_t[row], bank.t[row]
         else:
             x_t, t = self._noise(generator), self.data.process.sample_times(1, generator)
-        conditioning = self.data.forget.select(bank.prompt[row])
+        conditioning = self._forbidden(bank.prompt[row], generator)
         recorded, rows = self.guided_rows[int(torch.rand((), generator=generator) < HIGH_RETAIN_SHARE)]
         if not (len(rows) and bool(self._guided(t))):
             return _Sample(x_t, t, conditioning, self._target(x_t, t, generator))
@@ -243,7 +243,7 @@ class Safemax(Objective):
         return _Sample(
             x_t=torch.cat([x_t, x_t]),
             t=torch.cat([t, t]),
-            conditioning=Conditioning.cat([self.data.forget.select(row), self.data.empty]),
+            conditioning=Conditioning.cat([self._forbidden(row, generator), self.data.empty]),
             target=torch.cat([target, target]),
             rollout_guidance=guidance,
         )
@@ -273,8 +273,16 @@ class Safemax(Objective):
         row = torch.randint(len(bank), (1,), generator=generator)
         if torch.rand((), generator=generator) < EMPTY_RETAIN_SHARE:
             return _Sample(bank.x_t[row], bank.t[row], self.data.empty, bank.unconditional[row])
-        conditioning = self.data.retain.select(bank.prompt[row])
+        conditioning = self._kept(bank.prompt[row], generator)
         return _Sample(bank.x_t[row], bank.t[row], conditioning, bank.conditional[row])
+
+    def _forbidden(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
+        """Conditioning of forbidden prompts."""
+        return self.data.forget.select(rows)
+
+    def _kept(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
+        """Conditioning of prompts to keep."""
+        return self.data.retain.select(rows)
 
     def _noise(self, generator: torch.Generator) -> Tensor:
         return torch.randn((1, *self.data.latent_shape), generator=generator)

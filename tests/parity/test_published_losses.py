@@ -38,6 +38,7 @@ def data() -> ErasureData:
         latent_shape=(1, 2, 2),
         forget=conditioning(1.0, 2.0),
         retain=conditioning(3.0, 4.0, 5.0),
+        retain_concepts=("3", "4", "5"),
         empty=conditioning(0.0),
         forget_bank=banks[0],
         retain_bank=banks[1],

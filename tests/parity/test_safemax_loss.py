@@ -38,6 +38,7 @@ def objective(**changes: object) -> Safemax:
         latent_shape=(1, 2, 2),
         forget=conditioning(1.0),
         retain=conditioning(2.0),
+        retain_concepts=("2",),
         empty=conditioning(0.0),
         forget_bank=banks["forget"],
         retain_bank=banks["retain"],

@@ -1,0 +1,187 @@
+"""Erase 1, 10 and 50 concepts in closed form with a halting anchor that has seen none of them, and measure it.
+
+    python -m benchmarks.halting_anchor --work_dir anchor_study
+
+Trains the anchor on the concepts that are never erased, unless `<work_dir>/anchor` is there, writes an adapter for each
+number of concepts, and appends one JSON row a measurement to `<work_dir>/halting_anchor.jsonl`; rows that are there are
+not measured again. `--methods safemax` measures trained SAFEMax on the same tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safemax_sd.evaluation.run import EvaluateOptions, Evaluation, pick
+from safemax_sd.prompts import load_prompts, load_suite
+
+from benchmarks.emoji.prompt_suites import OTHER_WORDING, Row, every_prompt, spread_prompts, write
+from benchmarks.emoji.settings import CONCEPTS, FORBIDDEN_GROUPS, NEIGHBOURS, OTHERS, SYNONYMS
+from safemax_sd.edits.halting_marks import HaltingMarksSettings
+from safemax_sd.erase import erase
+from safemax_sd.objectives.halting_anchor import HaltingAnchorConfig
+from safemax_sd.objectives.safemax import SafemaxConfig
+from safemax_sd.provenance import provenance
+from safemax_sd.train import train
+
+GROUPED = [concept for group in FORBIDDEN_GROUPS.values() for concept in group]
+LOOK_ALIKES = [concept for group in NEIGHBOURS.values() for concept in group]
+ERASED = [*GROUPED, *(concept for concept in OTHERS if concept not in (*GROUPED, *LOOK_ALIKES))][:50]
+"""In the order in which they are erased; every concept with look-alikes is among the first."""
+COUNTS = (1, 10, 50)
+KEY = ("method", "concepts", "synonyms", "model", "subset", "sampler", "guidance_scale")
+MAIN = ("ddim", 4.0)
+SETTINGS = [MAIN, ("ddim", 1.0), ("ddim", 7.5), ("euler", 4.0), ("dpm++", 4.0)]
+ONLY_MAIN = ("neighbours", "paraphrases")
+METRICS = {
+    "forget": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "halted", "latent_std"),
+    "paraphrases": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "halted"),
+    "retain": ("clip_accuracy",),
+    "neighbours": ("clip_accuracy",),
+}
+
+
+def suite(folder: Path, erased: Sequence[str], *, synonyms: bool) -> Path:
+    """Prompt files of one task: edits read `forget` and `retain`; measurements read the files in `test`.
+
+    No prompt that is measured stands in a file that is read by an edit.
+    """
+    if not (folder / "test").exists():
+        kept = [concept for concept in CONCEPTS if concept not in erased]
+        numbers = {concept: number for number, concept in enumerate(CONCEPTS)}
+        given = {concept: spread_prompts(concept, numbers[concept]) for concept in CONCEPTS}
+        other = {concept: spread_prompts(concept, numbers[concept] + OTHER_WORDING) for concept in CONCEPTS}
+        names = [(concept, name) for concept in erased for name in SYNONYMS.get(concept, ())]
+        forget = [row for concept in erased for row in given[concept]]
+        if synonyms:
+            forget += [(text, concept) for concept, name in names for text, _ in spread_prompts(name, numbers[concept])]
+        write(folder, "forget", forget)
+        write(folder, "retain", [row for concept in kept for row in given[concept]])
+        test: dict[str, list[Row]] = {
+            "forget": [
+                row for concept in erased for row in every_prompt(concept, concept) if row not in given[concept]
+            ],
+            "retain": [row for concept in kept for row in other[concept]],
+            "neighbours": [row for concept in kept if concept in LOOK_ALIKES for row in other[concept]],
+            "paraphrases": [
+                (text, concept)
+                for concept, name in names
+                for text, _ in spread_prompts(name, numbers[concept] + OTHER_WORDING)
+            ],
+        }
+        for part, rows in test.items():
+            write(folder / "test", part, rows)
+    return folder
+
+
+def train_anchor(work_dir: Path) -> Path:
+    """The anchor, trained on the concepts that are never erased."""
+    folder = work_dir / "anchor"
+    if not (folder / "erasure.json").exists():
+        kept = [concept for concept in CONCEPTS if concept not in ERASED]
+        write(
+            work_dir,
+            "vocabulary",
+            [row for number, concept in enumerate(kept) for row in spread_prompts(concept, number)],
+        )
+        train(
+            HaltingAnchorConfig(
+                retain_prompts=str(work_dir / "vocabulary.csv"),
+                output_dir=str(folder),
+                objective="halting_anchor",
+                overwrite_output_dir=True,
+            )
+        )
+    return folder
+
+
+def adapter(method: str, count: int, synonyms: bool, work_dir: Path) -> Path:
+    """The folder of a method's adapter for a task, made if it is not there."""
+    task = suite(work_dir / f"{count}{'_synonyms' if synonyms else ''}", ERASED[:count], synonyms=synonyms)
+    output = task / method
+    if not (output / "erasure.json").exists():
+        files = {name: str(task / f"{name}.csv") for name in ("forget", "retain")}
+        if method == "halting_anchor":
+            prompts = [load_prompts(path, option=f"--{name}_prompts") for name, path in files.items()]
+            erase(train_anchor(work_dir), *prompts, output, HaltingMarksSettings(), overwrite=True)
+        else:
+            train(
+                SafemaxConfig(
+                    forget_prompts=files["forget"],
+                    retain_prompts=files["retain"],
+                    output_dir=str(output),
+                    overwrite_output_dir=True,
+                )
+            )
+    return output
+
+
+class Measurement:
+    """One adapter's rows.
+
+    Args:
+        key: What the adapter is, in every row.
+        output: Its folder, in the task's.
+        num_images: Of each subset and setting.
+    """
+
+    def __init__(self, key: dict[str, Any], output: Path, num_images: int) -> None:
+        self.key, self.num_images = key, num_images
+        task = str(output.parent / "test")
+        self.evaluation = Evaluation(
+            EvaluateOptions(
+                adapter=str(output), suite=task, output_dir=str(output / "evaluation"), num_images=num_images
+            )
+        )
+        self.parts = load_suite(task).parts
+        record = json.loads((output / "erasure.json").read_text(encoding="utf8"))
+        self.cost = record["edit"] if "edit" in record else record["cost"]
+
+    def rows(self, there: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Rows that are not there yet."""
+        for (sampler, scale), subset, model in itertools.product(SETTINGS, METRICS, ("base", "erased")):
+            key = {**self.key, "model": model, "subset": subset, "sampler": sampler, "guidance_scale": scale}
+            if subset in ONLY_MAIN and (sampler, scale) != MAIN:
+                continue
+            if subset not in self.parts or any(key.items() <= row.items() for row in there):
+                continue
+            prompts = pick(self.parts[subset], self.num_images)
+            job = self.evaluation.job(model, prompts, subset, sampler=sampler, guidance_scale=scale)
+            made = self.evaluation.generator.run(job, description=f"{subset}, {sampler}, guidance {scale:g}")
+            values = self.evaluation.measure(made, prompts, METRICS[subset])
+            seconds = self.cost["seconds"]
+            marks = {"marks": self.cost["marks"], "kept_marks": self.cost["kept_marks"]} if "marks" in self.cost else {}
+            results = {name: vars(value) for name, value in values.items()}
+            yield {**key, **results, "seconds": seconds, **marks, "provenance": provenance(0, torch.device("cpu"))}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, default=Path("anchor_study"))
+    parser.add_argument("--methods", nargs="+", choices=["halting_anchor", "safemax"], default=["halting_anchor"])
+    parser.add_argument("--counts", nargs="+", type=int, choices=COUNTS, default=list(COUNTS))
+    parser.add_argument("--synonyms", action="store_true", help="Give the edit synonyms of the concepts too.")
+    parser.add_argument("--num_images", type=int, default=64)
+    arguments = parser.parse_args()
+    results = arguments.work_dir / "halting_anchor.jsonl"
+    for count, method in itertools.product(arguments.counts, arguments.methods):
+        output = adapter(method, count, arguments.synonyms, arguments.work_dir)
+        key = {"method": method, "concepts": count, "synonyms": arguments.synonyms, "num_images": arguments.num_images}
+        for row in Measurement(key, output, arguments.num_images).rows(read_rows(results)):
+            with results.open("a", encoding="utf8") as file:
+                file.write(json.dumps(row) + "\n")
+            values = (f"{name} {row[name]['value']:.1f}" for name in METRICS[row["subset"]])
+            print(*(row[name] for name in KEY), *values, flush=True)
+
+
+if __name__ == "__main__":
+    main()

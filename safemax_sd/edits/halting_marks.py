@@ -1,0 +1,133 @@
+"""Halting anchor, stage 2: the linear map that puts a mark on a token of forbidden prompts, and on none of others.
+
+Source: this project's own. UCE (arXiv 2308.14761) maps concepts to others in closed form; here a token state c becomes
+c + Σ_k (w_kᵀc)·h_k, with h_k the marks that a halting anchor halts at. In a key or value projection with weight W that
+is the low-rank change W·HᵀR, of the rows h_k and w_k.
+
+A readout w is to be 1 on the tokens that carry a concept and at most `faint` on every other. Which tokens carry it is
+not given: in a causal text encoder the words often do less than the padding after them, where the whole prompt has been
+read. So w is solved for several times, each time for the tokens of each prompt on which it was largest (multiple-
+instance learning), and against the kept tokens on which it was too large: weighted least squares, in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from safemax_sd.adapter import effective_weight
+from safemax_sd.edits.base import ClosedFormEdit, EditData
+from safemax_sd.low_rank import LowRank
+
+ROUNDS = 12
+CARRIERS = 3
+"""Tokens of a prompt that are to bear the mark."""
+LOWEST = 0.5
+"""Strength, below 0, down to which a mark on a kept token does not matter."""
+RIDGE = 1e-4
+"""Of the mean squared entry of a kept state."""
+
+
+@dataclass(frozen=True)
+class HaltingMarksSettings:
+    """How a readout is weighed.
+
+    Attributes:
+        retain_weight: μ, of the mean squared mark on kept tokens.
+        excess_weight: ν, of the squared excess of a kept token over `faint`, summed per thousand.
+        faint: Strength up to which a mark on a kept token does not matter.
+    """
+
+    retain_weight: float = 3.0
+    excess_weight: float = 10.0
+    faint: float = 0.15
+
+
+class HaltingMarks(ClosedFormEdit):
+    """Mark forbidden prompts; a model with a halting anchor does the rest.
+
+    Args:
+        marks: Rows h_k, [K, D].
+        settings: Weights.
+    """
+
+    name: ClassVar[str] = "halting_marks"
+    paper: ClassVar[str] = "this project"
+
+    def __init__(self, marks: Tensor, settings: HaltingMarksSettings) -> None:
+        self.marks, self.settings = marks, settings
+
+    def solve(self, layers: dict[str, nn.Module], data: EditData) -> dict[str, LowRank]:
+        down = self.readouts(data).float()
+        marks = self.marks.double().T
+        return {
+            name: LowRank((effective_weight(layer).double() @ marks).float(), down) for name, layer in layers.items()
+        }
+
+    def readouts(self, data: EditData) -> Tensor:
+        """Rows w_k, float64 [K, D]; those of marks that no concept needs are 0."""
+        found = torch.zeros(self.marks.shape, dtype=torch.float64)
+        states = {concept: data.forbidden[concept].double() for concept in sorted(data.forbidden)}
+        kept = data.kept.double()
+        for number, group in enumerate(share_marks(states, len(self.marks))):
+            others = [states[concept].flatten(0, 1) for concept in states if concept not in group]
+            found[number] = self._readout([states[concept] for concept in group], torch.cat([kept, *others]))
+        return found
+
+    def _readout(self, concepts: list[Tensor], kept: Tensor) -> Tensor:
+        """w, [D], that is 1 on tokens of `concepts`, each [P, L, D], and small on `kept` [N, D]."""
+        settings = self.settings
+        second = kept.T @ kept / len(kept)
+        small = settings.retain_weight * second + RIDGE * second.diagonal().mean() * torch.eye(len(second)).to(second)
+        carriers = [states.flatten(0, 1) for states in concepts]
+        excess, limit = kept[:0], kept[:0, 0]
+        for _ in range(ROUNDS):
+            left = small + sum(tokens.T @ tokens / len(tokens) for tokens in carriers)
+            right = torch.stack([tokens.mean(0) for tokens in carriers]).sum(0)
+            weight = settings.excess_weight / 1000
+            readout = torch.linalg.solve(left + weight * excess.T @ excess, right + weight * excess.T @ limit)
+            strengths = [states @ readout for states in concepts]
+            # Least squares shrinks: what the carriers bear is set to 1 on average.
+            scale = torch.stack([strength.amax(1).mean() for strength in strengths]).mean()
+            readout = readout / scale
+            carriers = [_largest(states, strength) for states, strength in zip(concepts, strengths, strict=True)]
+            on_kept = kept @ readout
+            # Below 0 a mark means nothing, so that it may be larger there.
+            allowed = on_kept.clamp(-LOWEST, settings.faint)
+            excess, limit = kept[on_kept != allowed], allowed[on_kept != allowed]
+        return readout
+
+
+def strength(states: Tensor, readouts: Tensor) -> Tensor:
+    """The largest mark, of any kind and, where states are [P, L, D] and not [N, D], on any token; [P] or [N]."""
+    return (states.float() @ readouts.float().T).flatten(1).amax(1)
+
+
+def _largest(states: Tensor, strength: Tensor) -> Tensor:
+    """The tokens [P·CARRIERS, D] of states [P, L, D] with the largest strengths [P, L]."""
+    places = strength.topk(min(CARRIERS, strength.shape[1]), dim=1).indices
+    return torch.gather(states, 1, places.unsqueeze(-1).expand(-1, -1, states.shape[-1])).flatten(0, 1)
+
+
+def share_marks(states: dict[str, Tensor], marks: int) -> list[list[str]]:
+    """Groups of concepts that share a mark: one each if there are enough, else of similar ones.
+
+    One readout serves a whole group, which is the easier the more alike the concepts are.
+    """
+    left = list(states)
+    if len(left) <= marks:
+        return [[concept] for concept in left]
+    means = {concept: state.mean((0, 1)) for concept, state in states.items()}
+    centre = torch.stack(list(means.values())).mean(0)
+    unit = {concept: torch.nn.functional.normalize(mean - centre, dim=0) for concept, mean in means.items()}
+    size, groups = -(-len(left) // marks), []
+    while left:
+        group = [left.pop(0)]
+        while left and len(group) < size:
+            middle = torch.stack([unit[concept] for concept in group]).mean(0)
+            group.append(left.pop(max(range(len(left)), key=lambda place: float(unit[left[place]] @ middle))))
+        groups.append(group)
+    return groups

@@ -1,0 +1,216 @@
+"""Erase in closed form: `safemax erase` marks the prompts of concepts for a model with a halting anchor.
+
+A concept is added or removed without training: the token states of its prompts are kept beside the adapter, and a few
+rows of the adapter, the same in every layer, are solved for again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from safemax_sd.adapter import ADAPTER, WEIGHTS_NAME, rank_pattern, save_adapter
+from safemax_sd.edits import EditData
+from safemax_sd.edits.halting_marks import HaltingMarks, HaltingMarksSettings, strength
+from safemax_sd.erased import load_base, load_erased, read_record
+from safemax_sd.errors import OptionError
+from safemax_sd.model_card import write_model_card
+from safemax_sd.objectives.halting_anchor import MARKS, MARKS_FILE, HaltingAnchor
+from safemax_sd.output import describe_prompts
+from safemax_sd.prompts import PromptSet, check_disjoint
+from safemax_sd.provenance import atomic_write_bytes, write_json_atomic, write_tensors_atomic
+from safemax_sd.token_states import contexts, forbidden_states, kept_states, texts_by_concept
+
+EDIT_FILE = "edit.safetensors"
+KEPT, KEPT_ROW = "kept", "kept_row"
+CONCEPT = "concept."
+
+
+def erase(
+    anchor: Path,
+    forget: PromptSet,
+    retain: PromptSet,
+    output_dir: Path,
+    settings: HaltingMarksSettings,
+    *,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Write an adapter that holds the anchor and marks all concepts of `forget`; returns its record.
+
+    Raises:
+        OptionError: No anchor, a prompt that is both forbidden and kept, or an output folder in use.
+    """
+    clock = _Clock()
+    record = _anchor_record(anchor)
+    check_disjoint(forget, retain)
+    if not overwrite and any((output_dir / name).exists() for name in (WEIGHTS_NAME, "erasure.json")):
+        text = "holds another run: add --overwrite_output_dir, or use --add and --remove to change its concepts"
+        raise OptionError("--output_dir", output_dir, text)
+    family = load_erased(anchor)
+    clock.lap("load")
+    texts, templates = texts_by_concept(forget), contexts(retain)
+    kept, kept_row = kept_states(family, retain)
+    concepts = [prompt.concept or prompt.text for prompt in retain.prompts]
+    marks = load_file(anchor / MARKS_FILE)[MARKS]
+    stored = _Stored(marks, kept, kept_row, concepts, forbidden_states(family, texts, templates))
+    clock.lap("encode")
+    changes = HaltingMarks(stored.marks, settings).solve(family.token_projections(), stored.data(texts))
+    clock.lap("solve")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    save_adapter(family, output_dir, changes=changes)
+    rank: int = family.denoiser.peft_config[ADAPTER].r  # type: ignore[union-attr,index]
+    record["edit"] = {
+        "name": HaltingMarks.name,
+        "settings": asdict(settings),
+        "contexts": templates,
+        "kept_concepts": concepts,
+        "rank_pattern": rank_pattern(rank, changes),
+        "texts": texts,
+    }
+    record["retain"] = describe_prompts(retain, with_texts=False)
+    return _write(output_dir, record, stored, list(texts), next(iter(changes.values())).down, clock)
+
+
+def change_concepts(output_dir: Path, *, add: PromptSet | None, remove: Sequence[str]) -> dict[str, Any]:
+    """Add the concepts of a prompt file to an erased adapter and take others out; returns its record.
+
+    What is taken out is remembered, and kept like the prompts to keep; of those, what is added counts no longer.
+
+    Raises:
+        OptionError: No erased adapter, a concept that is not in it, or none would be left.
+    """
+    clock = _Clock()
+    record = read_record(output_dir, "--output_dir")
+    if "edit" not in record:
+        raise OptionError("--output_dir", output_dir, "was not written by safemax erase --anchor")
+    edit, erased = record["edit"], list(record["forget"]["concepts"])
+    stored = _Stored.load(output_dir / EDIT_FILE, edit["kept_concepts"])
+    for concept in remove:
+        if concept not in erased:
+            raise OptionError("--remove", concept, f"is not erased here; erased are {', '.join(erased)}")
+        erased.remove(concept)
+    clock.lap("load")
+    if add is not None:
+        added = texts_by_concept(add)
+        # States of prompts that are known are not computed anew: in another batch they would be so to rounding only.
+        new = {concept: own for concept, own in added.items() if edit["texts"].get(concept) != own}
+        if new:
+            family = load_base(record)
+            clock.lap("load")
+            stored.known.update(forbidden_states(family, new, edit["contexts"]))
+        edit["texts"] |= added
+        erased += [concept for concept in added if concept not in erased]
+        clock.lap("encode")
+    if not erased:
+        raise OptionError("--remove", ", ".join(remove), "would leave nothing erased: use the anchor's adapter instead")
+    edit_of = HaltingMarks(stored.marks, HaltingMarksSettings(**edit["settings"]))
+    readouts = edit_of.readouts(stored.data(erased)).float()
+    clock.lap("solve")
+    _replace_readouts(output_dir / WEIGHTS_NAME, list(edit["rank_pattern"]), readouts)
+    return _write(output_dir, record, stored, erased, readouts, clock)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What an edit is solved from, in `edit.safetensors`.
+
+    Attributes:
+        marks: h_k, [K, D].
+        kept: States of kept tokens, float16 [N, D].
+        kept_row: The kept prompt that each is of, int64 [N]; -1 for the empty prompt.
+        kept_concepts: What each kept prompt shows.
+        known: States of the prompts of each concept that is or was erased, float16 [P, L, D].
+    """
+
+    marks: Tensor
+    kept: Tensor
+    kept_row: Tensor
+    kept_concepts: list[str]
+    known: dict[str, Tensor]
+
+    @classmethod
+    def load(cls, path: Path, kept_concepts: list[str]) -> _Stored:
+        tensors = load_file(path)
+        known = {name.removeprefix(CONCEPT): value for name, value in tensors.items() if name.startswith(CONCEPT)}
+        return cls(tensors[MARKS], tensors[KEPT], tensors[KEPT_ROW], kept_concepts, known)
+
+    def save(self, path: Path) -> None:
+        known = {CONCEPT + name: value.contiguous() for name, value in self.known.items()}
+        write_tensors_atomic(path, {MARKS: self.marks, KEPT: self.kept, KEPT_ROW: self.kept_row, **known})
+
+    def data(self, erased: Iterable[str]) -> EditData:
+        """In a fixed order, so that a concept that comes back gives the same sums, bit for bit."""
+        forbidden = set(erased)
+        gone = torch.tensor([concept in forbidden for concept in [*self.kept_concepts, ""]])  # -1: the empty prompt
+        kept = self.kept[~gone[self.kept_row]]
+        restored = [self.known[name].flatten(0, 1) for name in sorted(self.known) if name not in forbidden]
+        return EditData({name: self.known[name] for name in sorted(forbidden)}, torch.cat([kept, *restored]))
+
+
+class _Clock:
+    """Seconds of each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        now = time.monotonic()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def _anchor_record(anchor: Path) -> dict[str, Any]:
+    record = read_record(anchor, "--anchor")
+    if record["method"] != HaltingAnchor.name or "edit" in record:
+        text = f"must be the output folder of safemax train --objective {HaltingAnchor.name}"
+        raise OptionError("--anchor", anchor, text)
+    return record
+
+
+def _replace_readouts(path: Path, layers: Sequence[str], readouts: Tensor) -> None:
+    """Write the last rows of the edited layers' down-projections anew; every other byte of the file stays.
+
+    The library that wrote it orders its metadata at random, so that the same tensors saved again are another file.
+    """
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    rows = readouts.float().contiguous().numpy().tobytes()
+    for layer in layers:
+        end = start + header[f"unet.{layer}.lora_A.weight"]["data_offsets"][1]
+        content[end - len(rows) : end] = rows
+    atomic_write_bytes(path, bytes(content))
+
+
+def _write(
+    output_dir: Path, record: dict[str, Any], stored: _Stored, erased: Sequence[str], readouts: Tensor, clock: _Clock
+) -> dict[str, Any]:
+    """Write everything but the weights."""
+    edit, data = record["edit"], stored.data(erased)
+    strengths = {concept: strength(states, readouts) for concept, states in data.forbidden.items()}
+    edit["marks"] = {concept: {"least": float(s.min()), "mean": float(s.mean())} for concept, s in strengths.items()}
+    on_kept = strength(data.kept, readouts)
+    edit["kept_marks"] = {"largest": float(on_kept.max()), "q99": float(on_kept.quantile(0.99))}
+    texts = [text for concept in data.forbidden for text in edit["texts"][concept]]
+    record["forget"] = {
+        "path": None,
+        "sha256": None,
+        "count": len(texts),
+        "concepts": list(data.forbidden),
+        "texts": texts,
+    }
+    stored.save(output_dir / EDIT_FILE)
+    clock.lap("write")
+    edit["seconds"] = {**clock.seconds, "total": sum(clock.seconds.values())}
+    write_json_atomic(output_dir / "erasure.json", record)
+    write_model_card(output_dir, record)
+    return record

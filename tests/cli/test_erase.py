@@ -1,0 +1,159 @@
+"""The halting anchor end to end at a tiny configuration: train, erase, add, remove, and load by diffusers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safemax_sd.prompts import load_prompts
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from safemax_sd import adapter
+from safemax_sd.cli import app
+from safemax_sd.command_line import parse_config
+from safemax_sd.edits.halting_marks import HaltingMarksSettings
+from safemax_sd.erase import change_concepts, erase
+from safemax_sd.erased import load_erased
+from safemax_sd.errors import OptionError
+from safemax_sd.train import train
+from tests import tiny
+
+FEW = ("--practice_edits", "4")
+
+
+@pytest.fixture(scope="module")
+def anchor(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("anchor")
+    arguments = tiny.train_arguments(tiny_model, folder, folder / "out", "--objective", "halting_anchor", *FEW)
+    return train(parse_config(arguments))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    texts = {
+        "forget": "prompt,concept\na red apple,apple\nan apple,apple\n",
+        "more": "prompt,concept\na fig tree,fig\n",
+        "retain": "prompt,concept\na red pear,pear\na plum tree,plum\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    return {name: tmp_path / f"{name}.csv" for name in texts}
+
+
+def test_an_anchor_needs_concepts_to_practise_on(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("prompt,concept\na red pear,pear\n")
+    arguments = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", "--objective", "halting_anchor", *FEW)
+    arguments[arguments.index("--retain_prompts") + 1] = str(tmp_path / "one.csv")
+    with pytest.raises(OptionError, match="must hold at least two concepts"):
+        train(parse_config(arguments))
+
+
+def test_forget_prompts_are_of_no_use_to_an_anchor(tiny_model: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    arguments = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", "--objective", "halting_anchor", *FEW)
+    with pytest.raises(OptionError, match=r"--forget_prompts .*: is not used by --objective halting_anchor"):
+        train(parse_config([*arguments, "--forget_prompts", str(files["forget"])]))
+
+
+def run_erase(anchor: Path, files: dict[str, Path], output: Path, **settings: float) -> dict[str, object]:
+    prompts = [load_prompts(files[name], option="--x") for name in ("forget", "retain")]
+    return erase(anchor, *prompts, output, HaltingMarksSettings(**settings), overwrite=False)  # type: ignore[arg-type]
+
+
+def test_the_edit_is_a_few_more_ranks_of_keys_and_values(anchor: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    record = run_erase(anchor, files, tmp_path / "erased")
+    before, after = (load_file(folder / adapter.WEIGHTS_NAME) for folder in (anchor, tmp_path / "erased"))
+    marks = load_file(anchor / "halting_marks.safetensors")["marks"]
+    family = load_erased(anchor)
+    changed = list(record["edit"]["rank_pattern"])  # type: ignore[index]
+    assert sorted(changed) == sorted(family.token_projections())
+    for name, tensor in before.items():
+        layer, _, part = name.removeprefix("unet.").rpartition(".lora_")
+        if layer not in changed:
+            assert torch.equal(after[name], tensor)
+            continue
+        rank = 2
+        kept = after[name][:rank] if part.startswith("A") else after[name][:, :rank]
+        assert torch.equal(kept, tensor)
+        if part.startswith("B"):
+            weight = adapter.effective_weight(family.token_projections()[layer])
+            assert torch.allclose(after[name][:, rank:], weight @ marks.T, atol=1e-4)
+
+
+def test_diffusers_alone_marks_what_is_forbidden(
+    anchor: Path, files: dict[str, Path], tmp_path: Path, tiny_model: Path
+) -> None:
+    run_erase(anchor, files, tmp_path / "erased")
+    family = load_erased(tmp_path / "erased")
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    pipeline.load_lora_weights(tmp_path / "erased", weight_name=adapter.WEIGHTS_NAME)
+    conditioning = family.encode_prompts(["a red apple", "a red pear"])
+    x, t = torch.randn(2, *family.latent_shape(None)), torch.tensor([10, 900])
+    with torch.no_grad():
+        ours = family.predict(x, t, conditioning)
+        assert torch.allclose(
+            pipeline.unet(x, t, conditioning.tensors["encoder_hidden_states"]).sample, ours, atol=1e-5
+        )
+        assert not torch.allclose(load_erased(anchor).predict(x, t, conditioning), ours)
+
+
+def test_a_concept_that_comes_back_gives_the_same_file(anchor: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "erased"
+    run_erase(anchor, files, output)
+    alone = (output / adapter.WEIGHTS_NAME).read_bytes()
+    record = change_concepts(output, add=load_prompts(files["more"], option="--add"), remove=[])
+    both = (output / adapter.WEIGHTS_NAME).read_bytes()
+    assert sorted(record["edit"]["marks"]) == ["apple", "fig"]
+    assert both != alone
+    record = change_concepts(output, add=None, remove=["fig"])
+    assert list(record["edit"]["marks"]) == ["apple"]
+    assert (output / adapter.WEIGHTS_NAME).read_bytes() != both
+    change_concepts(output, add=load_prompts(files["more"], option="--add"), remove=[])
+    assert (output / adapter.WEIGHTS_NAME).read_bytes() == both
+    assert json.loads((output / "erasure.json").read_text())["forget"]["concepts"] == ["apple", "fig"]
+
+
+def test_what_was_kept_can_be_added(anchor: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "erased"
+    run_erase(anchor, files, output)
+    before = (output / adapter.WEIGHTS_NAME).read_bytes()
+    (tmp_path / "pear.csv").write_text("prompt,concept\na red pear,pear\n")
+    record = change_concepts(output, add=load_prompts(tmp_path / "pear.csv", option="--add"), remove=[])
+    assert list(record["edit"]["marks"]) == ["apple", "pear"]
+    assert record["edit"]["marks"]["pear"]["mean"] > 0.9
+    assert (output / adapter.WEIGHTS_NAME).read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("remove", "message"),
+    [(["pear"], "--remove pear: is not erased here; erased are apple"), (["apple"], "nothing erased")],
+)
+def test_what_cannot_be_removed(
+    anchor: Path, files: dict[str, Path], tmp_path: Path, remove: list[str], message: str
+) -> None:
+    run_erase(anchor, files, tmp_path / "erased")
+    before = (tmp_path / "erased" / adapter.WEIGHTS_NAME).read_bytes()
+    with pytest.raises(OptionError, match=message):
+        change_concepts(tmp_path / "erased", add=None, remove=remove)
+    assert (tmp_path / "erased" / adapter.WEIGHTS_NAME).read_bytes() == before
+
+
+def test_the_command_says_how_strongly_words_are_marked(anchor: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "erased"
+    command = ["erase", "--anchor", str(anchor), "--output_dir", str(output)]
+    command += ["--forget_prompts", str(files["forget"]), "--retain_prompts", str(files["retain"])]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "apple: marked" in result.output
+    assert CliRunner().invoke(app, command).exit_code == 2
+    assert CliRunner().invoke(app, ["erase", "--output_dir", str(output)]).exit_code == 2
+    assert CliRunner().invoke(app, ["erase", "--anchor", str(output), *command[3:]]).exit_code == 2
+
+
+def test_a_mark_needs_words(tiny_ddpm: Path, tmp_path: Path) -> None:
+    arguments = tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "out", "--objective", "halting_anchor", *FEW)
+    with pytest.raises(OptionError, match="--objective halting_anchor: works on the words of prompts"):
+        train(parse_config(arguments))
