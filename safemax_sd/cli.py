@@ -109,9 +109,9 @@ def report_marks(record: dict[str, Any], output_dir: Path) -> None:
     kept = edit["kept_marks"]
     strong = f"; up to {keeps:g} changes nothing: some kept prompts may halt" if kept["largest"] > keeps else ""
     console.print(f"kept tokens: marked {kept['largest']:.2f} at most, 99 % below {kept['q99']:.2f}{strong}")
-    seconds = edit["seconds"]
+    seconds, noun = edit["seconds"], "concept" if len(edit["marks"]) == 1 else "concepts"
     console.print(
-        f"erased {len(edit['marks'])} concepts in {seconds['total']:.2f} s, {seconds['solve']:.2f} s of it the edit: "
+        f"erased {len(edit['marks'])} {noun} in {seconds['total']:.2f} s, {seconds['solve']:.2f} s of it the edit: "
         f"{output_dir}",
         soft_wrap=True,
     )

@@ -100,15 +100,14 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
     """
     config.validate()
     objective = OBJECTIVES.get(config.objective)
-    retain = load_prompts(config.retain_prompts, option="--retain_prompts")
-    if objective.names_concepts:
-        forget = load_prompts(config.forget_prompts, option="--forget_prompts")
-        check_disjoint(forget, retain)
-    elif config.forget_prompts:
+    if not objective.names_concepts and config.forget_prompts:
         text = f"is not used by --objective {config.objective}, which is trained before anything is to be forgotten"
         raise OptionError("--forget_prompts", config.forget_prompts, text)
-    else:
-        forget = retain
+    named = load_prompts(config.forget_prompts, option="--forget_prompts") if objective.names_concepts else None
+    retain = load_prompts(config.retain_prompts, option="--retain_prompts")
+    forget = retain if named is None else named
+    if named is not None:
+        check_disjoint(named, retain)
     allowed = objective.trainable
     if config.trainable not in allowed:
         text = f"does not go with --objective {config.objective}: use {' or '.join(sorted(allowed))}"
