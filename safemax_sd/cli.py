@@ -91,12 +91,10 @@ def erase(
                 raise OptionError(
                     "--anchor", anchor, "starts a new erasure: --add and --remove change one that is there"
                 )
-            prompts = [
-                load_prompts(path or "", option=option)
-                for path, option in ((forget_prompts, "--forget_prompts"), (retain_prompts, "--retain_prompts"))
-            ]
+            forget = load_prompts(forget_prompts or "", option="--forget_prompts")
+            retain = load_prompts(retain_prompts or "", option="--retain_prompts")
             settings = HaltingMarksSettings(retain_weight, excess_weight, faint)
-            record = erase_concepts(anchor, *prompts, output_dir, settings, overwrite=overwrite_output_dir)
+            record = erase_concepts(anchor, forget, retain, output_dir, settings, overwrite=overwrite_output_dir)
         report_marks(record, output_dir)
 
 
