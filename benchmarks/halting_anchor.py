@@ -20,10 +20,12 @@ import torch
 from safemax_sd.evaluation.run import EvaluateOptions, Evaluation, pick
 from safemax_sd.prompts import load_prompts, load_suite
 
+from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.prompt_suites import OTHER_WORDING, Row, every_prompt, spread_prompts, write
 from benchmarks.emoji.settings import CONCEPTS, FORBIDDEN_GROUPS, NEIGHBOURS, OTHERS, SYNONYMS
 from safemax_sd.edits.halting_marks import HaltingMarksSettings
 from safemax_sd.erase import erase
+from safemax_sd.erased import read_record
 from safemax_sd.objectives.halting_anchor import HaltingAnchorConfig
 from safemax_sd.objectives.safemax import SafemaxConfig
 from safemax_sd.provenance import provenance
@@ -139,7 +141,7 @@ class Measurement:
             )
         )
         self.parts = load_suite(task).parts
-        record = json.loads((output / "erasure.json").read_text(encoding="utf8"))
+        record = read_record(output)
         self.cost = record["edit"] if "edit" in record else record["cost"]
 
     def rows(self, there: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -158,10 +160,6 @@ class Measurement:
             marks = {"marks": self.cost["marks"], "kept_marks": self.cost["kept_marks"]} if "marks" in self.cost else {}
             results = {name: vars(value) for name, value in values.items()}
             yield {**key, **results, "seconds": seconds, **marks, "provenance": provenance(0, torch.device("cpu"))}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()] if path.exists() else []
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ rows of the adapter, the same in every layer, are solved for again.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from safemax_sd.model_card import write_model_card
 from safemax_sd.objectives.halting_anchor import MARKS, MARKS_FILE, HaltingAnchor
 from safemax_sd.output import describe_prompts
 from safemax_sd.prompts import PromptSet, check_disjoint
-from safemax_sd.provenance import atomic_write_bytes, write_json_atomic, write_tensors_atomic
+from safemax_sd.provenance import Stopwatch, atomic_write_bytes, write_json_atomic, write_tensors_atomic
 from safemax_sd.token_states import contexts, forbidden_states, kept_states, texts_by_concept
 
 EDIT_FILE = "edit.safetensors"
@@ -48,22 +47,23 @@ def erase(
     Raises:
         OptionError: No anchor, a prompt that is both forbidden and kept, or an output folder in use.
     """
-    clock = _Clock()
+    clock = Stopwatch()
     record = _anchor_record(anchor)
     check_disjoint(forget, retain)
     if not overwrite and any((output_dir / name).exists() for name in (WEIGHTS_NAME, "erasure.json")):
         text = "holds another run: add --overwrite_output_dir, or use --add and --remove to change its concepts"
         raise OptionError("--output_dir", output_dir, text)
-    family = load_erased(anchor)
-    clock.lap("load")
-    texts, templates = texts_by_concept(forget), contexts(retain)
-    kept, kept_row = kept_states(family, retain)
-    concepts = [prompt.concept or prompt.text for prompt in retain.prompts]
-    marks = load_file(anchor / MARKS_FILE)[MARKS]
-    stored = _Stored(marks, kept, kept_row, concepts, forbidden_states(family, texts, templates))
-    clock.lap("encode")
-    changes = HaltingMarks(stored.marks, settings).solve(family.token_projections(), stored.data(texts))
-    clock.lap("solve")
+    with clock.phase("load"):
+        family = load_erased(anchor)
+    with clock.phase("encode"):
+        texts, templates = texts_by_concept(forget), contexts(retain)
+        kept, kept_row = kept_states(family, retain)
+        concepts = [prompt.concept or prompt.text for prompt in retain.prompts]
+        marks = load_file(anchor / MARKS_FILE)[MARKS]
+        stored = _Stored(marks, kept, kept_row, concepts, forbidden_states(family, texts, templates))
+    with clock.phase("solve"):
+        data = stored.data(texts)
+        changes = HaltingMarks(stored.marks, settings).solve(family.token_projections(), data)
     output_dir.mkdir(parents=True, exist_ok=True)
     save_adapter(family, output_dir, changes=changes)
     rank: int = family.denoiser.peft_config[ADAPTER].r  # type: ignore[union-attr,index]
@@ -76,7 +76,7 @@ def erase(
         "texts": texts,
     }
     record["retain"] = describe_prompts(retain, with_texts=False)
-    return _write(output_dir, record, stored, list(texts), next(iter(changes.values())).down, clock)
+    return _write(output_dir, record, stored, data, next(iter(changes.values())).down, clock)
 
 
 def change_concepts(output_dir: Path, *, add: PromptSet | None, remove: Sequence[str]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def change_concepts(output_dir: Path, *, add: PromptSet | None, remove: Sequence
     Raises:
         OptionError: No erased adapter, a concept that is not in it, or none would be left.
     """
-    clock = _Clock()
+    clock = Stopwatch()
     record = read_record(output_dir, "--output_dir")
     if "edit" not in record:
         raise OptionError("--output_dir", output_dir, "was not written by safemax erase --anchor")
@@ -97,25 +97,25 @@ def change_concepts(output_dir: Path, *, add: PromptSet | None, remove: Sequence
         if concept not in erased:
             raise OptionError("--remove", concept, f"is not erased here; erased are {', '.join(erased)}")
         erased.remove(concept)
-    clock.lap("load")
     if add is not None:
         added = texts_by_concept(add)
         # States of prompts that are known are not computed anew: in another batch they would be so to rounding only.
         new = {concept: own for concept, own in added.items() if edit["texts"].get(concept) != own}
         if new:
-            family = load_base(record)
-            clock.lap("load")
-            stored.known.update(forbidden_states(family, new, edit["contexts"]))
+            with clock.phase("load"):
+                family = load_base(record)
+            with clock.phase("encode"):
+                stored.known.update(forbidden_states(family, new, edit["contexts"]))
         edit["texts"] |= added
         erased += [concept for concept in added if concept not in erased]
-        clock.lap("encode")
     if not erased:
         raise OptionError("--remove", ", ".join(remove), "would leave nothing erased: use the anchor's adapter instead")
     edit_of = HaltingMarks(stored.marks, HaltingMarksSettings(**edit["settings"]))
-    readouts = edit_of.readouts(stored.data(erased)).float()
-    clock.lap("solve")
+    with clock.phase("solve"):
+        data = stored.data(erased)
+        readouts = edit_of.readouts(data).float()
     _replace_readouts(output_dir / WEIGHTS_NAME, list(edit["rank_pattern"]), readouts)
-    return _write(output_dir, record, stored, erased, readouts, clock)
+    return _write(output_dir, record, stored, data, readouts, clock)
 
 
 @dataclass(frozen=True)
@@ -155,19 +155,6 @@ class _Stored:
         return EditData({name: self.known[name] for name in sorted(forbidden)}, torch.cat([kept, *restored]))
 
 
-class _Clock:
-    """Seconds of each phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, phase: str) -> None:
-        now = time.monotonic()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
-
-
 def _anchor_record(anchor: Path) -> dict[str, Any]:
     record = read_record(anchor, "--anchor")
     if record["method"] != HaltingAnchor.name or "edit" in record:
@@ -184,7 +171,7 @@ def _replace_readouts(path: Path, layers: Sequence[str], readouts: Tensor) -> No
     content = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
-    rows = readouts.float().contiguous().numpy().tobytes()
+    rows = readouts.contiguous().numpy().tobytes()
     for layer in layers:
         end = start + header[f"unet.{layer}.lora_A.weight"]["data_offsets"][1]
         content[end - len(rows) : end] = rows
@@ -192,10 +179,10 @@ def _replace_readouts(path: Path, layers: Sequence[str], readouts: Tensor) -> No
 
 
 def _write(
-    output_dir: Path, record: dict[str, Any], stored: _Stored, erased: Sequence[str], readouts: Tensor, clock: _Clock
+    output_dir: Path, record: dict[str, Any], stored: _Stored, data: EditData, readouts: Tensor, clock: Stopwatch
 ) -> dict[str, Any]:
     """Write everything but the weights."""
-    edit, data = record["edit"], stored.data(erased)
+    edit = record["edit"]
     strengths = {concept: strength(states, readouts) for concept, states in data.forbidden.items()}
     edit["marks"] = {concept: {"least": float(s.min()), "mean": float(s.mean())} for concept, s in strengths.items()}
     on_kept = strength(data.kept, readouts)
@@ -208,8 +195,8 @@ def _write(
         "concepts": list(data.forbidden),
         "texts": texts,
     }
-    stored.save(output_dir / EDIT_FILE)
-    clock.lap("write")
+    with clock.phase("write"):
+        stored.save(output_dir / EDIT_FILE)
     edit["seconds"] = {**clock.seconds, "total": sum(clock.seconds.values())}
     write_json_atomic(output_dir / "erasure.json", record)
     write_model_card(output_dir, record)
