@@ -37,6 +37,11 @@ class Prompt:
     guidance: float | None = None
     case_number: int | None = None
 
+    @property
+    def shows(self) -> str:
+        """Its concept, or the prompt itself where the file does not say."""
+        return self.concept or self.text
+
 
 @dataclass(frozen=True)
 class PromptSet:

@@ -58,7 +58,7 @@ def erase(
     with clock.phase("encode"):
         texts, templates = texts_by_concept(forget), contexts(retain)
         kept, kept_row = kept_states(family, retain)
-        concepts = [prompt.concept or prompt.text for prompt in retain.prompts]
+        concepts = [prompt.shows for prompt in retain.prompts]
         marks = load_file(anchor / MARKS_FILE)[MARKS]
         stored = _Stored(marks, kept, kept_row, concepts, forbidden_states(family, texts, templates))
     with clock.phase("solve"):

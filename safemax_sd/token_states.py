@@ -32,7 +32,7 @@ def texts_by_concept(prompts: PromptSet) -> dict[str, list[str]]:
     """Prompts of each concept; a prompt whose file names none is its own."""
     texts: dict[str, list[str]] = {}
     for prompt in prompts.prompts:
-        texts.setdefault(prompt.concept or prompt.text, []).append(prompt.text)
+        texts.setdefault(prompt.shows, []).append(prompt.text)
     return texts
 
 

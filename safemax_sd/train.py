@@ -232,7 +232,7 @@ def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, ret
         latent_shape=latent_shape,
         forget=_on_cpu(conditioning["forget"]),
         retain=_on_cpu(conditioning["retain"]),
-        retain_concepts=tuple(prompt.concept or prompt.text for prompt in retain.prompts),
+        retain_concepts=tuple(prompt.shows for prompt in retain.prompts),
         empty=_on_cpu(family.empty),
         forget_bank=banks["forget"],
         retain_bank=banks["retain"],

@@ -89,12 +89,16 @@ class HaltingAnchor(Safemax):
             raise OptionError("--retain_prompts", config.retain_prompts, "must hold at least two concepts")
         states = data.retain.tensors[TOKEN_STATES].cpu()
         self.marks = config.mark_length * choose_marks(states, config.marks, config.seed)
-        self.practice = practise(states, data.retain_concepts, self.marks, config.practice_edits, config.seed)
 
     def prepare(self, student: Student) -> int:
-        """Let the LoRA of keys and values start with rows that read the marks: random ones find them hundreds of steps
-        later.
+        """Practise, and let the LoRA of keys and values start with rows that read the marks.
+
+        Random rows find them hundreds of steps later.
         """
+        states = self.data.retain.tensors[TOKEN_STATES].cpu()
+        self.practice = practise(
+            states, self.data.retain_concepts, self.marks, self.config.practice_edits, self.config.seed
+        )
         directions = torch.nn.functional.normalize(self.marks, dim=1)
         for layer in student.token_projections.values():
             rows = layer.lora_A[ADAPTER].weight  # type: ignore[union-attr,index]
