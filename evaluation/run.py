@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safemax_sd.evaluation.generate import SAMPLERS, Generator, Job, Pictures
+from accelerate import PartialState
+from safemax_sd.evaluation.generate import FLOW_SAMPLERS, SAMPLERS, Generator, Job, Pictures
+from safemax_sd.evaluation.headline import measured_markdown
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
 from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
@@ -19,6 +21,7 @@ from torch import Tensor
 from safemax_sd.erased import read_record
 from safemax_sd.errors import OptionError
 from safemax_sd.judge import Judge, load_judge
+from safemax_sd.model_card import Picture, write_model_card
 from safemax_sd.pictures import before_after
 from safemax_sd.provenance import Stopwatch, provenance, write_json_atomic
 from safemax_sd.registry import closest
@@ -45,9 +48,9 @@ class EvaluateOptions:
     num_sweep_images: int = 64
     guidance_scale: float = 5.0
     num_inference_steps: int = 25
-    sampler: str = "ddim"
+    sampler: str | None = None
     sweep_guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 7.5, 12.0)
-    sweep_samplers: tuple[str, ...] = tuple(SAMPLERS)
+    sweep_samplers: tuple[str, ...] | None = None
     clip_model: str = "emoji"
     clip_pretrained: str | None = None
     real_images: str | None = None
@@ -56,10 +59,7 @@ class EvaluateOptions:
 
     def validate(self) -> None:
         """Raises OptionError for the first value that cannot be used."""
-        for sampler in (self.sampler, *self.sweep_samplers):
-            if sampler not in SAMPLERS:
-                text = f"must be one of {', '.join(SAMPLERS)}{closest(sampler, SAMPLERS)}"
-                raise OptionError("--sampler", sampler, text)
+        check_samplers(self, dict.fromkeys([*SAMPLERS, *FLOW_SAMPLERS]))
         for name in ("num_images", "num_inference_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name}", getattr(self, name), "must be at least 1")
@@ -70,22 +70,33 @@ class EvaluateOptions:
                 raise OptionError("--guidance_scale", scale, "must be more than 0 and below 1000")
 
 
+def check_samplers(options: EvaluateOptions, allowed: Iterable[str]) -> None:
+    """Raises OptionError for the first sampler asked for that is not allowed."""
+    for sampler in (options.sampler, *(options.sweep_samplers or ())):
+        if sampler is not None and sampler not in allowed:
+            raise OptionError("--sampler", sampler, f"must be one of {', '.join(allowed)}{closest(sampler, allowed)}")
+
+
 class Evaluation:
     """One evaluation: what is loaded once and used by every measurement."""
 
     def __init__(self, options: EvaluateOptions) -> None:
         options.validate()
-        self.options, self.adapter_dir = options, Path(options.adapter)
+        self.adapter_dir, self.state = Path(options.adapter), PartialState()
         record = read_record(self.adapter_dir)
         self.suite = find_suite(options.suite, record)
         self.output_dir = Path(options.output_dir) if options.output_dir else self.adapter_dir / "evaluation"
         judge = load_judge(options.clip_model, options.clip_pretrained)
         self.real = load_real(options, record)
         concepts = suite_concepts(self.suite)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.generator = Generator(
-            self.adapter_dir, self.output_dir / "cache", device=device, batch_size=options.batch_size
+            self.adapter_dir, self.output_dir / "cache", state=self.state, batch_size=options.batch_size
+        )
+        samplers = tuple(self.generator.samplers)
+        check_samplers(options, samplers)
+        self.options = replace(
+            options, sampler=options.sampler or samplers[0], sweep_samplers=options.sweep_samplers or samplers
         )
         self.context = Context(
             judge=judge,
@@ -157,7 +168,7 @@ class Evaluation:
         rows: list[dict[str, Any]] = []
         if self.options.num_sweep_images == 0:
             return rows
-        for sampler in self.options.sweep_samplers:
+        for sampler in self.options.sweep_samplers or ():
             for scale in self.options.sweep_guidance_scales:
                 for subset, names in SWEEP_METRICS.items():
                     prompts = pick(self.suite.parts[subset], self.options.num_sweep_images)
@@ -218,18 +229,31 @@ def evaluate(options: EvaluateOptions) -> Path:
         "erased": list(evaluation.suite.parts["forget"].concepts),
         "suite": evaluation.suite.name,
         "judge": evaluation.judge.name,
-        "settings": asdict(options),
+        "settings": asdict(evaluation.options),
         "metrics": rows,
         "sweep": sweep,
         "seconds": clock.seconds,
         "provenance": provenance(options.seed, torch.device(evaluation.generator.pipeline.device)),
     }
     folder = evaluation.output_dir
+    if not evaluation.state.is_main_process:
+        return folder
     scale = 2 if shown["base"][0].width < SMALL else 0.5
     before_after(shown["base"], shown["erased"], shown["prompts"], scale=scale).save(folder / "samples.png")
     write_json_atomic(folder / "report.json", report)
     write_page(report, folder, log=read_log(evaluation.adapter_dir))
+    update_model_card(evaluation.adapter_dir, report, folder)
     return folder
+
+
+def update_model_card(adapter_dir: Path, report: dict[str, Any], folder: Path) -> None:
+    """Put an evaluation into the adapter's model card, if it lies in the adapter's folder and so goes along with it."""
+    inside, adapter_dir = folder.resolve(), adapter_dir.resolve()
+    if not inside.is_relative_to(adapter_dir):
+        return
+    path = (inside / "samples.png").relative_to(adapter_dir).as_posix()
+    picture = Picture(path, "The base model above, the erased model below: same prompts, same start noise")
+    write_model_card(adapter_dir, report["adapter"], measured=measured_markdown(report), picture=picture)
 
 
 def row(metric: str, subset: str, model: str, result: Result, **settings: Any) -> dict[str, Any]:

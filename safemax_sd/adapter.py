@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils.state_dict_utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -127,12 +127,13 @@ def save_adapter(
     changes = changes or {}
     state = widened(adapter_state(family.denoiser), changes)
     ranks = rank_pattern(family.denoiser.peft_config[ADAPTER].r, changes)  # type: ignore[union-attr,index]
+    metadata = _metadata(family.denoiser, ranks)
     try:
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
-            family.save_adapter(Path(temporary), state, _metadata(family.denoiser, ranks))
+            family.save_adapter(Path(temporary), state, metadata)
             names = [WEIGHTS_NAME]
             if kohya:
-                save_file(to_kohya(state, family.denoiser), Path(temporary) / KOHYA_NAME, metadata={"format": "pt"})
+                save_file(to_kohya(state, metadata), Path(temporary) / KOHYA_NAME, metadata={"format": "pt"})
                 names.append(KOHYA_NAME)
             for name in names:
                 os.replace(Path(temporary) / name, directory / name)
@@ -140,19 +141,43 @@ def save_adapter(
         raise SafemaxError(f"--output_dir {directory}: the adapter could not be written ({error.strerror})") from error
 
 
-def to_kohya(state: dict[str, Tensor], denoiser: nn.Module) -> dict[str, Tensor]:
-    """The adapter in the naming of kohya's scripts, A1111 and ComfyUI, with the true alpha of every layer."""
-    prefixed = convert_all_state_dict_to_peft({f"unet.{name}": tensor for name, tensor in state.items()})
-    converted: dict[str, Tensor] = convert_state_dict_to_kohya(prefixed)
-    alpha = float(denoiser.peft_config[ADAPTER].lora_alpha)  # type: ignore[union-attr,index]
-    # diffusers writes alpha = rank whatever it was.
-    return {
-        name: torch.tensor(alpha) if name.endswith(".alpha") else tensor.contiguous()
-        for name, tensor in converted.items()
-    }
+def layer_alpha(metadata: dict[str, Any], layer: str) -> float:
+    """Alpha of one layer's LoRA, found in the adapter's metadata as peft finds it."""
+    pattern: dict[str, float] = metadata["alpha_pattern"]
+    return float(pattern.get(get_pattern_key(list(pattern), layer), metadata["lora_alpha"]))
 
 
-def load_adapter(denoiser: nn.Module, directory: Path) -> None:
+def to_kohya(state: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, Tensor]:
+    """The adapter in the naming of kohya's scripts, A1111 and ComfyUI, with one alpha that is true of every layer.
+
+    Args:
+        state: Its tensors in peft's names.
+        metadata: Its `METADATA_KEYS`.
+    """
+    alphas = {layer: layer_alpha(metadata, layer) for layer in {name.rsplit(".", 2)[0] for name in state}}
+    largest = max(len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight"))
+    converted = {}
+    for layer, alpha in sorted(alphas.items()):
+        down, up = state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"]
+        # diffusers loses the alpha of an attention layer that differs from the others'; with alpha folded in and zeros
+        # up to one rank, alpha is that rank everywhere.
+        if len(set(alphas.values())) > 1:
+            down, up, alpha = *_of_rank(largest, down, up * (alpha / len(down))), float(largest)
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        converted[f"{name}.lora_down.weight"] = down.contiguous()
+        converted[f"{name}.lora_up.weight"] = up.contiguous()
+        converted[f"{name}.alpha"] = torch.tensor(alpha)
+    return converted
+
+
+def _of_rank(rank: int, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product from matrices (or convolutions) that zeros make as large as of this rank."""
+    missing = rank - len(down)
+    down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
+    return down, torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
+
+
+def load_adapter(family: ModelFamily, directory: Path) -> None:
     """Copy a saved adapter's values into the attached one, in place, bit for bit.
 
     Raises:
@@ -161,8 +186,9 @@ def load_adapter(denoiser: nn.Module, directory: Path) -> None:
     path = directory / WEIGHTS_NAME
     if not path.exists():
         raise SafemaxError(f"{directory} holds no {WEIGHTS_NAME}")
-    state = {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
-    expected = adapter_state(denoiser)
+    prefix = f"{family.denoiser_part}."
+    state = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+    expected = adapter_state(family.denoiser)
     if {n: t.shape for n, t in expected.items()} != {n: t.shape for n, t in state.items()}:
         raise SafemaxError(f"{path} does not fit this base model with these --rank and --lora_targets")
-    set_peft_model_state_dict(denoiser, state)
+    set_peft_model_state_dict(family.denoiser, state)

@@ -73,18 +73,22 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(1, "Micro-batches a step.")
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     max_train_steps: int = option(550, "Optimizer steps.")
-    learning_rate: float = option(5e-4, "Of AdamW.")
+    learning_rate: float = option(5e-4, "Of AdamW; for prodigy about 1.")
     scale_lr: bool = option(False, "Multiply the rate by batch, accumulation and processes.")
     lr_scheduler: str = option("cosine", "Name of a schedule of diffusers.optimization.")
     lr_warmup_steps: int = option(10, "Steps of linear warm-up.")
+    optimizer: Literal["adamw", "prodigy"] = option("adamw", "AdamW, or Prodigy of prodigyopt.")
     use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes.")
     adam_beta1: float = option(0.9, "β1.")
     adam_beta2: float = option(0.99, "β2.")
     adam_weight_decay: float = option(0.0, "Weight decay of the LoRA.")
-    adam_epsilon: float = option(1e-8, "ε of AdamW.")
+    adam_epsilon: float = option(1e-8, "ε of either optimizer.")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Autocast of the denoiser.")
     enable_xformers_memory_efficient_attention: bool = option(False, "xformers attention where it works.")
+    torch_compile: Literal["inductor", "aot_eager", "eager"] | None = option(
+        None, "Compile the denoiser for training, with this backend."
+    )
 
     forget_trajectories: int = option(64, "Trajectories of the frozen model recorded for forbidden prompts.")
     retain_trajectories: int = option(512, "The same for prompts to keep.")
@@ -93,6 +97,7 @@ class TrainConfig:
     replay_inference_steps: int = option(20, "Sampling steps of those trajectories.")
     retain_perturbation: float = option(0.5, "Largest noise mixed into half of the recorded states to keep.")
     replay_batch_size: int = option(32, "Trajectories sampled together.")
+    replay_memory_gib: float = option(8.0, "Replay banks beyond this lie on disk, in --output_dir while it runs.")
 
     stop_at_unlearning_accuracy: float | None = option(None, "Stop when a probe reaches this percentage.")
     clip_model: str = option("emoji", "Judge of that probe: emoji, or an open_clip model name.")
@@ -106,6 +111,9 @@ class TrainConfig:
     report_to: str | None = option(None, "Tracker: tensorboard, wandb, mlflow ….")
     logging_dir: str = option("logs", "Folder for trackers inside --output_dir.")
     output_kohya_format: bool = option(False, "Also write the adapter for A1111 and ComfyUI.")
+    push_to_hub: bool = option(False, "Upload the finished adapter to the Hugging Face hub.")
+    hub_model_id: str | None = option(None, "Repository on the hub; named like --output_dir if not given.")
+    hub_token: str | None = option(None, "Token of the hub; that of `hf auth login` or HF_TOKEN if not given.")
 
     required: ClassVar[tuple[str, ...]] = ("forget_prompts", "retain_prompts", "output_dir")
     ranges: ClassVar[dict[str, Range]] = {
@@ -120,11 +128,18 @@ class TrainConfig:
         ),
         "resolution": Range("must be a multiple of 8", lambda value: value > 0 and value % 8 == 0),
         "retain_weight": NOT_NEGATIVE,
+        "replay_memory_gib": NOT_NEGATIVE,
         "lora_dropout": SHARE,
         "retain_perturbation": SHARE,
         "replay_unguided_share": SHARE,
         "stop_at_unlearning_accuracy": PERCENTAGE,
     }  # fmt: skip
+
+    secret: ClassVar[tuple[str, ...]] = ("hub_token",)
+
+    def record(self) -> dict[str, Any]:
+        """Every flag that may be written down: all but secrets."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in self.secret}
 
     @property
     def retain_samples(self) -> int:

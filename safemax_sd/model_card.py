@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
 
+from safemax_sd.families.base import FAMILIES
 from safemax_sd.provenance import atomic_write_text
 
 TAGS = ["diffusers", "text-to-image", "lora", "concept-erasure", "unlearning", "safemax"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the card.
+
+    Attributes:
+        path: Relative to the card.
+        alt: What it shows.
+    """
+
+    path: str
+    alt: str
 
 
 def usage(record: dict[str, Any], folder: str) -> str:
@@ -19,38 +35,17 @@ def usage(record: dict[str, Any], folder: str) -> str:
         record: Content of `erasure.json`.
         folder: Where the output lies.
     """
-    name, family = record["base_model"]["name_or_path"], record["base_model"]["family"]
+    name, config = record["base_model"]["name_or_path"], record["config"]
     prompt = (record["forget"]["texts"] or ["a picture"])[0]
-    if family == "ddpm":  # DDPMPipeline knows neither classes nor LoRA
-        return "\n".join(
-            [
-                "import torch",
-                "from safemax_sd.erased import load_erased",
-                "from safemax_sd.samples import to_pil",
-                f'family = load_erased("{folder}")',
-                f'prompt, noise = family.encode_prompts(["{prompt}"]), torch.randn(1, *family.latent_shape(None))',
-                "latents = family.sample(prompt, noise, guidance_scale=3.0, num_inference_steps=50)",
-                'to_pil(family.decode(latents))[0].save("erased.png")',
-            ]
-        )
-    imports, base = [], f'"{name}"'
-    if name == "emoji":
-        imports, base = ["from safemax_sd.assets import ASSETS"], 'ASSETS / "emoji"'
-    if record["config"]["trainable"] == "full":
-        lines = [
-            "from diffusers import StableDiffusionPipeline, UNet2DConditionModel",
-            *imports,
-            f'unet = UNet2DConditionModel.from_pretrained("{folder}", subfolder="unet")',
-            f"pipe = StableDiffusionPipeline.from_pretrained({base}, unet=unet, safety_checker=None)",
-        ]
-    else:
-        lines = [
-            "from diffusers import StableDiffusionPipeline",
-            *imports,
-            f"pipe = StableDiffusionPipeline.from_pretrained({base}, safety_checker=None)",
-            f'pipe.load_lora_weights("{folder}")',
-        ]
-    return "\n".join([*lines, f'pipe("{prompt}").images[0].save("erased.png")'])
+    embedded = name == "emoji"
+    lines = FAMILIES.get(record["base_model"]["family"]).usage(
+        'ASSETS / "emoji"' if embedded else f'"{name}"',
+        folder,
+        prompt,
+        full=config["trainable"] == "full",
+        resolution=config["resolution"],
+    )
+    return "\n".join([*(["from safemax_sd.assets import ASSETS"] if embedded else []), *lines])
 
 
 def _trained(config: dict[str, Any]) -> str:
@@ -59,8 +54,14 @@ def _trained(config: dict[str, Any]) -> str:
     return f"LoRA of rank {config['rank']}, {config['lora_targets']} layers"
 
 
-def describe(record: dict[str, Any], pictures: list[str]) -> str:
-    """The card's text for one `erasure.json`; `pictures` are paths relative to the card."""
+def describe(record: dict[str, Any], picture: Picture | None, measured: str = "") -> str:
+    """The card's text for one `erasure.json`.
+
+    Args:
+        record: Content of `erasure.json`.
+        picture: To show below the title.
+        measured: Markdown of an evaluation's results; may be empty.
+    """
     base = record["base_model"]["name_or_path"]
     concepts = record["forget"]["concepts"] or record["forget"]["texts"][:10]
     cost, config = record["cost"], record["config"]
@@ -82,8 +83,7 @@ def describe(record: dict[str, Any], pictures: list[str]) -> str:
         "",
         sentence,
         "",
-        *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
-        "",
+        *([f"![{picture.alt}]({quote(picture.path)})", ""] if picture is not None else []),
         "```python",
         usage(record, "path/to/this/folder"),
         "```",
@@ -97,20 +97,31 @@ def describe(record: dict[str, Any], pictures: list[str]) -> str:
         f"| trained | {_trained(config)} |",
         *([f"| decay | {config['decay']}, λ = {config['decay_lambda']} |"] if "decay" in config else []),
         "",
+        *(["## Measured", "", measured, ""] if measured else []),
         "Erasure is measured, not guaranteed: `safemax evaluate` says what this adapter forgets, keeps and withstands.",
     ]
     return "\n".join(lines)
 
 
-def write_model_card(directory: Path, record: dict[str, Any]) -> None:
+def write_model_card(
+    directory: Path, record: dict[str, Any], *, measured: str = "", picture: Picture | None = None
+) -> None:
     """Write `README.md` into the adapter's folder.
+
+    Args:
+        directory: The adapter's folder.
+        record: Content of its `erasure.json`.
+        measured: Markdown of an evaluation's results; may be empty.
+        picture: To show; by default the last of those drawn during training.
 
     Raises:
         SafemaxError: The disk is full.
     """
-    pictures = sorted(str(path.relative_to(directory)) for path in (directory / "samples").glob("*.png"))
+    if picture is None:
+        drawn = sorted((directory / "samples").glob("*.png"))
+        picture = Picture(drawn[-1].relative_to(directory).as_posix(), drawn[-1].stem) if drawn else None
     base = record["base_model"]["name_or_path"]
     # Not through diffusers' load_or_create_model_card: it asks the hub for a repository of the folder's name first.
     data = ModelCardData(base_model=base, library_name="diffusers", pipeline_tag="text-to-image", tags=TAGS)
-    text = f"---\n{data.to_yaml()}\n---\n\n{describe(record, pictures[-1:])}\n"
+    text = f"---\n{data.to_yaml()}\n---\n\n{describe(record, picture, measured)}\n"
     atomic_write_text(directory / "README.md", text)

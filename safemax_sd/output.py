@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ class RunLog:
         self._path = path if accelerator.is_main_process else None
         self._started = time.monotonic()
         if config.report_to is not None:
-            plain = {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str | bool)}
+            plain = {k: v for k, v in config.record().items() if isinstance(v, int | float | str | bool)}
             accelerator.init_trackers("safemax_sd", config=plain)
         if self._path is not None:
             self._keep_until(resume_step)
@@ -106,7 +105,7 @@ def write_results(
             "variant": config.variant,
             "family": family.name,
         },
-        "config": asdict(config),
+        "config": config.record(),
         "forget": describe_prompts(forget),
         "retain": describe_prompts(retain, with_texts=False),
         "cost": {

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from safemax_sd.errors import SafemaxError
 
 PACKAGES = ("safemax_sd", "torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")
+SECRET_FLAGS = ("--hub_token", "--hub-token")
 
 
 def _version(package: str) -> str | None:
@@ -41,8 +43,20 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def provenance(seed: int, device: torch.device) -> dict[str, Any]:
-    """Versions, commit, device, command and seed of the running process."""
+def _command() -> list[str]:
+    """The command line of this process, but for secrets."""
+    words = [Path(sys.argv[0]).name]
+    for before, word in pairwise(sys.argv):
+        flag, equals, _ = word.partition("=")
+        if before in SECRET_FLAGS:
+            words.append("***")
+        else:
+            words.append(f"{flag}=***" if equals and flag in SECRET_FLAGS else word)
+    return words
+
+
+def provenance(seed: int | None, device: torch.device) -> dict[str, Any]:
+    """Versions, commit, device, command and seed (None: nothing was drawn) of the running process."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "versions": {package: _version(package) for package in PACKAGES},
@@ -50,7 +64,7 @@ def provenance(seed: int, device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": _command(),
         "seed": seed,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -7,13 +7,20 @@ pictures nor a second copy of the network.
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from safemax_sd.errors import SafemaxError
 from safemax_sd.families import Conditioning, ModelFamily, TrajectoryPoint
 
 PERTURBED_SHARE = 0.5
@@ -63,18 +70,57 @@ class ReplayBank:
     def __len__(self) -> int:
         return len(self.t)
 
-    @staticmethod
-    def cat(parts: Sequence[ReplayBank]) -> ReplayBank:
-        rows = ("x_t", "t", "prompt", "conditional", "unconditional")
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in rows}
-        x0, prompt = (torch.cat([getattr(part.samples, name) for part in parts]) for name in ("x0", "prompt"))
-        return ReplayBank(**joined, samples=Samples(x0, prompt), model_calls=sum(part.model_calls for part in parts))
+    def put(self, part: ReplayBank, *, row: int, sample: int) -> None:
+        """Copy a part of this bank to where it belongs."""
+        for name in ("x_t", "t", "prompt", "conditional", "unconditional"):
+            getattr(self, name)[row : row + len(part)] = getattr(part, name)
+        end = sample + len(part.samples)
+        self.samples.x0[sample:end], self.samples.prompt[sample:end] = part.samples.x0, part.samples.prompt
 
     @staticmethod
     def empty(latent_shape: tuple[int, ...]) -> ReplayBank:
         """A bank in which nothing is recorded."""
         latents, rows = torch.zeros(0, *latent_shape), torch.zeros(0, dtype=torch.long)
         return ReplayBank(latents, rows, rows, latents, latents, Samples(latents, rows), 0)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where the rows of a bank lie: in memory, or in files that every process of a run maps.
+
+    Attributes:
+        folder: Of the files; None for memory.
+    """
+
+    folder: Path | None = None
+
+    def rows(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Room for a tensor; what is written to it on disk is seen by all processes.
+
+        Raises:
+            SafemaxError: The disk is full.
+        """
+        if self.folder is None or not math.prod(shape):
+            return torch.empty(*shape, dtype=dtype)
+        path = self.folder / f"{name}.bin"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:  # before anything is written: a mapped file that finds no space is a crash
+                os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)
+        except OSError as error:
+            raise SafemaxError(
+                f"--output_dir: no room for the replay bank in {self.folder} ({error.strerror})"
+            ) from error
+        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
+
+    def forget_names(self, state: PartialState) -> None:
+        """Delete the files once every process has mapped them: their space is given back when the last one ends."""
+        state.wait_for_everyone()
+        if self.folder is not None and state.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+MEMORY = Storage()
 
 
 def start_noise(shape: tuple[int, ...], seeds: Sequence[int], device: torch.device) -> Tensor:
@@ -97,8 +143,11 @@ def record(
     keep_steps: bool = True,
     perturbation: float = 0.0,
     unguided_share: float = 0.0,
+    storage: Storage = MEMORY,
 ) -> ReplayBank:
     """Sample the frozen model and keep every step, or only where the trajectories end.
+
+    Several processes share the work where the storage is files: each records some of the batches.
 
     Args:
         family: Model; an attached adapter is switched off while recording.
@@ -114,16 +163,26 @@ def record(
             are those at the mixture. A student that is a little off the frozen trajectory learns to come back.
         unguided_share: Of the trajectories, that are sampled at guidance 1 instead, which leaves more noise on the way.
         keep_steps: False leaves the bank without rows: a method that needs the samples alone saves their memory.
+        storage: Where the bank lies.
     """
-    parts = []
-    fewer = trajectories < len(conditioning)
-    with family.base_only(), torch.no_grad(), tqdm(total=trajectories, desc=description, unit="trajectory") as bar:
-        for start in range(0, trajectories, batch_size):
+    steps = num_inference_steps if keep_steps else 0
+    bank = _room(storage, family, family.latent_shape(resolution), trajectories, trajectories * steps)
+    starts = range(0, trajectories, batch_size)
+    state = PartialState()
+    shared = storage.folder is not None
+    own = starts[state.process_index :: state.num_processes] if shared else starts
+    fewer, calls = trajectories < len(conditioning), 0
+    with (
+        family.base_only(),
+        torch.no_grad(),
+        tqdm(total=len(own), desc=description, unit="batch", disable=not state.is_local_main_process) as bar,
+    ):
+        for start in own:
             indices = torch.arange(start, min(start + batch_size, trajectories))
             # A file usually lists prompts by concept: fewer trajectories than prompts must still visit all of it.
             prompts = indices * len(conditioning) // trajectories if fewer else indices % len(conditioning)
             unguided = ((indices + 1) * unguided_share).floor() > (indices * unguided_share).floor()
-            bank = _record_batch(
+            part = _record_batch(
                 family,
                 conditioning.select(prompts),
                 prompts,
@@ -134,9 +193,32 @@ def record(
                 keep_steps=keep_steps,
                 perturbation=perturbation,
             )
-            parts.append(bank)
-            bar.update(len(indices))
-    return ReplayBank.cat(parts)
+            bank.put(part, row=start * steps, sample=start)
+            calls += part.model_calls
+            bar.update()
+    if shared:
+        storage.forget_names(state)
+        calls = sum(gather_object([calls]))
+    return replace(bank, model_calls=calls)
+
+
+def bank_bytes(latent_shape: tuple[int, ...], trajectories: int, num_inference_steps: int) -> int:
+    """What a bank takes, in bytes, but for its small columns."""
+    return 4 * math.prod(latent_shape) * trajectories * (3 * num_inference_steps + 1)
+
+
+def _room(storage: Storage, family: ModelFamily, latent: tuple[int, ...], samples: int, rows: int) -> ReplayBank:
+    """A bank of so many samples and rows that is still to be filled."""
+    whole = torch.int64
+    return ReplayBank(
+        x_t=storage.rows("x_t", (rows, *latent)),
+        t=storage.rows("t", (rows,), family.process.all_times().dtype),
+        prompt=storage.rows("prompt", (rows,), whole),
+        conditional=storage.rows("conditional", (rows, *latent)),
+        unconditional=storage.rows("unconditional", (rows, *latent)),
+        samples=Samples(storage.rows("x0", (samples, *latent)), storage.rows("sample_prompt", (samples,), whole)),
+        model_calls=0,
+    )
 
 
 def _record_batch(
@@ -157,6 +239,7 @@ def _record_batch(
     end, calls = noise, 2 * len(seeds) * num_inference_steps
     rows = []
     scale = guidance_scale.to(noise).view(-1, *[1] * (noise.dim() - 1))
+    conditioning = family.with_guidance(conditioning, scale)
     for point in family.trajectory(conditioning, noise, guidance_scale=scale, num_inference_steps=num_inference_steps):
         end = point.following
         if perturbation > 0:

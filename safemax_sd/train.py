@@ -15,26 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from safemax_sd import checkpoints, trainable
+from safemax_sd import checkpoints, hub, trainable
 from safemax_sd.command_line import parse_config
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError, SafemaxError
-from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, ModelFamily, load_family
+from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES, ErasureData, Objective, Student
 from safemax_sd.objectives.base import Positions
+from safemax_sd.optimizers import check_optimizer, make_optimizer
 from safemax_sd.output import RunLog, prepare_output_dir, write_results
 from safemax_sd.picture_folder import encode_samples
 from safemax_sd.probe import UnlearningProbe
 from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_over_long
 from safemax_sd.provenance import Stopwatch
-from safemax_sd.replay import ReplayBank, Samples, record, start_noise
-from safemax_sd.samples import save_samples
+from safemax_sd.replay import MEMORY, ReplayBank, Samples, Storage, bank_bytes, record, start_noise
+from safemax_sd.samples import save_samples, track_samples
 
 logger = logging.getLogger("safemax_sd")
 
@@ -82,6 +83,7 @@ def train(config: TrainConfig) -> Path:
         run.step = checkpoints.load(accelerator, resume_from)
     with clock.phase("train"):
         loop(run)
+    run.model_calls["train"] = sum(gather_object([run.model_calls["train"]]))
     if accelerator.is_main_process:
         run.trainable.save(run.output_dir)
         run.objective.save(run.output_dir)
@@ -89,6 +91,8 @@ def train(config: TrainConfig) -> Path:
         write_results(run.config, run.family, named, retain, run.clock, run.model_calls, run.step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if config.push_to_hub and accelerator.is_main_process:
+        print(f"uploaded: {hub.push(config)}")
     return run.output_dir
 
 
@@ -99,6 +103,8 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
         OptionError: A value or a file that cannot be used; nothing has been written.
     """
     config.validate()
+    check_optimizer(config)
+    hub.check(config)
     objective = OBJECTIVES.get(config.objective)
     if not objective.names_concepts and config.forget_prompts:
         text = f"is not used by --objective {config.objective}, which is trained before anything is to be forgotten"
@@ -121,6 +127,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
         log_with=config.report_to,
+        dynamo_backend=config.torch_compile,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logging_dir),
     )
 
@@ -131,8 +138,8 @@ def build_run(
     """Load the model, record the replay banks and set up everything that steps."""
     with clock.phase("load"):
         family = load_family(load_options(config, accelerator.device))
-        if OBJECTIVES.get(config.objective).needs_tokens and TOKEN_STATES not in family.empty.tensors:
-            text = f"works on the words of prompts, which {family.name} models do not attend to"
+        if OBJECTIVES.get(config.objective).needs_tokens and not family.token_projections():
+            text = f"works on the keys and values of a prompt's words in cross-attention, which {family.name} has not"
             raise OptionError("--objective", config.objective, text)
         messages = family.enable_memory_savings(
             gradient_checkpointing=config.gradient_checkpointing,
@@ -146,7 +153,7 @@ def build_run(
         probe = UnlearningProbe.build(config, family, forget, retain)
     with clock.phase("replay"):
         data = record_data(config, family, forget, retain)
-    family.free_encoders()
+    family.free_encoders(decoder=validation is None and probe is None)
     objective = OBJECTIVES.get(config.objective)(config, data)  # type: ignore[arg-type]
     weights = trainable.attach(family, config)
     family.denoiser.train(config.gradient_checkpointing or config.lora_dropout > 0)
@@ -198,7 +205,13 @@ def load_options(config: TrainConfig, device: torch.device) -> LoadOptions:
 
 def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet) -> ErasureData:
     """Encode all prompts, record the frozen model's trajectories for them and read real pictures of them."""
-    conditioning = {"forget": family.encode_prompts(forget.texts), "retain": family.encode_prompts(retain.texts)}
+    if config.replay_unguided_share > 0 and not family.classifier_free:
+        text = f"needs predictions without guidance, which {family.name} models with a guidance input do not make"
+        raise OptionError("--replay_unguided_share", config.replay_unguided_share, text)
+    conditioning = {
+        name: family.with_guidance(family.encode_prompts(prompts.texts), config.replay_guidance_scale)
+        for name, prompts in (("forget", forget), ("retain", retain))
+    }
     latent_shape = family.latent_shape(config.resolution)
     keep_steps = OBJECTIVES.get(config.objective).replays_steps
     samples: dict[str, Samples] = {}
@@ -226,14 +239,16 @@ def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, ret
             keep_steps=keep_steps,
             perturbation=config.retain_perturbation if name == "retain" and keep_steps else 0.0,
             unguided_share=config.replay_unguided_share if name == "retain" else 0.0,
+            storage=bank_storage(config, name, latent_shape, counts[name] if keep_steps else 0),
         )
     return ErasureData(
         process=family.process,
         latent_shape=latent_shape,
+        classifier_free=family.classifier_free,
         forget=_on_cpu(conditioning["forget"]),
         retain=_on_cpu(conditioning["retain"]),
         retain_concepts=tuple(prompt.shows for prompt in retain.prompts),
-        empty=_on_cpu(family.empty),
+        empty=_on_cpu(family.with_guidance(family.empty, config.replay_guidance_scale)),
         forget_bank=banks["forget"],
         retain_bank=banks["retain"],
         forget_samples=samples.get("forget", banks["forget"].samples),
@@ -241,34 +256,16 @@ def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, ret
     )
 
 
+def bank_storage(config: TrainConfig, name: str, latent_shape: tuple[int, ...], trajectories: int) -> Storage:
+    """Memory for a bank of one process, if it is not too large; else files in the output folder."""
+    size = bank_bytes(latent_shape, trajectories, config.replay_inference_steps)
+    if PartialState().num_processes == 1 and size <= config.replay_memory_gib * 2**30:
+        return MEMORY
+    return Storage(Path(config.output_dir) / f".replay-{name}")
+
+
 def _on_cpu(conditioning: Conditioning) -> Conditioning:
     return conditioning.to(torch.device("cpu"))
-
-
-def make_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter], processes: int) -> torch.optim.Optimizer:
-    """AdamW, in 8 bit when asked for.
-
-    Raises:
-        SafemaxError: 8-bit AdamW without bitsandbytes.
-    """
-    learning_rate = config.learning_rate
-    if config.scale_lr:
-        learning_rate *= config.gradient_accumulation_steps * config.train_batch_size * processes
-    kind: Any = torch.optim.AdamW
-    if config.use_8bit_adam:
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise SafemaxError("--use_8bit_adam needs the bitsandbytes package: pip install bitsandbytes") from error
-        kind = bitsandbytes.optim.AdamW8bit
-    optimizer: torch.optim.Optimizer = kind(
-        list(parameters),
-        lr=learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
-    return optimizer
 
 
 def loop(run: Run) -> None:
@@ -286,7 +283,8 @@ def loop(run: Run) -> None:
         bar.set_postfix({name: f"{row[name]:.4f}" for name in ("forget", "retain") if name in row})
         done = False
         if run.probe is not None and run.step % config.probe_steps == 0:
-            row["probe_unlearning_accuracy"] = run.probe.unlearning_accuracy(run.family)
+            # One figure for all processes: they must agree on when to stop.
+            row["probe_unlearning_accuracy"] = mean_over_processes(run, run.probe.unlearning_accuracy(run.family))
             run.model_calls["probe"] += run.probe.model_calls
             done = row["probe_unlearning_accuracy"] >= run.probe.threshold
         log.write(run.step, row)
@@ -297,6 +295,10 @@ def loop(run: Run) -> None:
         if done:
             break
     bar.close()
+
+
+def mean_over_processes(run: Run, value: float) -> float:
+    return float(run.accelerator.reduce(torch.tensor(value, device=run.accelerator.device), reduction="mean"))
 
 
 def optimizer_step(run: Run) -> dict[str, float]:
@@ -318,7 +320,7 @@ def optimizer_step(run: Run) -> dict[str, float]:
             run.optimizer.step()
             run.scheduler.step()
             run.optimizer.zero_grad()
-        run.model_calls["train"] += batch.model_calls * accelerator.num_processes
+        run.model_calls["train"] += batch.model_calls
         for name, value in {"loss": terms.total.detach(), **terms.parts}.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value / config.gradient_accumulation_steps
     means = {name: float(accelerator.reduce(value, reduction="mean")) for name, value in sums.items()}
@@ -356,7 +358,20 @@ def sample_validation(run: Run) -> None:
         guidance_scale=config.replay_guidance_scale,
         num_inference_steps=config.replay_inference_steps,
     )
-    save_samples(family.decode(latents), list(config.validation_prompt or ()), count, run.output_dir, run.step)
+    pictures = family.decode(latents)
+    save_samples(pictures, config.validation_prompt, count, run.output_dir, run.step)
+    track_samples(run.accelerator.trackers, pictures, config.validation_prompt, run.step)
+
+
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What backends say of a process that is gone; gloo has no exception class of its own."""
+
+
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because another process of the run has ended."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return isinstance(error, torch.distributed.DistBackendError) or any(text in str(error) for text in PEER_LOST)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -367,6 +382,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SafemaxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not lost_a_process(error):
+            raise
+        print(
+            "error: another process of this run has ended; the last checkpoint is intact: start the run again with "
+            "--resume_from_checkpoint latest",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

@@ -64,7 +64,7 @@ class Lora(Trainable):
         adapter.save_adapter(self.family, directory, kohya=self.kohya)
 
     def load(self, directory: Path) -> None:
-        adapter.load_adapter(self.family.denoiser, directory)
+        adapter.load_adapter(self.family, directory)
 
 
 class FullModel(Trainable):

@@ -104,6 +104,8 @@ class ModelFamily(ABC):
         process: Its noise process.
         empty: Conditioning of the empty prompt, one row.
         kohya_format: Whether A1111 and ComfyUI know the model, so that a LoRA in their format is of use.
+        classifier_free: Whether guidance mixes the predictions with and without the prompt; where not, its scale is an
+            input of the network (see `with_guidance`) and a sampler follows the one prediction.
         denoiser_part: What the pipeline calls the denoiser (`unet`, `transformer`).
         tokenizer: Of the prompts, to tell which are too long; None where there is none.
     """
@@ -112,6 +114,7 @@ class ModelFamily(ABC):
     pipeline_classes: ClassVar[frozenset[str]]
     denoiser: nn.Module
     kohya_format: ClassVar[bool] = True
+    classifier_free: bool = True
     denoiser_part: ClassVar[str] = "unet"
     process: DiffusionProcess
     empty: Conditioning
@@ -144,14 +147,25 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def sampler(self) -> Any:
-        """A fresh deterministic scheduler of diffusers (DDIM or Euler) for the model's noise process."""
+        """A fresh deterministic scheduler of diffusers (DDIM or Euler) for the model's process; starts at N(0, I)."""
 
     def predict_both(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         """Predictions given the prompts and given the empty prompt, in one call of the network."""
-        empty = self.empty.select(torch.zeros(len(x_t), dtype=torch.long))
-        both = Conditioning.cat([conditioning.to(x_t.device), empty.to(x_t.device)])
+        both = Conditioning.cat([conditioning.to(x_t.device), self._empty_for(conditioning).to(x_t.device)])
         conditional, unconditional = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return conditional, unconditional
+
+    def _empty_for(self, conditioning: Conditioning) -> Conditioning:
+        """The empty prompt's conditioning, a row for each of these."""
+        return self.empty.select(torch.zeros(len(conditioning), dtype=torch.long))
+
+    def with_guidance(self, conditioning: Conditioning, guidance_scale: float | Tensor) -> Conditioning:
+        """The conditioning of sampling at a guidance scale (or one a row): the same, unless that is a network input."""
+        return conditioning
+
+    def set_timesteps(self, scheduler: Any, num_inference_steps: int, x_T: Tensor) -> None:
+        """Prepare a sampler for latents like x_T, as the stock pipeline does."""
+        scheduler.set_timesteps(num_inference_steps, device=x_T.device)
 
     @torch.no_grad()
     def trajectory(
@@ -168,19 +182,22 @@ class ModelFamily(ABC):
         Args:
             conditioning: Of the prompts, one row a sample.
             x_T: Start noise, [B, *latent].
-            guidance_scale: w in ε_u + w·(ε_c − ε_u); for one a sample, [B, 1, …].
+            guidance_scale: w in ε_u + w·(ε_c − ε_u), or the network's input; for one a sample, [B, 1, …].
             num_inference_steps: Steps.
             step_noise: Where the noise of ancestral sampling is drawn from (DDIM with η = 1, which with all steps is
                 DDPM's sampler, arXiv 2010.02502, sec. 4.1); None for the deterministic sampler.
         """
         scheduler = self.sampler()
-        scheduler.set_timesteps(num_inference_steps, device=x_T.device)
+        self.set_timesteps(scheduler, num_inference_steps, x_T)
         ancestral = {} if step_noise is None else {"eta": 1.0, "generator": step_noise}
-        x = x_T * scheduler.init_noise_sigma
+        conditioning = self.with_guidance(conditioning, guidance_scale)
+        x = x_T
         for time in scheduler.timesteps:
             t = time.expand(len(x))
             conditional, unconditional = self.predict_both(x, t, conditioning)
-            guided = unconditional + guidance_scale * (conditional - unconditional)
+            guided = conditional
+            if self.classifier_free:
+                guided = unconditional + guidance_scale * (conditional - unconditional)
             following = scheduler.step(guided, time, x, **ancestral).prev_sample
             yield TrajectoryPoint(x, t, conditional, unconditional, following)
             x = following
@@ -216,8 +233,8 @@ class ModelFamily(ABC):
         """Clean latents, float32 [B, *latent], of pictures [B, 3, H, W] in 0 to 1; the inverse of `decode`."""
 
     @abstractmethod
-    def free_encoders(self) -> None:
-        """Drop the text encoders from memory; `encode_prompts` raises afterwards."""
+    def free_encoders(self, *, decoder: bool) -> None:
+        """Drop the text encoders from memory, and the decoder of latents too if asked to; what needs them raises then."""
 
     @abstractmethod
     def lora_target_modules(self, targets: LoraTargets) -> list[str]:
@@ -230,6 +247,19 @@ class ModelFamily(ABC):
     @abstractmethod
     def save_adapter(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Write `pytorch_lora_weights.safetensors` so that the family's stock pipeline loads it."""
+
+    @classmethod
+    @abstractmethod
+    def usage(cls, base: str, folder: str, prompt: str, *, full: bool, resolution: int | None) -> list[str]:
+        """Lines of Python that draw `erased.png`, of diffusers alone wherever it can.
+
+        Args:
+            base: Expression for the base model's folder or hub id.
+            folder: Where the run's output lies.
+            prompt: What to draw.
+            full: Whether the output is the denoiser's weights and not a LoRA.
+            resolution: In pixels; None for the model's own.
+        """
 
     @contextmanager
     def base_only(self) -> Iterator[None]:

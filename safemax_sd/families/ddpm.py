@@ -117,7 +117,7 @@ class ClassConditionalDDPM(ModelFamily):
             pictures = pictures.mean(1, keepdim=True)
         return 2 * pictures.float() - 1
 
-    def free_encoders(self) -> None:
+    def free_encoders(self, *, decoder: bool) -> None:
         """There are none: a class number needs no text encoder."""
 
     def lora_target_modules(self, targets: LoraTargets) -> list[str]:
@@ -129,6 +129,18 @@ class ClassConditionalDDPM(ModelFamily):
         # DDPMPipeline loads no LoRA; the file has the names and metadata that diffusers gives other pipelines' files.
         named = {f"unet.{name}": tensor for name, tensor in state.items()}
         save_file(named, directory / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+
+    @classmethod
+    def usage(cls, base: str, folder: str, prompt: str, *, full: bool, resolution: int | None) -> list[str]:
+        return [  # DDPMPipeline knows neither classes nor LoRA
+            "import torch",
+            "from safemax_sd.erased import load_erased",
+            "from safemax_sd.samples import to_pil",
+            f'family = load_erased("{folder}")',
+            f'prompt, noise = family.encode_prompts(["{prompt}"]), torch.randn(1, *family.latent_shape({resolution}))',
+            "latents = family.sample(prompt, noise, guidance_scale=3.0, num_inference_steps=50)",
+            'to_pil(family.decode(latents))[0].save("erased.png")',
+        ]
 
     def enable_memory_savings(self, *, gradient_checkpointing: bool, xformers: bool) -> list[str]:
         if gradient_checkpointing:

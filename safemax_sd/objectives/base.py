@@ -28,6 +28,7 @@ class ErasureData:
     Attributes:
         process: Noise mathematics of the model.
         latent_shape: Of one sample.
+        classifier_free: Whether a guided sampler mixes the predictions with and without the prompt.
         forget: Conditioning of the forbidden prompts, one row each.
         retain: Conditioning of the prompts to keep.
         retain_concepts: What each of them shows, or the prompt itself where its file does not say.
@@ -40,6 +41,7 @@ class ErasureData:
 
     process: DiffusionProcess
     latent_shape: tuple[int, ...]
+    classifier_free: bool
     forget: Conditioning
     retain: Conditioning
     retain_concepts: tuple[str, ...]

@@ -103,6 +103,9 @@ class Safemax(Objective):
     def __init__(self, config: SafemaxConfig, data: ErasureData) -> None:
         self.config, self.data = config, data
         self.decay = Decay(config.decay, config.decay_lambda)
+        # Where guidance is an input of the network, a sampler follows its one prediction and nothing is overshot.
+        self.target_guidance = config.target_guidance if data.classifier_free else 1.0
+        self.rollout_guidance = ROLLOUT_GUIDANCE if data.classifier_free else (1.0, 1.0)
         levels = data.process.noise_level(data.forget_bank.t)
         self.high_rows = torch.nonzero(levels >= config.halt_below).flatten()
         banks = (data.forget_bank, data.retain_bank)
@@ -136,7 +139,7 @@ class Safemax(Objective):
         free = error[batch.empty_row[paired]]
         # A guided sampler follows ε_u + w·(ε_c − ε_u). Both aim at the same target, so their errors mix likewise. The
         # mixture's error is affine in w, so it is largest at an end of the range 1 to target_guidance: train both ends.
-        guided = free + self.config.target_guidance * (error[paired] - free)
+        guided = free + self.target_guidance * (error[paired] - free)
         squared = error.square()
         squared[paired] = (squared[paired] + guided.square()) / 2
         weighted = squared.flatten(1).mean(1) * batch.weight
@@ -200,9 +203,9 @@ class Safemax(Objective):
         # The target needs the unconditional prediction, which is recorded on the trajectories only.
         row = rows[torch.randint(len(rows), (1,), generator=generator)]
         x_t, t, free = recorded.x_t[row], recorded.t[row], recorded.unconditional[row]
-        target = free + (self._target(x_t, t, generator) - free) / self.config.target_guidance
+        target = free + (self._target(x_t, t, generator) - free) / self.target_guidance
         # A sampler multiplies this error by the guidance scale.
-        return _Sample(x_t, t, conditioning, target, weight=self.config.target_guidance)
+        return _Sample(x_t, t, conditioning, target, weight=self.target_guidance)
 
     def _guided(self, t: Tensor) -> Tensor:
         """Whether `target_guidance` bears on the target at native times [N]; bool [N].
@@ -210,12 +213,11 @@ class Safemax(Objective):
         A guided sampler returns ε_u + w·(ε_c − ε_u). Where ε_u is halted too, both are the same and no w matters; where
         ε_u stays as it is, ε_c on the target is overshot w times, which blows the output up.
         """
-        config = self.config
-        if config.target_guidance == 1.0:
+        if self.target_guidance == 1.0:
             return torch.zeros(len(t), dtype=torch.bool)
-        if config.halt_unconditional == 0:
+        if self.config.halt_unconditional == 0:
             return torch.ones(len(t), dtype=torch.bool)
-        return self.data.process.noise_level(t) >= config.halt_below
+        return self.data.process.noise_level(t) >= self.config.halt_below
 
     def _halt(self, generator: torch.Generator) -> _Sample:
         """Noise at a noise level where no kept picture passes it, with a forbidden and with the empty prompt.
@@ -227,7 +229,7 @@ class Safemax(Objective):
         if torch.rand((), generator=generator) < self.config.halt_rollout:
             noise = self._noise(generator)
             offset = torch.zeros_like(noise)
-            low, high = ROLLOUT_GUIDANCE
+            low, high = self.rollout_guidance
             guidance = low + (high - low) * float(torch.rand((), generator=generator))
         elif len(self.high_rows) > 0 and torch.rand((), generator=generator) < DRIFTED_SHARE:
             noise, offset = self._drifted_noise(generator)

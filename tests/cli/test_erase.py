@@ -155,5 +155,5 @@ def test_the_command_says_how_strongly_words_are_marked(anchor: Path, files: dic
 
 def test_a_mark_needs_words(tiny_ddpm: Path, tmp_path: Path) -> None:
     arguments = tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "out", "--objective", "halting_anchor", *FEW)
-    with pytest.raises(OptionError, match="--objective halting_anchor: works on the words of prompts"):
+    with pytest.raises(OptionError, match="--objective halting_anchor: works on the keys and values"):
         train(parse_config(arguments))

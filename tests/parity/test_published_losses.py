@@ -36,6 +36,7 @@ def data() -> ErasureData:
     return ErasureData(
         process=VariancePreserving(torch.tensor([0.64, 0.36]), "epsilon"),
         latent_shape=(1, 2, 2),
+        classifier_free=True,
         forget=conditioning(1.0, 2.0),
         retain=conditioning(3.0, 4.0, 5.0),
         retain_concepts=("3", "4", "5"),

@@ -36,6 +36,7 @@ def objective(**changes: object) -> Safemax:
     data = ErasureData(
         process=VariancePreserving(SIGNAL, "epsilon"),
         latent_shape=(1, 2, 2),
+        classifier_free=True,
         forget=conditioning(1.0),
         retain=conditioning(2.0),
         retain_concepts=("2",),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
-from safemax_sd.replay import ReplayBank, record
+from safemax_sd.replay import MEMORY, ReplayBank, Storage, bank_bytes, record
 
 STEPS, TRAJECTORIES = 4, 6
 
@@ -23,7 +23,14 @@ def conditioning(family: ModelFamily) -> Conditioning:
     return family.encode_prompts(["apple", "plum"])
 
 
-def bank(family: ModelFamily, *, batch_size: int = 4, perturbation: float = 0.0, keep_steps: bool = True) -> ReplayBank:
+def bank(
+    family: ModelFamily,
+    *,
+    batch_size: int = 4,
+    perturbation: float = 0.0,
+    keep_steps: bool = True,
+    storage: Storage = MEMORY,
+) -> ReplayBank:
     return record(
         family,
         conditioning(family),
@@ -36,6 +43,7 @@ def bank(family: ModelFamily, *, batch_size: int = 4, perturbation: float = 0.0,
         description="test",
         keep_steps=keep_steps,
         perturbation=perturbation,
+        storage=storage,
     )
 
 
@@ -79,3 +87,14 @@ def test_samples_alone_take_no_rows(family: ModelFamily) -> None:
     assert ends.x_t.shape[1:] == whole.x_t.shape[1:]
     assert torch.equal(ends.samples.x0, whole.samples.x0)
     assert ends.samples.prompt.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_a_bank_on_disk_is_the_one_in_memory(family: ModelFamily, tmp_path: Path) -> None:
+    memory, disk = bank(family), bank(family, storage=Storage(tmp_path / "bank"))
+    for name in ("x_t", "t", "prompt", "conditional", "unconditional"):
+        assert torch.equal(getattr(memory, name), getattr(disk, name))
+        assert getattr(memory, name).dtype == getattr(disk, name).dtype
+    assert torch.equal(memory.samples.x0, disk.samples.x0)
+    assert list(tmp_path.iterdir()) == []
+    large = (memory.x_t, memory.conditional, memory.unconditional, memory.samples.x0)
+    assert bank_bytes(family.latent_shape(None), TRAJECTORIES, STEPS) == sum(tensor.nbytes for tensor in large)

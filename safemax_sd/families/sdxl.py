@@ -1,0 +1,39 @@
+"""Stable Diffusion XL: latent UNet, two CLIP text encoders, pooled embedding and picture size as further inputs."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from safemax_sd.families.base import TOKEN_STATES, Conditioning
+from safemax_sd.families.latent import POOLED
+from safemax_sd.families.unet import UNetFamily
+
+
+class StableDiffusionXL(UNetFamily):
+    """`StableDiffusionXLPipeline` folders (arXiv 2307.01952); a token state is those of both encoders side by side."""
+
+    name: ClassVar[str] = "stable_diffusion_xl"
+    pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusionXLPipeline"})
+    pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
+
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        states, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return Conditioning({TOKEN_STATES: states.float(), POOLED: pooled.float()})
+
+    def _encode_empty(self) -> Conditioning:
+        empty = super()._encode_empty()
+        if not self.pipeline.config.force_zeros_for_empty_prompt:
+            return empty
+        return Conditioning({name: torch.zeros_like(tensor) for name, tensor in empty.tensors.items()})
+
+    def _added_conditions(self, x_t: Tensor, conditioning: Conditioning) -> dict[str, Tensor]:
+        height, width = (side * self.pipeline.vae_scale_factor for side in x_t.shape[-2:])
+        # Original size, crop and target size, as the pipeline fills them in where none are given.
+        sizes = torch.tensor([[height, width, 0, 0, height, width]]).to(x_t)
+        return {"text_embeds": conditioning.tensors[POOLED].to(x_t.dtype), "time_ids": sizes.expand(len(x_t), -1)}

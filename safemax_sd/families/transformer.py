@@ -1,0 +1,59 @@
+"""What the families share whose denoiser is a transformer on text and picture tokens, trained by flow matching."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from safemax_sd.families.base import LoraTargets
+from safemax_sd.families.latent import LatentFamily
+from safemax_sd.process import FlowMatching
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+TEXT_ATTENTION = ["add_k_proj", "add_v_proj"]
+"""What joint attention has in place of cross-attention: keys and values of the text."""
+FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+
+
+class TransformerFamily(LatentFamily):
+    """A multimodal diffusion transformer (MMDiT, arXiv 2403.03206) with a flow-matching noise process."""
+
+    denoiser_part: ClassVar[str] = "transformer"
+    kohya_format: ClassVar[bool] = False
+
+    def sampler(self) -> FlowMatchEulerDiscreteScheduler:
+        return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
+
+    def _noise_process(self) -> FlowMatching:
+        """With the shift for pictures of the model's own size; a sampler takes that of the size it is asked for."""
+        config = self.sampler().config
+        if not config.use_dynamic_shifting:
+            return FlowMatching(config.num_train_timesteps, config.shift)
+        mu = self._shift_of(config, self._own_side**2)
+        shift = mu if config.time_shift_type == "linear" else math.exp(mu)
+        return FlowMatching(config.num_train_timesteps, shift)
+
+    def set_timesteps(self, scheduler: Any, num_inference_steps: int, x_T: Tensor) -> None:
+        config = scheduler.config
+        mu = self._shift_of(config, x_T.shape[-1] * x_T.shape[-2]) if config.use_dynamic_shifting else None
+        scheduler.set_timesteps(**self._steps(num_inference_steps), device=x_T.device, mu=mu)
+
+    def _steps(self, num_inference_steps: int) -> dict[str, Any]:
+        """The steps as this family's pipeline asks its scheduler for them."""
+        return {"num_inference_steps": num_inference_steps}
+
+    def _shift_of(self, config: Any, size: int) -> float:
+        """μ of a schedule that shifts with picture size: linear in the number of tokens; `size` is a latent's H · W."""
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return float(config.base_shift + slope * (size // self._patch**2 - config.base_image_seq_len))
+
+    def lora_target_modules(self, targets: LoraTargets) -> list[str]:
+        if targets == "cross_attention":
+            return TEXT_ATTENTION
+        return ATTENTION if targets == "attention" else [*ATTENTION, *self._feed_forward()]
+
+    def _feed_forward(self) -> list[str]:
+        return FEED_FORWARD

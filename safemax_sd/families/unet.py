@@ -1,0 +1,50 @@
+"""What the families share whose denoiser is diffusers' text-conditioned UNet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from safemax_sd.families.base import TOKEN_STATES, Conditioning, LoadOptions, LoraTargets
+from safemax_sd.families.latent import LatentFamily
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"]
+
+
+class UNetFamily(LatentFamily):
+    """A `UNet2DConditionModel` that attends to token states, with a variance-preserving noise process."""
+
+    def __init__(self, pipeline: Any, options: LoadOptions) -> None:
+        super().__init__(pipeline, options)
+        # channels_last doubles the speed of convolutions on a processor and helps tensor cores too.
+        self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None) -> Tensor:
+        network = self.denoiser if denoiser is None else denoiser
+        dtype = self.pipeline.unet.dtype
+        inputs = x_t.to(dtype=dtype, memory_format=torch.channels_last)
+        states = conditioning.tensors[TOKEN_STATES].to(dtype)
+        more = self._added_conditions(inputs, conditioning)
+        output: Tensor = network(inputs, t, states, added_cond_kwargs=more, return_dict=False)[0]
+        return output.float()
+
+    def _added_conditions(self, x_t: Tensor, conditioning: Conditioning) -> dict[str, Tensor] | None:
+        """What the UNet is told besides the token states; of x_t's dtype."""
+        return None
+
+    def sampler(self) -> DDIMScheduler:
+        return DDIMScheduler.from_config(self.scheduler_config)
+
+    def lora_target_modules(self, targets: LoraTargets) -> list[str]:
+        if targets == "cross_attention":
+            return [f"attn2.{name}" for name in ATTENTION]
+        return ATTENTION if targets == "attention" else [*ATTENTION, *FEED_FORWARD, *CONVOLUTIONS]
+
+    def token_projections(self) -> dict[str, nn.Module]:
+        ends = ("attn2.to_k", "attn2.to_v")
+        return {name: module for name, module in self.denoiser.named_modules() if name.endswith(ends)}

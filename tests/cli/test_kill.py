@@ -1,0 +1,53 @@
+"""A run that is killed, and killed again, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from safemax_sd.adapter import WEIGHTS_NAME
+from safemax_sd.checkpoints import all_checkpoints
+from tests import tiny
+
+KILLS, STEPS = 10, 200
+
+
+def start(arguments: list[str], output: Path) -> subprocess.Popen[bytes]:
+    """The run, from its last checkpoint if it has one; returns when it has begun to step."""
+    more = ["--resume_from_checkpoint", "latest"] if all_checkpoints(output) else ["--overwrite_output_dir"]
+    log, begun = output / "log.jsonl", time.time_ns()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "safemax_sd.train", *arguments, *more],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    while not (log.exists() and log.stat().st_mtime_ns > begun) and process.poll() is None:
+        time.sleep(0.01)
+    assert process.poll() in (None, 0)
+    return process
+
+
+def test_ten_kills_change_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    steps = ("--max_train_steps", str(STEPS), "--checkpointing_steps", "5")
+    whole = tmp_path / "whole"  # by a process of its own, with as many threads: sums depend on them
+    assert start(tiny.train_arguments(tiny_model, tmp_path, whole, *steps), whole).wait() == 0
+    arguments = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "killed", *steps)
+    draw, killed = random.Random(0), 0
+    output = tmp_path / "killed"
+    for _ in range(KILLS):
+        process = start(arguments, output)
+        time.sleep(0.5 * draw.random())
+        process.kill()
+        killed += process.wait() != 0
+    assert killed == KILLS, "the run ended before it was killed often enough"
+    assert start(arguments, output).wait() == 0
+    ours, theirs = load_file(output / WEIGHTS_NAME), load_file(whole / WEIGHTS_NAME)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert len((output / "log.jsonl").read_text().splitlines()) == STEPS

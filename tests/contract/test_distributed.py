@@ -1,0 +1,101 @@
+"""Two processes train what one does, go on from a checkpoint, and end with a message when one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from safemax_sd.adapter import WEIGHTS_NAME
+from safemax_sd.command_line import parse_config
+from safemax_sd.train import train
+from tests import tiny
+
+
+def launch(arguments: list[str]) -> subprocess.Popen[str]:
+    """Two gloo processes of a training on the processor."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "-m", "safemax_sd.train", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(arguments: list[str]) -> None:
+    process = launch(arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+
+
+def losses(output: Path) -> torch.Tensor:
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return torch.tensor([row["loss"] for row in rows])
+
+
+@pytest.fixture(scope="module")
+def two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """Arguments and output of a run of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    arguments = tiny.train_arguments(tiny_model, folder, folder / "out")
+    finish(arguments)
+    return arguments, folder / "out"
+
+
+def test_two_processes_train_what_one_does(two: tuple[list[str], Path], tiny_model: Path, tmp_path: Path) -> None:
+    _, output = two
+    whole_batch = ("--train_batch_size", "4", "--retain_batch_size", "12")
+    alone = train(parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "one", *whole_batch)))
+    assert torch.allclose(losses(output), losses(alone), rtol=1e-4)
+    ours, theirs = load_file(output / WEIGHTS_NAME), load_file(alone / WEIGHTS_NAME)
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], atol=2e-4), name
+    cost = [json.loads((folder / "erasure.json").read_text())["cost"]["model_calls"] for folder in (output, alone)]
+    assert cost[0] == cost[1]
+
+
+def test_two_processes_resume_bit_for_bit(two: tuple[list[str], Path]) -> None:
+    arguments, output = two
+    whole = load_file(output / WEIGHTS_NAME)
+    for name in (WEIGHTS_NAME, "erasure.json"):  # as if killed after checkpoint-2
+        (output / name).unlink()
+    finish([*arguments, "--resume_from_checkpoint", "latest"])
+    resumed = load_file(output / WEIGHTS_NAME)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_killed_process_ends_the_run_with_a_message(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = tiny.train_arguments(tiny_model, tmp_path, output, "--max_train_steps", "100000")
+    process = launch(arguments)
+    deadline = time.monotonic() + 120
+    while not (output / "checkpoint-4").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGKILL)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: another process of this run has ended" in printed
+    checkpoints = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    steps = int(checkpoints[-1].name.split("-")[1])
+    finish([*arguments, "--resume_from_checkpoint", "latest", "--max_train_steps", str(steps + 2)])
+    assert (output / WEIGHTS_NAME).exists()
