@@ -207,6 +207,23 @@ def headline_markdown(rows: Iterable[HeadlineRow]) -> str:
     return "\n".join(lines)
 
 
+def measured_markdown(report: Report) -> str:
+    """The headline table and how it was measured, in Markdown, for the model card.
+
+    Args:
+        report: Content of `report.json`.
+    """
+    settings, made = report["settings"], report["provenance"]
+    guided = f"guidance scale {settings['guidance_scale']:g}, {settings['num_inference_steps']} steps"
+    commit = f", commit {made['commit'][:12]}" if made["commit"] else ""
+    how = (
+        f"Measured by `safemax evaluate` on the prompts of {report['suite']}: judge {report['judge']}, "
+        f"sampler {settings['sampler']}, {guided}, seed {settings['seed']}, on {made['device']} with safemax_sd "
+        f"{made['versions']['safemax_sd']}{commit}. In brackets: 95 % intervals; n: pictures."
+    )
+    return f"{headline_markdown(headline(report))}\n\n{how}"
+
+
 def print_headline(report: Report, console: Console | None = None) -> None:
     """Print the headline table to the terminal.
 

@@ -116,6 +116,28 @@ def report_marks(record: dict[str, Any], output_dir: Path) -> None:
 
 
 @app.command()
+def export(
+    adapter: Annotated[list[Path], typer.Option("--adapter", help="Output folder of a training; may be repeated.")],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder to write.")],
+    weight: Annotated[list[float] | None, typer.Option("--weight", help="Of each adapter, in order; all 1.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="A full pipeline folder instead of one LoRA.")] = False,
+    output_kohya_format: Annotated[bool, typer.Option("--output_kohya_format", help="For A1111 and ComfyUI.")] = False,
+    overwrite_output_dir: Annotated[bool, typer.Option("--overwrite_output_dir", help="An earlier export.")] = False,
+) -> None:
+    """Put adapters together: into one LoRA, or with --merge into the base model's weights."""
+    from safemax_sd.export import export_lora, export_pipeline
+
+    with one_line_errors():
+        if not merge:
+            export_lora(adapter, weight or [], output_dir, kohya=output_kohya_format, overwrite=overwrite_output_dir)
+        elif output_kohya_format:
+            raise OptionError("--output_kohya_format", True, "is for a LoRA: leave it or --merge out")
+        else:
+            export_pipeline(adapter, weight or [], output_dir, overwrite=overwrite_output_dir)
+        console.print(f"{'pipeline' if merge else 'LoRA'}: {output_dir}", soft_wrap=True)
+
+
+@app.command()
 def evaluate(
     adapter: Annotated[str, typer.Option("--adapter", help="Output folder of a training.")],
     suite: Annotated[str | None, typer.Option("--suite", help="Prompt suite, by name or folder.")] = None,
@@ -124,7 +146,7 @@ def evaluate(
     num_sweep_images: Annotated[int, typer.Option("--num_sweep_images", help="Pictures a setting; 0: no sweep.")] = 64,
     guidance_scale: Annotated[float, typer.Option("--guidance_scale")] = 5.0,
     num_inference_steps: Annotated[int, typer.Option("--num_inference_steps")] = 25,
-    sampler: Annotated[str, typer.Option("--sampler", help="ddim, euler or dpm++.")] = "ddim",
+    sampler: Annotated[str | None, typer.Option("--sampler", help="ddim, euler, dpm++; euler for flow models.")] = None,
     clip_model: Annotated[str, typer.Option("--clip_model", help="Judge: emoji, or an open_clip model.")] = "emoji",
     clip_pretrained: Annotated[str | None, typer.Option("--clip_pretrained", help="Its tag or weight file.")] = None,
     real_images: Annotated[str | None, typer.Option("--real_images", help="Folder with one folder a concept.")] = None,
@@ -158,12 +180,16 @@ def run_evaluation(options: object) -> None:
     """Evaluate, then print the headline and where the page is."""
     import json
 
+    from accelerate import PartialState
+
     from safemax_sd.evaluation.headline import print_headline
     from safemax_sd.evaluation.run import EvaluateOptions
     from safemax_sd.evaluation.run import evaluate as measure
 
     assert isinstance(options, EvaluateOptions)
     folder = measure(options)
+    if not PartialState().is_main_process:
+        return
     print_headline(json.loads((folder / "report.json").read_text(encoding="utf8")), console)
     console.print(f"page: {folder / 'index.html'}", soft_wrap=True)
 

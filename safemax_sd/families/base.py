@@ -234,7 +234,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def free_encoders(self, *, decoder: bool) -> None:
-        """Drop the text encoders from memory, and the decoder of latents too if asked to; what needs them raises then."""
+        """Drop the text encoders from memory, and the decoder of latents if asked to; what needs them raises then."""
 
     @abstractmethod
     def lora_target_modules(self, targets: LoraTargets) -> list[str]:
