@@ -12,6 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -137,8 +138,8 @@ def save_adapter(
                 names.append(KOHYA_NAME)
             for name in names:
                 os.replace(Path(temporary) / name, directory / name)
-    except OSError as error:
-        raise SafemaxError(f"--output_dir {directory}: the adapter could not be written ({error.strerror})") from error
+    except (OSError, SafetensorError) as error:
+        raise SafemaxError(f"--output_dir {directory}: the adapter could not be written ({error})") from error
 
 
 def layer_alpha(metadata: dict[str, Any], layer: str) -> float:

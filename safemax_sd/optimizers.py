@@ -59,14 +59,21 @@ def make_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter], proc
     learning_rate = config.learning_rate
     if config.scale_lr:
         learning_rate *= config.gradient_accumulation_steps * config.train_batch_size * processes
-    # As in diffusers' scripts: without a safeguard the small rates of the warm-up would be taken for large distances.
-    prodigy = {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
     optimizer: torch.optim.Optimizer = optimizer_class(config)(
         list(parameters),
         lr=learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
-        **(prodigy if config.optimizer == "prodigy" else {}),
+        **_more(config),
     )
     return optimizer
+
+
+def _more(config: TrainConfig) -> dict[str, bool]:
+    """What else the optimizer's class is told."""
+    if config.optimizer == "prodigy":
+        # As in diffusers' scripts: unguarded, the small rates of the warm-up would be taken for large distances.
+        return {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
+    # A LoRA is hundreds of small tensors, which PyTorch would step one by one on a processor.
+    return {} if config.use_8bit_adam else {"fused": True}

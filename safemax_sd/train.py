@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -123,13 +123,27 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     logging_dir = str(Path(config.output_dir) / config.logging_dir)
-    return Accelerator(
+    accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
         log_with=config.report_to,
-        dynamo_backend=config.torch_compile,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logging_dir),
     )
+    check_distribution(accelerator.distributed_type)
+    return accelerator
+
+
+SPLITS_THE_MODEL = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+def check_distribution(kind: DistributedType) -> None:
+    """Refuse what splits the base model's weights: predictions, checkpoints and the adapter need them whole.
+
+    Raises:
+        SafemaxError: FSDP, DeepSpeed or Megatron-LM in Accelerate's configuration.
+    """
+    if kind in SPLITS_THE_MODEL:
+        raise SafemaxError(f"accelerate launch: {kind.value} is not supported; use --multi_gpu (data parallelism)")
 
 
 def build_run(
@@ -170,6 +184,8 @@ def build_run(
     )
     checkpoints.register(accelerator, weights)
     denoiser, optimizer, scheduler = accelerator.prepare(family.denoiser, optimizer, scheduler)
+    if config.torch_compile is not None:  # a wrapper: `family.denoiser`, which is saved and samples, stays as it is
+        denoiser = torch.compile(denoiser, backend=config.torch_compile)
     replay_calls = data.forget_bank.model_calls + data.retain_bank.model_calls
     calls = {"replay": replay_calls, "prepare": prior_calls, "train": 0, "probe": 0}
     return Run(

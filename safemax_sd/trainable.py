@@ -7,6 +7,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -85,10 +86,8 @@ class FullModel(Trainable):
                 if final.exists():
                     os.replace(final, Path(temporary) / "old")
                 os.replace(written, final)
-        except OSError as error:
-            raise SafemaxError(
-                f"--output_dir {directory}: the model could not be written ({error.strerror})"
-            ) from error
+        except (OSError, SafetensorError) as error:
+            raise SafemaxError(f"--output_dir {directory}: the model could not be written ({error})") from error
 
     def load(self, directory: Path) -> None:
         path = directory / self.family.denoiser_part / FULL_WEIGHTS

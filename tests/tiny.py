@@ -79,6 +79,9 @@ def build_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Pa
         set_alpha_to_one=False,
         steps_offset=1,
         prediction_type=prediction_type,
+        # As v-prediction models are trained today: the last timestep is pure noise (arXiv 2305.08891).
+        rescale_betas_zero_snr=prediction_type == "v_prediction",
+        timestep_spacing="trailing" if prediction_type == "v_prediction" else "leading",
     )
     pipeline = StableDiffusionPipeline(
         vae=vae,

@@ -12,6 +12,7 @@ instance learning), and against the kept tokens on which it was too large: weigh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,7 @@ CARRIERS = 3
 """Tokens of a prompt that are to bear the mark."""
 LOWEST = 0.5
 """Strength, below 0, down to which a mark on a kept token does not matter."""
+ROWS_AT_ONCE = 512
 RIDGE = 1e-4
 """Of the mean squared entry of a kept state."""
 
@@ -70,35 +72,50 @@ class HaltingMarks(ClosedFormEdit):
     def readouts(self, data: EditData) -> Tensor:
         """Rows w_k, float64 [K, D]; those of marks that no concept needs are 0."""
         found = torch.zeros(self.marks.shape, dtype=torch.float64)
-        states = {concept: data.forbidden[concept].double() for concept in sorted(data.forbidden)}
-        kept = data.kept.double()
+        states = {concept: data.forbidden[concept] for concept in sorted(data.forbidden)}
         for number, group in enumerate(share_marks(states, len(self.marks))):
             others = [states[concept].flatten(0, 1) for concept in states if concept not in group]
-            found[number] = self._readout([states[concept] for concept in group], torch.cat([kept, *others]))
+            found[number] = self._readout([states[concept] for concept in group], [data.kept, *others])
         return found
 
-    def _readout(self, concepts: list[Tensor], kept: Tensor) -> Tensor:
-        """w, [D], that is 1 on tokens of `concepts`, each [P, L, D], and small on `kept` [N, D]."""
+    def _readout(self, concepts: list[Tensor], kept: list[Tensor]) -> Tensor:
+        """w, float64 [D], that is 1 on tokens of `concepts`, each [P, L, D], and small on `kept`, each [N, D]."""
         settings = self.settings
-        second = kept.T @ kept / len(kept)
+        second = sum(part.T @ part for part in _parts(kept)) / sum(len(states) for states in kept)
         small = settings.retain_weight * second + RIDGE * second.diagonal().mean() * torch.eye(len(second)).to(second)
-        carriers = [states.flatten(0, 1) for states in concepts]
-        excess, limit = kept[:0], kept[:0, 0]
+        carriers = [states.flatten(0, 1).double() for states in concepts]
+        excess, limit = torch.zeros_like(second), torch.zeros_like(second[0])
         for _ in range(ROUNDS):
             left = small + sum(tokens.T @ tokens / len(tokens) for tokens in carriers)
             right = torch.stack([tokens.mean(0) for tokens in carriers]).sum(0)
             weight = settings.excess_weight / 1000
-            readout = torch.linalg.solve(left + weight * excess.T @ excess, right + weight * excess.T @ limit)
-            strengths = [states @ readout for states in concepts]
+            readout = torch.linalg.solve(left + weight * excess, right + weight * limit)
+            strengths = [states.double() @ readout for states in concepts]
             # Least squares shrinks: what the carriers bear is set to 1 on average.
             scale = torch.stack([strength.amax(1).mean() for strength in strengths]).mean()
             readout = readout / scale
             carriers = [_largest(states, strength) for states, strength in zip(concepts, strengths, strict=True)]
-            on_kept = kept @ readout
-            # Below 0 a mark means nothing, so that it may be larger there.
-            allowed = on_kept.clamp(-LOWEST, settings.faint)
-            excess, limit = kept[on_kept != allowed], allowed[on_kept != allowed]
+            excess, limit = self._excess(kept, readout)
         return readout
+
+    def _excess(self, kept: list[Tensor], readout: Tensor) -> tuple[Tensor, Tensor]:
+        """Of kept tokens r that bear more than they may, with what they may: Σ r·rᵀ and Σ allowed·r."""
+        gram, limit = torch.zeros(len(readout), len(readout)).to(readout), torch.zeros_like(readout)
+        for part in _parts(kept):
+            mark = part @ readout
+            # Below 0 a mark means nothing, so that it may be larger there.
+            allowed = mark.clamp(-LOWEST, self.settings.faint)
+            over = part[mark != allowed]
+            gram += over.T @ over
+            limit += over.T @ allowed[mark != allowed]
+        return gram, limit
+
+
+def _parts(states: list[Tensor]) -> Iterator[Tensor]:
+    """The rows in float64, a few at a time: all of them would take more memory than the layers that are edited."""
+    for rows in states:
+        for part in rows.split(ROWS_AT_ONCE):
+            yield part.double()
 
 
 def strength(states: Tensor, readouts: Tensor) -> Tensor:
@@ -107,9 +124,9 @@ def strength(states: Tensor, readouts: Tensor) -> Tensor:
 
 
 def _largest(states: Tensor, strength: Tensor) -> Tensor:
-    """The tokens [P·CARRIERS, D] of states [P, L, D] with the largest strengths [P, L]."""
+    """The tokens, float64 [P·CARRIERS, D], of states [P, L, D] with the largest strengths [P, L]."""
     places = strength.topk(min(CARRIERS, strength.shape[1]), dim=1).indices
-    return torch.gather(states, 1, places.unsqueeze(-1).expand(-1, -1, states.shape[-1])).flatten(0, 1)
+    return torch.gather(states, 1, places.unsqueeze(-1).expand(-1, -1, states.shape[-1])).flatten(0, 1).double()
 
 
 def share_marks(states: dict[str, Tensor], marks: int) -> list[list[str]]:
@@ -120,7 +137,7 @@ def share_marks(states: dict[str, Tensor], marks: int) -> list[list[str]]:
     left = list(states)
     if len(left) <= marks:
         return [[concept] for concept in left]
-    means = {concept: state.mean((0, 1)) for concept, state in states.items()}
+    means = {concept: state.double().mean((0, 1)) for concept, state in states.items()}
     centre = torch.stack(list(means.values())).mean(0)
     unit = {concept: torch.nn.functional.normalize(mean - centre, dim=0) for concept, mean in means.items()}
     size, groups = -(-len(left) // marks), []

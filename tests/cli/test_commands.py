@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from safemax_sd.command_line import parse_config
+from safemax_sd.train import train
 from tests import tiny
 
 LOAD = """
@@ -89,3 +94,23 @@ def test_the_embedded_model_draws_in_a_script_of_diffusers_alone() -> None:
     )
     done = run("-c", code)
     assert done.stdout.strip() == "(64, 64)", done.stderr
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
+def test_diffusers_own_command_draws_with_every_adapter(
+    model: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base: Path = request.getfixturevalue(model)
+    output = train(parse_config(tiny.train_arguments(base, tmp_path, tmp_path / "out", "--resolution", "64")))
+    options = {"prompt": "a red apple", "num_inference_steps": 2, "height": 64, "width": 64}
+    drawn = []
+    for scale in (0.0, 1.0):
+        picture = tmp_path / f"{scale}.png"
+        lora = {"lora_id": str(output), "lora_scale": scale}
+        command = ["-m", "diffusers.commands.diffusers_cli", "run", "-m", str(base)]
+        command += ["--device-map", "cpu", "--dtype", "fp32", "--lora", json.dumps(lora)]
+        command += ["--pipeline-kwargs", json.dumps(options), "--seed", "0", "--output", str(picture)]
+        finished = run(*command)
+        assert finished.returncode == 0, finished.stderr
+        drawn.append(picture.read_bytes())
+    assert drawn[0] != drawn[1]

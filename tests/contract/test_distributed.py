@@ -14,11 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from safemax_sd.adapter import WEIGHTS_NAME
 from safemax_sd.command_line import parse_config
-from safemax_sd.train import train
+from safemax_sd.errors import SafemaxError
+from safemax_sd.train import check_distribution, train
 from tests import tiny
 
 
@@ -99,3 +101,10 @@ def test_a_killed_process_ends_the_run_with_a_message(tiny_model: Path, tmp_path
     steps = int(checkpoints[-1].name.split("-")[1])
     finish([*arguments, "--resume_from_checkpoint", "latest", "--max_train_steps", str(steps + 2)])
     assert (output / WEIGHTS_NAME).exists()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_what_splits_the_model_is_refused(kind: str) -> None:
+    with pytest.raises(SafemaxError, match="use --multi_gpu"):
+        check_distribution(DistributedType[kind])
+    check_distribution(DistributedType.MULTI_GPU)

@@ -15,6 +15,9 @@ from safemax_sd.objectives.salun import SalunConfig
 REQUIRED = ["--forget_prompts", "f", "--retain_prompts", "r", "--output_dir", "o"]
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
 def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("learning_rate: 1e-4\nrank: 4\nforget_prompts: f.csv\nvalidation_prompt: [a, b]\n")
@@ -87,3 +90,8 @@ def test_values_out_of_range(changes: dict[str, object], message: str) -> None:
     config = replace(SafemaxConfig(forget_prompts="f", retain_prompts="r", output_dir="o"), **changes)  # type: ignore[arg-type]
     with pytest.raises(SafemaxError, match=message):
         config.validate()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_name_flags_that_there_are(path: Path) -> None:
+    parse_config(["--config", str(path)]).validate()

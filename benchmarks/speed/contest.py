@@ -1,0 +1,141 @@
+"""Steps of several trainers by turns, so that whatever else a machine does falls on all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.classes.measure import TensorMemory
+from benchmarks.speed.steps import Bench, Candidate, Counter, phases
+from safemax_sd.train import Run, optimizer_step
+
+Row = dict[str, Any]
+WARM_UP = 2
+"""Rounds that are not counted: optimizers make their state, libraries choose their kernels."""
+
+
+@dataclass
+class Timing:
+    """What a candidate took, a value each alternation.
+
+    Attributes:
+        seconds: Of its step.
+        samples: That gradients flowed through.
+        model_calls: Evaluations of the network, in samples.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    model_calls: list[int] = field(default_factory=list)
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """A clock that waits until the device is done."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+def alternate(
+    candidates: Mapping[str, Candidate], alternations: int, now: Callable[[], float], counters: Mapping[str, Counter]
+) -> dict[str, Timing]:
+    """Make a step of each candidate in turn; every round begins with another one.
+
+    Args:
+        candidates: By name.
+        alternations: Rounds that are counted.
+        now: A clock that waits until the device is done.
+        counters: Of each candidate's network.
+    """
+    timings = {name: Timing() for name in candidates}
+    names = list(candidates)
+    for number in range(-WARM_UP, alternations):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            step, counter = candidates[name].prepare(max(number, 0)), counters[name]
+            calls, samples = counter.calls, counter.samples
+            started = now()
+            step()
+            seconds = now() - started
+            if number >= 0:
+                timings[name].seconds.append(seconds)
+                timings[name].samples.append(counter.samples - samples)
+                timings[name].model_calls.append(counter.calls - calls)
+    return timings
+
+
+def contest(
+    candidates: Mapping[str, Candidate],
+    references: Sequence[str],
+    *,
+    alternations: int,
+    device: torch.device,
+    counters: Mapping[str, Counter],
+) -> Iterator[Row]:
+    """A row for each candidate: its times, their ratios to each reference's of the same round, and its memory."""
+    timings = alternate(candidates, alternations, clock(device), counters)
+    for name, timing in timings.items():
+        yield {
+            "variant": name,
+            **asdict(timing),
+            "ratios": {other: ratios(timing.seconds, timings[other].seconds) for other in references},
+            "peak_bytes": peak_bytes(candidates[name], device),
+        }
+
+
+def ratios(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Of the same rounds."""
+    return [own / other for own, other in zip(seconds, others, strict=True)]
+
+
+def peak_bytes(candidate: Candidate, device: torch.device) -> int:
+    """Most bytes of tensors while a step is made: what is held between steps, and what the step makes."""
+    step = candidate.prepare(0)
+    held = candidate.held()
+    if device.type != "cuda":
+        with TensorMemory() as memory:
+            for tensor in held:
+                memory.count(tensor)
+            step()
+        return memory.peak
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+    return sum(storages.values()) + torch.cuda.max_memory_allocated(device) - before
+
+
+def step_phases(run: Run, alternations: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of a training step by phase; `rest` is what belongs to none."""
+    now = clock(device)
+    found: list[dict[str, float]] = []
+    for number in range(alternations):
+        run.step = number
+        with phases(run, now) as seconds:
+            started = now()
+            optimizer_step(run)
+            whole = now() - started
+        inside = {"rollout": 0.0, **seconds}
+        outer = sum(value for name, value in inside.items() if name not in ("forward", "rollout"))
+        inside["loss"] -= inside["forward"] + inside["rollout"]
+        found.append({**inside, "rest": whole - outer})
+    return {name: statistics.median(each[name] for each in found) for name in found[0]}
+
+
+def flops(bench: Bench) -> int:
+    """Floating-point operations of the floor's first step, recomputed activations included."""
+    step = bench.floor().prepare(0)
+    with FlopCounterMode(display=False) as counted:
+        step()
+    return counted.get_total_flops()

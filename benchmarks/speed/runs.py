@@ -1,0 +1,189 @@
+"""Whole runs on the embedded model: until the concept is forgotten, the replay, and how both scale."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safemax_sd.prompts import load_suite
+
+from benchmarks.halting_anchor import COUNTS, ERASED, suite
+from benchmarks.speed.contest import Row, clock, contest, ratios
+from benchmarks.speed.models import SUITE
+from benchmarks.speed.steps import Candidate, Counter, ready, tensors_of
+from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
+from safemax_sd.provenance import Stopwatch
+from safemax_sd.replay import ReplayBank
+from safemax_sd.train import Run, optimizer_step
+
+FORGOTTEN_AT, PROBE_STEPS = 99, 25
+PROCESSES = (1, 2)
+SHORT = {"max_train_steps": 24, "forget_trajectories": 8, "retain_trajectories": 16, "replay_inference_steps": 4}
+"""Of runs in several processes, of which only the steps count."""
+SETTLED = 4
+"""Steps of such a run that don't count."""
+ROUND = 4
+"""Alternations that one round of such runs stands for: each has many steps."""
+
+
+def contestants() -> list[str]:
+    """Objectives that are told what to erase and train a LoRA."""
+    found = [(name, OBJECTIVES.get(name)) for name in OBJECTIVES.names()]
+    return [name for name, objective in found if objective.names_concepts and "lora" in objective.trainable]
+
+
+def until_forgotten(objective: str, work_dir: Path) -> Iterator[Row]:
+    """A run that a probe stops; in a process of its own, whose peak memory is the run's."""
+    output, prompts = work_dir / "until" / objective, load_suite(SUITE)
+    train(
+        ["-m", "safemax_sd.train"],
+        {
+            "objective": objective,
+            "forget_prompts": prompts.path("forget"),
+            "retain_prompts": prompts.path("retain"),
+            "output_dir": output,
+            "stop_at_unlearning_accuracy": FORGOTTEN_AT,
+            "probe_steps": PROBE_STEPS,
+        },
+    )
+    record = json.loads((output / "erasure.json").read_text(encoding="utf8"))
+    probed = {row["step"]: row["probe_unlearning_accuracy"] for row in log_of(output) if is_probed(row)}
+    yield {
+        "variant": objective,
+        "reached": max(probed.values()) >= FORGOTTEN_AT,
+        "probes": probed,
+        **record["cost"],
+    }
+
+
+def is_probed(row: Row) -> bool:
+    return "probe_unlearning_accuracy" in row
+
+
+def train(launch: Sequence[str], flags: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> None:
+    """A training in a Python process of its own that ends this one when it fails."""
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, *launch, "--overwrite_output_dir", *words]
+    subprocess.run(command, check=True, env={**os.environ, **(environment or {})})
+
+
+def log_of(output: Path) -> list[Row]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf8").splitlines()]
+
+
+def emoji_config(folder: Path, output: Path) -> SafemaxConfig:
+    """SAFEMax with its defaults on the embedded model and the prompts of a folder."""
+    return SafemaxConfig(
+        forget_prompts=str(folder / "forget.csv"), retain_prompts=str(folder / "retain.csv"), output_dir=str(output)
+    )
+
+
+def bank_bytes(bank: ReplayBank) -> int:
+    """Of the tensors of a bank."""
+    values = [getattr(part, entry.name) for part in (bank, bank.samples) for entry in fields(part)]
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+
+def replay_cost(run: Run, watch: Stopwatch) -> Row:
+    """What recording took: seconds, model calls, and bytes that stay."""
+    assert isinstance(run.objective, Safemax)
+    data = run.objective.data
+    return {
+        "replay_seconds": watch.seconds["replay"],
+        "replay_model_calls": run.model_calls["replay"],
+        "replay_bytes": bank_bytes(data.forget_bank) + bank_bytes(data.retain_bank),
+    }
+
+
+def replay(work_dir: Path, alternations: int) -> Iterator[Row]:
+    """The default run's replay, and its share of a run whose steps take as long as those that are timed here."""
+    watch = Stopwatch()
+    run = ready(emoji_config(load_suite(SUITE).folder, work_dir / "unused"), watch)
+    now, taken = clock(run.accelerator.device), []
+    for number in range(1 + alternations):
+        run.step, started = number, now()
+        optimizer_step(run)
+        taken.append(now() - started)
+    steps = run.config.max_train_steps
+    training = statistics.median(taken[1:]) * steps
+    calls = run.model_calls["train"] / (1 + alternations) * steps
+    cost = replay_cost(run, watch)
+    yield {
+        "variant": "safemax",
+        **cost,
+        "seconds": taken[1:],
+        "steps": steps,
+        "share_of_seconds": cost["replay_seconds"] / (cost["replay_seconds"] + training),
+        "share_of_model_calls": cost["replay_model_calls"] / (cost["replay_model_calls"] + calls),
+    }
+
+
+def scaling_with_concepts(work_dir: Path, alternations: int) -> Iterator[Row]:
+    """Steps of runs that erase 1, 10 and 50 concepts, by turns, and each one's replay."""
+    candidates, counters, costs = {}, {}, {}
+    for count in COUNTS:
+        folder = suite(work_dir / "concepts" / str(count), ERASED[:count], synonyms=False)
+        watch, name = Stopwatch(), str(count)
+        run = ready(emoji_config(folder, work_dir / "unused"), watch)
+        costs[name], counters[name] = replay_cost(run, watch), Counter()
+        counters[name].watch(run.family.denoiser)
+        candidates[name] = steps_of(run)
+    device = run.accelerator.device
+    first = [str(COUNTS[0])]
+    for row in contest(candidates, first, alternations=alternations, device=device, counters=counters):
+        yield {**row, **costs[row["variant"]]}
+
+
+def steps_of(run: Run) -> Candidate:
+    def prepare(number: int) -> Any:
+        run.step = number
+        return lambda: optimizer_step(run)
+
+    return Candidate(prepare, lambda: tensors_of(run.family.denoiser))
+
+
+def scaling_with_processes(work_dir: Path, alternations: int) -> Iterator[Row]:
+    """Seconds a step of runs in 1 and 2 gloo processes with the same samples and cores in all, round by round."""
+    rounds = -(-alternations // ROUND)
+    medians: dict[int, list[float]] = {count: [] for count in PROCESSES}
+    for _, count in itertools.product(range(rounds), PROCESSES):
+        medians[count].append(statistics.median(seconds_of_steps(count, work_dir)))
+    for count, seconds in medians.items():
+        threads = torch.get_num_threads() // count or 1
+        yield {
+            "variant": str(count),
+            "threads": threads,
+            "seconds": seconds,
+            "ratios": {str(PROCESSES[0]): ratios(seconds, medians[PROCESSES[0]])},
+        }
+
+
+def seconds_of_steps(processes: int, work_dir: Path) -> list[float]:
+    """Of a short run in so many processes."""
+    config, prompts = SafemaxConfig(), load_suite(SUITE)
+    output = work_dir / "processes" / str(processes)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    train(
+        [*launch, "-m", "safemax_sd.train"],
+        {
+            "forget_prompts": prompts.path("forget"),
+            "retain_prompts": prompts.path("retain"),
+            "output_dir": output,
+            "train_batch_size": config.train_batch_size // processes,
+            "retain_batch_size": config.retain_samples // processes,
+            **SHORT,
+        },
+        {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(torch.get_num_threads() // processes or 1)},
+    )
+    ends = [row["seconds"] for row in log_of(output)][SETTLED - 1 :]
+    return [after - before for before, after in itertools.pairwise(ends)]

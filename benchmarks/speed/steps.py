@@ -1,0 +1,291 @@
+"""One training step as several trainers make it, all of the same LoRA on the same network.
+
+What differs between them is only what a step does: the floor, SAFEMax (this package's own `optimizer_step`), diffusers'
+train_text_to_image_lora.py, and ESD (arXiv 2303.07345).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._pytree import tree_leaves
+
+from safemax_sd.families import Conditioning, ModelFamily, load_family
+from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
+from safemax_sd.provenance import Stopwatch
+from safemax_sd.train import (
+    Run,
+    build_run,
+    load_options,
+    make_accelerator,
+    make_optimizer,
+    optimizer_step,
+    positions,
+    read_input,
+)
+
+Step = Callable[[], object]
+ESD_STEPS, ESD_GUIDANCE, ESD_ETA = 50, 3.0, 2.0
+ESD_PREDICTIONS = 3
+"""Of the frozen model: given the concept to erase, the concept it is erased from, and the empty prompt."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to make a step.
+
+    Attributes:
+        prepare: What belongs to no step's time, given the step's number; returns the step.
+        held: Tensors that are in memory between steps.
+    """
+
+    prepare: Callable[[int], Step]
+    held: Callable[[], list[Tensor]]
+
+
+@dataclass
+class Counter:
+    """Evaluations of a network, counted in samples.
+
+    Attributes:
+        calls: All of them.
+        samples: Those that a gradient flows through.
+    """
+
+    calls: int = 0
+    samples: int = 0
+
+    def watch(self, network: nn.Module) -> None:
+        network.register_forward_pre_hook(self._count)
+
+    def _count(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self.calls += len(arguments[0])
+        self.samples += len(arguments[0]) * torch.is_grad_enabled()
+
+
+class Bench:
+    """A run that is ready to train, and the other trainers' steps on its network.
+
+    Args:
+        config: SAFEMax's, with its default rollouts.
+        alternations: Steps that will be measured; ESD's numbers of sampling steps are spread evenly over them.
+    """
+
+    def __init__(self, config: SafemaxConfig, alternations: int) -> None:
+        self.run = ready(config)
+        self.device, self.family, self.alternations = self.run.accelerator.device, self.run.family, alternations
+        self.counter = Counter()
+        self.counter.watch(self.family.denoiser)
+        assert isinstance(self.run.objective, Safemax)
+        still = replace(config, halt_rollout=0.0)
+        self.still = replace(self.run, config=still, objective=Safemax(still, self.run.objective.data))
+        self.conditioning = self.run.objective.data.retain.to(self.device)
+        self.schedule = DDPMScheduler.from_config(self.family.sampler().config)
+
+    def floor(self) -> Candidate:
+        """Forward and backward of the network on SAFEMax's batch, and nothing else."""
+
+        def prepare(number: int) -> Step:
+            batch = drawn(self.still, number).to(self.device)
+            x_t = batch.x_t.to(memory_format=torch.channels_last)
+            self.clear_gradients()
+
+            def step() -> None:
+                with self.run.accelerator.autocast():
+                    F.mse_loss(self.predict(x_t, batch.t, batch.conditioning), batch.target).backward()
+
+            return step
+
+        return Candidate(prepare, lambda: tensors_of(self.family.denoiser))
+
+    def safemax(self, run: Run) -> Candidate:
+        """This package's own step, drawing of the batch included."""
+
+        def prepare(number: int) -> Step:
+            self.clear_gradients()
+            run.step = number
+            return lambda: optimizer_step(run)
+
+        parts = [part for part in self.family.pipeline.components.values() if isinstance(part, nn.Module)]  # type: ignore[attr-defined]
+        return Candidate(prepare, lambda: [*tensors_of(*parts), *state_of(run.optimizer)])
+
+    def diffusers(self, encoders: ModelFamily | None) -> Candidate:
+        """A step of diffusers' train_text_to_image_lora.py with as many samples.
+
+        Args:
+            encoders: Encode pictures and prompts in the step, as the script does; None: latents and token states are
+                there already.
+        """
+        optimizer, scheduler = self._optimizer()
+
+        def prepare(number: int) -> Step:
+            self.clear_gradients()
+            inputs = self._inputs(len(drawn(self.still, number).t), encoders)
+            return lambda: self._text_to_image(inputs, optimizer, scheduler)
+
+        def held() -> list[Tensor]:
+            parts = [] if encoders is None else encoders.pipeline.components.values()  # type: ignore[attr-defined]
+            modules = [part for part in parts if isinstance(part, nn.Module)]
+            return [*tensors_of(self.family.denoiser, *modules), *state_of(optimizer)]
+
+        return Candidate(prepare, held)
+
+    def _inputs(self, count: int, encoders: ModelFamily | None) -> Callable[[], tuple[Tensor, Conditioning]]:
+        """What gives a step its clean latents and token states."""
+        rows = torch.arange(count) % len(self.run.retain)
+        if encoders is None:
+            latents = torch.randn(count, *self.family.latent_shape(self.run.config.resolution), device=self.device)
+            conditioning = self.conditioning.select(rows)
+            return lambda: (latents, conditioning)
+        side = self.family.picture_size(self.run.config.resolution)
+        pictures = torch.rand(count, 3, side, side) * 2 - 1
+        texts = [self.run.retain.texts[row] for row in rows.tolist()]
+        vae = encoders.pipeline.vae  # type: ignore[attr-defined]
+
+        def encode() -> tuple[Tensor, Conditioning]:
+            with torch.no_grad():
+                posterior = vae.encode(pictures.to(self.device, vae.dtype)).latent_dist
+            return posterior.sample() * vae.config.scaling_factor, encoders.encode_prompts(texts)
+
+        return encode
+
+    def _text_to_image(self, inputs: Callable[[], tuple[Tensor, Conditioning]], optimizer: Any, scheduler: Any) -> None:
+        accelerator = self.run.accelerator
+        with accelerator.accumulate(self.run.denoiser):
+            x0, conditioning = inputs()
+            noise, schedule = torch.randn_like(x0), self.schedule
+            t = torch.randint(schedule.config.num_train_timesteps, (len(x0),), device=self.device)
+            predicted = self.predict(schedule.add_noise(x0, noise, t), t, conditioning)
+            loss = F.mse_loss(predicted, noise.float())
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(self.run.trainable.parameters, self.run.config.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        accelerator.gather(loss.detach().repeat(len(x0))).mean().item()
+
+    def esd(self) -> Candidate:
+        """A step of ESD as published, with one sample: 2k + 3 + 1 evaluations, k of 0 to 49 sampling steps."""
+        optimizer, _ = self._optimizer()
+
+        def prepare(number: int) -> Step:
+            self.clear_gradients()
+            noise = torch.randn(1, *self.family.latent_shape(self.run.config.resolution), device=self.device)
+            count = self.esd_sampling_steps(number)
+            return lambda: self._erase(noise, count, optimizer)
+
+        return Candidate(prepare, lambda: [*tensors_of(self.family.denoiser), *state_of(optimizer)])
+
+    def esd_sampling_steps(self, number: int) -> int:
+        """k of a step: in the middle of each of equally many of 0 to 49, in an order without a trend."""
+        order = torch.randperm(self.alternations, generator=torch.Generator().manual_seed(0)).tolist()
+        return int((order[number % self.alternations] + 0.5) / self.alternations * ESD_STEPS)
+
+    def _erase(self, noise: Tensor, sampling_steps: int, optimizer: Any) -> None:
+        family, concept = self.family, self.conditioning.select(torch.tensor([0]))
+        scheduler = family.sampler()
+        family.set_timesteps(scheduler, ESD_STEPS, noise)
+        t = scheduler.timesteps[sampling_steps].view(1)
+        path = family.trajectory(concept, noise, guidance_scale=ESD_GUIDANCE, num_inference_steps=ESD_STEPS)
+        x_t = noise
+        for point in islice(path, sampling_steps):
+            x_t = point.following
+        asked = [concept] * (ESD_PREDICTIONS - 1) + [family.empty.to(self.device)]
+        with torch.no_grad(), family.base_only():
+            wanted, known, free = (self.predict(x_t, t, conditioning) for conditioning in asked)
+        loss = F.mse_loss(self.predict(x_t, t, concept), free - ESD_ETA * (wanted - known))
+        self.run.accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.family.predict(x_t, t, conditioning, self.run.denoiser)
+
+    def clear_gradients(self) -> None:
+        for parameter in self.run.trainable.parameters:
+            parameter.grad = None
+
+    def encoders(self) -> ModelFamily:
+        """The autoencoder and the text encoders, which a SAFEMax run has dropped, without a second denoiser."""
+        family = load_family(load_options(self.run.config, self.device))
+        family.pipeline.unet = None  # type: ignore[attr-defined]
+        del family.denoiser
+        return family
+
+    def _optimizer(self) -> tuple[Any, Any]:
+        """An optimizer and a schedule of one trainer's own."""
+        optimizer = make_optimizer(self.run.config, self.run.trainable.parameters, 1)
+        return self.run.accelerator.prepare(optimizer, LambdaLR(optimizer, lambda step: 1.0))
+
+
+def ready(config: SafemaxConfig, clock: Stopwatch | None = None) -> Run:
+    """A run before its first step."""
+    return build_run(config, make_accelerator(config), *read_input(config), clock or Stopwatch())
+
+
+def drawn(run: Run, number: int) -> Any:
+    """The batch of one step, which is a function of the seed and of the step's number."""
+    return run.objective.draw(positions(replace(run, step=number), 0))
+
+
+def tensors_of(*modules: nn.Module) -> list[Tensor]:
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def state_of(optimizer: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor)]
+
+
+PHASES = (
+    ("draw", "objective", "draw"),
+    ("loss", "objective", "loss"),
+    ("forward", "family", "predict"),
+    ("backward", "accelerator", "backward"),
+    ("clip", "accelerator", "clip_grad_norm_"),
+    ("optimizer", "optimizer", "step"),
+    ("optimizer", "scheduler", "step"),
+    ("optimizer", "optimizer", "zero_grad"),
+)
+"""Phase, attribute of the run, and its method in which the phase is spent."""
+
+
+@contextmanager
+def phases(run: Run, now: Callable[[], float]) -> Iterator[dict[str, float]]:
+    """Inside, seconds of `optimizer_step` are added up by phase; `loss` holds `forward` and `rollout`.
+
+    Args:
+        run: Whose steps.
+        now: A clock that waits until the device is done.
+    """
+    seconds: dict[str, float] = {}
+
+    def timed(phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            # The student samples without gradients.
+            name = "rollout" if phase == "forward" and not torch.is_grad_enabled() else phase
+            started = now()
+            try:
+                return method(*arguments, **options)
+            finally:
+                seconds[name] = seconds.get(name, 0.0) + now() - started
+
+        return call
+
+    owners = [(getattr(run, owner), method) for _, owner, method in PHASES]
+    for (phase, _, _), (owner, method) in zip(PHASES, owners, strict=True):
+        setattr(owner, method, timed(phase, getattr(owner, method)))
+    try:
+        yield seconds
+    finally:
+        for owner, method in owners:
+            delattr(owner, method)

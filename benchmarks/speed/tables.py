@@ -1,0 +1,257 @@
+"""The rows as Markdown tables and as a plot. Every figure is a median with the quartiles in brackets."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.speed.contest import Row
+
+NAMES = {
+    "floor": "forward + backward alone",
+    "safemax": "SAFEMax",
+    "safemax_no_rollout": "SAFEMax, no rollouts",
+    "diffusers": "diffusers' script",
+    "diffusers_cached": "diffusers' script, cached inputs",
+    "esd": "ESD",
+}
+COLORS = {
+    "floor": "#8a8a8a",
+    "safemax": "#1f6feb",
+    "safemax_no_rollout": "#7fb0f5",
+    "diffusers": "#d1680d",
+    "diffusers_cached": "#eda566",
+    "esd": "#2f8f4e",
+}
+CONTESTS = {
+    "floor": "A step against the network's forward and backward alone",
+    "step": "A step against diffusers' LoRA script",
+    "esd": "A step against one of ESD",
+}
+PHASES = ("draw", "rollout", "forward", "loss", "backward", "clip", "optimizer", "rest")
+BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Of SXM cards, dense, operations a second; source: NVIDIA's data sheets."""
+MIB = 2**20
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Median and quartiles."""
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return f"{middle:.{digits}g} [{low:.{digits}g}, {high:.{digits}g}]"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """A section a part, of what is there."""
+    sections = [(title, contest_table(of(rows, part))) for part, title in CONTESTS.items() if of(rows, part)]
+    floor, scaling = of(rows, "floor"), of(rows, "scaling")
+    if floor:
+        sections.insert(1, ("Where a step's time goes", phase_table([row for row in floor if "phases" in row])))
+        sections.insert(2, ("Throughput of the network", throughput_table([row for row in floor if "flops" in row])))
+    if of(rows, "until"):
+        sections.append(("Until the concept is forgotten", until_table(of(rows, "until"))))
+    if of(rows, "replay"):
+        sections.append(("Replay", replay_table(of(rows, "replay"))))
+    for axis, render in (("concepts", concepts_table), ("processes", processes_table)):
+        found = [row for row in scaling if row["axis"] == axis]
+        if found:
+            sections.append((f"Scaling with {axis}", render(found)))
+    return "\n".join(f"## {title}\n\n{text}" for title, text in sections)
+
+
+def of(rows: Sequence[Row], part: str) -> list[Row]:
+    return [row for row in rows if row["part"] == part]
+
+
+def contest_table(rows: Sequence[Row]) -> str:
+    """Seconds of a step, their ratios to the references', model calls and memory."""
+    references = [f"ratio to {NAMES[reference]}" for reference in rows[0]["ratios"]]
+    header = ["model", "device", "step", "samples", "model calls", "ms", *references, "ms a sample", "peak MiB", "n"]
+    return table(
+        header,
+        (
+            [
+                row["size"],
+                row["device"],
+                NAMES[row["variant"]],
+                spread(row["samples"]),
+                spread(row["model_calls"]),
+                spread(milliseconds(row["seconds"])),
+                *ratio_cells(row),
+                spread([ms / n for ms, n in zip(milliseconds(row["seconds"]), row["samples"], strict=True)]),
+                f"{row['peak_bytes'] / MIB:.0f}",
+                len(row["seconds"]),
+            ]
+            for row in rows
+        ),
+    )
+
+
+def ratio_cells(row: Row) -> list[str]:
+    return [spread(values) for values in row["ratios"].values()]
+
+
+def milliseconds(seconds: Iterable[float]) -> list[float]:
+    return [1e3 * value for value in seconds]
+
+
+def phase_table(rows: Sequence[Row]) -> str:
+    """Median milliseconds of a step by phase."""
+    return table(
+        ["model", "device", "step", *(f"{phase} ms" for phase in PHASES)],
+        (
+            [
+                row["size"],
+                row["device"],
+                NAMES[row["variant"]],
+                *(f"{1e3 * row['phases'][name]:.2f}" for name in PHASES),
+            ]
+            for row in rows
+        ),
+    )
+
+
+def throughput_table(rows: Sequence[Row]) -> str:
+    """Samples a second and operations a second, with what is recomputed for lack of memory."""
+    lines = []
+    for row in rows:
+        rates = [samples / seconds for samples, seconds in zip(row["samples"], row["seconds"], strict=True)]
+        operations = statistics.median(rates) * row["flops"] / row["samples"][0]
+        peak = next((peak for card, peak in BF16_PEAK.items() if card in row["device"]), None)
+        share = "not known" if peak is None else f"{100 * operations / peak:.1f}"
+        lines.append([row["size"], row["device"], spread(rates), f"{operations / 1e12:.3g}", share])
+    return table(["model", "device", "samples a second", "TFLOP/s", "% of the card's bf16 peak"], lines)
+
+
+def until_table(rows: Sequence[Row]) -> str:
+    """What a run took until the probe stopped it."""
+    kinds = ("replay", "prepare", "train", "probe")
+    header = ["objective", "device", "forgotten", "steps", *(f"calls: {kind}" for kind in kinds), "all calls",
+              "s: replay", "s: prepare", "s: train and probe", "s: all", "peak MiB"]  # fmt: skip
+    return table(
+        header,
+        (
+            [
+                row["variant"],
+                row["device"],
+                "yes" if row["reached"] else "no",
+                row["steps"],
+                *(row["model_calls"][kind] for kind in kinds),
+                sum(row["model_calls"].values()),
+                *(f"{row['seconds'][kind]:.1f}" for kind in ("replay", "prepare", "train", "total")),
+                f"{row['peak_memory_bytes'] / MIB:.0f}",
+            ]
+            for row in rows
+        ),
+    )
+
+
+def replay_table(rows: Sequence[Row]) -> str:
+    """What recording took, and its share of a run of default length."""
+    return table(
+        ["device", "s", "model calls", "MiB", "% of a run's seconds", "% of its model calls", "steps of the run"],
+        (
+            [
+                row["device"],
+                *replay_cells(row),
+                f"{100 * row['share_of_seconds']:.1f}",
+                f"{100 * row['share_of_model_calls']:.1f}",
+                row["steps"],
+            ]
+            for row in rows
+        ),
+    )
+
+
+def replay_cells(row: Row) -> list[object]:
+    return [f"{row['replay_seconds']:.1f}", row["replay_model_calls"], f"{row['replay_bytes'] / MIB:.0f}"]
+
+
+def concepts_table(rows: Sequence[Row]) -> str:
+    header = [
+        "concepts",
+        "device",
+        "ms a step",
+        "ratio to the first",
+        "peak MiB",
+        "replay s",
+        "replay model calls",
+        "replay MiB",
+    ]
+    return table(
+        header,
+        (
+            [
+                row["variant"],
+                row["device"],
+                spread(milliseconds(row["seconds"])),
+                *ratio_cells(row),
+                f"{row['peak_bytes'] / MIB:.0f}",
+                *replay_cells(row),
+            ]
+            for row in rows
+        ),
+    )
+
+
+def processes_table(rows: Sequence[Row]) -> str:
+    return table(
+        ["processes", "device", "threads each", "ms a step", "ratio to the first", "rounds"],
+        (
+            [
+                row["variant"],
+                row["device"],
+                row["threads"],
+                spread(milliseconds(row["seconds"])),
+                *ratio_cells(row),
+                len(row["seconds"]),
+            ]
+            for row in rows
+        ),
+    )
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """A panel a contest: each step's time as a multiple of the first reference's, median and quartiles."""
+    there = [part for part in CONTESTS if of(rows, part)]
+    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
+                  "axes.axisbelow": True, "font.size": 9, "figure.facecolor": "white"}  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+        labels: dict[str, Any] = {}
+        for axes, part in zip(figure.subplots(1, len(there), squeeze=False).flat, there, strict=True):
+            labels = {**_panel(axes, of(rows, part)), **labels}
+        figure.legend(list(labels.values()), list(labels), loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def _panel(axes: Axes, rows: Sequence[Row]) -> dict[str, Any]:
+    """Draw one contest; returns what to put in the legend, by name."""
+    reference, labels = next(iter(rows[0]["ratios"])), {}
+    groups = [list(group) for _, group in itertools.groupby(rows, lambda row: (row["size"], row["device"]))]
+    for place, group in enumerate(groups):
+        for number, row in enumerate(group):
+            low, middle, high = np.quantile(row["ratios"][reference], (0.25, 0.5, 0.75))
+            x = place + 0.16 * (number - (len(group) - 1) / 2)
+            labels[NAMES[row["variant"]]] = axes.errorbar(
+                x, middle, [[middle - low], [high - middle]], fmt="o", markersize=5, capsize=3,
+                color=COLORS[row["variant"]],
+            )  # fmt: skip
+    axes.axhline(1.0, color=COLORS["floor"], linewidth=0.8, zorder=0)
+    axes.set_xticks(range(len(groups)), [group[0]["size"] for group in groups])
+    axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.set_ylim(bottom=0)
+    axes.grid(False, axis="x")
+    axes.set_title(f"time as a multiple of\n{NAMES[reference]}", loc="left", fontsize=9)
+    return labels
