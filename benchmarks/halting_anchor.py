@@ -4,7 +4,7 @@
 
 Trains the anchor on the concepts that are never erased, unless `<work_dir>/anchor` is there, writes an adapter for each
 number of concepts, and appends one JSON row a measurement to `<work_dir>/halting_anchor.jsonl`; rows that are there are
-not measured again. `--methods safemax` measures trained SAFEMax on the same tasks.
+not measured again. `--methods safemax uce` measures trained SAFEMax and UCE on the same tasks.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.prompt_suites import OTHER_WORDING, Row, every_prompt, spread_prompts, write
 from benchmarks.emoji.settings import CONCEPTS, FORBIDDEN_GROUPS, NEIGHBOURS, OTHERS, SYNONYMS
 from safemax_sd.edits.halting_marks import HaltingMarksSettings
+from safemax_sd.edits.uce import UceSettings
 from safemax_sd.erase import erase
 from safemax_sd.erased import read_record
 from safemax_sd.objectives.halting_anchor import HaltingAnchorConfig
 from safemax_sd.objectives.safemax import SafemaxConfig
 from safemax_sd.provenance import provenance
+from safemax_sd.redirect import redirect
 from safemax_sd.train import train
 
 GROUPED = [concept for group in FORBIDDEN_GROUPS.values() for concept in group]
@@ -111,6 +113,9 @@ def adapter(method: str, count: int, synonyms: bool, work_dir: Path) -> Path:
         if method == "halting_anchor":
             prompts = [load_prompts(path, option=f"--{name}_prompts") for name, path in files.items()]
             erase(train_anchor(work_dir), *prompts, output, HaltingMarksSettings(), overwrite=True)
+        elif method == "uce":
+            prompts = [load_prompts(path, option=f"--{name}_prompts") for name, path in files.items()]
+            redirect("emoji", *prompts, output, UceSettings(), overwrite=True)
         else:
             train(
                 SafemaxConfig(
@@ -142,7 +147,7 @@ class Measurement:
         )
         self.parts = load_suite(task).parts
         record = read_record(output)
-        self.cost = record["edit"] if "edit" in record else record["cost"]
+        self.cost = record["edit"] if "marks" in record.get("edit", {}) else record["cost"]
 
     def rows(self, there: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Rows that are not there yet."""
@@ -165,7 +170,9 @@ class Measurement:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("anchor_study"))
-    parser.add_argument("--methods", nargs="+", choices=["halting_anchor", "safemax"], default=["halting_anchor"])
+    parser.add_argument(
+        "--methods", nargs="+", choices=["halting_anchor", "safemax", "uce"], default=["halting_anchor"]
+    )
     parser.add_argument("--counts", nargs="+", type=int, choices=COUNTS, default=list(COUNTS))
     parser.add_argument("--synonyms", action="store_true", help="Give the edit synonyms of the concepts too.")
     parser.add_argument("--num_images", type=int, default=64)

@@ -124,11 +124,28 @@ def save_adapter(
     Raises:
         SafemaxError: The disk is full; the files that were there before are untouched.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     changes = changes or {}
     state = widened(adapter_state(family.denoiser), changes)
     ranks = rank_pattern(family.denoiser.peft_config[ADAPTER].r, changes)  # type: ignore[union-attr,index]
-    metadata = _metadata(family.denoiser, ranks)
+    _save(family, directory, state, _metadata(family.denoiser, ranks), kohya=kohya)
+
+
+def save_changes(family: ModelFamily, directory: Path, changes: dict[str, LowRank]) -> None:
+    """Write changes of some layers, all of one rank, as an adapter that holds nothing else; see `save_adapter`."""
+    state = {}
+    for name, change in changes.items():
+        state |= {f"{name}.lora_A.weight": change.down.contiguous(), f"{name}.lora_B.weight": change.up.contiguous()}
+    rank = len(next(iter(changes.values())).down)
+    plain = dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False)
+    patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+    metadata = {"r": rank, "lora_alpha": rank, "target_modules": sorted(changes), **patterns, **plain}
+    _save(family, directory, state, metadata, kohya=False)
+
+
+def _save(
+    family: ModelFamily, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any], *, kohya: bool
+) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
             family.save_adapter(Path(temporary), state, metadata)

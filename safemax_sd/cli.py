@@ -65,6 +65,12 @@ def train(context: typer.Context) -> None:
 def erase(
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder of the erased adapter.")],
     anchor: Annotated[Path | None, typer.Option("--anchor", help="Output of --objective halting_anchor.")] = None,
+    edit: Annotated[
+        str, typer.Option("--edit", help="halting_marks, or uce, which needs no anchor.")
+    ] = "halting_marks",
+    pretrained_model_name_or_path: Annotated[
+        str, typer.Option("--pretrained_model_name_or_path", help="Base model of --edit uce.")
+    ] = "emoji",
     forget_prompts: Annotated[str | None, typer.Option("--forget_prompts", help="What to erase.")] = None,
     retain_prompts: Annotated[str | None, typer.Option("--retain_prompts", help="What to keep.")] = None,
     add: Annotated[str | None, typer.Option("--add", help="Prompts of more concepts for --output_dir.")] = None,
@@ -75,12 +81,25 @@ def erase(
     overwrite_output_dir: Annotated[bool, typer.Option("--overwrite_output_dir")] = False,
 ) -> None:
     """Erase concepts in closed form with a trained halting anchor, or add and remove some later."""
+    from safemax_sd.edits import EDITS
     from safemax_sd.edits.halting_marks import HaltingMarksSettings
+    from safemax_sd.edits.uce import Uce, UceSettings
     from safemax_sd.erase import change_concepts
     from safemax_sd.erase import erase as erase_concepts
     from safemax_sd.prompts import load_prompts
+    from safemax_sd.redirect import redirect
 
     with one_line_errors():
+        if EDITS.get(edit) is Uce:
+            if anchor is not None or add is not None or remove:
+                raise OptionError("--edit", edit, "takes no --anchor, --add or --remove")
+            forget = load_prompts(forget_prompts or "", option="--forget_prompts")
+            retain = load_prompts(retain_prompts or "", option="--retain_prompts")
+            base = pretrained_model_name_or_path
+            record = redirect(base, forget, retain, output_dir, UceSettings(), overwrite=overwrite_output_dir)
+            solved = record["cost"]["seconds"]["solve"]
+            console.print(f"{', '.join(record['forget']['concepts'])}: solved in {solved:.2f} s: {output_dir}")
+            return
         if anchor is None:
             if add is None and not remove:
                 raise OptionError("--anchor", "(not given)", "is required, or --add or --remove for an erased adapter")

@@ -49,6 +49,9 @@ def load_erased(
         SafemaxError: The weights do not fit the base model.
     """
     record = read_record(Path(directory))
+    if record["method"] not in OBJECTIVES.names():
+        text = f"was written by {record['method']}, which trains nothing: load it with diffusers"
+        raise OptionError("--adapter", directory, text)
     config = OBJECTIVES.get(record["method"]).Config(**record["config"])
     family = load_base(record, device)
     ranks = record.get("edit", {}).get("rank_pattern")

@@ -89,8 +89,9 @@ def write_results(
     clock: Stopwatch,
     model_calls: dict[str, int],
     steps: int,
-) -> None:
-    """Write `erasure.json` and the model card.
+    edit: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write `erasure.json` and the model card; returns the record. `edit`: of a closed form, its name and settings.
 
     Raises:
         SafemaxError: The disk is full.
@@ -116,9 +117,12 @@ def write_results(
         },
         "provenance": provenance(config.seed, device),
     }
+    if edit is not None:
+        record["edit"] = edit
     directory = Path(config.output_dir)
     write_json_atomic(directory / "erasure.json", record)
     write_model_card(directory, record)
+    return record
 
 
 def describe_prompts(prompts: PromptSet | None, *, with_texts: bool = True) -> dict[str, Any]:

@@ -61,6 +61,14 @@ def kept_states(family: ModelFamily, kept: PromptSet) -> tuple[Tensor, Tensor]:
     return torch.cat([states, empty]), torch.cat([rows, torch.full((len(empty),), -1)])
 
 
+def last_token_states(family: ModelFamily, texts: Sequence[str]) -> Tensor:
+    """State of each text's last token before the end-of-text token, float32 [N, D]; of an empty text, its first."""
+    lengths = [len(ids) for ids in family.tokenizer(list(texts))["input_ids"]]
+    states = family.encode_prompts(texts).tensors[TOKEN_STATES].float().cpu()
+    places = torch.tensor(lengths).sub(2).clamp(0, states.shape[1] - 1)
+    return states[torch.arange(len(states)), places]
+
+
 def _states(family: ModelFamily, texts: list[str]) -> Tensor:
     unique = list(dict.fromkeys(texts))
     return family.encode_prompts(unique).tensors[TOKEN_STATES].half().cpu()

@@ -1,0 +1,63 @@
+"""Erase in closed form from a base model that nothing was trained on: `safemax erase --edit uce`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safemax_sd.adapter import save_changes
+from safemax_sd.config import TrainConfig
+from safemax_sd.edits import EditData
+from safemax_sd.edits.uce import Uce, UceSettings
+from safemax_sd.errors import OptionError
+from safemax_sd.families import LoadOptions, load_family
+from safemax_sd.output import TRACES, write_results
+from safemax_sd.prompts import PromptSet, check_disjoint
+from safemax_sd.provenance import Stopwatch
+from safemax_sd.token_states import last_token_states
+
+
+def redirect(
+    base: str, forget: PromptSet, retain: PromptSet, output_dir: Path, settings: UceSettings, *, overwrite: bool
+) -> dict[str, Any]:
+    """Write a LoRA that takes the concepts of `forget` for the empty prompt; returns its record.
+
+    What is edited and kept are the concepts' names, or whole prompts where a file names none.
+
+    Raises:
+        OptionError: A prompt that is both forbidden and kept, an output folder in use, or a model without
+            cross-attention.
+    """
+    clock = Stopwatch()
+    check_disjoint(forget, retain)
+    if not overwrite and any((output_dir / name).exists() for name in TRACES):
+        raise OptionError("--output_dir", output_dir, "holds another run: add --overwrite_output_dir or name a new one")
+    with clock.phase("load"):
+        family = load_family(LoadOptions(base))
+    layers = family.token_projections()
+    if not layers:
+        raise OptionError("--edit", Uce.name, f"edits keys and values of cross-attention, which {family.name} has not")
+    with clock.phase("encode"):
+        concepts = list(dict.fromkeys(prompt.shows for prompt in forget.prompts))
+        kept = list(dict.fromkeys(prompt.shows for prompt in retain.prompts))
+        states = last_token_states(family, ["", *concepts, *kept])
+        named = dict(zip(concepts, states[1 : len(concepts) + 1, None, None], strict=True))
+        data = EditData(named, states[len(concepts) + 1 :])
+    with clock.phase("solve"):
+        changes = Uce(states[0], settings).solve(layers, data)
+    with clock.phase("write"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_changes(family, output_dir, changes)
+    config = TrainConfig(
+        forget_prompts=forget.source,
+        retain_prompts=retain.source,
+        output_dir=str(output_dir),
+        pretrained_model_name_or_path=base,
+        rank=len(concepts),
+        lora_targets="cross_attention",
+        objective=Uce.name,
+        max_train_steps=0,
+    )
+    edit = {"name": Uce.name, "settings": asdict(settings)}
+    return write_results(config, family, forget, retain, clock, {}, 0, edit)
