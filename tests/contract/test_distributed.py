@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from safemax_sd.evaluation.run import EvaluateOptions, evaluate
 from safetensors.torch import load_file
 
 from safemax_sd.adapter import WEIGHTS_NAME
@@ -24,15 +25,15 @@ from safemax_sd.train import check_distribution, train
 from tests import tiny
 
 
-def launch(arguments: list[str]) -> subprocess.Popen[str]:
-    """Two gloo processes of a training on the processor."""
+def launch(arguments: list[str], module: str = "safemax_sd.train") -> subprocess.Popen[str]:
+    """Two gloo processes of a module on the processor."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, "-m", "safemax_sd.train", *arguments],
+        [*command, "-m", module, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -40,8 +41,8 @@ def launch(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def finish(arguments: list[str]) -> None:
-    process = launch(arguments)
+def finish(arguments: list[str], module: str = "safemax_sd.train") -> None:
+    process = launch(arguments, module)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
 
@@ -80,6 +81,30 @@ def test_two_processes_resume_bit_for_bit(two: tuple[list[str], Path]) -> None:
     finish([*arguments, "--resume_from_checkpoint", "latest"])
     resumed = load_file(output / WEIGHTS_NAME)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_two_processes_evaluate_what_one_does(two: tuple[list[str], Path]) -> None:
+    _, output = two
+    shared, alone = output / "two", output / "one"
+    flags = ["--num_images", "5", "--num_sweep_images", "2", "--num_inference_steps", "2", "--batch_size", "2"]
+    arguments = ["--adapter", str(output), "--suite", str(output.parent), "--output_dir", str(shared), *flags]
+    finish(["evaluate", *arguments], "safemax_sd.cli")
+    evaluate(
+        EvaluateOptions(
+            adapter=str(output),
+            suite=str(output.parent),
+            output_dir=str(alone),
+            num_images=5,
+            num_sweep_images=2,
+            num_inference_steps=2,
+            batch_size=2,
+        )
+    )
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (shared, alone)]
+    assert [row["metric"] for row in reports[0]["metrics"]] == [row["metric"] for row in reports[1]["metrics"]]
+    for ours, theirs in zip(reports[0]["metrics"], reports[1]["metrics"], strict=True):
+        assert ours["value"] == pytest.approx(theirs["value"], rel=1e-3, abs=1e-4), ours
+    assert {path.name for path in (shared / "cache").iterdir()} == {path.name for path in (alone / "cache").iterdir()}
 
 
 def test_a_killed_process_ends_the_run_with_a_message(tiny_model: Path, tmp_path: Path) -> None:
