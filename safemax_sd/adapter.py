@@ -132,7 +132,7 @@ def save_adapter(
 
 def save_changes(family: ModelFamily, directory: Path, changes: dict[str, LowRank]) -> None:
     """Write changes of some layers, all of one rank, as an adapter that holds nothing else; see `save_adapter`."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, change in changes.items():
         state |= {f"{name}.lora_A.weight": change.down.contiguous(), f"{name}.lora_B.weight": change.up.contiguous()}
     rank = len(next(iter(changes.values())).down)

@@ -8,7 +8,10 @@ from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from safemax_sd.assets import resolve_model
 from safemax_sd.families.base import FAMILIES
 from safemax_sd.provenance import atomic_write_text
 
@@ -103,6 +106,17 @@ def describe(record: dict[str, Any], picture: Picture | None, measured: str = ""
     return "\n".join(lines)
 
 
+def hub_id(name_or_path: str) -> str | None:
+    """A base model's id on the hub; None for a folder or an embedded model, whose names the hub takes for an error."""
+    if resolve_model(name_or_path) != name_or_path or Path(name_or_path).exists():
+        return None
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError:
+        return None
+    return name_or_path
+
+
 def write_model_card(
     directory: Path, record: dict[str, Any], *, measured: str = "", picture: Picture | None = None
 ) -> None:
@@ -120,8 +134,12 @@ def write_model_card(
     if picture is None:
         drawn = sorted((directory / "samples").glob("*.png"))
         picture = Picture(drawn[-1].relative_to(directory).as_posix(), drawn[-1].stem) if drawn else None
-    base = record["base_model"]["name_or_path"]
     # Not through diffusers' load_or_create_model_card: it asks the hub for a repository of the folder's name first.
-    data = ModelCardData(base_model=base, library_name="diffusers", pipeline_tag="text-to-image", tags=TAGS)
+    data = ModelCardData(
+        base_model=hub_id(record["base_model"]["name_or_path"]),
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=TAGS,
+    )
     text = f"---\n{data.to_yaml()}\n---\n\n{describe(record, picture, measured)}\n"
     atomic_write_text(directory / "README.md", text)

@@ -81,8 +81,12 @@ class HaltingMarks(ClosedFormEdit):
     def _readout(self, concepts: list[Tensor], kept: list[Tensor]) -> Tensor:
         """w, float64 [D], that is 1 on tokens of `concepts`, each [P, L, D], and small on `kept`, each [N, D]."""
         settings = self.settings
-        second = sum(part.T @ part for part in _parts(kept)) / sum(len(states) for states in kept)
-        small = settings.retain_weight * second + RIDGE * second.diagonal().mean() * torch.eye(len(second)).to(second)
+        width = self.marks.shape[1]
+        second = torch.zeros(width, width, dtype=torch.float64)
+        for part in _parts(kept):
+            second += part.T @ part
+        second /= sum(len(states) for states in kept)
+        small = settings.retain_weight * second + RIDGE * second.diagonal().mean() * torch.eye(width, dtype=torch.float64)
         carriers = [states.flatten(0, 1).double() for states in concepts]
         excess, limit = torch.zeros_like(second), torch.zeros_like(second[0])
         for _ in range(ROUNDS):

@@ -29,7 +29,7 @@ class TransformerFamily(LatentFamily):
 
     def _noise_process(self) -> FlowMatching:
         """With the shift for pictures of the model's own size; a sampler takes that of the size it is asked for."""
-        config = self.sampler().config
+        config: Any = self.sampler().config  # type: ignore[attr-defined]
         if not config.use_dynamic_shifting:
             return FlowMatching(config.num_train_timesteps, config.shift)
         mu = self._shift_of(config, self._own_side**2)

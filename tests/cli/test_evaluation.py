@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from safemax_sd.evaluation.headline import headline
-from safemax_sd.evaluation.run import EvaluateOptions, evaluate
+from safemax_sd.evaluation.run import EvaluateOptions, evaluate, update_model_card
 from safemax_sd.prompts import load_suite
 
 from safemax_sd.errors import SafemaxError
@@ -62,6 +62,33 @@ def test_page_is_self_contained(evaluated: Path) -> None:
     assert "data:image/png;base64," in page
     assert "http" not in page.replace("http://www.w3.org", "")
     assert (evaluated / "samples.png").stat().st_size > 1000
+
+
+def test_the_model_card_shows_the_report(evaluated: Path, erased: Path) -> None:
+    report = json.loads((evaluated / "report.json").read_text())
+    card = (erased / "README.md").read_text()
+    assert "](evaluation/samples.png)" in card
+    table = card.split("## Measured\n\n")[1].split("\n\n")[0].splitlines()
+    assert table[0] == "| | base | erased |"
+    assert len(table) == 2 + len(headline(report))
+    row = next(line for line in table if line.startswith("| Unlearning accuracy |"))
+    assert row.count("n = 6") == 2
+    assert row.count("[") == 2
+    for said in ("emoji/bomb", "sampler ddim", "guidance scale 5, 3 steps", report["provenance"]["device"]):
+        assert said in card
+    assert card.startswith("---\nlibrary_name")
+
+
+def test_an_evaluation_elsewhere_leaves_the_model_card(evaluated: Path, erased: Path, tmp_path: Path) -> None:
+    report = json.loads((evaluated / "report.json").read_text())
+    before = (erased / "README.md").read_text()
+    update_model_card(erased, {**report, "suite": "another"}, tmp_path)
+    assert (erased / "README.md").read_text() == before
+    inside = erased / "at guidance 7"
+    update_model_card(erased, {**report, "suite": "another"}, inside)
+    assert "](at%20guidance%207/samples.png)" in (erased / "README.md").read_text()
+    update_model_card(erased, report, evaluated)
+    assert (erased / "README.md").read_text() == before
 
 
 def test_a_second_evaluation_reads_the_cache(evaluated: Path, erased: Path) -> None:

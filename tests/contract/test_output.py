@@ -40,7 +40,7 @@ def test_files(config: TrainConfig) -> None:
     assert record["cost"]["model_calls"] == {"replay": 36, "prepare": 0, "train": 32, "probe": 0}
     card = (output / "README.md").read_text()
     assert "a red apple" in card or "apple" in card
-    assert "base_model" in card
+    assert card.startswith("---\nlibrary_name: diffusers\n")
 
 
 def test_a_used_folder_is_refused_and_kept(config: TrainConfig) -> None:
@@ -119,3 +119,15 @@ def test_tracker_gets_every_step(config: TrainConfig) -> None:
         points = shown.Scalars(name)
         assert [point.step for point in points] == [1, 2, 3, 4]
         assert [point.value for point in points] == pytest.approx([row[name] for row in logged], rel=1e-6)
+
+
+def test_tracker_gets_validation_pictures(config: TrainConfig) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(config, validation_prompt=["a red apple", "a plum"], validation_steps=2, num_validation_images=2)
+    output = train(replace(config, report_to="tensorboard"))
+    (events,) = (output / "logs" / "safemax_sd").glob("events.out.tfevents.*")
+    shown = EventAccumulator(str(events.parent)).Reload()
+    assert shown.Tags()["images"] == ["validation/a red apple", "validation/a plum"]
+    for name in shown.Tags()["images"]:
+        assert [point.step for point in shown.Images(name)] == [2, 4]
