@@ -172,8 +172,7 @@ def build_run(
     weights = trainable.attach(family, config)
     family.denoiser.train(config.gradient_checkpointing or config.lora_dropout > 0)
     with clock.phase("prepare"):
-        student = Student(family.predict, family.denoiser, weights.parameters, family.token_projections())
-        prior_calls = objective.prepare(student)
+        prior_calls = objective.prepare(Student.of(family, weights.parameters))
     optimizer = make_optimizer(config, weights.parameters, accelerator.num_processes)
     scheduler = get_scheduler(
         config.lr_scheduler,
@@ -229,7 +228,8 @@ def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, ret
         for name, prompts in (("forget", forget), ("retain", retain))
     }
     latent_shape = family.latent_shape(config.resolution)
-    keep_steps = OBJECTIVES.get(config.objective).replays_steps
+    replays = OBJECTIVES.get(config.objective).replays(config)
+    keep_steps = replays == "steps"
     samples: dict[str, Samples] = {}
     if config.train_data_dir is not None:
         for name, prompts in (("forget", forget), ("retain", retain)):
@@ -239,7 +239,7 @@ def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, ret
     counts = {"forget": config.forget_trajectories, "retain": config.retain_trajectories}
     banks: dict[str, ReplayBank] = {}
     for number, (name, rows) in enumerate(conditioning.items()):
-        if samples and not keep_steps:  # real pictures are all that the method learns from
+        if replays == "nothing" or (samples and not keep_steps):  # real pictures are all that the method learns from
             banks[name] = ReplayBank.empty(latent_shape)
             continue
         banks[name] = record(

@@ -86,7 +86,9 @@ class HaltingMarks(ClosedFormEdit):
         for part in _parts(kept):
             second += part.T @ part
         second /= sum(len(states) for states in kept)
-        small = settings.retain_weight * second + RIDGE * second.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+        small = settings.retain_weight * second + RIDGE * second.diagonal().mean() * torch.eye(
+            width, dtype=torch.float64
+        )
         carriers = [states.flatten(0, 1).double() for states in concepts]
         excess, limit = torch.zeros_like(second), torch.zeros_like(second[0])
         for _ in range(ROUNDS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -223,6 +224,21 @@ class ModelFamily(ABC):
         ):
             latents = point.following
         return latents
+
+    @torch.no_grad()
+    def sample_until(
+        self, conditioning: Conditioning, x_T: Tensor, *, guidance_scale: float, num_inference_steps: int, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """x_t [B, *latent] after so many steps of `trajectory`, fewer than all, and its native time t, [B]."""
+        scheduler = self.sampler()
+        self.set_timesteps(scheduler, num_inference_steps, x_T)
+        points = self.trajectory(
+            conditioning, x_T, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
+        )
+        x_t = x_T
+        for point in itertools.islice(points, steps):
+            x_t = point.following
+        return x_t, scheduler.timesteps[steps].expand(len(x_t))
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from safemax_sd.config import TrainConfig, option
-from safemax_sd.families import Conditioning
+from safemax_sd.families import Conditioning, ModelFamily
 from safemax_sd.process import DiffusionProcess
 from safemax_sd.registry import Registry
 from safemax_sd.replay import ReplayBank, Samples
+
+Replays = Literal["steps", "samples", "nothing"]
+"""Of trajectories: every step, the samples at their ends, or none to be recorded."""
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(x_t, t, conditioning) -> the student's native prediction, float32 [B, *latent]."""
@@ -81,19 +85,28 @@ class Batch:
 
 @dataclass(frozen=True)
 class Student:
-    """The network before its first step, for priors that a method computes on it.
+    """The network under training, for priors that a method computes on it and for methods that sample as they train.
 
     Attributes:
         predict: Its prediction.
         denoiser: The network itself.
-        parameters: What will be trained of it.
+        parameters: What is trained of it.
         token_projections: Its projections of token states to keys and values, by name.
+        frozen: A context in which it predicts what the base model does; of a LoRA only.
+        sample_until: `ModelFamily.sample_until`.
     """
 
     predict: Predict
     denoiser: nn.Module
     parameters: Sequence[nn.Parameter]
-    token_projections: dict[str, nn.Module] = field(default_factory=dict)
+    token_projections: dict[str, nn.Module]
+    frozen: Callable[[], AbstractContextManager[None]]
+    sample_until: Callable[..., tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, family: ModelFamily, parameters: Sequence[nn.Parameter]) -> Self:
+        projections = family.token_projections()
+        return cls(family.predict, family.denoiser, parameters, projections, family.base_only, family.sample_until)
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +178,6 @@ class Objective(ABC):
         trainable: Values of `--trainable` that it works with.
         names_concepts: Whether `--forget_prompts` says what to erase; where not, `--retain_prompts` is all there is.
         needs_tokens: Whether it works on the states of a prompt's words, which not every family has.
-        replays_steps: Whether it needs the banks' steps; where not, only the samples at their ends are kept.
     """
 
     name: ClassVar[str]
@@ -174,7 +186,11 @@ class Objective(ABC):
     trainable: ClassVar[frozenset[str]] = frozenset({"lora", "full"})
     names_concepts: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = False
-    replays_steps: ClassVar[bool] = True
+
+    @classmethod
+    def replays(cls, config: TrainConfig) -> Replays:  # (config: for methods that can do either)
+        """What it needs of the frozen model's trajectories."""
+        return "steps"
 
     @abstractmethod
     def __init__(self, config: TrainConfig, data: ErasureData) -> None:

@@ -32,6 +32,8 @@ MARKS_FILE = "halting_marks.safetensors"
 MARKS = "marks"
 MOST_PRACTISED_SHARE = 0.5
 """Of the concepts, that one practice edit erases."""
+MOST_PRACTISED = 64
+"""Concepts that one practice edit erases: with more the few marks leak everywhere."""
 DRAWN_SHARE = 0.1
 """Of marked prompts whose mark no edit has put there."""
 UNTOUCHED_SHARE = 0.25
@@ -185,9 +187,8 @@ def practise(states: Tensor, concepts: Sequence[str], marks: Tensor, count: int,
     names = sorted(set(concepts))
     numbers = torch.tensor([names.index(concept) for concept in concepts])
     edit = HaltingMarks(marks, HaltingMarksSettings())
-    sizes = [
-        2**power for power in range(len(names).bit_length()) if 2**power <= max(1, MOST_PRACTISED_SHARE * len(names))
-    ]
+    most = min(MOST_PRACTISED, max(1, MOST_PRACTISED_SHARE * len(names)))
+    sizes = [2**power for power in range(len(names).bit_length()) if 2**power <= most]
     readouts, erased = [], []
     for number in tqdm(range(count), desc="practice edits", unit="edit"):
         chosen = torch.randperm(len(names), generator=generator)[: sizes[number % len(sizes)]]

@@ -24,6 +24,7 @@ from safemax_sd.objectives.base import (
     Objective,
     Positions,
     Predict,
+    Replays,
     Student,
     prior_generator,
 )
@@ -75,7 +76,6 @@ class Salun(Objective):
     paper: ClassVar[str] = "arXiv 2310.12508"
     Config: ClassVar[type[TrainConfig]] = SalunConfig
     trainable: ClassVar[frozenset[str]] = frozenset({"full"})
-    replays_steps: ClassVar[bool] = False
 
     def __init__(self, config: SalunConfig, data: ErasureData) -> None:
         self.config, self.data = config, data
@@ -86,6 +86,10 @@ class Salun(Objective):
         self.parameters = list(student.parameters)
         self.mask = salient(self._forget_gradients(student), self.config.saliency_share)
         return len(self.data.forget_samples)
+
+    @classmethod
+    def replays(cls, config: TrainConfig) -> Replays:
+        return "samples"
 
     def draw(self, positions: Positions) -> SalunBatch:
         forget = [self._sample(self.data.forget_samples, positions.generator(FORGET, n)) for n in positions.forget]

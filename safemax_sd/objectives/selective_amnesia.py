@@ -24,6 +24,7 @@ from safemax_sd.objectives.base import (
     Objective,
     Positions,
     Predict,
+    Replays,
     Student,
     prior_generator,
 )
@@ -59,7 +60,6 @@ class SelectiveAmnesia(Objective):
     paper: ClassVar[str] = "arXiv 2305.10120"
     Config: ClassVar[type[TrainConfig]] = SelectiveAmnesiaConfig
     trainable: ClassVar[frozenset[str]] = frozenset({"full"})
-    replays_steps: ClassVar[bool] = False
 
     def __init__(self, config: SelectiveAmnesiaConfig, data: ErasureData) -> None:
         self.config, self.data = config, data
@@ -72,6 +72,10 @@ class SelectiveAmnesia(Objective):
         self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.fisher, calls = self._fisher_information(student)
         return calls
+
+    @classmethod
+    def replays(cls, config: TrainConfig) -> Replays:
+        return "samples"
 
     def draw(self, positions: Positions) -> Batch:
         parts = [self._forget(positions.generator(FORGET, number)) for number in positions.forget]

@@ -30,10 +30,11 @@ MODELS = ("tiny_model", "tiny_v_model", "tiny_sdxl", "tiny_sd3", "tiny_flux", "t
 QUICK = {
     "selective_amnesia": ("--fisher_samples", "2", "--fisher_timesteps", "7"),
     "halting_anchor": ("--practice_edits", "4"),
+    "esd": ("--esd_inference_steps", "4"),
 }
-"""Flags that make a method's priors small; not needed for a method to be tested."""
-SMALL = {"tiny_flux": ("--resolution", "64")}
-"""Flags for a model whose own pictures are large."""
+"""Flags that make a method's priors or its sampling small; not needed for a method to be tested."""
+FITTING = {"tiny_flux": ("--resolution", "64"), "tiny_ddpm": ("--lora_targets", "all")}
+"""Flags for a model whose own pictures are large, and for one without cross-attention."""
 WITHOUT_CROSS_ATTENTION = {"tiny_ddpm", "tiny_sd3", "tiny_flux"}
 ALL = [
     (o, m, t)
@@ -51,14 +52,14 @@ Request = pytest.FixtureRequest
 def config(request: Request, tmp_path: Path, objective: str, model: str, weights: str) -> TrainConfig:
     path: Path = request.getfixturevalue(model)
     arguments = tiny.train_arguments(path, tmp_path, tmp_path / "out", "--objective", objective)
-    return parse_config([*arguments, "--trainable", weights, *QUICK.get(objective, ()), *SMALL.get(model, ())])
+    return parse_config([*arguments, "--trainable", weights, *QUICK.get(objective, ()), *FITTING.get(model, ())])
 
 
 def prepare(config: TrainConfig) -> tuple[ModelFamily, list[torch.nn.Parameter], Objective]:
     family = load_family(LoadOptions(config.pretrained_model_name_or_path))
     built = OBJECTIVES.get(config.objective)(config, record_data(config, family, *read_input(config)))
     parameters = trainable.attach(family, config).parameters
-    built.prepare(Student(family.predict, family.denoiser, parameters, family.token_projections()))
+    built.prepare(Student.of(family, parameters))
     return family, parameters, built
 
 

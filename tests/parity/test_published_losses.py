@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from safemax_sd.command_line import parse_config
 from safemax_sd.families import Conditioning, LoadOptions, load_family
 from safemax_sd.objectives import ErasureData, Student
 from safemax_sd.objectives.base import Batch, Positions
+from safemax_sd.objectives.esd import Esd, EsdConfig
 from safemax_sd.objectives.salun import Salun, SalunBatch, SalunConfig, salient
 from safemax_sd.objectives.selective_amnesia import SelectiveAmnesia, SelectiveAmnesiaConfig
 from safemax_sd.process import VariancePreserving
@@ -60,7 +63,11 @@ class Scale(nn.Module):
 
 
 def student(network: Scale) -> Student:
-    return Student(network, network, list(network.parameters()))
+    return Student(network, network, list(network.parameters()), {}, nullcontext, no_sampler)
+
+
+def no_sampler(*_: object, **__: object) -> tuple[Tensor, Tensor]:
+    raise AssertionError("this method does not sample as it trains")
 
 
 def test_selective_amnesia_by_hand() -> None:
@@ -164,7 +171,7 @@ def test_masked_weights_stay(tiny_ddpm: Path, tmp_path: Path) -> None:
     prompts = [load_prompts(path, option="--x") for path in (config.forget_prompts, config.retain_prompts)]
     built = Salun(config, record_data(config, family, *prompts))  # type: ignore[arg-type]
     parameters = trainable.attach(family, config).parameters
-    built.prepare(Student(family.predict, family.denoiser, parameters))
+    built.prepare(Student.of(family, parameters))
     share = sum(float(mask.sum()) for mask in built.mask) / sum(p.numel() for p in parameters)
     assert share == pytest.approx(0.5, abs=1e-3)
     before = [p.detach().clone() for p in parameters]
@@ -174,3 +181,41 @@ def test_masked_weights_stay(tiny_ddpm: Path, tmp_path: Path) -> None:
     optimizer.step()
     for start, parameter, mask in zip(before, parameters, built.mask, strict=True):
         assert torch.equal(start[mask == 0], parameter[mask == 0])
+
+
+def test_esd_by_hand() -> None:
+    network = Scale()
+    asked: list[int] = []
+
+    @contextmanager
+    def frozen() -> Iterator[None]:
+        network.w.data.fill_(1.0)
+        yield
+        network.w.data.fill_(2.0)
+
+    def sample_until(rows: Conditioning, x_T: Tensor, **settings: int) -> tuple[Tensor, Tensor]:
+        asked.append(settings["steps"])
+        return x_T, torch.zeros(1)
+
+    built = Esd(EsdConfig(negative_guidance=0.5, esd_inference_steps=7), data())
+    built.prepare(Student(network, network, list(network.parameters()), {}, frozen, sample_until))
+    batch = built.draw(Positions(0, 0, range(3), range(0)))
+    terms = built.loss(network, batch)
+    states = batch.conditioning.tensors["states"].flatten()
+    # The student says 2c, the frozen model c and, of the empty prompt, 0: the target is 0 - 0.5·(c - 0).
+    assert float(terms.total) == pytest.approx(float((2.5 * states).square().mean()))
+    assert asked == batch.steps.tolist()
+    assert batch.model_calls == 3 + sum(2 * steps + 2 for steps in asked)
+    assert set(torch.cat([built.draw(Positions(0, n, range(9), range(0))).steps for n in range(20)]).tolist()) == set(
+        range(7)
+    )
+
+
+def test_esd_samples_as_far_as_it_says(tiny_model: Path) -> None:
+    family = load_family(LoadOptions(str(tiny_model)))
+    rows, noise = family.encode_prompts(["apple"]), torch.randn(1, *family.latent_shape(None))
+    points = list(family.trajectory(rows, noise, guidance_scale=3.0, num_inference_steps=5))
+    for steps, point in enumerate(points):
+        x_t, t = family.sample_until(rows, noise, guidance_scale=3.0, num_inference_steps=5, steps=steps)
+        assert torch.equal(x_t, point.x_t)
+        assert torch.equal(t, point.t)
