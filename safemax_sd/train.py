@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -32,6 +32,7 @@ from safemax_sd.optimizers import check_optimizer, make_optimizer
 from safemax_sd.output import RunLog, prepare_output_dir, write_results
 from safemax_sd.picture_folder import encode_samples
 from safemax_sd.probe import UnlearningProbe
+from safemax_sd.processes import lost_a_process, make_accelerator, mean_over_processes
 from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_over_long
 from safemax_sd.provenance import Stopwatch
 from safemax_sd.replay import MEMORY, ReplayBank, Samples, Storage, bank_bytes, record, start_noise
@@ -119,31 +120,6 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
         text = f"does not go with --objective {config.objective}: use {' or '.join(sorted(allowed))}"
         raise OptionError("--trainable", config.trainable, text)
     return forget, retain
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    logging_dir = str(Path(config.output_dir) / config.logging_dir)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to,
-        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logging_dir),
-    )
-    check_distribution(accelerator.distributed_type)
-    return accelerator
-
-
-SPLITS_THE_MODEL = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-
-
-def check_distribution(kind: DistributedType) -> None:
-    """Refuse what splits the base model's weights: predictions, checkpoints and the adapter need them whole.
-
-    Raises:
-        SafemaxError: FSDP, DeepSpeed or Megatron-LM in Accelerate's configuration.
-    """
-    if kind in SPLITS_THE_MODEL:
-        raise SafemaxError(f"accelerate launch: {kind.value} is not supported; use --multi_gpu (data parallelism)")
 
 
 def build_run(
@@ -300,7 +276,9 @@ def loop(run: Run) -> None:
         done = False
         if run.probe is not None and run.step % config.probe_steps == 0:
             # One figure for all processes: they must agree on when to stop.
-            row["probe_unlearning_accuracy"] = mean_over_processes(run, run.probe.unlearning_accuracy(run.family))
+            row["probe_unlearning_accuracy"] = mean_over_processes(
+                accelerator, run.probe.unlearning_accuracy(run.family)
+            )
             run.model_calls["probe"] += run.probe.model_calls
             done = row["probe_unlearning_accuracy"] >= run.probe.threshold
         log.write(run.step, row)
@@ -311,10 +289,6 @@ def loop(run: Run) -> None:
         if done:
             break
     bar.close()
-
-
-def mean_over_processes(run: Run, value: float) -> float:
-    return float(run.accelerator.reduce(torch.tensor(value, device=run.accelerator.device), reduction="mean"))
 
 
 def optimizer_step(run: Run) -> dict[str, float]:
@@ -377,17 +351,6 @@ def sample_validation(run: Run) -> None:
     pictures = family.decode(latents)
     save_samples(pictures, config.validation_prompt, count, run.output_dir, run.step)
     track_samples(run.accelerator.trackers, pictures, config.validation_prompt, run.step)
-
-
-PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""What backends say of a process that is gone; gloo has no exception class of its own."""
-
-
-def lost_a_process(error: RuntimeError) -> bool:
-    """Whether a collective operation failed because another process of the run has ended."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    return isinstance(error, torch.distributed.DistBackendError) or any(text in str(error) for text in PEER_LOST)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

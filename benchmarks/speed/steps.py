@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 
 from safemax_sd.families import Conditioning, ModelFamily, load_family
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
+from safemax_sd.processes import make_accelerator
 from safemax_sd.provenance import Stopwatch
 from safemax_sd.train import (
     Run,
     build_run,
     load_options,
-    make_accelerator,
     make_optimizer,
     optimizer_step,
     positions,

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from safemax_sd.adapter import WEIGHTS_NAME
 from safemax_sd.command_line import parse_config
 from safemax_sd.errors import SafemaxError
-from safemax_sd.train import check_distribution, train
+from safemax_sd.processes import check_distribution
+from safemax_sd.train import train
 from tests import tiny
 
 

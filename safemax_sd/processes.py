@@ -1,0 +1,50 @@
+"""The processes of a run: Accelerate's state, what they agree on, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration
+
+from safemax_sd.config import TrainConfig
+from safemax_sd.errors import SafemaxError
+
+SPLITS_THE_MODEL = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What backends say of a process that is gone; gloo has no exception class of its own."""
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    logging_dir = str(Path(config.output_dir) / config.logging_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logging_dir),
+    )
+    check_distribution(accelerator.distributed_type)
+    return accelerator
+
+
+def check_distribution(kind: DistributedType) -> None:
+    """Refuse what splits the base model's weights: predictions, checkpoints and the adapter need them whole.
+
+    Raises:
+        SafemaxError: FSDP, DeepSpeed or Megatron-LM in Accelerate's configuration.
+    """
+    if kind in SPLITS_THE_MODEL:
+        raise SafemaxError(f"accelerate launch: {kind.value} is not supported; use --multi_gpu (data parallelism)")
+
+
+def mean_over_processes(accelerator: Accelerator, value: float) -> float:
+    """One value for all processes, so that they decide alike."""
+    return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), reduction="mean"))
+
+
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because another process of the run has ended."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return isinstance(error, torch.distributed.DistBackendError) or any(text in str(error) for text in PEER_LOST)
