@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from safemax_sd.config import TrainConfig, option
@@ -92,7 +94,7 @@ class Student:
         denoiser: The network itself.
         parameters: What is trained of it.
         token_projections: Its projections of token states to keys and values, by name.
-        frozen: A context in which it predicts what the base model does; of a LoRA only.
+        freeze: Returns the base model's prediction, without gradients; to be called before the first step.
         sample_until: `ModelFamily.sample_until`.
     """
 
@@ -100,17 +102,31 @@ class Student:
     denoiser: nn.Module
     parameters: Sequence[nn.Parameter]
     token_projections: dict[str, nn.Module]
-    frozen: Callable[[], AbstractContextManager[None]]
+    freeze: Callable[[], Predict]
     sample_until: Callable[..., tuple[Tensor, Tensor]]
 
     @classmethod
     def of(cls, family: ModelFamily, parameters: Sequence[nn.Parameter]) -> Self:
         projections = family.token_projections()
-        return cls(family.predict, family.denoiser, parameters, projections, family.base_only, family.sample_until)
+        return cls(
+            family.predict, family.denoiser, parameters, projections, partial(_freeze, family), family.sample_until
+        )
 
     @property
     def device(self) -> torch.device:
         return self.parameters[0].device
+
+
+def _freeze(family: ModelFamily) -> Predict:
+    """The base model's prediction: with the LoRA switched off, or of a copy where its own weights are to be trained."""
+    adapted = any(isinstance(module, BaseTunerLayer) for module in family.denoiser.modules())
+    network = None if adapted else copy.deepcopy(family.denoiser).requires_grad_(False)
+
+    def predict(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        with torch.no_grad(), family.base_only():
+            return family.predict(x_t, t, conditioning, network)
+
+    return predict
 
 
 @dataclass(frozen=True)

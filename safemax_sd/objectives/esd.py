@@ -11,30 +11,37 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safemax_sd.config import NOT_NEGATIVE, POSITIVE, TrainConfig, option
+from safemax_sd.errors import OptionError
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import Batch, ErasureData, LossTerms, Objective, Positions, Predict, Replays, Student
 
 FORGET = 0
+CROSS_ATTENTION = ".attn2."
+"""In the names of such a UNet's weights."""
 
 
 @dataclass
 class EsdConfig(TrainConfig):
-    """ESD's own flags; the defaults are those of the authors' code but for the LoRA, which learns at a higher rate."""
+    """ESD's own flags; the defaults are those of the authors' code for Stable Diffusion 1.4."""
 
-    negative_guidance: float = option(1.0, "η: how far the target lies on the other side of the empty prompt.")
+    negative_guidance: float = option(2.0, "η: how far the target lies on the other side of the empty prompt.")
     start_guidance: float = option(3.0, "Guidance of the sampling that gives x_t.")
     esd_inference_steps: int = option(50, "Steps of a whole such sampling.")
     esd_states: Literal["sampled", "replayed"] = option("sampled", "x_t by sampling for each step, or from the replay.")
+    esd_weights: Literal["cross_attention", "others", "all"] = option(
+        "cross_attention", "Which train of --trainable full: ESD-x, ESD-u or both; of a LoRA --lora_targets says it."
+    )
     retain_prompts: str = option("", "Not learned from; kept for the record and the probe.")
 
     train_batch_size: int = option(1, "Forget samples a step, micro-batch and process.")
     retain_batch_size: int | None = option(1, "Not used: nothing is trained to stay.")
-    lora_targets: Literal["all", "attention", "cross_attention"] = option("cross_attention", "ESD-x; all: ESD-u's too.")
-    max_train_steps: int = option(1000, "Optimizer steps.")
-    learning_rate: float = option(1e-4, "Of AdamW.")
+    trainable: Literal["lora", "full"] = option("full", "The weights, as published, or a LoRA.")
+    lora_targets: Literal["all", "attention", "cross_attention"] = option("cross_attention", "Which layers get a LoRA.")
+    max_train_steps: int = option(200, "Optimizer steps.")
+    learning_rate: float = option(5e-5, "Of AdamW.")
     lr_scheduler: str = option("constant", "Name of a schedule of diffusers.optimization.")
     lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
     adam_beta2: float = option(0.999, "β2.")
@@ -73,7 +80,6 @@ class Esd(Objective):
     name: ClassVar[str] = "esd"
     paper: ClassVar[str] = "arXiv 2303.07345"
     Config: ClassVar[type[TrainConfig]] = EsdConfig
-    trainable: ClassVar[frozenset[str]] = frozenset({"lora"})
     config: EsdConfig
 
     def __init__(self, config: EsdConfig, data: ErasureData) -> None:
@@ -86,7 +92,26 @@ class Esd(Objective):
 
     def prepare(self, student: Student) -> int:
         self.student = student
+        if self.config.esd_states == "sampled":
+            self.frozen = student.freeze()
+        self.left_out = self._left_out(student)
         return 0
+
+    def _left_out(self, student: Student) -> list[nn.Parameter]:
+        """Weights of the denoiser that do not train."""
+        if self.config.trainable == "lora" or self.config.esd_weights == "all":
+            return []
+        trained = self.config.esd_weights == "cross_attention"
+        named = student.denoiser.named_parameters()
+        left_out = [parameter for name, parameter in named if (CROSS_ATTENTION in name) != trained]
+        if trained and len(left_out) == len(student.parameters):
+            raise OptionError("--esd_weights", "cross_attention", "this model has none: use all")
+        return left_out
+
+    def adjust_gradients(self) -> None:
+        for parameter in self.left_out:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
 
     def draw(self, positions: Positions) -> EsdBatch:
         samples = [self._sample(positions.generator(FORGET, number)) for number in positions.forget]
@@ -120,7 +145,7 @@ class Esd(Objective):
         x_t, t, free, conditional = batch.x_t, batch.t, batch.free, batch.conditional
         if self.config.esd_states == "sampled":
             x_t, t = self._reached(batch)
-            free, conditional = self._frozen(predict, x_t, t, batch.conditioning)
+            free, conditional = self._frozen_predictions(x_t, t, batch.conditioning)
         target = free - self.config.negative_guidance * (conditional - free)
         forget = (predict(x_t, t, batch.conditioning) - target).square().mean()
         return LossTerms(total=forget, parts={"forget": forget.detach()})
@@ -140,12 +165,11 @@ class Esd(Objective):
         x_t, t = (torch.cat(column) for column in zip(*ends, strict=True))
         return x_t, t
 
-    def _frozen(self, predict: Predict, x_t: Tensor, t: Tensor, prompts: Conditioning) -> tuple[Tensor, Tensor]:
+    def _frozen_predictions(self, x_t: Tensor, t: Tensor, prompts: Conditioning) -> tuple[Tensor, Tensor]:
         """The base model's predictions with the empty prompt and with the prompts."""
         rows = torch.zeros(len(t), dtype=torch.long)
         both = Conditioning.cat([self.data.empty.select(rows).to(x_t.device), prompts])
-        with torch.no_grad(), self.student.frozen():
-            free, conditional = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        free, conditional = self.frozen(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         # Older PyTorch keeps autocast's copies of the weights, and those made here know no gradient.
         torch.clear_autocast_cache()
         return free, conditional

@@ -30,7 +30,7 @@ MODELS = ("tiny_model", "tiny_v_model", "tiny_sdxl", "tiny_sd3", "tiny_flux", "t
 QUICK = {
     "selective_amnesia": ("--fisher_samples", "2", "--fisher_timesteps", "7"),
     "halting_anchor": ("--practice_edits", "4"),
-    "esd": ("--esd_inference_steps", "4"),
+    "esd": ("--esd_inference_steps", "4", "--esd_weights", "all"),
 }
 """Flags that make a method's priors or its sampling small; not needed for a method to be tested."""
 FITTING = {"tiny_flux": ("--resolution", "64"), "tiny_ddpm": ("--lora_targets", "all")}
