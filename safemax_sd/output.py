@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,16 @@ def prepare_output_dir(config: TrainConfig, accelerator: Accelerator) -> Path | 
         directory.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     return resume_from
+
+
+def clear(directory: Path) -> None:
+    """Remove what a new run would mix with its own: an earlier run's checkpoints and pictures, but not its results.
+
+    To be called when the run is about to step: bad input must have lost nothing by then.
+    """
+    for path in (*checkpoints.all_checkpoints(directory), directory / "samples"):
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 class RunLog:

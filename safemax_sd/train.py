@@ -29,7 +29,7 @@ from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_fam
 from safemax_sd.objectives import OBJECTIVES, ErasureData, Objective, Student
 from safemax_sd.objectives.base import Positions
 from safemax_sd.optimizers import check_optimizer, make_optimizer
-from safemax_sd.output import RunLog, prepare_output_dir, write_results
+from safemax_sd.output import RunLog, clear, prepare_output_dir, write_results
 from safemax_sd.picture_folder import encode_samples
 from safemax_sd.probe import UnlearningProbe
 from safemax_sd.processes import lost_a_process, make_accelerator, mean_over_processes
@@ -82,6 +82,8 @@ def train(config: TrainConfig) -> Path:
     run = build_run(config, accelerator, forget, retain, clock)
     if resume_from is not None:
         run.step = checkpoints.load(accelerator, resume_from)
+    elif accelerator.is_main_process:
+        clear(run.output_dir)
     with clock.phase("train"):
         loop(run)
     run.model_calls["train"] = sum(gather_object([run.model_calls["train"]]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,9 +99,20 @@ def test_the_command_ends_with_one_line_and_code_2(config: TrainConfig, capsys: 
     assert "\n" not in error
 
 
-def test_a_model_folder_that_lacks_a_part(config: TrainConfig, tmp_path: Path) -> None:
-    import shutil
+def test_a_new_run_does_not_mix_with_the_one_it_replaces(config: TrainConfig) -> None:
+    output = train(replace(config, output_kohya_format=True, validation_prompt=["apple"], validation_steps=4))
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-2"}
+    again = replace(config, overwrite_output_dir=True, pretrained_model_name_or_path="/nowhere")
+    with pytest.raises(SafemaxError, match="--pretrained_model_name_or_path"):
+        train(again)
+    assert (output / "checkpoint-2").exists()
+    train(replace(config, overwrite_output_dir=True, checkpointing_steps=3))
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-3"}
+    assert not (output / "samples").exists()
+    assert not (output / adapter.KOHYA_NAME).exists()
 
+
+def test_a_model_folder_that_lacks_a_part(config: TrainConfig, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(config.pretrained_model_name_or_path, broken)
     shutil.rmtree(broken / "unet")
