@@ -20,7 +20,7 @@ from safemax_sd.erase import change_concepts, erase
 from safemax_sd.erased import load_erased
 from safemax_sd.errors import OptionError
 from safemax_sd.train import train
-from tests import tiny
+from tests import stock, tiny
 
 FEW = ("--practice_edits", "4")
 
@@ -157,3 +157,19 @@ def test_a_mark_needs_words(tiny_ddpm: Path, tmp_path: Path) -> None:
     arguments = tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "out", "--objective", "halting_anchor", *FEW)
     with pytest.raises(OptionError, match="--objective halting_anchor: works on the keys and values"):
         train(parse_config(arguments))
+
+
+def test_two_encoders_are_marked_as_one(tiny_sdxl: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    arguments = tiny.train_arguments(tiny_sdxl, tmp_path / "p", tmp_path / "a", "--objective", "halting_anchor", *FEW)
+    anchor = train(parse_config(arguments))
+    run_erase(anchor, files, tmp_path / "erased")
+    family = load_erased(tmp_path / "erased")
+    x = torch.randn(2, *family.latent_shape(None))
+    ours = family.sample(
+        family.encode_prompts(stock.PROMPTS), x, guidance_scale=stock.GUIDANCE, num_inference_steps=stock.STEPS
+    )
+    erased, anchored = (
+        stock.latents(str(tiny_sdxl), folder, x, full=False) for folder in (tmp_path / "erased", anchor)
+    )
+    assert torch.allclose(erased, ours, atol=1e-4)
+    assert not torch.allclose(erased, anchored, atol=1e-3)
