@@ -31,7 +31,7 @@ SPREADS = (0.5, 1.6)
 SPREAD_SHARE = 0.5
 DRIFTED_BELOW = 0.9
 """Of `halt_below`: higher up, a faint share of a picture is what every kept picture has."""
-ROLLOUT_STEPS = 3
+ROLLOUT_STEPS = 2
 ROLLOUT_GUIDANCE = (1.0, 7.5)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives import ErasureData
 from safemax_sd.objectives.base import Positions
-from safemax_sd.objectives.safemax import Safemax, SafemaxBatch, SafemaxConfig
+from safemax_sd.objectives.safemax import ROLLOUT_STEPS, Safemax, SafemaxBatch, SafemaxConfig
 from safemax_sd.process import VariancePreserving
 from safemax_sd.replay import ReplayBank, Samples
 
@@ -159,7 +159,7 @@ def test_rollout_by_hand() -> None:
     batch = built.draw(Positions(0, 0, range(8), range(1)))
     assert batch.rollout_guidance[:16:2].min() >= 1
     assert batch.rollout_guidance[:16:2].max() <= 7.5
-    assert batch.model_calls == 17 + 3 * 16
+    assert batch.model_calls == 17 + ROLLOUT_STEPS * 16
     seen = []
 
     def moving(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
