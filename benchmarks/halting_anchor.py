@@ -113,9 +113,9 @@ def adapter(method: str, count: int, synonyms: bool, work_dir: Path) -> Path:
         if method == "halting_anchor":
             prompts = [load_prompts(path, option=f"--{name}_prompts") for name, path in files.items()]
             erase(train_anchor(work_dir), *prompts, output, HaltingMarksSettings(), overwrite=True)
-        elif method == "uce":
+        elif method in ("uce", "uce_padding"):
             prompts = [load_prompts(path, option=f"--{name}_prompts") for name, path in files.items()]
-            redirect("emoji", *prompts, output, UceSettings(), overwrite=True)
+            redirect("emoji", *prompts, output, UceSettings(), padding=method == "uce_padding", overwrite=True)
         else:
             train(
                 SafemaxConfig(
@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("anchor_study"))
     parser.add_argument(
-        "--methods", nargs="+", choices=["halting_anchor", "safemax", "uce"], default=["halting_anchor"]
+        "--methods", nargs="+", choices=["halting_anchor", "safemax", "uce", "uce_padding"], default=["halting_anchor"]
     )
     parser.add_argument("--counts", nargs="+", type=int, choices=COUNTS, default=list(COUNTS))
     parser.add_argument("--synonyms", action="store_true", help="Give the edit synonyms of the concepts too.")

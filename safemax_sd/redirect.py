@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from safemax_sd.adapter import save_changes
 from safemax_sd.config import TrainConfig
 from safemax_sd.edits import EditData
@@ -19,11 +21,19 @@ from safemax_sd.token_states import last_token_states
 
 
 def redirect(
-    base: str, forget: PromptSet, retain: PromptSet, output_dir: Path, settings: UceSettings, *, overwrite: bool
+    base: str,
+    forget: PromptSet,
+    retain: PromptSet,
+    output_dir: Path,
+    settings: UceSettings,
+    *,
+    padding: bool = False,
+    overwrite: bool,
 ) -> dict[str, Any]:
     """Write a LoRA that takes the concepts of `forget` for the empty prompt; returns its record.
 
-    What is edited and kept are the concepts' names, or whole prompts where a file names none.
+    What is edited and kept are the last words of the concepts' names, or of whole prompts where a file names none;
+    with `padding`, as in the authors' first code, also the tokens behind them.
 
     Raises:
         OptionError: A prompt that is both forbidden and kept, an output folder in use, or a model without
@@ -41,11 +51,11 @@ def redirect(
     with clock.phase("encode"):
         concepts = list(dict.fromkeys(prompt.shows for prompt in forget.prompts))
         kept = list(dict.fromkeys(prompt.shows for prompt in retain.prompts))
-        states = last_token_states(family, ["", *concepts, *kept])
-        named = dict(zip(concepts, states[1 : len(concepts) + 1, None, None], strict=True))
-        data = EditData(named, states[len(concepts) + 1 :])
+        guide, *states = last_token_states(family, ["", *concepts, *kept], padding=padding)
+        named = {concept: tokens[None] for concept, tokens in zip(concepts, states, strict=False)}
+        data = EditData(named, torch.cat(states[len(concepts) :]))
     with clock.phase("solve"):
-        changes = Uce(states[0], settings).solve(layers, data)
+        changes = Uce(guide, settings).solve(layers, data)
     with clock.phase("write"):
         output_dir.mkdir(parents=True, exist_ok=True)
         save_changes(family, output_dir, changes)
@@ -54,10 +64,10 @@ def redirect(
         retain_prompts=retain.source,
         output_dir=str(output_dir),
         pretrained_model_name_or_path=base,
-        rank=len(concepts),
+        rank=len(next(iter(changes.values())).down),
         lora_targets="cross_attention",
         objective=Uce.name,
         max_train_steps=0,
     )
-    edit = {"name": Uce.name, "settings": asdict(settings)}
+    edit = {"name": Uce.name, "settings": {**asdict(settings), "padding": padding}}
     return write_results(config, family, forget, retain, clock, {}, 0, edit)

@@ -61,12 +61,18 @@ def kept_states(family: ModelFamily, kept: PromptSet) -> tuple[Tensor, Tensor]:
     return torch.cat([states, empty]), torch.cat([rows, torch.full((len(empty),), -1)])
 
 
-def last_token_states(family: ModelFamily, texts: Sequence[str]) -> Tensor:
-    """State of each text's last token before the end-of-text token, float32 [N, D]; of an empty text, its first."""
+def last_token_states(family: ModelFamily, texts: Sequence[str], *, padding: bool = False) -> list[Tensor]:
+    """States of each text from its last token before the end-of-text token on, float32 [T, D].
+
+    Args:
+        family: Model.
+        texts: Of an empty one, its first token counts as its last.
+        padding: Whether all that follows is wanted too, or T is 1.
+    """
     lengths = [len(ids) for ids in family.tokenizer(list(texts))["input_ids"]]
     states = family.encode_prompts(texts).tensors[TOKEN_STATES].float().cpu()
-    places = torch.tensor(lengths).sub(2).clamp(0, states.shape[1] - 1)
-    return states[torch.arange(len(states)), places]
+    places = [min(max(length - 2, 0), states.shape[1] - 1) for length in lengths]
+    return [rows[place : None if padding else place + 1] for rows, place in zip(states, places, strict=True)]
 
 
 def _states(family: ModelFamily, texts: list[str]) -> Tensor:

@@ -6,7 +6,7 @@ concept, g_i the one it is to be taken for, and p_j those to keep, the minimum o
     Σ_i η·‖W'c_i − W g_i‖² + Σ_j ν·‖W'p_j − W p_j‖² + λ·‖W' − W‖²
 
 is W' = W + Σ_i η·(W g_i − W c_i)·c_iᵀ·M⁻¹ with M = η·Σ c_i c_iᵀ + ν·Σ p_j p_jᵀ + λI: a change whose rank is the number
-of concepts, so that a LoRA holds it exactly.
+of states c_i, so that a LoRA holds it exactly.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Uce(ClosedFormEdit):
     """Redirect concepts to a guide.
 
     Args:
-        guide: Token state that concepts are taken for, [D]; the authors' default is the empty prompt's.
+        guide: Token states that concepts are taken for, [L, D]: the k-th token of a concept, from its last word on, for
+            the k-th of the guide; the authors' default is the empty prompt.
         settings: Weights.
     """
 
@@ -53,12 +54,14 @@ class Uce(ClosedFormEdit):
 
     def solve(self, layers: dict[str, nn.Module], data: EditData) -> dict[str, LowRank]:
         settings = self.settings
-        erased = torch.cat([data.forbidden[concept].flatten(0, 1) for concept in sorted(data.forbidden)]).double()
+        concepts = [data.forbidden[concept].flatten(0, 1) for concept in sorted(data.forbidden)]
+        erased = torch.cat(concepts).double()
+        guide = torch.cat([self.guide[: len(tokens)] for tokens in concepts]).double()
         kept = data.kept.double()
         matrix = settings.erase_scale * erased.T @ erased + settings.preserve_scale * kept.T @ kept
         matrix += settings.lamb * torch.eye(len(matrix)).to(matrix)
         down = torch.linalg.solve(matrix, erased.T).T  # M is symmetric: c_iᵀ·M⁻¹ is (M⁻¹·c_i)ᵀ
-        wanted = settings.erase_scale * (self.guide.double() - erased)
+        wanted = settings.erase_scale * (guide - erased)
         return {
             name: LowRank((effective_weight(layer).double() @ wanted.T).float(), down.float())
             for name, layer in layers.items()

@@ -39,7 +39,7 @@ def test_the_change_is_the_direct_solutions() -> None:
     erased, kept = torch.randn(3, 12, generator=generator), torch.randn(20, 12, generator=generator)
     guide, layer = torch.randn(12, generator=generator), nn.Linear(12, 7, bias=False)
     data = EditData({str(n): state[None, None] for n, state in enumerate(erased)}, kept)
-    change = Uce(guide, SETTINGS).solve({"layer": layer}, data)["layer"]
+    change = Uce(guide[None], SETTINGS).solve({"layer": layer}, data)["layer"]
     assert change.down.shape == (3, 12)
     expected = edited(layer.weight.detach(), erased, guide, kept)
     assert torch.allclose((layer.weight + change.up @ change.down).double(), expected, atol=1e-5)
@@ -54,7 +54,7 @@ def test_stock_diffusers_loads_the_edited_weights(tiny_model: Path, tmp_path: Pa
     pipeline.load_lora_weights(tmp_path / "out")
     pipeline.fuse_lora()
     family = load_family(LoadOptions(str(tiny_model)))
-    guide, apple, pear, plum = last_token_states(family, ["", "apple", "pear", "plum"])
+    (guide,), (apple,), (pear,), (plum,) = last_token_states(family, ["", "apple", "pear", "plum"])
     layers = family.token_projections()
     assert layers
     for name, layer in layers.items():
@@ -70,3 +70,22 @@ def test_it_refuses_a_folder_in_use_and_a_model_without_words(tiny_model: Path, 
         redirect(str(tiny_model), forget, retain, tmp_path / "out", UceSettings(), overwrite=False)
     with pytest.raises(OptionError, match="--edit uce: edits keys and values of cross-attention"):
         redirect(str(tiny_sd3), forget, retain, tmp_path / "sd3", UceSettings(), overwrite=False)
+
+
+def test_with_padding_each_token_is_taken_for_the_guides(tiny_model: Path, tmp_path: Path) -> None:
+    forget, retain = (load_prompts(str(p), option="--x") for p in tiny.write_prompts(tiny_model, tmp_path))
+    record = redirect(str(tiny_model), forget, retain, tmp_path / "out", SETTINGS, padding=True, overwrite=False)
+    family = load_family(LoadOptions(str(tiny_model)))
+    guide, apple, *kept = last_token_states(family, ["", "apple", "pear", "plum"], padding=True)
+    assert record["config"]["rank"] == len(apple) < len(guide)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    pipeline.load_lora_weights(tmp_path / "out")
+    pipeline.fuse_lora()
+    for name, layer in family.token_projections().items():
+        weight = layer.weight.detach().double()
+        erased, wanted, keep = apple.double(), guide[: len(apple)].double(), torch.cat(kept).double()
+        right = SETTINGS.erase_scale * erased.T @ erased + SETTINGS.preserve_scale * keep.T @ keep
+        left = SETTINGS.erase_scale * weight @ wanted.T @ erased + SETTINGS.preserve_scale * weight @ keep.T @ keep
+        unit = SETTINGS.lamb * torch.eye(len(right), dtype=torch.float64)
+        stock = pipeline.unet.get_submodule(f"{name}.base_layer").weight
+        assert torch.allclose(stock.double(), (left + weight @ unit) @ torch.linalg.inv(right + unit), atol=1e-5)
