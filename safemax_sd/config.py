@@ -77,6 +77,7 @@ class TrainConfig:
     scale_lr: bool = option(False, "Multiply the rate by batch, accumulation and processes.")
     lr_scheduler: str = option("cosine", "Name of a schedule of diffusers.optimization.")
     lr_warmup_steps: int = option(10, "Steps of linear warm-up.")
+    lr_num_cycles: int = option(1, "Cycles of cosine_with_restarts.")
     optimizer: Literal["adamw", "prodigy"] = option("adamw", "AdamW, or Prodigy of prodigyopt.")
     use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes.")
     adam_beta1: float = option(0.9, "β1.")
@@ -120,7 +121,7 @@ class TrainConfig:
         **dict.fromkeys(
             (
                 "rank", "train_batch_size", "retain_batch_size", "gradient_accumulation_steps", "max_train_steps",
-                "learning_rate", "max_grad_norm", "forget_trajectories", "retain_trajectories",
+                "learning_rate", "lr_num_cycles", "max_grad_norm", "forget_trajectories", "retain_trajectories",
                 "replay_inference_steps", "replay_batch_size", "probe_steps", "num_validation_images",
                 "validation_steps", "checkpointing_steps", "checkpoints_total_limit",
             ),

@@ -11,11 +11,12 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
@@ -26,16 +27,16 @@ from safemax_sd.command_line import parse_config
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
-from safemax_sd.objectives import OBJECTIVES, ErasureData, Objective, Student
+from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Positions
 from safemax_sd.optimizers import check_optimizer, make_optimizer
 from safemax_sd.output import RunLog, clear, prepare_output_dir, write_results
-from safemax_sd.picture_folder import encode_samples
 from safemax_sd.probe import UnlearningProbe
 from safemax_sd.processes import lost_a_process, make_accelerator, mean_over_processes
 from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_over_long
 from safemax_sd.provenance import Stopwatch
-from safemax_sd.replay import MEMORY, ReplayBank, Samples, Storage, bank_bytes, record, start_noise
+from safemax_sd.recording import record_data
+from safemax_sd.replay import start_noise
 from safemax_sd.samples import save_samples, track_samples
 
 logger = logging.getLogger("safemax_sd")
@@ -158,12 +159,14 @@ def build_run(
         # Accelerate steps the schedule once for every process.
         num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
         num_training_steps=config.max_train_steps * accelerator.num_processes,
+        num_cycles=config.lr_num_cycles,
     )
     checkpoints.register(accelerator, weights)
     denoiser, optimizer, scheduler = accelerator.prepare(family.denoiser, optimizer, scheduler)
     if config.torch_compile is not None:  # a wrapper: `family.denoiser`, which is saved and samples, stays as it is
         denoiser = torch.compile(denoiser, backend=config.torch_compile)
     replay_calls = data.forget_bank.model_calls + data.retain_bank.model_calls
+    replay_calls += 0 if data.extra is None else data.extra.model_calls
     calls = {"replay": replay_calls, "prepare": prior_calls, "train": 0, "probe": 0}
     return Run(
         config=config,
@@ -194,72 +197,6 @@ def load_options(config: TrainConfig, device: torch.device) -> LoadOptions:
         device=device,
         prediction_type=config.prediction_type,
     )
-
-
-def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet) -> ErasureData:
-    """Encode all prompts, record the frozen model's trajectories for them and read real pictures of them."""
-    if config.replay_unguided_share > 0 and not family.classifier_free:
-        text = f"needs predictions without guidance, which {family.name} models with a guidance input do not make"
-        raise OptionError("--replay_unguided_share", config.replay_unguided_share, text)
-    conditioning = {
-        name: family.with_guidance(family.encode_prompts(prompts.texts), config.replay_guidance_scale)
-        for name, prompts in (("forget", forget), ("retain", retain))
-    }
-    latent_shape = family.latent_shape(config.resolution)
-    replays = OBJECTIVES.get(config.objective).replays(config)
-    keep_steps = replays == "steps"
-    samples: dict[str, Samples] = {}
-    if config.train_data_dir is not None:
-        for name, prompts in (("forget", forget), ("retain", retain)):
-            samples[name] = encode_samples(
-                family, prompts, config.train_data_dir, resolution=config.resolution, option="--train_data_dir"
-            )
-    counts = {"forget": config.forget_trajectories, "retain": config.retain_trajectories}
-    banks: dict[str, ReplayBank] = {}
-    for number, (name, rows) in enumerate(conditioning.items()):
-        if replays == "nothing" or (samples and not keep_steps):  # real pictures are all that the method learns from
-            banks[name] = ReplayBank.empty(latent_shape)
-            continue
-        banks[name] = record(
-            family,
-            rows,
-            trajectories=counts[name],
-            guidance_scale=config.replay_guidance_scale,
-            num_inference_steps=config.replay_inference_steps,
-            resolution=config.resolution,
-            seed=config.seed * 1_000_003 + number * 500_000,
-            batch_size=config.replay_batch_size,
-            description=f"replay {name}",
-            keep_steps=keep_steps,
-            perturbation=config.retain_perturbation if name == "retain" and keep_steps else 0.0,
-            unguided_share=config.replay_unguided_share if name == "retain" else 0.0,
-            storage=bank_storage(config, name, latent_shape, counts[name] if keep_steps else 0),
-        )
-    return ErasureData(
-        process=family.process,
-        latent_shape=latent_shape,
-        classifier_free=family.classifier_free,
-        forget=_on_cpu(conditioning["forget"]),
-        retain=_on_cpu(conditioning["retain"]),
-        retain_concepts=tuple(prompt.shows for prompt in retain.prompts),
-        empty=_on_cpu(family.with_guidance(family.empty, config.replay_guidance_scale)),
-        forget_bank=banks["forget"],
-        retain_bank=banks["retain"],
-        forget_samples=samples.get("forget", banks["forget"].samples),
-        retain_samples=samples.get("retain", banks["retain"].samples),
-    )
-
-
-def bank_storage(config: TrainConfig, name: str, latent_shape: tuple[int, ...], trajectories: int) -> Storage:
-    """Memory for a bank of one process, if it is not too large; else files in the output folder."""
-    size = bank_bytes(latent_shape, trajectories, config.replay_inference_steps)
-    if PartialState().num_processes == 1 and size <= config.replay_memory_gib * 2**30:
-        return MEMORY
-    return Storage(Path(config.output_dir) / f".replay-{name}")
-
-
-def _on_cpu(conditioning: Conditioning) -> Conditioning:
-    return conditioning.to(torch.device("cpu"))
 
 
 def loop(run: Run) -> None:
@@ -301,12 +238,14 @@ def optimizer_step(run: Run) -> dict[str, float]:
     """
     config, accelerator = run.config, run.accelerator
     sums: dict[str, Tensor] = {}
-    for micro in range(config.gradient_accumulation_steps):
-        batch = run.objective.draw(positions(run, micro)).to(accelerator.device)
+    batches = [run.objective.draw(positions(run, micro)) for micro in range(config.gradient_accumulation_steps)]
+    run.model_calls["train"] += run.objective.before_step(batches, partial(accelerator.reduce, reduction="mean"))
+    for batch in (batch.to(accelerator.device) for batch in batches):
         with accelerator.accumulate(run.denoiser), accelerator.autocast():
             terms = run.objective.loss(lambda x, t, c: run.family.predict(x, t, c, run.denoiser), batch)
             accelerator.backward(terms.total)
             if accelerator.sync_gradients:
+                run.objective.before_clipping()
                 accelerator.clip_grad_norm_(run.trainable.parameters, config.max_grad_norm)
                 run.objective.adjust_gradients()
             run.optimizer.step()

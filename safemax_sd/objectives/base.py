@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from safemax_sd.config import TrainConfig, option
 from safemax_sd.families import Conditioning, ModelFamily
 from safemax_sd.process import DiffusionProcess
+from safemax_sd.prompts import PromptSet
 from safemax_sd.registry import Registry
 from safemax_sd.replay import ReplayBank, Samples
 
@@ -25,6 +26,24 @@ Replays = Literal["steps", "samples", "nothing"]
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(x_t, t, conditioning) -> the student's native prediction, float32 [B, *latent]."""
+
+Mean = Callable[[list[Tensor]], list[Tensor]]
+"""Tensors -> their means over all processes."""
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Prompts beyond those of the two files.
+
+    Attributes:
+        conditioning: One row each.
+        samples: What the frozen model draws for them.
+        model_calls: Network evaluations of one sample that this took.
+    """
+
+    conditioning: Conditioning
+    samples: Samples
+    model_calls: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,7 @@ class ErasureData:
         retain_bank: The same for the prompts to keep.
         forget_samples: What the forbidden prompts show: the trajectories' ends, or real pictures where there are any.
         retain_samples: The same for the prompts to keep.
+        extra: What `Objective.extra_prompts` asks for; None where that is nothing.
     """
 
     process: DiffusionProcess
@@ -56,6 +76,7 @@ class ErasureData:
     retain_bank: ReplayBank
     forget_samples: Samples
     retain_samples: Samples
+    extra: Extra | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +187,16 @@ PRIOR_STEP = -1
 """Stands for a training step in the draws of a prior."""
 
 
+def draw_noised(
+    samples: Samples, process: DiffusionProcess, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A clean sample drawn at random, its noise, its time and its prompt's row, each of one row."""
+    row = torch.randint(len(samples), (1,), generator=generator)
+    x0 = samples.x0[row]
+    noise = torch.randn(x0.shape, generator=generator)
+    return x0, noise, process.sample_times(1, generator), samples.prompt[row]
+
+
 def prior_generator(seed: int, kind: int, number: int) -> torch.Generator:
     """The generator of one draw of a prior, which belongs to no step; see `Positions.generator`."""
     return Positions(seed, PRIOR_STEP, range(0), range(0)).generator(kind, number)
@@ -208,6 +239,16 @@ class Objective(ABC):
         """What it needs of the frozen model's trajectories."""
         return "steps"
 
+    @classmethod
+    def extra_prompts(cls, config: TrainConfig, forget: PromptSet) -> tuple[str, ...]:
+        """Prompts beyond those of the two files that it works with, such as anchors; `ErasureData.extra`."""
+        return ()
+
+    @classmethod
+    def extra_trajectories(cls, config: TrainConfig) -> int:
+        """How many samples the frozen model is to draw for them."""
+        return 0
+
     @abstractmethod
     def __init__(self, config: TrainConfig, data: ErasureData) -> None:
         """Keep what is needed of the training flags and the data; no work beyond that."""
@@ -223,12 +264,27 @@ class Objective(ABC):
     def draw(self, positions: Positions) -> Batch:
         """The samples at these positions of a step, on the processor's memory."""
 
+    def before_step(self, batches: Sequence[Batch], mean: Mean) -> int:
+        """Compute what the loss of a whole step needs to know beforehand, with the weights as they are and stay.
+
+        Args:
+            batches: This process's share of the step, on the processor's memory.
+            mean: Over the shares of all processes, which are of one size; to be called by all alike.
+
+        Returns:
+            Network evaluations of one sample that it took.
+        """
+        return 0
+
     @abstractmethod
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
         """Loss of one batch: one fused student forward."""
 
     def save(self, directory: Path) -> None:  # noqa: B027 (most methods have no more than weights)
         """Write what the method stores besides the weights."""
+
+    def before_clipping(self) -> None:  # noqa: B027 (most methods have nothing to change)
+        """Change the gradients of a whole step before they are clipped, by factors: a loss scale may be on them."""
 
     def adjust_gradients(self) -> None:  # noqa: B027 (most methods have nothing to change)
         """Change the clipped gradients of a whole step."""

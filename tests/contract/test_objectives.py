@@ -23,7 +23,8 @@ from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.model_card import usage
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Positions
-from safemax_sd.train import read_input, record_data, train
+from safemax_sd.recording import record_data
+from safemax_sd.train import read_input, train
 from tests import stock, tiny
 
 MODELS = ("tiny_model", "tiny_v_model", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_ddpm")
@@ -31,6 +32,8 @@ QUICK = {
     "selective_amnesia": ("--fisher_samples", "2", "--fisher_timesteps", "7"),
     "halting_anchor": ("--practice_edits", "4"),
     "esd": ("--esd_inference_steps", "4", "--esd_weights", "all"),
+    "concept_ablation": ("--anchor_trajectories", "4", "--ablation_weights", "all"),
+    "spm": ("--spm_inference_steps", "4"),
 }
 """Flags that make a method's priors or its sampling small; not needed for a method to be tested."""
 FITTING = {"tiny_flux": ("--resolution", "64"), "tiny_ddpm": ("--lora_targets", "all")}
@@ -89,6 +92,7 @@ def test_gradients_and_base(config: TrainConfig) -> None:
         assert torch.isfinite(terms.total)
         optimizer.zero_grad()
         terms.total.backward()
+        built.before_clipping()
         built.adjust_gradients()
         for seen, parameter in zip(asked, parameters, strict=True):
             assert parameter.grad is not None

@@ -18,8 +18,8 @@ from safemax_sd.objectives.esd import Esd, EsdConfig
 from safemax_sd.objectives.salun import Salun, SalunBatch, SalunConfig, salient
 from safemax_sd.objectives.selective_amnesia import SelectiveAmnesia, SelectiveAmnesiaConfig
 from safemax_sd.process import VariancePreserving
+from safemax_sd.recording import record_data
 from safemax_sd.replay import ReplayBank, Samples
-from safemax_sd.train import record_data
 from tests import tiny
 
 

@@ -1,0 +1,172 @@
+"""Concept Ablation: a forbidden prompt's prediction becomes the model's own for an anchor prompt.
+
+Source: Kumari et al. 2023, arXiv 2303.13516, the model-based variant (eq. 5 and 6),
+‖f_θ(x_t, t, c*) − sg f_θ(x_t, t, c)‖² + λ·‖ε − f_θ(x_t, t, c)‖²,
+c* the forbidden and c the anchor prompt, x_t a noised picture that the frozen model has drawn for the anchor prompt.
+The target is the prediction of the model under training, which the second term keeps on anchor prompts as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from safemax_sd.config import POSITIVE, Range, TrainConfig, option
+from safemax_sd.errors import OptionError
+from safemax_sd.families import Conditioning
+from safemax_sd.objectives.base import (
+    Batch,
+    ErasureData,
+    LossTerms,
+    Objective,
+    Positions,
+    Predict,
+    Replays,
+    Student,
+    draw_noised,
+)
+from safemax_sd.prompts import PromptSet
+
+FORGET, ANCHOR = 0, 1
+
+
+@dataclass
+class ConceptAblationConfig(TrainConfig):
+    """Concept Ablation's own flags, and its published settings for flags that all methods have."""
+
+    anchor_concept: str = option("", "Text in place of a concept's name that makes a forbidden prompt its anchor.")
+    anchor_trajectories: int = option(1000, "Pictures generated of anchor prompts.")
+    ablation_weights: Literal["cross_attention_kv", "all"] = option(
+        "cross_attention_kv", "Which train of --trainable full; of a LoRA --lora_targets says it."
+    )
+    retain_prompts: str = option("", "Not learned from; kept for the record and the probe.")
+
+    retain_weight: float = option(1.0, "λ, of the denoising loss on anchor prompts.")
+    train_batch_size: int = option(8, "Forget samples a step, micro-batch and process.")
+    retain_batch_size: int | None = option(8, "Samples of anchor prompts for the denoising loss.")
+    trainable: Literal["lora", "full"] = option("full", "The weights, as published, or a LoRA.")
+    lora_targets: Literal["all", "attention", "cross_attention"] = option("cross_attention", "Which layers get a LoRA.")
+    max_train_steps: int = option(100, "Optimizer steps.")
+    learning_rate: float = option(1.6e-5, "Of AdamW.")
+    lr_scheduler: str = option("constant", "Name of a schedule of diffusers.optimization.")
+    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
+    adam_beta2: float = option(0.999, "β2.")
+
+    ranges: ClassVar[dict[str, Range]] = {**TrainConfig.ranges, "anchor_trajectories": POSITIVE}
+
+
+@dataclass(frozen=True)
+class ConceptAblationBatch(Batch):
+    """Samples of one step.
+
+    Attributes:
+        anchors: Anchor prompts of the forget samples, the first of the batch.
+    """
+
+    anchors: Conditioning
+
+    @property
+    def model_calls(self) -> int:
+        return len(self.t) + len(self.anchors)
+
+
+class ConceptAblation(Objective):
+    """‖f_θ(x_t, t, c_f) − sg f_θ(x_t, t, c_a)‖² + λ·‖ε − f_θ(x_t, t, c_a)‖² on pictures of the anchor prompts."""
+
+    name: ClassVar[str] = "concept_ablation"
+    paper: ClassVar[str] = "arXiv 2303.13516"
+    Config: ClassVar[type[TrainConfig]] = ConceptAblationConfig
+    config: ConceptAblationConfig
+
+    def __init__(self, config: ConceptAblationConfig, data: ErasureData) -> None:
+        assert data.extra is not None
+        self.config, self.data, self.anchors = config, data, data.extra
+
+    @classmethod
+    def replays(cls, config: TrainConfig) -> Replays:
+        return "nothing"
+
+    @classmethod
+    def extra_prompts(cls, config: TrainConfig, forget: PromptSet) -> tuple[str, ...]:
+        assert isinstance(config, ConceptAblationConfig)
+        return anchor_prompts(forget, config.anchor_concept)
+
+    @classmethod
+    def extra_trajectories(cls, config: TrainConfig) -> int:
+        assert isinstance(config, ConceptAblationConfig)
+        return config.anchor_trajectories
+
+    def prepare(self, student: Student) -> int:
+        self.left_out = self._left_out(student)
+        return 0
+
+    def _left_out(self, student: Student) -> list[nn.Parameter]:
+        """Weights of the denoiser that do not train."""
+        if self.config.trainable == "lora" or self.config.ablation_weights == "all":
+            return []
+        trained = {id(p) for layer in student.token_projections.values() for p in layer.parameters()}
+        if not trained:
+            text = "this model has no cross-attention: use all"
+            raise OptionError("--ablation_weights", self.config.ablation_weights, text)
+        return [parameter for parameter in student.parameters if id(parameter) not in trained]
+
+    def draw(self, positions: Positions) -> ConceptAblationBatch:
+        forget = [self._sample(positions.generator(FORGET, number)) for number in positions.forget]
+        anchor = [self._sample(positions.generator(ANCHOR, number)) for number in positions.retain]
+        x0, noise, t, prompts = (torch.cat(column) for column in zip(*forget, *anchor, strict=True))
+        # Row i of the anchors belongs to forbidden prompt i.
+        asked, anchors = prompts[: len(forget)], self.anchors.conditioning.select(prompts)
+        return ConceptAblationBatch(
+            x_t=self.data.process.add_noise(x0, noise, t),
+            t=t,
+            conditioning=Conditioning.cat(
+                [self.data.forget.select(asked), anchors.select(torch.arange(len(forget), len(t)))]
+            ),
+            target=self.data.process.target(x0, noise, t),
+            is_forget=torch.arange(len(t)) < len(forget),
+            anchors=anchors.select(torch.arange(len(forget))),
+        )
+
+    def _sample(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return draw_noised(self.anchors.samples, self.data.process, generator)
+
+    def loss(self, predict: Predict, batch: Batch) -> LossTerms:
+        assert isinstance(batch, ConceptAblationBatch)
+        prediction = predict(batch.x_t, batch.t, batch.conditioning)
+        with torch.no_grad():
+            wanted = predict(batch.x_t[batch.is_forget], batch.t[batch.is_forget], batch.anchors)
+        forget = (prediction[batch.is_forget] - wanted).square().mean()
+        anchor = (prediction - batch.target)[~batch.is_forget].square().mean()
+        return LossTerms(
+            total=forget + self.config.retain_weight * anchor,
+            parts={"forget": forget.detach(), "anchor": anchor.detach()},
+        )
+
+    def adjust_gradients(self) -> None:
+        for parameter in self.left_out:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+
+def anchor_prompts(forget: PromptSet, text: str) -> tuple[str, ...]:
+    """The anchor of each forbidden prompt, in their order: the prompt with `text` in place of every concept's name.
+
+    A prompt that names none of the file's concepts, or whose file says none, would be its own anchor: `text` alone is.
+    """
+    # The longest first: "beer" must not be taken out of "beer mug".
+    names = sorted(forget.concepts, key=len, reverse=True)
+    pattern = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in names), re.IGNORECASE)
+    anchors = []
+    for prompt in forget.texts:
+        anchor, found = pattern.subn(lambda _: text, prompt) if names else ("", 0)
+        anchors.append(_tidy(anchor) if found else text)
+    return tuple(anchors)
+
+
+def _tidy(prompt: str) -> str:
+    """The prompt without the double spaces and the commas at its ends that a removed word leaves."""
+    return re.sub(r"\s+", " ", prompt).strip(" ,")

@@ -1,0 +1,189 @@
+"""SFR-on: salient weights leave what is forbidden by gradient ascent, and each time a step on what is kept follows.
+
+Source: Unified Gradient-Based Machine Unlearning with Remain Geometry Enhancement, arXiv 2409.19732; settings of the
+DDPM experiments in K1nght/Unified-Unlearning-w-Remain-Geometry. One of its iterations is two optimizer steps here, of
+one AdamW: an even step is the fast one, which forgets, the odd step after it the slow one, which starts where the fast
+one ended, so that the step on what is kept carries the curvature of its loss at the forgetful weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from safemax_sd.config import NOT_NEGATIVE, POSITIVE, Range, TrainConfig, option
+from safemax_sd.families import Conditioning
+from safemax_sd.objectives.base import (
+    Batch,
+    ErasureData,
+    FullWeightsConfig,
+    LossTerms,
+    Objective,
+    Positions,
+    Predict,
+    Replays,
+    Student,
+    draw_noised,
+    prior_generator,
+)
+from safemax_sd.replay import Samples
+
+FORGET, RETAIN, FORGET_FISHER, RETAIN_FISHER = 0, 1, 2, 3
+STEPS = 2
+"""Optimizer steps of one iteration: fast, then slow."""
+EMPTY_SHARE = 0.1
+"""Of samples with the empty prompt, as in the base model's training."""
+TINY_LOSS = 1e-8
+TINY_FISHER = 1e-15
+
+
+@dataclass
+class SfrOnConfig(FullWeightsConfig):
+    """SFR-on's own flags, and its published settings for flags that all methods have."""
+
+    forget_weight: float = option(10.0, "Weight of the forget loss at first; a cosine takes it to 0.")
+    adaptive_power: float = option(0.5, "λ: samples weigh as their loss to the power of -λ.")
+    saliency_threshold: float = option(1.0, "γ: forgetting moves weights of at least this forget to retain Fisher.")
+    fisher_batch_size: int = option(128, "Samples whose mean loss has one squared gradient.")
+    retain_weight: float = option(1.0, "Weight of the retain loss.")
+    max_train_steps: int = option(300, "Optimizer steps: a fast and a slow one for each of 150 iterations.")
+    forget_trajectories: int = option(1000, "Pictures generated of forbidden prompts where none are given.")
+    retain_trajectories: int = option(1000, "Pictures generated of prompts to keep where none are given.")
+
+    ranges: ClassVar[dict[str, Range]] = {
+        **TrainConfig.ranges,
+        "forget_weight": POSITIVE,
+        "adaptive_power": NOT_NEGATIVE,
+        "saliency_threshold": NOT_NEGATIVE,
+        "fisher_batch_size": POSITIVE,
+    }
+
+
+@dataclass(frozen=True)
+class SfrOnBatch(Batch):
+    """Samples of one kind: forget samples in a fast step, retain samples in a slow one.
+
+    Attributes:
+        weight: Of the step's loss, a scalar.
+    """
+
+    weight: Tensor
+
+
+class SfrOn(Objective):
+    """In turn −w_k·Σ a_i·ℓ_i/n, ℓ_i = ‖ε − ε_θ(x_t, t, c_f)‖², in salient weights, and ‖ε − ε_θ(x_t, t, c_r)‖² in all.
+
+    a_i = ℓ_i^(−λ) over its mean, without gradient; w_k falls by a cosine. Losses are sums over a sample's elements, as
+    published: gradients are clipped to a norm, so that a loss's unit matters.
+    """
+
+    name: ClassVar[str] = "sfr_on"
+    paper: ClassVar[str] = "arXiv 2409.19732"
+    Config: ClassVar[type[TrainConfig]] = SfrOnConfig
+    trainable: ClassVar[frozenset[str]] = frozenset({"full"})
+    config: SfrOnConfig
+
+    def __init__(self, config: SfrOnConfig, data: ErasureData) -> None:
+        self.config, self.data = config, data
+        self.parameters: list[nn.Parameter] = []
+        self.mask: list[Tensor] = []
+        self.mean_coefficients: list[Tensor] = []
+
+    @classmethod
+    def replays(cls, config: TrainConfig) -> Replays:
+        return "samples"
+
+    def prepare(self, student: Student) -> int:
+        data = self.data
+        self.parameters = list(student.parameters)
+        forget = self._fisher(student, data.forget_samples, data.forget, FORGET_FISHER)
+        retain = self._fisher(student, data.retain_samples, data.retain, RETAIN_FISHER)
+        self.mask = salient(forget, retain, self.config.saliency_threshold)
+        return len(data.forget_samples) + len(data.retain_samples)
+
+    def draw(self, positions: Positions) -> SfrOnBatch:
+        fast = positions.step % STEPS == 0
+        kind, numbers = (FORGET, positions.forget) if fast else (RETAIN, positions.retain)
+        drawn = [self._sample(positions.generator(kind, number), forget=fast) for number in numbers]
+        x0, noise, t, conditioning = zip(*drawn, strict=True)
+        clean, noises, times = torch.cat(x0), torch.cat(noise), torch.cat(t)
+        weight = self._forget_weight(positions.step // STEPS) if fast else self.config.retain_weight
+        return SfrOnBatch(
+            x_t=self.data.process.add_noise(clean, noises, times),
+            t=times,
+            conditioning=Conditioning.cat(conditioning),
+            target=self.data.process.target(clean, noises, times),
+            is_forget=torch.full((len(times),), fast),
+            weight=torch.tensor(weight),
+        )
+
+    def _forget_weight(self, iteration: int) -> float:
+        share = iteration / (self.config.max_train_steps / STEPS)
+        return self.config.forget_weight * (1 + math.cos(math.pi * share)) / 2
+
+    def _sample(self, generator: torch.Generator, *, forget: bool) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
+        """A clean sample, its noise, its time and its conditioning, each of one row."""
+        data = self.data
+        samples, rows = (data.forget_samples, data.forget) if forget else (data.retain_samples, data.retain)
+        x0, noise, t, prompt = draw_noised(samples, data.process, generator)
+        empty = bool(torch.rand((), generator=generator) < EMPTY_SHARE)
+        return x0, noise, t, data.empty if empty else rows.select(prompt)
+
+    def loss(self, predict: Predict, batch: Batch) -> LossTerms:
+        assert isinstance(batch, SfrOnBatch)
+        error = predict(batch.x_t, batch.t, batch.conditioning) - batch.target
+        losses = error.square().flatten(1).sum(1)
+        mean = error.detach().square().mean()
+        if not batch.is_forget.any():
+            return LossTerms(total=batch.weight * losses.mean(), parts={"retain": mean})
+        coefficients = 1 / (losses.detach() ** self.config.adaptive_power + TINY_LOSS)
+        self.mean_coefficients.append(coefficients.mean())
+        return LossTerms(total=-batch.weight * (coefficients * losses).mean(), parts={"forget": mean})
+
+    def before_clipping(self) -> None:
+        """Mask a fast step's gradients, and divide them by the mean coefficient of all its samples.
+
+        The mean is that of the whole step, of which a micro-batch or a process knows a part.
+        """
+        if not self.mean_coefficients:  # a slow step
+            return
+        mean = reduce(torch.stack(self.mean_coefficients).mean(), reduction="mean")
+        self.mean_coefficients.clear()
+        for parameter, mask in zip(self.parameters, self.mask, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask).div_(mean)
+
+    def _fisher(self, student: Student, samples: Samples, conditioning: Conditioning, kind: int) -> list[Tensor]:
+        """Mean over batches of the squared gradient of the batch's mean loss, clipped to a norm; one noise level each.
+
+        Clipping makes the two sets' figures comparable, however large their losses are.
+        """
+        fisher = [torch.zeros_like(parameter) for parameter in student.parameters]
+        rows, size = conditioning.to(student.device), self.config.fisher_batch_size
+        starts = range(0, len(samples), size)
+        for start in tqdm(starts, desc="Fisher information", unit="batch"):
+            x0, prompt = samples.x0[start : start + size], samples.prompt[start : start + size]
+            generators = [prior_generator(self.config.seed, kind, start + place) for place in range(len(x0))]
+            noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators])
+            t = torch.cat([self.data.process.sample_times(1, generator) for generator in generators])
+            x_t, target = self.data.process.add_noise(x0, noise, t), self.data.process.target(x0, noise, t)
+            error = student.predict(x_t.to(student.device), t.to(student.device), rows.select(prompt))
+            loss = (error - target.to(student.device)).square().flatten(1).sum(1).mean()
+            gradients = torch.autograd.grad(loss, student.parameters)
+            norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+            scale = (self.config.max_grad_norm / norm).clamp(max=1)
+            for total, gradient in zip(fisher, gradients, strict=True):
+                total += (scale * gradient).square() / len(starts)
+        return fisher
+
+
+def salient(forget: list[Tensor], retain: list[Tensor], threshold: float) -> list[Tensor]:
+    """1 at weights whose Fisher information of what is forgotten is at least `threshold` times that of what is kept."""
+    pairs = zip(forget, retain, strict=True)
+    return [((one + TINY_FISHER) / (other + TINY_FISHER) >= threshold).to(one.dtype) for one, other in pairs]

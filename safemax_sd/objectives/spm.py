@@ -1,0 +1,227 @@
+"""SPM: rank-1 adapters erase a concept, and anchors of other meanings hold the rest in place.
+
+Source: One-dimensional Adapter to Rule Them All, arXiv 2312.16145: concept erasing,
+‖f_θ(x_t, t, c) − [f(x_t, t, ∅) − γ·(f(x_t, t, c) − f(x_t, t, ∅))]‖² with the empty prompt as surrogate concept, and
+latent anchoring, ‖f_θ(x_t, t, c_a) − f(x_t, t, c_a)‖², its anchors c_a the likelier the less they resemble c; settings
+of the configurations in Con6924/SPM. Its inference-time gate, which scales the adapter by how much a prompt resembles
+the erased concept, is left out: the adapter here is an ordinary LoRA that is always on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from safemax_sd.config import NOT_NEGATIVE, POSITIVE, Range, TrainConfig, option
+from safemax_sd.errors import OptionError
+from safemax_sd.families import TOKEN_STATES, Conditioning
+from safemax_sd.objectives.base import (
+    Batch,
+    ErasureData,
+    LossTerms,
+    Objective,
+    Positions,
+    Predict,
+    Replays,
+    Student,
+    prior_generator,
+)
+
+FORGET, RETAIN, INITIAL = 0, 1, 2
+ANCHOR_LENGTHS = (0.8, 1.2)
+"""Of an anchor in the space of token states, in lengths of the forbidden prompt's."""
+SMALLEST_WEIGHT = 1e-6
+"""Of an anchor whose token states are the forbidden prompt's."""
+
+
+@dataclass
+class SpmConfig(TrainConfig):
+    """SPM's own flags; the defaults are those of the authors' code for Stable Diffusion 1.4."""
+
+    negative_guidance: float = option(1.0, "γ: how far the target lies on the other side of the empty prompt.")
+    start_guidance: float = option(3.0, "Guidance of the sampling that gives x_t.")
+    spm_inference_steps: int = option(30, "Steps of a whole such sampling.")
+    spm_anchors: Literal["prompts", "latent"] = option(
+        "prompts", "Anchors: the prompts to keep, or random token states, as in the authors' code."
+    )
+    retain_weight: float = option(1000.0, "Weight of latent anchoring.")
+
+    rank: int = option(1, "LoRA rank (alpha equals it).")
+    train_batch_size: int = option(1, "Forget samples a step, micro-batch and process.")
+    retain_batch_size: int | None = option(4, "Anchors, spread evenly over the forget samples, whose x_t they share.")
+    max_train_steps: int = option(3000, "Optimizer steps.")
+    learning_rate: float = option(1e-4, "Of AdamW.")
+    lr_scheduler: str = option("cosine_with_restarts", "Name of a schedule of diffusers.optimization.")
+    lr_warmup_steps: int = option(500, "Steps of linear warm-up.")
+    lr_num_cycles: int = option(3, "Cycles of cosine_with_restarts.")
+    adam_beta2: float = option(0.999, "β2.")
+    adam_weight_decay: float = option(0.01, "Weight decay of the LoRA.")
+    max_grad_norm: float = option(1e6, "Gradients are clipped to this norm; none is so large.")
+
+    ranges: ClassVar[dict[str, Range]] = {
+        **TrainConfig.ranges,
+        "negative_guidance": NOT_NEGATIVE,
+        "start_guidance": POSITIVE,
+        "spm_inference_steps": Range("must be 2 or more", lambda value: value >= 2),
+    }
+
+
+@dataclass(frozen=True)
+class SpmBatch(Batch):
+    """Forget samples, whose x_t is start noise until the student has sampled from it, and then their anchors.
+
+    Attributes:
+        steps: How many sampling steps each forget sample takes, int64 [F].
+        origin: Row of the forget sample at whose x_t and t a row is asked, a forget sample's own, int64 [B].
+    """
+
+    steps: Tensor
+    origin: Tensor
+
+    @property
+    def model_calls(self) -> int:
+        return 2 * len(self.t) + len(self.steps) + 2 * int(self.steps.sum())
+
+
+class Spm(Objective):
+    """‖f_θ(c_f) − [f(∅) − γ·(f(c_f) − f(∅))]‖² + 1000·‖f_θ(c_a) − f(c_a)‖², c_a anchors, all at the same (x_t, t).
+
+    x_t is sampled by the student, guided by the forbidden prompt.
+    """
+
+    name: ClassVar[str] = "spm"
+    paper: ClassVar[str] = "arXiv 2312.16145"
+    Config: ClassVar[type[TrainConfig]] = SpmConfig
+    trainable: ClassVar[frozenset[str]] = frozenset({"lora"})
+    config: SpmConfig
+
+    def __init__(self, config: SpmConfig, data: ErasureData) -> None:
+        self.config, self.data = config, data
+
+    @classmethod
+    def replays(cls, config: TrainConfig) -> Replays:
+        return "nothing"
+
+    def prepare(self, student: Student) -> int:
+        if self.config.spm_anchors == "latent" and TOKEN_STATES not in self.data.forget.tensors:
+            raise OptionError("--spm_anchors", "latent", "this model's prompts have no token states: use prompts")
+        self.student, self.frozen = student, student.freeze()
+        self.weights = (1 - likeness(self.data.forget, self.data.retain)).clamp(SMALLEST_WEIGHT, 1)
+        self._initialise(student.denoiser)
+        return 0
+
+    @torch.no_grad()
+    def _initialise(self, denoiser: nn.Module) -> None:
+        """Draw the A matrices as published, uniformly within ±1/√inputs.
+
+        Of rank 1, the Gaussian ones that a LoRA starts with are √(3·inputs) times as large, and so would be the steps.
+        """
+        downs = [p for name, p in denoiser.named_parameters() if "lora_A" in name and p.requires_grad]
+        for number, down in enumerate(downs):
+            drawn = torch.rand(down.shape, generator=prior_generator(self.config.seed, INITIAL, number))
+            down.copy_((2 * drawn - 1) * down[0].numel() ** -0.5)
+
+    def draw(self, positions: Positions) -> SpmBatch:
+        forget = [self._forget(positions.generator(FORGET, number)) for number in positions.forget]
+        # By their share of the batch, so that an anchor has the same forget sample however a step is split.
+        origin = [place * len(forget) // len(positions.retain) for place in range(len(positions.retain))]
+        anchors = [
+            self._anchor(forget[row][0], positions.generator(RETAIN, number))
+            for row, number in zip(origin, positions.retain, strict=True)
+        ]
+        prompts, noise, steps = (torch.cat(column) for column in zip(*forget, strict=True))
+        rows = torch.tensor([*range(len(forget)), *origin])
+        return SpmBatch(
+            x_t=noise[rows],
+            t=torch.zeros(len(rows)),
+            conditioning=Conditioning.cat([self.data.forget.select(prompts), *anchors]),
+            target=torch.zeros_like(noise[rows]),
+            is_forget=torch.arange(len(rows)) < len(forget),
+            steps=steps,
+            origin=rows,
+        )
+
+    def _forget(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Row of a forbidden prompt, start noise and steps to sample, each of one row."""
+        prompt = torch.randint(len(self.data.forget), (1,), generator=generator)
+        noise = torch.randn((1, *self.data.latent_shape), generator=generator)
+        return prompt, noise, torch.randint(1, self.config.spm_inference_steps, (1,), generator=generator)
+
+    def _anchor(self, prompt: Tensor, generator: torch.Generator) -> Conditioning:
+        """Conditioning of one anchor for the forbidden prompt of that row."""
+        if self.config.spm_anchors == "latent":
+            return latent_anchor(self.data.forget.select(prompt), generator)
+        return self.data.retain.select(torch.multinomial(self.weights[prompt][0], 1, generator=generator))
+
+    def loss(self, predict: Predict, batch: Batch) -> LossTerms:
+        assert isinstance(batch, SpmBatch)
+        x_t, t = self._reached(batch)
+        target = self._targets(x_t, t, batch)
+        squared = (predict(x_t, t, batch.conditioning) - target).square().flatten(1).mean(1)
+        forget, retain = squared[batch.is_forget].mean(), squared[~batch.is_forget].mean()
+        return LossTerms(
+            total=forget + self.config.retain_weight * retain,
+            parts={"forget": forget.detach(), "retain": retain.detach()},
+        )
+
+    def _reached(self, batch: SpmBatch) -> tuple[Tensor, Tensor]:
+        """x_t and t of every row, where the student gets to from the start noise of the row's forget sample."""
+        ends = [
+            self.student.sample_until(
+                batch.conditioning.select(torch.tensor([row])),
+                batch.x_t[row : row + 1],
+                guidance_scale=self.config.start_guidance,
+                num_inference_steps=self.config.spm_inference_steps,
+                steps=steps,
+            )
+            for row, steps in enumerate(batch.steps.tolist())
+        ]
+        x_t, t = (torch.cat(column) for column in zip(*ends, strict=True))
+        return x_t[batch.origin], t[batch.origin]
+
+    def _targets(self, x_t: Tensor, t: Tensor, batch: SpmBatch) -> Tensor:
+        """What the frozen model predicts for anchors, and on the empty prompt's other side for forbidden prompts."""
+        count = len(batch.steps)
+        empty = self.data.empty.select(torch.zeros(count, dtype=torch.long)).to(x_t.device)
+        asked = Conditioning.cat([batch.conditioning, empty])
+        predicted = self.frozen(torch.cat([x_t, x_t[:count]]), torch.cat([t, t[:count]]), asked)
+        # Older PyTorch keeps autocast's copies of the weights, and those made here know no gradient.
+        torch.clear_autocast_cache()
+        conditional, anchors, free = predicted[:count], predicted[count : len(t)], predicted[len(t) :]
+        return torch.cat([free - self.config.negative_guidance * (conditional - free), anchors])
+
+
+def likeness(first: Conditioning, second: Conditioning) -> Tensor:
+    """Cosine of the angle between the token states of prompts, taken as one vector each.
+
+    Args:
+        first: A rows.
+        second: B rows.
+
+    Returns:
+        float32 [A, B]; 0 where prompts have no token states, as the classes of a class-conditional model.
+    """
+    if TOKEN_STATES not in first.tensors:
+        return torch.zeros(len(first), len(second))
+    one, other = (rows.tensors[TOKEN_STATES].float().flatten(1) for rows in (first, second))
+    return one @ other.T / torch.outer(one.norm(dim=1), other.norm(dim=1))
+
+
+def latent_anchor(forbidden: Conditioning, generator: torch.Generator) -> Conditioning:
+    """A forbidden prompt's conditioning, its token states exchanged for random ones of about the same length.
+
+    A uniform direction is accepted with probability 1 − cosine to the forbidden prompt's, surely where that is above 1.
+    """
+    states = forbidden.tensors[TOKEN_STATES]
+    accepted = False
+    while not accepted:
+        direction = torch.randn(states.shape, generator=generator)
+        direction /= direction.norm()
+        cosine = (direction * states).sum() / states.norm()
+        accepted = bool(torch.rand((), generator=generator) < 1 - cosine)
+    low, high = ANCHOR_LENGTHS
+    length = low + (high - low) * float(torch.rand((), generator=generator))
+    return forbidden.with_token_states(length * states.norm() * direction)
