@@ -49,7 +49,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
-SIZE = (4.6, 2.9)
+SIZE, TALL = (4.6, 2.9), (4.6, 4.4)
 SMOOTHING = 0.1  # share of the newest step in the running mean
 
 
@@ -158,6 +158,52 @@ def probe_plot(log: Sequence[Mapping[str, Any]], *, name: str, alt: str) -> str:
         return _svg(figure, name, alt)
 
 
+@dataclass(frozen=True)
+class Point:
+    """A method: its place in the order of colours, x, y and, where measured, their intervals."""
+
+    label: str
+    place: int
+    x: float
+    y: float
+    x_interval: tuple[float, float] | None
+    y_interval: tuple[float, float] | None
+
+
+def trade_off_plot(points: Sequence[Point], *, name: str, xlabel: str, ylabel: str, cost: bool, alt: str) -> str:
+    """One marker a method, with crosses for intervals.
+
+    Args:
+        points: One a method; a method's place gives it the same marker in every plot.
+        name: Prefix of the SVG's ids; unique on the page.
+        xlabel: With its unit.
+        ylabel: With its unit; a percentage.
+        cost: Whether x is a cost, drawn on a logarithmic scale that has a place for 0.
+        alt: What the plot shows, in a sentence.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(TALL)
+        for point in points:
+            color = SERIES[point.place % len(SERIES)]
+            marker = MARKERS[(point.place + point.place // len(SERIES)) % len(MARKERS)]
+            for bounds, along_x in ((point.x_interval, True), (point.y_interval, False)):
+                if bounds is not None:
+                    other = [point.y if along_x else point.x] * 2
+                    axes.plot(*((bounds, other) if along_x else (other, bounds)), color=color, lw=0.9, alpha=0.55)
+            axes.plot([point.x], [point.y], color=color, marker=marker, markersize=6, linewidth=0, label=point.label)
+        if cost:
+            least = min((point.x for point in points if point.x > 0), default=1.0)
+            axes.set_xscale("symlog", linthresh=least, linscale=0.7)
+            axes.set_xlim(left=-0.2 * least)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        figure.legend(loc="outside upper left", ncols=2, handlelength=1, columnspacing=1, fontsize=8)
+        return _svg(figure, name, alt)
+
+
 def _running_mean(values: Sequence[float]) -> list[float]:
     means: list[float] = []
     for value in values:
@@ -165,8 +211,8 @@ def _running_mean(values: Sequence[float]) -> list[float]:
     return means
 
 
-def _axes() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE, layout="constrained")
+def _axes(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -192,7 +238,7 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     svg = svg.replace("url(#", f"url(#{name}-")
     for color, variable in CSS_OF.items():
         svg = svg.replace(color, variable)
-    width, height = (72 * inches for inches in SIZE)
+    width, height = (72 * inches for inches in figure.get_size_inches())
     head = f'<svg role="img" aria-label="{_attribute(alt)}" viewBox="0 0 {width:g} {height:g}">'
     return re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
 

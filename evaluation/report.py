@@ -64,7 +64,7 @@ def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]
         sweeps=_sweeps(report),
         training=_training(log),
         cost=_pairs(_cost(record)),
-        snippet=html.escape(usage(record, "path/to/this/adapter")),
+        snippet=html.escape(_usage(record)),
         config=_pairs(record["config"]),
         settings=_pairs({"suite": report["suite"], "judge": report["judge"], **report["settings"]}),
         versions=_pairs({**report["provenance"]["versions"], **_plain(report["provenance"])}),
@@ -98,6 +98,12 @@ def _lead(report: Report) -> str:
         f"{record['method']} in {seconds:.0f} s and {record['cost']['steps']} steps, for {record['forget']['count']} "
         f"forbidden prompts. Judge: {report['judge']}. Intervals are 95 %."
     )
+
+
+def _usage(record: Mapping[str, Any]) -> str:
+    if "baseline" in record:
+        return str(record["baseline"]["usage"])
+    return usage(dict(record), "path/to/this/adapter")
 
 
 def _headline_table(report: Report) -> str:

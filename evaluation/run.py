@@ -1,24 +1,26 @@
-"""Evaluate an adapter on a prompt suite and write `report.json`, `samples.png` and `index.html`."""
+"""Evaluate on a prompt suite and write `report.json`, `samples.png` and `index.html`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from safemax_sd.evaluation.generate import FLOW_SAMPLERS, SAMPLERS, Generator, Job, Pictures
+from PIL import Image
+from safemax_sd.evaluation.generate import Generator, Job
 from safemax_sd.evaluation.headline import measured_markdown
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
 from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
 from safemax_sd.evaluation.report import read_log, write_page
+from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Pictures
+from safemax_sd.evaluation.subjects import Adapter, Subject
 from safemax_sd.prompts import Prompt, PromptSet, Suite, load_suite, suite_names
 from torch import Tensor
 
-from safemax_sd.erased import read_record
 from safemax_sd.errors import OptionError
 from safemax_sd.judge import Judge, load_judge
 from safemax_sd.model_card import Picture, write_model_card
@@ -28,6 +30,7 @@ from safemax_sd.registry import closest
 from safemax_sd.samples import SMALL, to_pil
 
 FORMAT_VERSION = 1
+CACHE = "cache"
 STRENGTHS = (0.5, 0.8)
 SWEEP_METRICS = {
     "forget": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "halted", "latent_std"),
@@ -77,21 +80,44 @@ def check_samplers(options: EvaluateOptions, allowed: Iterable[str]) -> None:
             raise OptionError("--sampler", sampler, f"must be one of {', '.join(allowed)}{closest(sampler, allowed)}")
 
 
-class Evaluation:
-    """One evaluation: what is loaded once and used by every measurement."""
+@dataclass
+class Shown:
+    """Pictures to show, as many of the base model as of the erased one, with their prompts and subsets."""
 
-    def __init__(self, options: EvaluateOptions) -> None:
+    base: list[Image.Image] = field(default_factory=list)
+    erased: list[Image.Image] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    subsets: list[str] = field(default_factory=list)
+
+
+class Evaluation:
+    """One evaluation: what is loaded once and used by every measurement.
+
+    Args:
+        options: Flags.
+        subject: What to evaluate, if not the adapter that `options` name; `options.output_dir` is then needed.
+        base_cache_dir: Where the base model's pictures are kept, if not with the others.
+    """
+
+    def __init__(
+        self, options: EvaluateOptions, subject: Subject | None = None, *, base_cache_dir: Path | None = None
+    ) -> None:
         options.validate()
-        self.adapter_dir, self.state = Path(options.adapter), PartialState()
-        record = read_record(self.adapter_dir)
+        self.state = PartialState()
+        self.subject = Adapter(Path(options.adapter)) if subject is None else subject
+        record = self.subject.record
         self.suite = find_suite(options.suite, record)
-        self.output_dir = Path(options.output_dir) if options.output_dir else self.adapter_dir / "evaluation"
+        self.output_dir = Path(options.output_dir or Path(options.adapter) / "evaluation")
         judge = load_judge(options.clip_model, options.clip_pretrained)
         self.real = load_real(options, record)
         concepts = suite_concepts(self.suite)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.generator = Generator(
-            self.adapter_dir, self.output_dir / "cache", state=self.state, batch_size=options.batch_size
+            self.subject,
+            self.output_dir / CACHE,
+            state=self.state,
+            batch_size=options.batch_size,
+            base_cache_dir=base_cache_dir,
         )
         samplers = tuple(self.generator.samplers)
         check_samplers(options, samplers)
@@ -144,23 +170,25 @@ class Evaluation:
                 results[name] = metric.compute()
         return results
 
-    def main_rows(self) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    def main_rows(self) -> tuple[list[dict[str, Any]], Shown]:
         """Rows of every metric on every subset for both models, and the pictures to show."""
         rows: list[dict[str, Any]] = []
-        shown: dict[str, list[Any]] = {"base": [], "erased": [], "prompts": []}
+        shown = Shown()
         settings = {"sampler": self.options.sampler, "guidance_scale": self.options.guidance_scale}
         for subset in (part for part in SAMPLE_COUNTS if part in self.suite.parts):
             prompts = pick(self.suite.parts[subset], self.options.num_images)
             names = [name for name in METRICS.names() if subset in METRICS.get(name).subsets]
             base: Pictures | None = None
-            for model in ("base", "erased"):
+            places = spread(len(prompts), SAMPLE_COUNTS[subset])
+            for model, pictures in (("base", shown.base), ("erased", shown.erased)):
                 made = self.generator.run(self.job(model, prompts, subset), description=f"{model} {subset}")
                 reference = base.latents if base is not None else None
                 results = self.measure(made, prompts, names, reference)
                 rows += [row(name, subset, model, result, **settings) for name, result in results.items()]
-                shown[model] += to_pil(made.pictures[spread(len(prompts), SAMPLE_COUNTS[subset])])
+                pictures += to_pil(made.pictures[places])
                 base = made
-            shown["prompts"] += [prompts[i].text for i in spread(len(prompts), SAMPLE_COUNTS[subset])]
+            shown.prompts += [prompts[i].text for i in places]
+            shown.subsets += [subset] * len(places)
         return rows, shown
 
     def sweep_rows(self) -> list[dict[str, Any]]:
@@ -181,7 +209,7 @@ class Evaluation:
 
     def image_to_image_rows(self) -> list[dict[str, Any]]:
         """Forgetting when a real picture of the concept is handed in with the forbidden prompt."""
-        if self.real is None or self.options.num_sweep_images == 0:
+        if self.real is None or self.options.num_sweep_images == 0 or not self.generator.starts_from_pictures:
             return []
         forget = self.suite.parts["forget"]
         concepts = [concept for concept in forget.concepts if len(self.real.showing([concept]))]
@@ -216,16 +244,26 @@ def evaluate(options: EvaluateOptions) -> Path:
     clock = Stopwatch()
     with clock.phase("load"):
         evaluation = Evaluation(options)
+    run_and_write(evaluation, clock)
+    return evaluation.output_dir
+
+
+def run_and_write(evaluation: Evaluation, clock: Stopwatch) -> tuple[dict[str, Any], Shown]:
+    """Measure everything and write it down; returns the report and the pictures that its page shows.
+
+    Args:
+        evaluation: What to run.
+        clock: Has counted the loading.
+    """
     with clock.phase("subsets"):
         rows, shown = evaluation.main_rows()
     with clock.phase("image_to_image"):
         rows += evaluation.image_to_image_rows()
     with clock.phase("sweep"):
         sweep = evaluation.sweep_rows()
-    record = evaluation.generator.record
     report = {
         "format_version": FORMAT_VERSION,
-        "adapter": record,
+        "adapter": evaluation.generator.record,
         "erased": list(evaluation.suite.parts["forget"].concepts),
         "suite": evaluation.suite.name,
         "judge": evaluation.judge.name,
@@ -233,17 +271,21 @@ def evaluate(options: EvaluateOptions) -> Path:
         "metrics": rows,
         "sweep": sweep,
         "seconds": clock.seconds,
-        "provenance": provenance(options.seed, torch.device(evaluation.generator.pipeline.device)),
+        "provenance": provenance(evaluation.options.seed, torch.device(evaluation.generator.pipeline.device)),
     }
-    folder = evaluation.output_dir
-    if not evaluation.state.is_main_process:
-        return folder
-    scale = 2 if shown["base"][0].width < SMALL else 0.5
-    before_after(shown["base"], shown["erased"], shown["prompts"], scale=scale).save(folder / "samples.png")
+    if evaluation.state.is_main_process:
+        write_report(report, shown, evaluation.output_dir, evaluation.subject.folder)
+    return report, shown
+
+
+def write_report(report: dict[str, Any], shown: Shown, folder: Path, adapter_dir: Path | None) -> None:
+    """Write report.json, samples.png and index.html, and the model card of the adapter, if there is one."""
+    scale = 2 if shown.base[0].width < SMALL else 0.5
+    before_after(shown.base, shown.erased, shown.prompts, scale=scale).save(folder / "samples.png")
     write_json_atomic(folder / "report.json", report)
-    write_page(report, folder, log=read_log(evaluation.adapter_dir))
-    update_model_card(evaluation.adapter_dir, report, folder)
-    return folder
+    write_page(report, folder, log=[] if adapter_dir is None else read_log(adapter_dir))
+    if adapter_dir is not None:
+        update_model_card(adapter_dir, report, folder)
 
 
 def update_model_card(adapter_dir: Path, report: dict[str, Any], folder: Path) -> None:

@@ -75,6 +75,7 @@ def erase(
     retain_prompts: Annotated[str | None, typer.Option("--retain_prompts", help="What to keep.")] = None,
     add: Annotated[str | None, typer.Option("--add", help="Prompts of more concepts for --output_dir.")] = None,
     remove: Annotated[list[str] | None, typer.Option("--remove", help="Concept to bring back.")] = None,
+    uce_padding: Annotated[bool, typer.Option("--uce_padding", help="UCE: edit the tokens after a name too.")] = False,
     retain_weight: Annotated[float, typer.Option("--retain_weight", help="Of marks on kept tokens.")] = 3.0,
     excess_weight: Annotated[float, typer.Option("--excess_weight", help="Of kept tokens marked over --faint.")] = 10.0,
     faint: Annotated[float, typer.Option("--faint", help="Strength up to which a mark on kept tokens is free.")] = 0.15,
@@ -96,7 +97,15 @@ def erase(
             forget = load_prompts(forget_prompts or "", option="--forget_prompts")
             retain = load_prompts(retain_prompts or "", option="--retain_prompts")
             base = pretrained_model_name_or_path
-            record = redirect(base, forget, retain, output_dir, UceSettings(), overwrite=overwrite_output_dir)
+            record = redirect(
+                base,
+                forget,
+                retain,
+                output_dir,
+                UceSettings(),
+                padding=uce_padding,
+                overwrite=overwrite_output_dir,
+            )
             solved = record["cost"]["seconds"]["solve"]
             console.print(f"{', '.join(record['forget']['concepts'])}: solved in {solved:.2f} s: {output_dir}")
             return
@@ -211,6 +220,22 @@ def run_evaluation(options: object) -> None:
         return
     print_headline(json.loads((folder / "report.json").read_text(encoding="utf8")), console)
     console.print(f"page: {folder / 'index.html'}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    config: Annotated[str, typer.Option("--config", help="YAML file of methods, tasks and seeds.")],
+    output_dir: Annotated[str | None, typer.Option("--output_dir", help="Instead of the file's.")] = None,
+) -> None:
+    """Run methods x tasks x seeds, or what is left of them, and write their table and page."""
+    from safemax_sd.evaluation.compare import compare as compare_methods
+
+    with one_line_errors():
+        folder, failed = compare_methods(config, output_dir)
+        console.print((folder / "compare.md").read_text(encoding="utf8"), soft_wrap=True, markup=False)
+        console.print(f"page: {folder / 'index.html'}", soft_wrap=True)
+        if failed:
+            raise SafemaxError(f"{len(failed)} failed, which the same command tries again: {'; '.join(failed)}")
 
 
 @app.command()

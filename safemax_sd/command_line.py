@@ -79,7 +79,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
-def check_types(content: dict[str, Any], config_class: type[TrainConfig], path: str) -> dict[str, Any]:
+def check_types(content: dict[str, Any], config_class: type[Any], path: str) -> dict[str, Any]:
     """The values as the flags' types, with numbers such as `1e-4`, which YAML reads as text, as numbers.
 
     Raises:

@@ -1,0 +1,117 @@
+"""Safe Latent Diffusion: guidance away from a safety concept, wherever the prompt's prediction leans toward it.
+
+Source: arXiv 2211.05105, eq. 3 to 8, as diffusers' `StableDiffusionPipelineSafe` computes it; here the safety concept
+is the names of the forbidden concepts. The published settings are named weak, medium, strong and max.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import diffusers
+import torch
+from safemax_sd.evaluation.baselines.base import Baseline, load_lines
+from safemax_sd.evaluation.sampling import Pictures, Request, Sampler, without_warnings
+from torch import Tensor
+
+from safemax_sd.errors import OptionError
+from safemax_sd.families import ModelFamily
+
+PIPELINE = "StableDiffusionPipelineSafe"
+STRENGTHS: dict[str, dict[str, float]] = {
+    name: {
+        "sld_warmup_steps": warmup,
+        "sld_guidance_scale": scale,
+        "sld_threshold": threshold,
+        "sld_momentum_scale": momentum,
+        "sld_mom_beta": beta,
+    }
+    for name, warmup, scale, threshold, momentum, beta in (
+        ("weak", 15, 20, 0.0, 0.0, 0.0),
+        ("medium", 10, 1000, 0.01, 0.3, 0.4),
+        ("strong", 7, 2000, 0.025, 0.5, 0.7),
+        ("max", 0, 5000, 1.0, 0.5, 0.7),
+    )
+}
+"""δ, s_S, λ, s_m and β_m as in the authors' code."""
+
+
+@dataclass(frozen=True)
+class SafeLatentDiffusionSettings:
+    """Attributes:
+    strength: Which of the published settings.
+    """
+
+    strength: Literal["weak", "medium", "strong", "max"] = "max"
+
+
+class SafeSampler(Sampler):
+    """The base model's parts in `StableDiffusionPipelineSafe`.
+
+    Args:
+        pipeline: The base model's own.
+        concepts: What to guide away from.
+        settings: Values of `STRENGTHS`.
+    """
+
+    starts_from_pictures: ClassVar[bool] = False
+
+    def __init__(self, pipeline: Any, concepts: str, settings: dict[str, float]) -> None:
+        with without_warnings():  # that the class is no longer developed
+            parts = {**pipeline.components, "safety_checker": None}
+            self.pipeline = getattr(diffusers, PIPELINE)(**parts, requires_safety_checker=False)
+        self.pipeline.safety_concept = concepts
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.settings = settings
+
+    @torch.no_grad()
+    def draw(self, request: Request) -> Pictures:
+        if request.sources is not None:
+            raise ValueError(f"{PIPELINE} starts from no pictures")
+        self.pipeline.scheduler = request.scheduler
+        last: dict[str, Tensor] = {}
+
+        def keep(_step: int, _time: Any, latents: Tensor) -> None:
+            last["latents"] = latents
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the pipeline's own deprecated ways
+            pictures = self.pipeline(
+                prompt=list(request.prompts),
+                guidance_scale=request.guidance_scale,
+                num_inference_steps=request.num_inference_steps,
+                generator=request.generators(),
+                output_type="np",
+                callback=keep,
+                **request.size,
+                **self.settings,
+            ).images
+        pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        return Pictures(pictures.float().contiguous(), last["latents"].float().cpu().contiguous())
+
+
+class SafeLatentDiffusion(Baseline):
+    """diffusers' own `StableDiffusionPipelineSafe`."""
+
+    name: ClassVar[str] = "safe_latent_diffusion"
+    paper: ClassVar[str] = "arXiv 2211.05105"
+    Settings: ClassVar[type[Any]] = SafeLatentDiffusionSettings
+    predictions: ClassVar[int] = 3
+
+    def usage(self) -> list[str]:
+        return [
+            *load_lines(self.base, PIPELINE),
+            f"pipe.safety_concept = {self.concepts!r}",
+            f'pipe("a picture", **{STRENGTHS[self.settings.strength]}).images[0].save("erased.png")',
+        ]
+
+    def sampler(self, family: ModelFamily, pipeline: Any) -> Sampler:
+        if not hasattr(diffusers, PIPELINE):
+            text = f"is {PIPELINE} of diffusers, which {diffusers.__version__} no longer has"
+            raise OptionError("--baseline", self.name, text)
+        if not isinstance(pipeline, diffusers.StableDiffusionPipeline):
+            text = f"is for Stable Diffusion 1 and 2, not for {family.name} models"
+            raise OptionError("--baseline", self.name, text)
+        return SafeSampler(pipeline, self.concepts, STRENGTHS[self.settings.strength])

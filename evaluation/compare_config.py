@@ -1,0 +1,142 @@
+"""The configuration of a comparison, from its YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from safemax_sd.evaluation.compare_methods import Method, UntrainedMethod, read_method
+from safemax_sd.evaluation.run import EvaluateOptions, suite_concepts
+from safemax_sd.prompts import Suite, load_suite, suite_names
+
+from safemax_sd.assets import resolve_model
+from safemax_sd.command_line import check_types, read_yaml
+from safemax_sd.errors import OptionError
+from safemax_sd.registry import closest
+
+BASE, CACHE = "base", "cache"
+RESERVED = (BASE, CACHE)
+"""Labels that would be taken for the base model's row or its folder of pictures."""
+LISTS = ("tasks", "seeds", "methods")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every cell has in common.
+
+    Attributes:
+        base_model: Diffusers folder, hub id or an embedded model's name.
+        output_dir: Folder of the cells and the results.
+
+    The others are those of `safemax evaluate`.
+    """
+
+    base_model: str = "emoji"
+    output_dir: str = "comparison"
+    num_images: int = 64
+    num_sweep_images: int = 0
+    guidance_scale: float = 5.0
+    num_inference_steps: int = 25
+    sampler: str | None = None
+    clip_model: str = "emoji"
+    clip_pretrained: str | None = None
+    real_images: str | None = None
+    batch_size: int = 32
+
+    def evaluation(self) -> dict[str, Any]:
+        """The flags of `safemax evaluate`."""
+        return {name: value for name, value in asdict(self).items() if name not in ("base_model", "output_dir")}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods x tasks x seeds.
+
+    Attributes:
+        settings: Of every cell.
+        methods: By label, in the order of the tables.
+        tasks: Suites by name.
+        seeds: Of training and evaluation.
+    """
+
+    settings: Settings
+    methods: dict[str, Method]
+    tasks: dict[str, Suite]
+    seeds: tuple[int, ...]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.output_dir)
+
+
+def read_comparison(path: str, output_dir: str | None = None) -> Comparison:
+    """The comparison that a YAML file describes.
+
+    Args:
+        path: Of the file.
+        output_dir: Instead of the file's.
+
+    Raises:
+        OptionError: An unknown key, method, task or flag (the message names the nearest), or a value that cannot be
+            used.
+    """
+    content = read_yaml(path)
+    allowed = [*LISTS, *(entry.name for entry in fields(Settings))]
+    for key in content:
+        if key not in allowed:
+            raise OptionError("--config", path, f"unknown key {key!r}{closest(str(key), allowed)}")
+    common = {key: value for key, value in content.items() if key not in LISTS}
+    settings = Settings(**check_types(common, Settings, path))
+    if output_dir is not None:
+        settings = replace(settings, output_dir=output_dir)
+    comparison = Comparison(settings, _methods(content, path), _tasks(content, path), _seeds(content, path))
+    _check(comparison, path)
+    return comparison
+
+
+def _check(comparison: Comparison, path: str) -> None:
+    settings = comparison.settings
+    EvaluateOptions(adapter="", **settings.evaluation()).validate()
+    if settings.guidance_scale <= 1 and any(isinstance(m, UntrainedMethod) for m in comparison.methods.values()):
+        raise OptionError("--config", path, "guidance_scale must be more than 1: baselines change guidance alone")
+    for suite in comparison.tasks.values():
+        suite_concepts(suite)
+    try:
+        DiffusionPipeline.load_config(resolve_model(settings.base_model))
+    except (OSError, ValueError) as error:
+        text = f"base_model {settings.base_model} is no diffusers folder, hub id or embedded model (emoji)"
+        raise OptionError("--config", path, text) from error
+
+
+def _methods(content: dict[str, Any], path: str) -> dict[str, Method]:
+    methods = content.get("methods")
+    if not isinstance(methods, dict) or not methods:
+        raise OptionError("--config", path, "methods must map labels to flags")
+    for label in methods:
+        if label in RESERVED or not str(label).replace("-", "").replace("_", "").isalnum():
+            text = f"label {label!r} must be letters, digits, - and _, and not {' or '.join(RESERVED)}"
+            raise OptionError("--config", path, text)
+    return {str(label): read_method(str(label), flags, path) for label, flags in methods.items()}
+
+
+def _tasks(content: dict[str, Any], path: str) -> dict[str, Suite]:
+    listed = content.get("tasks")
+    if not isinstance(listed, list) or not listed:
+        raise OptionError("--config", path, "tasks must list suites, by name or folder")
+    tasks: dict[str, Suite] = {}
+    for entry in map(str, listed):
+        name = entry if entry in suite_names() else Path(entry).resolve().name
+        if name in tasks:
+            raise OptionError("--config", path, f"two tasks are named {name}")
+        tasks[name] = load_suite(entry)
+    return tasks
+
+
+def _seeds(content: dict[str, Any], path: str) -> tuple[int, ...]:
+    seeds = content.get("seeds")
+    whole = isinstance(seeds, list) and all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds)
+    if not seeds or not whole or len(set(seeds)) < len(seeds):
+        raise OptionError("--config", path, "seeds must list different whole numbers of 0 or more")
+    return tuple(seeds)

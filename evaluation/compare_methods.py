@@ -1,0 +1,267 @@
+"""The methods of a comparison: what a configuration says of each, and how each erases one task."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, get_type_hints
+
+import yaml
+from safemax_sd.evaluation.baselines import BASELINES
+from safemax_sd.evaluation.subjects import Adapter, Subject
+from safemax_sd.prompts import Suite, check_disjoint
+
+from safemax_sd.command_line import check_types
+from safemax_sd.config import TrainConfig, literals
+from safemax_sd.edits.halting_marks import HaltingMarks, HaltingMarksSettings
+from safemax_sd.edits.uce import Uce
+from safemax_sd.erased import read_record
+from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.registry import closest
+from safemax_sd.train import read_input
+
+OUTPUT = "output.txt"
+FLAGS = "train.yaml"
+GIVEN = (
+    "forget_prompts",
+    "retain_prompts",
+    "output_dir",
+    "pretrained_model_name_or_path",
+    "revision",
+    "variant",
+    "seed",
+    "objective",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "push_to_hub",
+)
+"""Training flags that the comparison gives, or that would make its runs differ in more than the method."""
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """One erasure of one method.
+
+    Attributes:
+        base_model: Diffusers folder, hub id or an embedded model's name.
+        suite: What is to be forgotten and kept.
+        seed: Of the training.
+        folder: Where the result goes.
+    """
+
+    base_model: str
+    suite: Suite
+    seed: int
+    folder: Path
+
+
+class Method(ABC):
+    """A labelled method with its flags.
+
+    Args:
+        name: Of the objective, edit or baseline.
+        flags: The other flags as the configuration has them.
+        where: The configuration's part, for errors.
+
+    Attributes:
+        kind: The flag that names it.
+
+    Raises:
+        OptionError: An unknown name or flag, or a value of the wrong type.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, name: str, flags: dict[str, Any], where: str) -> None:
+        self.name, self.where = name, where
+        self.flags = self.checked(flags)
+
+    @abstractmethod
+    def checked(self, flags: dict[str, Any]) -> dict[str, Any]:
+        """The flags as their types."""
+
+    @abstractmethod
+    def check(self, erasure: Erasure) -> None:
+        """Raises OptionError where a task or value cannot be used; writes nothing."""
+
+    @abstractmethod
+    def erase(self, erasure: Erasure) -> None:
+        """Make the result.
+
+        Raises:
+            SafemaxError: It failed; the message is the reason.
+        """
+
+    def subject(self, erasure: Erasure) -> Subject:
+        """What `erase` made, to be evaluated."""
+        return Adapter(erasure.folder)
+
+    def identity(self) -> dict[str, Any]:
+        """All of the method that its result depends on."""
+        return {self.kind: self.name, **self.flags}
+
+
+class TrainedMethod(Method):
+    """`safemax_sd.train`, in a process of its own so that peak memory is the run's."""
+
+    kind: ClassVar[str] = "objective"
+
+    def checked(self, flags: dict[str, Any]) -> dict[str, Any]:
+        objective = OBJECTIVES.get(self.name)
+        if not objective.names_concepts:
+            text = f"{self.name} erases nothing by itself: train it once, then compare an edit with that anchor"
+            raise OptionError("--config", self.where, text)
+        for flag in flags:
+            if flag in GIVEN:
+                raise OptionError("--config", self.where, f"{flag} is the comparison's to give")
+        return check_types(flags, objective.Config, self.where)
+
+    def check(self, erasure: Erasure) -> None:
+        config: TrainConfig = OBJECTIVES.get(self.name).Config(**self._all_flags(erasure))
+        read_input(config)
+
+    def erase(self, erasure: Erasure) -> None:
+        path = erasure.folder / FLAGS
+        path.write_text(yaml.safe_dump(self._all_flags(erasure)), encoding="utf8")
+        run_apart(["safemax_sd.train", "--config", str(path)], erasure.folder / OUTPUT)
+
+    def _all_flags(self, erasure: Erasure) -> dict[str, Any]:
+        return {
+            "objective": self.name,
+            "pretrained_model_name_or_path": erasure.base_model,
+            "forget_prompts": str(erasure.suite.path("forget")),
+            "retain_prompts": str(erasure.suite.path("retain")),
+            "output_dir": str(erasure.folder),
+            "overwrite_output_dir": True,
+            "seed": erasure.seed,
+            **self.flags,
+        }
+
+
+@dataclass(frozen=True)
+class UceFlags:
+    """UCE's on the command line."""
+
+    uce_padding: bool = False
+
+
+@dataclass(frozen=True)
+class HaltingMarksFlags(HaltingMarksSettings):
+    """What the edit is weighed by, and the anchor that it needs."""
+
+    anchor: str = ""
+
+
+class EditedMethod(Method):
+    """`safemax erase`, in a process of its own."""
+
+    kind: ClassVar[str] = "edit"
+    known: ClassVar[dict[str, type[Any]]] = {Uce.name: UceFlags, HaltingMarks.name: HaltingMarksFlags}
+
+    def checked(self, flags: dict[str, Any]) -> dict[str, Any]:
+        if self.name not in self.known:
+            text = f"no such edit {self.name!r}{closest(self.name, self.known)}; there are: {', '.join(self.known)}"
+            raise OptionError("--config", self.where, text)
+        return check_types(flags, self.known[self.name], self.where)
+
+    def check(self, erasure: Erasure) -> None:
+        check_disjoint(erasure.suite.parts["forget"], erasure.suite.parts["retain"])
+        if self.known[self.name] is not HaltingMarksFlags:
+            return
+        if "anchor" not in self.flags:
+            raise OptionError("--config", self.where, "needs an `anchor`, the output folder of a halting anchor")
+        anchored = read_record(Path(self.flags["anchor"]), "--anchor")["base_model"]["name_or_path"]
+        if anchored != erasure.base_model:
+            text = f"is an anchor of {anchored}, not of {erasure.base_model}"
+            raise OptionError("--anchor", self.flags["anchor"], text)
+
+    def erase(self, erasure: Erasure) -> None:
+        words = ["safemax_sd.cli", "erase", "--edit", self.name, "--output_dir", str(erasure.folder)]
+        words += ["--forget_prompts", str(erasure.suite.path("forget"))]
+        words += ["--retain_prompts", str(erasure.suite.path("retain")), "--overwrite_output_dir"]
+        if "anchor" not in self.flags:
+            words += ["--pretrained_model_name_or_path", erasure.base_model]
+        for flag, value in self.flags.items():
+            if value is not False:
+                words += [f"--{flag}", *([] if value is True else [str(value)])]
+        run_apart(words, erasure.folder / OUTPUT)
+
+    def identity(self) -> dict[str, Any]:
+        identity = super().identity()
+        if "anchor" in self.flags:
+            record = Path(self.flags["anchor"]) / "erasure.json"
+            identity["anchor_sha256"] = hashlib.sha256(record.read_bytes()).hexdigest()
+        return identity
+
+
+class UntrainedMethod(Method):
+    """A baseline, which only samples in another way."""
+
+    kind: ClassVar[str] = "baseline"
+
+    def checked(self, flags: dict[str, Any]) -> dict[str, Any]:
+        settings = BASELINES.get(self.name).Settings
+        hints = get_type_hints(settings)
+        for name, value in check_types(flags, settings, self.where).items():
+            allowed = literals(hints[name])
+            if allowed and value not in allowed:
+                text = f"{name} must be one of {', '.join(allowed)}{closest(str(value), allowed)}, not {value!r}"
+                raise OptionError("--config", self.where, text)
+        return asdict(settings(**flags))  # with its defaults: a result depends on them too
+
+    def check(self, erasure: Erasure) -> None:
+        """A suite that can be read is enough."""
+
+    def erase(self, erasure: Erasure) -> None:
+        """There is nothing to make."""
+
+    def subject(self, erasure: Erasure) -> Subject:
+        baseline, parts = BASELINES.get(self.name), erasure.suite.parts
+        return baseline(erasure.base_model, parts["forget"], parts["retain"], baseline.Settings(**self.flags))
+
+
+KINDS: dict[str, type[Method]] = {cls.kind: cls for cls in (TrainedMethod, EditedMethod, UntrainedMethod)}
+
+
+def read_method(label: str, content: Any, path: str) -> Method:
+    """The method of one entry of `methods`.
+
+    Raises:
+        OptionError: It does not name exactly one objective, edit or baseline, or cannot be used.
+    """
+    where = f"{path}, methods, {label}"
+    kinds = ", ".join(KINDS)
+    if not isinstance(content, dict):
+        raise OptionError("--config", where, f"must map flags to values, one of them being {kinds}")
+    named = [key for key in content if key in KINDS]
+    if len(named) != 1:
+        near = next((text for text in (closest(str(key), KINDS) for key in content) if text), "")
+        raise OptionError("--config", where, f"must have one of {kinds}{near}, and has {', '.join(named) or 'none'}")
+    flags = {key: value for key, value in content.items() if key != named[0]}
+    return KINDS[named[0]](str(content[named[0]]), flags, where)
+
+
+def run_apart(words: Sequence[str], output: Path) -> None:
+    """Run a module of this package in another process.
+
+    Args:
+        words: The module and its command line.
+        output: File for what it prints.
+
+    Raises:
+        SafemaxError: It failed; the message is its own, or the last line that it printed.
+    """
+    with output.open("wb") as file:
+        done = subprocess.run([sys.executable, "-m", *words], stdout=file, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        printed = output.read_text(encoding="utf8", errors="replace").strip()
+        own = re.findall(r"\berror: ([^\r\n]+)", printed)  # it may stand behind a progress bar
+        last = re.split(r"[\r\n]+", printed)[-1][:200]
+        raise SafemaxError(own[-1] if own else f"exit code {done.returncode}: {last}")

@@ -1,0 +1,186 @@
+"""The page of a comparison: one self-contained HTML file with the table, trade-offs and pictures of every method."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from safemax_sd.evaluation.compare_tables import (
+    CALLS,
+    HARMONIC,
+    MEMORY,
+    NOTE,
+    RATES,
+    SECONDS,
+    Column,
+    Summary,
+    cell_texts,
+    headings,
+)
+from safemax_sd.evaluation.plots import Point, trade_off_plot
+from safemax_sd.evaluation.report import STYLE_SHEET
+
+from safemax_sd.provenance import atomic_write_text
+
+SUBSETS = {"forget": "forbidden", "paraphrases": "paraphrase", "neighbours": "neighbour", "retain": "kept"}
+UA, RETAINED = RATES["ua"][0], RATES["retained"][0]
+PLOTS = (
+    (UA, RETAINED, "Forgetting against retention"),
+    (SECONDS, HARMONIC, "Quality against seconds"),
+    (CALLS, HARMONIC, "Quality against model calls"),
+    (MEMORY, HARMONIC, "Quality against peak memory"),
+)
+COSTS = (SECONDS, CALLS, MEMORY)
+QUALITY = 85
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head>
+<body><main class="broad">
+<h1>{title}</h1>
+<p class="lead">{lead}</p>
+<div class="scroll">{table}</div>
+<p class="lead"><small>{note}</small></p>
+{failed}
+<h2>Trade-offs</h2><div class="plots">{plots}</div>
+<h2>Pictures</h2>
+<p class="lead">Same prompts and same start noise in every column.</p>
+{galleries}
+<h2>Settings</h2>
+<details><summary>Methods</summary>{methods}</details>
+<details><summary>Evaluation</summary>{settings}</details>
+<details><summary>Versions</summary>{versions}</details>
+</main></body></html>
+"""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures of one task.
+
+    Attributes:
+        seed: Of the runs that are shown.
+        prompts: One a column.
+        subsets: One a column.
+        rows: By label, a file with one picture a column side by side.
+    """
+
+    seed: int
+    prompts: list[str]
+    subsets: list[str]
+    rows: dict[str, Path]
+
+
+def write_comparison_page(
+    content: Mapping[str, Any], table: Sequence[Summary], galleries: Mapping[str, Gallery], folder: Path
+) -> Path:
+    """Write `index.html`.
+
+    Args:
+        content: Of `compare.json`.
+        table: Its lines.
+        galleries: By task.
+        folder: Where to.
+    """
+    made = content["provenance"]
+    page = PAGE.format(
+        title=html.escape(f"{len(content['methods'])} methods on {content['settings']['base_model']}"),
+        style=STYLE_SHEET.read_text(encoding="utf8"),
+        lead=html.escape(_lead(content)),
+        table=_table(table),
+        note=html.escape(NOTE),
+        failed=_failed(content["cells"]),
+        plots="".join(_plot(table, number) for number in range(len(PLOTS))),
+        galleries="".join(_gallery(task, gallery) for task, gallery in galleries.items()),
+        methods=_pairs({label: _flags(flags) for label, flags in content["methods"].items()}),
+        settings=_pairs({**content["settings"], "seeds": _listed(content["seeds"])}),
+        versions=_pairs({**made["versions"], **{key: made[key] for key in ("python", "commit", "device", "time")}}),
+    )
+    atomic_write_text(folder / "index.html", page)
+    return folder / "index.html"
+
+
+def _lead(content: Mapping[str, Any]) -> str:
+    settings = content["settings"]
+    return (
+        f"Tasks: {_listed(content['tasks'])}. Seeds: {_listed(content['seeds'])}. {settings['num_images']} pictures of "
+        f"each prompt subset, guidance scale {settings['guidance_scale']:g}, {settings['num_inference_steps']} "
+        f"sampling steps. Judge: {content['judge']}."
+    )
+
+
+def _listed(values: Sequence[Any] | Mapping[str, Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _flags(flags: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in flags.items())
+
+
+def _table(table: Sequence[Summary]) -> str:
+    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings())
+    lines = []
+    for summary in table:
+        cells = "".join(f"<td>{value}<small>{interval}</small></td>" for value, interval in cell_texts(summary))
+        runs = f"<td>{summary.runs}/{summary.planned}</td>"
+        lines.append(f"<tr><th>{html.escape(summary.label)}</th>{cells}{runs}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _failed(cells: Sequence[Mapping[str, Any]]) -> str:
+    failed = [cell for cell in cells if cell["status"] == "failed"]
+    if not failed:
+        return ""
+    reasons = {f"{cell['label']}, {cell['task']}, seed {cell['seed']}": cell["reason"] for cell in failed}
+    return f"<h2>Failed runs</h2>{_pairs(reasons)}"
+
+
+def _plot(table: Sequence[Summary], number: int) -> str:
+    x, y, caption = PLOTS[number]
+    points = [point for place, s in enumerate(table) if (point := _point(s, x, y, place)) is not None]
+    if not points:
+        return ""
+    plot = trade_off_plot(
+        points, name=f"trade-off-{number}", xlabel=x.heading, ylabel=y.heading, cost=x in COSTS, alt=caption
+    )
+    return f"<figure>{plot}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _point(summary: Summary, x: Column, y: Column, place: int) -> Point | None:
+    across, up = summary.values[x.name], summary.values[y.name]
+    if across is None or up is None:
+        return None
+    return Point(summary.label, place, across.value, up.value, across.interval, up.interval)
+
+
+def _gallery(task: str, gallery: Gallery) -> str:
+    labels = "".join(
+        f"<span><b>{SUBSETS[subset]}</b> {html.escape(prompt)}</span>"
+        for subset, prompt in zip(gallery.subsets, gallery.prompts, strict=True)
+    )
+    rows = "".join(
+        f'<tr><th>{html.escape(label)}</th><td><img src="data:image/webp;base64,{_webp(path)}" '
+        f'alt="Pictures of {html.escape(label)} on {html.escape(task)}"></td></tr>'
+        for label, path in gallery.rows.items()
+    )
+    head = f'<tr><th></th><td><div class="columns">{labels}</div></td></tr>'
+    return f'<h3>{html.escape(task)}, seed {gallery.seed}</h3><table class="strips">{head}{rows}</table>'
+
+
+def _webp(path: Path) -> str:
+    """Lossy, for noise does not compress and a page has hundreds of pictures."""
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        image.save(buffer, format="WEBP", quality=QUALITY)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _pairs(content: Mapping[str, Any]) -> str:
+    rows = (f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>" for key, value in content.items())
+    return f"<table>{''.join(rows)}</table>"

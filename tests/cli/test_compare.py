@@ -1,0 +1,254 @@
+"""A comparison of a few methods on the tiny model: complete, resumed, and its table against a computation by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safemax_sd.evaluation.compare import compare, cost_of
+from safemax_sd.evaluation.compare_tables import harmonic_mean, over_tasks, pooled
+from scipy.stats import binomtest, t
+
+from safemax_sd.errors import SafemaxError
+from tests import tiny
+
+QUICK = {
+    "rank": 2,
+    "train_batch_size": 1,
+    "retain_batch_size": 1,
+    "max_train_steps": 1,
+    "forget_trajectories": 1,
+    "retain_trajectories": 1,
+    "replay_inference_steps": 2,
+}
+METHODS: dict[str, Any] = {
+    "ours": {"objective": "safemax", **QUICK},
+    "closed": {"edit": "uce", "uce_padding": True},
+    "negative": {"baseline": "negative_prompt"},
+}
+COUNTS = {"num_images": 3, "num_inference_steps": 2, "guidance_scale": 4.0, "batch_size": 3}
+
+
+def write_task(folder: Path) -> Path:
+    """A suite that the tiny model and its real pictures have names for."""
+    folder.mkdir(parents=True)
+    parts = {
+        "forget": tiny.FORGET,
+        "retain": tiny.RETAIN,
+        "neighbours": (("a yellow plum", "plum"),),
+        "paraphrases": (("pomaceous fruit", "apple"),),
+    }
+    for name, rows in parts.items():
+        lines = "".join(f"{text},{concept}\n" for text, concept in rows)
+        (folder / f"{name}.csv").write_text(f"prompt,concept\n{lines}")
+    return folder
+
+
+def write_config(folder: Path, model: Path, **changes: Any) -> Path:
+    content = {
+        "base_model": str(model),
+        "tasks": [str(folder / "fruit")],
+        "seeds": [0],
+        "methods": METHODS,
+        "real_images": str(folder / "real"),
+        "output_dir": str(folder / "grid"),
+        **COUNTS,
+        **changes,
+    }
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    write_task(folder / "fruit")
+    tiny.write_pictures(folder / "real")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grid(place: Path, tiny_model: Path) -> Path:
+    folder, failed = compare(str(write_config(place, tiny_model)))
+    assert failed == []
+    return folder
+
+
+def read(grid: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((grid / "compare.json").read_text())
+    return content
+
+
+def changed(grid: Path) -> dict[str, int]:
+    return {label: (grid / label / "fruit" / "0" / "cell.json").stat().st_mtime_ns for label in METHODS}
+
+
+def test_rows_are_complete(grid: Path) -> None:
+    content = read(grid)
+    assert list(dict.fromkeys(row["label"] for row in content["rows"])) == ["base", *METHODS]
+    for label in ("base", *METHODS):
+        rows = [row for row in content["rows"] if row["label"] == label]
+        measured = {(row["metric"], row["subset"]) for row in rows}
+        assert {("unlearning_accuracy", "forget"), ("unlearning_accuracy", "paraphrases")} <= measured
+        assert {("clip_accuracy", "retain"), ("clip_accuracy", "neighbours"), ("fid", "retain")} <= measured
+        assert all(row["n"] == 3 and row["task"] == "fruit" and row["seed"] == 0 for row in rows)
+    first = {row["label"]: row for row in content["rows"]}
+    assert {label: row["objective"] for label, row in first.items()} == {
+        "base": None, "ours": "safemax", "closed": "uce", "negative": "negative_prompt",
+    }  # fmt: skip
+    assert first["ours"]["seconds"]["train"] > 0
+    assert first["ours"]["model_calls"]["total"] > first["ours"]["model_calls"]["train"] > 0
+    assert first["ours"]["peak_memory_bytes"] > 0
+    assert first["closed"]["model_calls"]["total"] == first["negative"]["seconds"]["total"] == 0
+    assert first["ours"]["provenance"]["device"]
+    assert {cell["status"] for cell in content["cells"]} == {"done"}
+
+
+def test_table_values_are_those_of_the_rows(grid: Path) -> None:
+    content = read(grid)
+    assert [line["label"] for line in content["summary"]] == ["base", *METHODS]
+    for line in content["summary"]:
+        rows = {(r["metric"], r["subset"]): r for r in content["rows"] if r["label"] == line["label"]}
+        values = line["values"]
+        assert values["fid"]["value"] == rows["fid", "retain"]["value"]
+        ua = rows["unlearning_accuracy", "forget"]
+        assert values["ua"]["value"] == pytest.approx(ua["value"])
+        assert values["ua"]["interval"] == pytest.approx(ua["interval"])
+        assert (line["runs"], line["planned"]) == (1, 1)
+    text = (grid / "compare.md").read_text()
+    assert [row.split(" | ")[0].removeprefix("| ") for row in text.splitlines()[2:6]] == ["base", *METHODS]
+    assert (grid / "compare.tex").read_text().count(r"\\") == 1 + 1 + len(METHODS)
+
+
+def test_pooling_by_hand() -> None:
+    def row(metric: str, subset: str, value: float, n: int = 4) -> dict[str, Any]:
+        return {"metric": metric, "subset": subset, "value": value, "n": n, "task": "a", "seed": 0}
+
+    rate = pooled([row("unlearning_accuracy", "forget", 75.0), row("unlearning_accuracy", "forget", 50.0, n=2)])
+    assert rate is not None
+    assert (rate.value, rate.n) == (pytest.approx(400 / 6), 6)
+    wilson = binomtest(4, 6).proportion_ci(method="wilson")
+    assert rate.interval == pytest.approx((100 * wilson.low, 100 * wilson.high))
+    run = [
+        row("unlearning_accuracy", "forget", 100.0), row("unlearning_accuracy", "paraphrases", 50.0),
+        row("clip_accuracy", "retain", 100.0), row("clip_accuracy", "neighbours", 25.0),
+    ]  # fmt: skip
+    assert harmonic_mean(run) == pytest.approx(4 / (1 / 100 + 1 / 50 + 1 / 100 + 1 / 25))
+    assert harmonic_mean(run[:3]) is None
+    mean = over_tasks([1.0, 2.0, 6.0])
+    assert mean is not None and mean.interval is not None
+    half = t.ppf(0.975, 2) * (14 / 2) ** 0.5 / 3**0.5
+    assert mean.interval == pytest.approx((3 - half, 3 + half))
+
+
+def test_an_edit_costs_what_it_does_beside_its_anchor() -> None:
+    cost = {"seconds": {"total": 100.0, "train": 90.0}, "model_calls": {"train": 5, "replay": 2}}
+    record = {"cost": {**cost, "peak_memory_bytes": 7}, "edit": {"seconds": {"solve": 0.5, "total": 2.0}}}
+    assert cost_of(record)["seconds"] == {"solve": 0.5, "total": 2.0, "anchor": 100.0}
+    assert cost_of(record)["model_calls"] == {"total": 0, "anchor": 7}
+
+
+def test_page_is_self_contained(grid: Path) -> None:
+    page = (grid / "index.html").read_text()
+    assert page.count("<svg") == 4
+    assert page.count("data:image/webp;base64,") == 1 + len(METHODS)
+    assert page.count('alt="Pictures of base') == 1
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_second_call_runs_nothing_and_a_removed_cell_is_redone_alone(
+    grid: Path, place: Path, tiny_model: Path
+) -> None:
+    before, rows = changed(grid), read(grid)["rows"]
+    compare(str(write_config(place, tiny_model)))
+    assert changed(grid) == before
+    assert read(grid)["rows"] == rows
+    shutil.rmtree(grid / "closed")
+    compare(str(write_config(place, tiny_model)))
+    after = changed(grid)
+    assert {label for label in METHODS if after[label] != before[label]} == {"closed"}
+    values = [
+        [(row["label"], row["metric"], row["subset"], row["value"]) for row in r] for r in (rows, read(grid)["rows"])
+    ]
+    assert values[0] == values[1]
+
+
+def test_an_erased_cell_is_only_evaluated(grid: Path, place: Path, tiny_model: Path) -> None:
+    folder = grid / "ours" / "fruit" / "0"
+    weights = folder / "pytorch_lora_weights.safetensors"
+    before, state = weights.stat().st_mtime_ns, json.loads((folder / "cell.json").read_text())
+    shutil.rmtree(folder / "evaluation")
+    (folder / "cell.json").write_text(json.dumps({"status": "erased", "settings": state["settings"]}))
+    compare(str(write_config(place, tiny_model)))
+    assert weights.stat().st_mtime_ns == before
+    assert (folder / "evaluation" / "report.json").is_file()
+
+
+def test_results_of_other_settings_are_left_alone(grid: Path, place: Path, tiny_model: Path) -> None:
+    before = changed(grid)
+    with pytest.raises(SafemaxError, match="evaluation: num_images was 3, is 4"):
+        compare(str(write_config(place, tiny_model, num_images=4)))
+    assert changed(grid) == before
+
+
+def test_a_failing_cell_is_recorded(grid: Path, place: Path, tiny_model: Path) -> None:
+    broken = {"objective": "safemax", **QUICK, "learning_rate": 1e30, "max_train_steps": 3}
+    config = write_config(place, tiny_model, methods={"broken": broken, "negative": METHODS["negative"]})
+    done = subprocess.run(
+        [sys.executable, "-m", "safemax_sd.cli", "compare", "--config", str(config)],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "broken, fruit, seed 0: the loss became" in done.stderr.splitlines()[-1]
+    content = read(grid)
+    assert {cell["label"]: cell["status"] for cell in content["cells"]} == {"broken": "failed", "negative": "done"}
+    assert [line["label"] for line in content["summary"]] == ["base", "negative"]
+    assert "the loss became" in (grid / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_imagse": 3}, "unknown key 'num_imagse' .did you mean 'num_images'"),
+        ({"num_images": 0}, "--num_images 0"),
+        ({"tasks": ["emoji/bom"]}, "did you mean 'emoji/bomb'"),
+        ({"seeds": [0, 0]}, "seeds must list different"),
+        ({"guidance_scale": 1.0}, "guidance_scale must be more than 1"),
+        ({"base_model": "/nowhere/emojis"}, "base_model /nowhere/emojis"),
+        ({"methods": {"a": {"objective": "safemx"}}}, "did you mean 'safemax'"),
+        (
+            {"methods": {"a": {"objective": "safemax", "rnak": 3}}},
+            "methods, a: unknown key 'rnak' .did you mean 'rank'",
+        ),
+        ({"methods": {"a": {"objective": "safemax", "rank": 0}}}, "--rank 0"),
+        ({"methods": {"a": {"objective": "safemax", "seed": 3}}}, "seed is the comparison's to give"),
+        ({"methods": {"a": {"objectve": "safemax"}}}, "did you mean 'objective'"),
+        ({"methods": {"a": {"objective": "halting_anchor"}}}, "erases nothing by itself"),
+        ({"methods": {"a": {"edit": "uec"}}}, "did you mean 'uce'"),
+        ({"methods": {"a": {"edit": "halting_marks"}}}, "needs an `anchor`"),
+        ({"methods": {"a": {"edit": "halting_marks", "anchor": "none"}}}, "--anchor none"),
+        ({"methods": {"a": {"baseline": "negative"}}}, "did you mean 'negative_prompt'"),
+        (
+            {"methods": {"a": {"baseline": "safe_latent_diffusion", "strength": "maxi"}}},
+            "strength must be one of weak, medium, strong, max .did you mean 'max'",
+        ),
+        ({"methods": {"base": {"edit": "uce"}}}, "label 'base'"),
+    ],
+)
+def test_bad_configurations(
+    changes: dict[str, Any], message: str, place: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = write_config(place, tiny_model, output_dir=str(tmp_path / "other"), **changes)
+    with pytest.raises(SafemaxError, match=message) as caught:
+        compare(str(config))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "other").exists()
