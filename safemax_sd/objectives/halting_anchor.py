@@ -97,6 +97,7 @@ class HaltingAnchor(Safemax):
 
         Random rows find them hundreds of steps later.
         """
+        calls = super().prepare(student)
         states = self.data.retain.tensors[TOKEN_STATES].cpu()
         self.practice = practise(
             states, self.data.retain_concepts, self.marks, self.config.practice_edits, self.config.seed
@@ -106,7 +107,7 @@ class HaltingAnchor(Safemax):
             rows = layer.lora_A[ADAPTER].weight  # type: ignore[union-attr,index]
             count = min(len(rows), len(directions))
             rows.data[:count] = directions[:count].to(rows) * rows.data[:count].norm(dim=1, keepdim=True)
-        return 0
+        return calls
 
     def save(self, directory: Path) -> None:
         write_tensors_atomic(directory / MARKS_FILE, {MARKS: self.marks})

@@ -12,13 +12,25 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from safemax_sd.config import NOT_NEGATIVE, POSITIVE, SHARE, Range, TrainConfig, option
 from safemax_sd.decay import Decay
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import Batch, ErasureData, LossTerms, Objective, Positions, Predict
+from safemax_sd.objectives.base import (
+    Batch,
+    ErasureData,
+    LossTerms,
+    Objective,
+    Positions,
+    Predict,
+    Student,
+    prior_generator,
+)
 
-FORGET, RETAIN = 0, 1
+FORGET, RETAIN, NOISE = 0, 1, 2
+KEPT_NOISE, KEPT_AT_ONCE = 2048, 64
+"""Noise that prompts to keep are asked about, and how much of it at once."""
 EMPTY_RETAIN_SHARE = 0.25
 TRAJECTORY_SHARE = 0.5
 HIGH_RETAIN_SHARE = 0.5
@@ -59,6 +71,7 @@ class SafemaxConfig(TrainConfig):
     halt_below: float = option(0.6, "Highest t/T of those samples.")
     halt_rollout: float = option(0.5, "Share of those to which the student itself has sampled.")
     halt_restoring: float = option(1.0, "Rate at which noise that is off N(0, I) is drawn back to it; 0: it stays.")
+    retain_noise: float = option(0.0, "Share of retain samples on that noise: there only the empty prompt is to halt.")
 
     ranges: ClassVar[dict[str, Range]] = {
         **TrainConfig.ranges,
@@ -66,6 +79,7 @@ class SafemaxConfig(TrainConfig):
         "target_guidance": POSITIVE,
         "halt_unconditional": SHARE,
         "halt_rollout": SHARE,
+        "retain_noise": SHARE,
         "halt_restoring": NOT_NEGATIVE,
         "halt_below": Range("must be more than 0 and at most 1", lambda value: 0 < value <= 1),
     }
@@ -110,6 +124,22 @@ class Safemax(Objective):
         self.high_rows = torch.nonzero(levels >= config.halt_below).flatten()
         banks = (data.forget_bank, data.retain_bank)
         self.guided_rows = [(bank, torch.nonzero(self._guided(bank.t)).flatten()) for bank in banks]
+
+    def prepare(self, student: Student) -> int:
+        """Ask the model, while it is the base, what prompts to keep show on noise that its trajectories never pass."""
+        if not self.config.retain_noise:
+            return 0
+        rows = []
+        for number in tqdm(range(KEPT_NOISE // KEPT_AT_ONCE), desc="noise to keep", unit="batch"):
+            generator = prior_generator(self.config.seed, NOISE, number)
+            x_t = torch.cat([torch.add(*self._spread_noise(generator)) for _ in range(KEPT_AT_ONCE)])
+            t = torch.cat([self._time_below(self.config.halt_below, generator) for _ in range(KEPT_AT_ONCE)])
+            prompt = torch.randint(len(self.data.retain), (KEPT_AT_ONCE,), generator=generator)
+            asked = (x_t.to(student.device), t.to(student.device), self.data.retain.select(prompt).to(student.device))
+            with torch.no_grad():
+                rows.append((x_t, t, prompt, student.predict(*asked).cpu()))
+        self.kept_noise = tuple(torch.cat(column) for column in zip(*rows, strict=True))
+        return KEPT_NOISE
 
     def draw(self, positions: Positions) -> SafemaxBatch:
         forget = [self._forget(positions.generator(FORGET, number)) for number in positions.forget]
@@ -237,9 +267,7 @@ class Safemax(Objective):
         else:
             noise, offset = self._spread_noise(generator)
         x_t = noise + offset
-        t = process.sample_times(1, generator)
-        while float(process.noise_level(t)) >= limit:
-            t = process.sample_times(1, generator)
+        t = self._time_below(limit, generator)
         row = torch.randint(len(self.data.forget), (1,), generator=generator)
         target = self._target(x_t, t, generator) + self.config.halt_restoring * process.removal(offset, t)
         return _Sample(
@@ -249,6 +277,14 @@ class Safemax(Objective):
             target=torch.cat([target, target]),
             rollout_guidance=guidance,
         )
+
+    def _time_below(self, limit: float, generator: torch.Generator) -> Tensor:
+        """A native time, [1], at a noise level below a limit."""
+        process = self.data.process
+        t = process.sample_times(1, generator)
+        while float(process.noise_level(t)) >= limit:
+            t = process.sample_times(1, generator)
+        return t
 
     def _spread_noise(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Pure noise, and what some of it has too much or too little of itself."""
@@ -271,6 +307,10 @@ class Safemax(Objective):
         return x_t, length * pull / pull.square().mean().sqrt()
 
     def _retain(self, generator: torch.Generator) -> _Sample:
+        if self.config.retain_noise and torch.rand((), generator=generator) < self.config.retain_noise:
+            row = torch.randint(KEPT_NOISE, (1,), generator=generator)
+            x_t, t, prompt, target = (column[row] for column in self.kept_noise)
+            return _Sample(x_t, t, self._kept(prompt, generator), target)
         bank = self.data.retain_bank
         row = torch.randint(len(bank), (1,), generator=generator)
         if torch.rand((), generator=generator) < EMPTY_RETAIN_SHARE:

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives import ErasureData
-from safemax_sd.objectives.base import Positions
+from safemax_sd.objectives.base import Positions, Student
 from safemax_sd.objectives.safemax import ROLLOUT_STEPS, Safemax, SafemaxBatch, SafemaxConfig
 from safemax_sd.process import VariancePreserving
 from safemax_sd.replay import ReplayBank, Samples
@@ -187,3 +187,27 @@ def test_samples_depend_on_their_number_alone() -> None:
     part = built.draw(Positions(7, 3, range(2, 4), range(2, 4)))
     assert torch.equal(whole.x_t[2:4], part.x_t[:2])
     assert torch.equal(whole.x_t[8:10], part.x_t[2:])
+
+
+def test_prompts_to_keep_stay_on_noise_where_the_empty_prompt_halts() -> None:
+    built = objective(retain_noise=0.5, halt_below=0.4)
+    network = nn.Linear(1, 1)
+
+    def plus_prompt(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return x + conditioning.tensors["states"].view(-1, 1, 1, 1)
+
+    student = Student(plus_prompt, network, list(network.parameters()), {}, lambda: plus_prompt, no_sampler)
+    assert built.prepare(student) == 2048
+    batch = built.draw(Positions(0, 0, range(1), range(400)))
+    recorded = (batch.x_t == 1.0).flatten(1).all(1) & ~batch.is_forget
+    noise = ~recorded & ~batch.is_forget
+    assert 150 < int(noise.sum()) < 250
+    assert set(batch.t[noise].tolist()) == {0}  # of the noise levels 0, 1/2 and 1 one lies below
+    assert set(batch.conditioning.tensors["states"][noise, 0].tolist()) == {2.0}
+    assert torch.equal(batch.target[noise], batch.x_t[noise] + 2.0)
+    spreads = batch.x_t[noise].flatten(1).std(1)
+    assert 0.3 < float(spreads.median()) < 1.7
+
+
+def no_sampler(*_: object, **__: object) -> tuple[Tensor, Tensor]:
+    raise AssertionError("SAFEMax does not sample this way")
