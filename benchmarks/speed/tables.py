@@ -43,8 +43,13 @@ MIB = 2**20
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Median and quartiles."""
-    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
-    return f"{middle:.{digits}g} [{low:.{digits}g}, {high:.{digits}g}]"
+    low, middle, high = (_plain(value, digits) for value in np.quantile(values, (0.25, 0.5, 0.75)))
+    return f"{middle} [{low}, {high}]"
+
+
+def _plain(value: float, digits: int) -> str:
+    """Rounded to so many digits, without an exponent."""
+    return np.format_float_positional(value, precision=digits, unique=False, fractional=False, trim="-")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
