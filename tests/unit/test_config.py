@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safemax_sd.evaluation.compare_config import read_comparison
 
 from safemax_sd.command_line import parse_config
 from safemax_sd.errors import SafemaxError
@@ -16,6 +17,8 @@ REQUIRED = ["--forget_prompts", "f", "--retain_prompts", "r", "--output_dir", "o
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+COMPARISON = EXAMPLES / "compare_emoji.yaml"
+TRAINING_EXAMPLES = sorted(set(EXAMPLES.glob("*.yaml")) - {COMPARISON})
 
 
 def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
@@ -92,6 +95,13 @@ def test_values_out_of_range(changes: dict[str, object], message: str) -> None:
         config.validate()
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TRAINING_EXAMPLES, ids=lambda path: path.stem)
 def test_examples_name_flags_that_there_are(path: Path) -> None:
     parse_config(["--config", str(path)]).validate()
+
+
+def test_the_comparison_names_methods_and_tasks_that_there_are() -> None:
+    comparison = read_comparison(str(COMPARISON))
+    assert len(comparison.methods) >= 9
+    assert len(comparison.tasks) >= 10
+    assert len(comparison.seeds) >= 2
