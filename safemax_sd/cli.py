@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -18,6 +18,9 @@ from rich.console import Console
 from safemax_sd.command_line import parse_config
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError, SafemaxError
+
+if TYPE_CHECKING:
+    from safemax_sd.prompts import PromptSet
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -94,20 +97,16 @@ def erase(
         if EDITS.get(edit) is Uce:
             if anchor is not None or add is not None or remove:
                 raise OptionError("--edit", edit, "takes no --anchor, --add or --remove")
-            forget = load_prompts(forget_prompts or "", option="--forget_prompts")
-            retain = load_prompts(retain_prompts or "", option="--retain_prompts")
-            base = pretrained_model_name_or_path
+            prompts = both_prompt_files(forget_prompts, retain_prompts)
             record = redirect(
-                base,
-                forget,
-                retain,
+                pretrained_model_name_or_path,
+                *prompts,
                 output_dir,
                 UceSettings(),
                 padding=uce_padding,
                 overwrite=overwrite_output_dir,
             )
-            solved = record["cost"]["seconds"]["solve"]
-            console.print(f"{', '.join(record['forget']['concepts'])}: solved in {solved:.2f} s: {output_dir}")
+            report_redirection(record, output_dir)
             return
         if anchor is None:
             if add is None and not remove:
@@ -119,11 +118,25 @@ def erase(
                 raise OptionError(
                     "--anchor", anchor, "starts a new erasure: --add and --remove change one that is there"
                 )
-            forget = load_prompts(forget_prompts or "", option="--forget_prompts")
-            retain = load_prompts(retain_prompts or "", option="--retain_prompts")
+            prompts = both_prompt_files(forget_prompts, retain_prompts)
             settings = HaltingMarksSettings(retain_weight, excess_weight, faint)
-            record = erase_concepts(anchor, forget, retain, output_dir, settings, overwrite=overwrite_output_dir)
+            record = erase_concepts(anchor, *prompts, output_dir, settings, overwrite=overwrite_output_dir)
         report_marks(record, output_dir)
+
+
+def both_prompt_files(forget: str | None, retain: str | None) -> tuple[PromptSet, PromptSet]:
+    from safemax_sd.prompts import load_prompts
+
+    return (
+        load_prompts(forget or "", option="--forget_prompts"),
+        load_prompts(retain or "", option="--retain_prompts"),
+    )
+
+
+def report_redirection(record: dict[str, Any], output_dir: Path) -> None:
+    """Say what was redirected and how long that took."""
+    solved = record["cost"]["seconds"]["solve"]
+    console.print(f"{', '.join(record['forget']['concepts'])}: solved in {solved:.2f} s: {output_dir}")
 
 
 def report_marks(record: dict[str, Any], output_dir: Path) -> None:

@@ -137,6 +137,23 @@ class Student:
     def device(self) -> torch.device:
         return self.parameters[0].device
 
+    def sample_each(
+        self, conditioning: Conditioning, x_T: Tensor, steps: Tensor, *, guidance_scale: float, num_inference_steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """x_t and t of the first rows, as many as `steps` [N] has, each after its own number of sampling steps."""
+        ends = [
+            self.sample_until(
+                conditioning.select(torch.tensor([row])),
+                x_T[row : row + 1],
+                guidance_scale=guidance_scale,
+                num_inference_steps=num_inference_steps,
+                steps=count,
+            )
+            for row, count in enumerate(steps.tolist())
+        ]
+        x_t, t = (torch.cat(column) for column in zip(*ends, strict=True))
+        return x_t, t
+
 
 def _freeze(family: ModelFamily) -> Predict:
     """The base model's prediction: with the LoRA switched off, or of a copy where its own weights are to be trained."""
@@ -145,7 +162,10 @@ def _freeze(family: ModelFamily) -> Predict:
 
     def predict(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         with torch.no_grad(), family.base_only():
-            return family.predict(x_t, t, conditioning, network)
+            prediction = family.predict(x_t, t, conditioning, network)
+        # Older PyTorch keeps autocast's copies of the weights, and those made here know no gradient.
+        torch.clear_autocast_cache()
+        return prediction
 
     return predict
 
@@ -191,10 +211,23 @@ def draw_noised(
     samples: Samples, process: DiffusionProcess, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A clean sample drawn at random, its noise, its time and its prompt's row, each of one row."""
-    row = torch.randint(len(samples), (1,), generator=generator)
+    return noised(samples, torch.randint(len(samples), (1,), generator=generator), process, generator)
+
+
+def noised(
+    samples: Samples, row: Tensor, process: DiffusionProcess, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The clean sample of a row [1], its noise, its time and its prompt's row, each of one row."""
     x0 = samples.x0[row]
     noise = torch.randn(x0.shape, generator=generator)
     return x0, noise, process.sample_times(1, generator), samples.prompt[row]
+
+
+def zero_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Set the gradients of weights that a method leaves out to 0."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.zero_()
 
 
 def prior_generator(seed: int, kind: int, number: int) -> torch.Generator:

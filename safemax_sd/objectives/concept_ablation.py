@@ -28,6 +28,7 @@ from safemax_sd.objectives.base import (
     Replays,
     Student,
     draw_noised,
+    zero_gradients,
 )
 from safemax_sd.prompts import PromptSet
 
@@ -147,9 +148,7 @@ class ConceptAblation(Objective):
         )
 
     def adjust_gradients(self) -> None:
-        for parameter in self.left_out:
-            if parameter.grad is not None:
-                parameter.grad.zero_()
+        zero_gradients(self.left_out)
 
 
 def anchor_prompts(forget: PromptSet, text: str) -> tuple[str, ...]:

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from safemax_sd.config import NOT_NEGATIVE, POSITIVE, TrainConfig, option
 from safemax_sd.errors import OptionError
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import Batch, ErasureData, LossTerms, Objective, Positions, Predict, Replays, Student
+from safemax_sd.objectives.base import (
+    Batch,
+    ErasureData,
+    LossTerms,
+    Objective,
+    Positions,
+    Predict,
+    Replays,
+    Student,
+    zero_gradients,
+)
 
 FORGET = 0
 CROSS_ATTENTION = ".attn2."
@@ -109,9 +119,7 @@ class Esd(Objective):
         return left_out
 
     def adjust_gradients(self) -> None:
-        for parameter in self.left_out:
-            if parameter.grad is not None:
-                parameter.grad.zero_()
+        zero_gradients(self.left_out)
 
     def draw(self, positions: Positions) -> EsdBatch:
         samples = [self._sample(positions.generator(FORGET, number)) for number in positions.forget]
@@ -152,24 +160,17 @@ class Esd(Objective):
 
     def _reached(self, batch: EsdBatch) -> tuple[Tensor, Tensor]:
         """x_t and t where the student gets to, each sample in its own number of steps."""
-        ends = [
-            self.student.sample_until(
-                batch.conditioning.select(torch.tensor([row])),
-                batch.x_t[row : row + 1],
-                guidance_scale=self.config.start_guidance,
-                num_inference_steps=self.config.esd_inference_steps,
-                steps=steps,
-            )
-            for row, steps in enumerate(batch.steps.tolist())
-        ]
-        x_t, t = (torch.cat(column) for column in zip(*ends, strict=True))
-        return x_t, t
+        return self.student.sample_each(
+            batch.conditioning,
+            batch.x_t,
+            batch.steps,
+            guidance_scale=self.config.start_guidance,
+            num_inference_steps=self.config.esd_inference_steps,
+        )
 
     def _frozen_predictions(self, x_t: Tensor, t: Tensor, prompts: Conditioning) -> tuple[Tensor, Tensor]:
         """The base model's predictions with the empty prompt and with the prompts."""
         rows = torch.zeros(len(t), dtype=torch.long)
         both = Conditioning.cat([self.data.empty.select(rows).to(x_t.device), prompts])
         free, conditional = self.frozen(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        # Older PyTorch keeps autocast's copies of the weights, and those made here know no gradient.
-        torch.clear_autocast_cache()
         return free, conditional

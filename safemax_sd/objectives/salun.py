@@ -26,9 +26,10 @@ from safemax_sd.objectives.base import (
     Predict,
     Replays,
     Student,
+    draw_noised,
+    noised,
     prior_generator,
 )
-from safemax_sd.replay import Samples
 
 FORGET, RETAIN, MASK, EMPTY = 0, 1, 2, 3
 EMPTY_RETAIN_SHARE = 0.1
@@ -92,8 +93,9 @@ class Salun(Objective):
         return "samples"
 
     def draw(self, positions: Positions) -> SalunBatch:
-        forget = [self._sample(self.data.forget_samples, positions.generator(FORGET, n)) for n in positions.forget]
-        retain = [self._sample(self.data.retain_samples, positions.generator(RETAIN, n)) for n in positions.retain]
+        data, process = self.data, self.data.process
+        forget = [draw_noised(data.forget_samples, process, positions.generator(FORGET, n)) for n in positions.forget]
+        retain = [draw_noised(data.retain_samples, process, positions.generator(RETAIN, n)) for n in positions.retain]
         kept = [
             self._kept(prompt, positions.generator(EMPTY, number))
             for number, (*_, prompt) in zip(positions.retain, retain, strict=True)
@@ -126,18 +128,6 @@ class Salun(Objective):
             if parameter.grad is not None:
                 parameter.grad.mul_(mask)
 
-    def _sample(self, samples: Samples, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A clean sample, its noise, its time and its prompt's row, each of one row."""
-        row = torch.randint(len(samples), (1,), generator=generator)
-        return self._noised(samples, row, generator)
-
-    def _noised(
-        self, samples: Samples, row: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x0 = samples.x0[row]
-        noise = torch.randn(x0.shape, generator=generator)
-        return x0, noise, self.data.process.sample_times(1, generator), samples.prompt[row]
-
     def _kept(self, prompt: Tensor, generator: torch.Generator) -> Conditioning:
         if torch.rand((), generator=generator) < EMPTY_RETAIN_SHARE:
             return self.data.empty
@@ -145,12 +135,12 @@ class Salun(Objective):
 
     def _forget_gradients(self, student: Student) -> list[Tensor]:
         """Gradients of the denoising loss on the forget samples, one noise level each, summed over all of them."""
-        samples = self.data.forget_samples
+        samples, process = self.data.forget_samples, self.data.process
         sums = [torch.zeros_like(parameter) for parameter in student.parameters]
         size = self.config.train_batch_size
         for start in tqdm(range(0, len(samples), size), desc="saliency", unit="batch"):
             rows = [torch.tensor([row]) for row in range(start, min(start + size, len(samples)))]
-            drawn = [self._noised(samples, row, prior_generator(self.config.seed, MASK, int(row))) for row in rows]
+            drawn = [noised(samples, row, process, prior_generator(self.config.seed, MASK, int(row))) for row in rows]
             x0, noise, t, prompt = (torch.cat(column).to(student.device) for column in zip(*drawn, strict=True))
             conditioning = self.data.forget.to(student.device).select(prompt)
             error = student.predict(self.data.process.add_noise(x0, noise, t), t, conditioning)

@@ -169,17 +169,13 @@ class Spm(Objective):
 
     def _reached(self, batch: SpmBatch) -> tuple[Tensor, Tensor]:
         """x_t and t of every row, where the student gets to from the start noise of the row's forget sample."""
-        ends = [
-            self.student.sample_until(
-                batch.conditioning.select(torch.tensor([row])),
-                batch.x_t[row : row + 1],
-                guidance_scale=self.config.start_guidance,
-                num_inference_steps=self.config.spm_inference_steps,
-                steps=steps,
-            )
-            for row, steps in enumerate(batch.steps.tolist())
-        ]
-        x_t, t = (torch.cat(column) for column in zip(*ends, strict=True))
+        x_t, t = self.student.sample_each(
+            batch.conditioning,
+            batch.x_t,
+            batch.steps,
+            guidance_scale=self.config.start_guidance,
+            num_inference_steps=self.config.spm_inference_steps,
+        )
         return x_t[batch.origin], t[batch.origin]
 
     def _targets(self, x_t: Tensor, t: Tensor, batch: SpmBatch) -> Tensor:
@@ -188,8 +184,6 @@ class Spm(Objective):
         empty = self.data.empty.select(torch.zeros(count, dtype=torch.long)).to(x_t.device)
         asked = Conditioning.cat([batch.conditioning, empty])
         predicted = self.frozen(torch.cat([x_t, x_t[:count]]), torch.cat([t, t[:count]]), asked)
-        # Older PyTorch keeps autocast's copies of the weights, and those made here know no gradient.
-        torch.clear_autocast_cache()
         conditional, anchors, free = predicted[:count], predicted[count : len(t)], predicted[len(t) :]
         return torch.cat([free - self.config.negative_guidance * (conditional - free), anchors])
 
