@@ -142,7 +142,7 @@ def throughput_table(rows: Sequence[Row]) -> str:
 def until_table(rows: Sequence[Row]) -> str:
     """What a run took until the probe stopped it."""
     kinds = ("replay", "prepare", "train", "probe")
-    header = ["objective", "device", "forgotten", "steps", *(f"calls: {kind}" for kind in kinds), "all calls",
+    header = ["method", "device", "forgotten", "steps", *(f"calls: {kind}" for kind in kinds), "all calls",
               "s: replay", "s: prepare", "s: train and probe", "s: all", "peak MiB"]  # fmt: skip
     return table(
         header,
