@@ -40,7 +40,7 @@ ERASED = [*GROUPED, *(concept for concept in OTHERS if concept not in (*GROUPED,
 COUNTS = (1, 10, 50)
 KEY = ("method", "concepts", "synonyms", "model", "subset", "sampler", "guidance_scale")
 MAIN = ("ddim", 4.0)
-SETTINGS = [MAIN, ("ddim", 1.0), ("ddim", 7.5), ("euler", 4.0), ("dpm++", 4.0)]
+SETTINGS = [MAIN, ("ddim", 1.0), ("ddim", 2.0), ("ddim", 7.5), ("euler", 4.0), ("dpm++", 4.0)]
 ONLY_MAIN = ("neighbours", "paraphrases")
 METRICS = {
     "forget": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "halted", "latent_std"),
