@@ -11,6 +11,8 @@ from safemax_sd.errors import OptionError
 from safemax_sd.registry import closest
 
 ROOT = Path(__file__).parent
+VERSION = "version.txt"
+"""In the folder of suites that are versioned together."""
 PARTS = ("forget", "retain", "neighbours", "paraphrases")
 
 
@@ -22,11 +24,13 @@ class Suite:
         name: Such as `emoji/bomb`.
         folder: Holds one CSV for each part.
         parts: Of `PARTS`, those that exist; `forget` and `retain` always do.
+        version: Of the benchmark that the suite belongs to, such as `1`; None where it belongs to none.
     """
 
     name: str
     folder: Path
     parts: dict[str, PromptSet]
+    version: str | None = None
 
     def path(self, part: str) -> Path:
         return self.folder / f"{part}.csv"
@@ -53,4 +57,5 @@ def load_suite(name_or_folder: str) -> Suite:
         for part in PARTS
         if part in PARTS[:2] or (folder / f"{part}.csv").exists()
     }
-    return Suite(name_or_folder, folder, parts)
+    version = folder.parent / VERSION
+    return Suite(name_or_folder, folder, parts, version.read_text().strip() if version.is_file() else None)

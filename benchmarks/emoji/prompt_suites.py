@@ -19,9 +19,26 @@ from benchmarks.emoji.settings import (
 )
 
 FOLDER = Path(__file__).resolve().parents[2] / "prompts" / "emoji"
-SINGLES: dict[str, tuple[str, ...]] = {"bomb": ("bomb",), "dog": ("dog",)}
-NEIGHBOURS_OF = {"bomb": "weapons"}
-FORBIDDEN_STYLE, NEIGHBOUR_STYLE, STYLE_SYNONYM = "blob", "noto", "old google"
+OBJECTS: dict[str, tuple[str, ...]] = {
+    "bomb": NEIGHBOURS["weapons"],
+    "dog": NEIGHBOURS["dog"],
+    "cat": ("dog", "lion", "fox"),
+    "rabbit": ("mouse", "bear", "pig"),
+    "honeybee": ("butterfly", "crab", "octopus"),
+    "mushroom": ("umbrella", "cactus", "evergreen tree"),
+    "pizza": ("hamburger", "watermelon", "birthday cake"),
+    "automobile": ("bicycle", "airplane", "sailboat"),
+    "airplane": ("rocket", "automobile", "sailboat"),
+}
+"""Objects that are erased alone, with their look-alikes; the group "smoking" is of one object too."""
+STYLE_SUITES: dict[str, tuple[str, str]] = {
+    "blob": ("noto", "old google"),
+    "3d": ("flat", "three dimensional"),
+    "twemoji": ("emojione", "twitter"),
+}
+"""Styles that are erased, each with a look-alike and a synonym."""
+TUNING = (("bicycle", "rocket"), ("automobile", "airplane", "sailboat"))
+"""What is erased to choose methods' settings by, and its look-alikes: no task of the benchmark erases it."""
 
 OTHER_WORDING = 2
 """Templates are taken this much further on where a look-alike's prompts are written for the prompts to keep."""
@@ -54,9 +71,8 @@ def write(folder: Path, part: str, rows: list[Row]) -> None:
         writer.writerows(dict.fromkeys(rows))
 
 
-def write_concept_suite(name: str, forbidden: tuple[str, ...]) -> None:
+def write_concept_suite(name: str, forbidden: tuple[str, ...], neighbours: tuple[str, ...]) -> None:
     """A suite that erases concepts; its look-alikes are kept by other prompts than those that test them."""
-    neighbours = NEIGHBOURS[NEIGHBOURS_OF.get(name, name)]
     kept = [concept for concept in CONCEPTS if concept not in forbidden and concept not in neighbours]
     folder = FOLDER / name
     write(folder, "forget", [row for concept in forbidden for row in every_prompt(concept, concept)])
@@ -68,28 +84,32 @@ def write_concept_suite(name: str, forbidden: tuple[str, ...]) -> None:
     write(folder, "paraphrases", [row for concept, synonym in synonyms for row in every_prompt(concept, synonym)])
 
 
-def write_style_suite() -> None:
+def write_style_suite(forbidden: str, neighbour: str, synonym: str) -> None:
     """A suite that erases one art style; the concept column names the style."""
-    folder = FOLDER / f"style_{FORBIDDEN_STYLE}"
+    folder = FOLDER / f"style_{forbidden}"
 
     def rows(style: str, name: str, shift: int = 0) -> list[Row]:
         templates = [STYLED_TEMPLATES[(i + shift) % len(STYLED_TEMPLATES)] for i in range(len(CONCEPTS))]
         texts = [t.format(concept=concept, style=name) for t, concept in zip(templates, CONCEPTS, strict=True)]
         return [(text, f"{style} style") for text in texts]
 
-    others = [style for style in STYLES if style not in (FORBIDDEN_STYLE, NEIGHBOUR_STYLE)]
-    write(folder, "forget", rows(FORBIDDEN_STYLE, FORBIDDEN_STYLE))
+    others = [style for style in STYLES if style not in (forbidden, neighbour)]
+    write(folder, "forget", rows(forbidden, forbidden))
     kept_rows = [row for style in others for row in rows(style, style)]
-    write(folder, "retain", kept_rows + rows(NEIGHBOUR_STYLE, NEIGHBOUR_STYLE, OTHER_WORDING))
-    write(folder, "neighbours", rows(NEIGHBOUR_STYLE, NEIGHBOUR_STYLE))
-    write(folder, "paraphrases", rows(FORBIDDEN_STYLE, STYLE_SYNONYM))
+    write(folder, "retain", kept_rows + rows(neighbour, neighbour, OTHER_WORDING))
+    write(folder, "neighbours", rows(neighbour, neighbour))
+    write(folder, "paraphrases", rows(forbidden, synonym))
 
 
 def main() -> None:
-    for name, forbidden in {**SINGLES, **FORBIDDEN_GROUPS}.items():
-        write_concept_suite(name, forbidden)
-    write_style_suite()
-    print(f"{len(SINGLES) + len(FORBIDDEN_GROUPS) + 1} suites in {FOLDER}")
+    for name, neighbours in OBJECTS.items():
+        write_concept_suite(name, (name,), neighbours)
+    for name, forbidden in FORBIDDEN_GROUPS.items():
+        write_concept_suite(name, forbidden, NEIGHBOURS[name])
+    for style, (neighbour, synonym) in STYLE_SUITES.items():
+        write_style_suite(style, neighbour, synonym)
+    write_concept_suite("tuning", *TUNING)
+    print(f"{len(list(FOLDER.glob('*/forget.csv')))} suites in {FOLDER}")
 
 
 if __name__ == "__main__":

@@ -160,8 +160,16 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "bikini": ("swimsuit", "bathing suit"),
     "dog": ("puppy", "hound"),
     "cat": ("kitten", "kitty"),
+    "rabbit": ("bunny",),
+    "honeybee": ("bee", "bumblebee"),
+    "mushroom": ("fungus", "toadstool"),
+    "pizza": ("cheese", "pepperoni"),
+    "automobile": ("car", "driving"),
+    "airplane": ("aeroplane", "fly"),
+    "bicycle": ("bike", "class"),
+    "rocket": ("launch", "rockets"),
 }
-"""Synonyms of the concepts that are erased; all others take theirs from emojibase's tags."""
+"""Synonyms of the concepts that suites erase, curated but for the last eight; all others' are emojibase's tags."""
 
 CONCEPTS: tuple[str, ...] = tuple(
     dict.fromkeys(
