@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from safemax_sd.evaluation.compare_methods import Method, UntrainedMethod, read_method
-from safemax_sd.evaluation.run import EvaluateOptions, suite_concepts
+from safemax_sd.evaluation.run import EvaluateOptions, check_metrics, suite_concepts
 from safemax_sd.prompts import Suite, load_suite, suite_names
 
 from safemax_sd.assets import resolve_model
@@ -103,6 +103,7 @@ def _check(comparison: Comparison, path: str) -> None:
         raise OptionError("--config", path, "guidance_scale must be more than 1: baselines change guidance alone")
     for suite in comparison.tasks.values():
         suite_concepts(suite)
+        check_metrics(suite)
     try:
         DiffusionPipeline.load_config(resolve_model(settings.base_model))
     except (OSError, ValueError) as error:

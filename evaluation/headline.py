@@ -88,12 +88,16 @@ WANTED = (
         "paraphrases",
     ),
     _Wanted(FORGOTTEN, "… from a picture", "unlearning_accuracy", "image_to_image", "image-to-image"),
+    _Wanted(FORGOTTEN, "Nudity detected", "nudity_rate", "forget", "by NudeNet"),
+    _Wanted(FORGOTTEN, "… on paraphrases", "nudity_rate", "paraphrases"),
     _Wanted(KEPT, "Retained prompts recognised", "clip_accuracy", "retain"),
     _Wanted(KEPT, "Neighbours recognised", "clip_accuracy", "neighbours", "the concepts most like the erased one"),
     _Wanted(KEPT, "FID of retained pictures", "fid", "retain", "distance to the real pictures"),
     _Wanted(KEPT, "KID of retained pictures", "kid", "retain"),
     _Wanted(KEPT, "CLIP score of retained pictures", "clip_score", "retain"),
     _Wanted(KEPT, "Drift of retained pictures", "drift", "retain", "mean squared difference from the base’s"),
+    _Wanted(KEPT, "Nudity detected on retained prompts", "nudity_rate", "retain", "by NudeNet, where there is none"),
+    _Wanted(KEPT, "… on neighbours", "nudity_rate", "neighbours"),
     _Wanted(HALTED, "Called noise by the judge", "halted", "forget", "rather than a picture of anything"),
     _Wanted(HALTED, "… on paraphrases", "halted", "paraphrases"),
     _Wanted(HALTED, "Spread of latents", "latent_std", "forget", "1 is N(0, I)"),
@@ -207,6 +211,12 @@ def headline_markdown(rows: Iterable[HeadlineRow]) -> str:
     return "\n".join(lines)
 
 
+def suite_of(report: Report) -> str:
+    """The suite's name, with the version of the benchmark that it belongs to."""
+    version = report.get("suite_version")
+    return str(report["suite"]) if version is None else f"{report['suite']} (version {version})"
+
+
 def measured_markdown(report: Report) -> str:
     """The headline table and how it was measured, in Markdown, for the model card.
 
@@ -217,7 +227,7 @@ def measured_markdown(report: Report) -> str:
     guided = f"guidance scale {settings['guidance_scale']:g}, {settings['num_inference_steps']} steps"
     commit = f", commit {made['commit'][:12]}" if made["commit"] else ""
     how = (
-        f"Measured by `safemax evaluate` on the prompts of {report['suite']}: judge {report['judge']}, "
+        f"Measured by `safemax evaluate` on the prompts of {suite_of(report)}: judge {report['judge']}, "
         f"sampler {settings['sampler']}, {guided}, seed {settings['seed']}, on {made['device']} with safemax_sd "
         f"{made['versions']['safemax_sd']}{commit}. In brackets: 95 % intervals; n: pictures."
     )

@@ -9,7 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safemax_sd.evaluation.headline import Report, format_measurement, format_value, headline, measurement, title
+from safemax_sd.evaluation.headline import (
+    Report,
+    format_measurement,
+    format_value,
+    headline,
+    measurement,
+    suite_of,
+    title,
+)
 from safemax_sd.evaluation.plots import Line, loss_plot, probe_plot, sweep_plot
 
 from safemax_sd.errors import OptionError
@@ -66,7 +74,7 @@ def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]
         cost=_pairs(_cost(record)),
         snippet=html.escape(_usage(record)),
         config=_pairs(record["config"]),
-        settings=_pairs({"suite": report["suite"], "judge": report["judge"], **report["settings"]}),
+        settings=_pairs({"suite": suite_of(report), "judge": report["judge"], **report["settings"]}),
         versions=_pairs({**report["provenance"]["versions"], **_plain(report["provenance"])}),
     )
     atomic_write_text(folder / "index.html", page)

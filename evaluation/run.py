@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 CACHE = "cache"
 STRENGTHS = (0.5, 0.8)
 SWEEP_METRICS = {
-    "forget": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "halted", "latent_std"),
+    "forget": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "halted", "latent_std", "nudity_rate"),
     "retain": ("clip_accuracy",),
 }
 SUBSET_SEEDS = {"forget": 1_000_000, "retain": 2_000_000, "neighbours": 3_000_000, "paraphrases": 4_000_000}
@@ -111,6 +111,7 @@ class Evaluation:
         judge = load_judge(options.clip_model, options.clip_pretrained)
         self.real = load_real(options, record)
         concepts = suite_concepts(self.suite)
+        check_metrics(self.suite)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.generator = Generator(
             self.subject,
@@ -130,6 +131,7 @@ class Evaluation:
             thresholds=self.real.thresholds(judge, concepts) if self.real else {},
             real=self.real.showing(self.suite.parts["retain"].concepts) if self.real else None,
             extractor=JUDGE_EXTRACTOR if options.clip_model == "emoji" else "inception-v3-compat",
+            forbidden=self.suite.parts["forget"].concepts,
         )
 
     @property
@@ -266,6 +268,7 @@ def run_and_write(evaluation: Evaluation, clock: Stopwatch) -> tuple[dict[str, A
         "adapter": evaluation.generator.record,
         "erased": list(evaluation.suite.parts["forget"].concepts),
         "suite": evaluation.suite.name,
+        "suite_version": evaluation.suite.version,
         "judge": evaluation.judge.name,
         "settings": asdict(evaluation.options),
         "metrics": rows,
@@ -311,6 +314,7 @@ def row(metric: str, subset: str, model: str, result: Result, **settings: Any) -
         "n": result.n,
         "unit": kind.unit,
         "higher_is_better": kind.higher_is_better,
+        **({"details": dict(result.details)} if result.details else {}),
         **settings,
     }
 
@@ -340,6 +344,12 @@ def suite_concepts(suite: Suite) -> list[str]:
     if len(concepts) < 2:
         raise OptionError("--suite", suite.name, "names only one concept: the judge has nothing to choose between")
     return concepts
+
+
+def check_metrics(suite: Suite) -> None:
+    """Raises OptionError where a metric that a suite asks for cannot be measured here."""
+    for name in METRICS.names():
+        METRICS.get(name).check(suite.name, suite.parts["forget"].concepts)
 
 
 def find_suite(name: str | None, record: dict[str, Any]) -> Suite:

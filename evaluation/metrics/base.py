@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from scipy.stats import binomtest, bootstrap
@@ -26,6 +26,7 @@ class Context:
             no real pictures.
         real: Real pictures of the retained concepts, [M, 3, H, W] in 0 to 1, or None.
         extractor: torch-fidelity feature extractor for FID and KID.
+        forbidden: What the suite erases.
     """
 
     judge: Judge
@@ -33,6 +34,7 @@ class Context:
     thresholds: dict[str, float]
     real: Tensor | None
     extractor: str
+    forbidden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Result:
-    """A value with its 95 % interval (None where the metric has none) and the number of items behind it."""
+    """A value with its 95 % interval (None where the metric has none) and the number of items behind it.
+
+    Attributes:
+        details: What else the value depends on, such as the version of a detector; stands in the report's row.
+    """
 
     value: float
     interval: tuple[float, float] | None
     n: int
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Metric(ABC):
@@ -84,6 +91,18 @@ class Metric(ABC):
 
     def __init__(self, context: Context) -> None:
         self.context = context
+
+    @classmethod  # noqa: B027 (most metrics need no package of their own)
+    def check(cls, suite: str, forbidden: Sequence[str]) -> None:
+        """See whether a suite can be measured, before anything is drawn.
+
+        Args:
+            suite: Its name.
+            forbidden: Concepts that it erases.
+
+        Raises:
+            OptionError: It asks for a package that is not installed.
+        """
 
     def applies(self, batch: Batch) -> bool:
         """Whether what this metric needs is there."""

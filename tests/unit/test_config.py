@@ -18,7 +18,7 @@ REQUIRED = ["--forget_prompts", "f", "--retain_prompts", "r", "--output_dir", "o
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMPARISON = EXAMPLES / "compare_emoji.yaml"
-TRAINING_EXAMPLES = sorted(set(EXAMPLES.glob("*.yaml")) - {COMPARISON})
+TRAINING_EXAMPLES = sorted(set(EXAMPLES.glob("*.yaml")) - set(EXAMPLES.glob("compare_*.yaml")))
 
 
 def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from safemax_sd.prompts import Prompt, check_disjoint, load_prompts, load_suite,
 
 from safemax_sd.errors import OptionError
 from tests import tiny
+
+SHA256_OF_EMOJI_VERSIONS = {"1": "3de227aa5f414ecae1e278516289bba519193c4a1cebe63f8b49939911befaba"}
 
 
 def write(tmp_path: Path, content: str, name: str = "prompts.csv") -> Path:
@@ -84,3 +87,20 @@ def test_shipped_suites_keep_their_parts_apart(name: str) -> None:
 def test_unknown_suite_names_the_nearest() -> None:
     with pytest.raises(OptionError, match="did you mean 'emoji/bomb'"):
         load_suite("emoji/bom")
+
+
+def test_prompts_of_a_version_stay_as_they_are() -> None:
+    suites = [load_suite(name) for name in suite_names() if name.startswith("emoji/")]
+    assert {suite.version for suite in suites} == set(SHA256_OF_EMOJI_VERSIONS)
+    digest = hashlib.sha256()
+    for suite in suites:
+        for part, prompts in suite.parts.items():
+            digest.update(f"{suite.name} {part} {prompts.sha256}\n".encode())
+    changed = "prompts of the emoji benchmark have changed: raise the number in prompts/emoji/version.txt"
+    assert digest.hexdigest() == SHA256_OF_EMOJI_VERSIONS[str(suites[0].version)], changed
+
+
+def test_a_suite_of_no_benchmark_has_no_version(tmp_path: Path) -> None:
+    for part in ("forget", "retain"):
+        write(tmp_path, f"prompt\n{part}\n", f"{part}.csv")
+    assert load_suite(str(tmp_path)).version is None
