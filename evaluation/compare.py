@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from safemax_sd.evaluation.compare_config import BASE, CACHE, Comparison, read_comparison
 from safemax_sd.evaluation.compare_methods import Erasure, Method
@@ -26,7 +28,7 @@ from safemax_sd.judge import load_judge
 from safemax_sd.provenance import Stopwatch, atomic_write_text, provenance, write_json_atomic
 
 FORMAT_VERSION = 1
-STATE, REPORT = "cell.json", "report.json"
+STATE, REPORT, LOCK = "cell.json", "report.json", ".lock"
 ANCHOR = "anchor"
 """What a record names the cost of an anchor, which is trained once for all that it erases."""
 
@@ -90,6 +92,9 @@ class Cell:
 def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]]:
     """Run what is not done of a comparison and write its results.
 
+    Several processes may run one comparison at once, such as one a GPU: each takes cells that no other is at, and the
+    last one to end writes the results of all.
+
     Args:
         config: YAML file.
         output_dir: Instead of the file's.
@@ -105,15 +110,17 @@ def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]
     cells = make_cells(comparison)
     check(comparison, cells)
     comparison.folder.mkdir(parents=True, exist_ok=True)
-    waiting = [cell for cell in cells if cell.state().get("status") != "done"]
+    waiting = [(cell, state) for cell in cells if (state := cell.state()).get("status") != "done"]
     bar = tqdm(waiting, desc="compare", unit="cell", initial=len(cells) - len(waiting), total=len(cells))
-    for cell in bar:
+    for cell, before in bar:
         bar.set_description(cell.name)
-        run_cell(cell, comparison.folder / CACHE)
+        with claimed(cell) as ours:
+            if ours and cell.state() == before:  # else another process has been at it
+                run_cell(cell, comparison.folder / CACHE)
     states = [(cell, cell.state()) for cell in cells]
-    write_results(comparison, [cell for cell, state in states if state["status"] == "done"], states)
+    write_results(comparison, [cell for cell, state in states if state.get("status") == "done"], states)
     return comparison.folder, [
-        f"{cell.name}: {state['reason']}" for cell, state in states if state["status"] == "failed"
+        f"{cell.name}: {state['reason']}" for cell, state in states if state.get("status") == "failed"
     ]
 
 
@@ -163,9 +170,24 @@ def _first_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
     return "of another version"
 
 
+@contextmanager
+def claimed(cell: Cell) -> Iterator[bool]:
+    """Whether the cell is this process's to run: no other is at it. A process that dies gives it back."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cell.folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 def run_cell(cell: Cell, base_cache: Path) -> None:
     """Erase and evaluate; a failure is written down with its reason."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
     try:
         if cell.state().get("status") != "erased":
             cell.write("started")
@@ -256,7 +278,7 @@ def rows_of(cell: Cell, report: dict[str, Any], model: str) -> list[dict[str, An
             "time": made["time"],
         },
     }
-    kept = ("metric", "version", "subset", "strength", "value", "interval", "n", "unit", "higher_is_better")
+    kept = ("metric", "version", "subset", "strength", "value", "interval", "n", "unit", "higher_is_better", "details")
     return [
         {**common, **{name: row[name] for name in kept if name in row}, **end}
         for row in report["metrics"]
@@ -295,7 +317,7 @@ def write_results(comparison: Comparison, done: Sequence[Cell], states: Sequence
                 "label": cell.label,
                 "task": cell.task,
                 "seed": cell.erasure.seed,
-                "status": state["status"],
+                "status": state.get("status", "waiting"),
                 "reason": state.get("reason"),
             }
             for cell, state in states
@@ -309,8 +331,8 @@ def write_results(comparison: Comparison, done: Sequence[Cell], states: Sequence
     write_comparison_page(content, table, galleries(done), folder)
 
 
-def _described(suite: Suite) -> dict[str, str]:
-    return {part: prompts.sha256 for part, prompts in suite.parts.items()}
+def _described(suite: Suite) -> dict[str, Any]:
+    return {"version": suite.version, **{part: prompts.sha256 for part, prompts in suite.parts.items()}}
 
 
 def galleries(done: Sequence[Cell]) -> dict[str, Gallery]:

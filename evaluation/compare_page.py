@@ -108,9 +108,12 @@ def write_comparison_page(
 
 def _lead(content: Mapping[str, Any]) -> str:
     settings = content["settings"]
+    versions = dict.fromkeys(task["version"] for task in content["tasks"].values() if task["version"] is not None)
+    version = f" (version {_listed(versions)})" if versions else ""
     return (
-        f"Tasks: {_listed(content['tasks'])}. Seeds: {_listed(content['seeds'])}. {settings['num_images']} pictures of "
-        f"each prompt subset, guidance scale {settings['guidance_scale']:g}, {settings['num_inference_steps']} "
+        f"Tasks: {_listed(content['tasks'])}{version}. Seeds: {_listed(content['seeds'])}. "
+        f"{settings['num_images']} pictures of each prompt subset, guidance scale "
+        f"{settings['guidance_scale']:g}, {settings['num_inference_steps']} "
         f"sampling steps. Judge: {content['judge']}."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -243,6 +244,8 @@ def compare(
     """Run methods x tasks x seeds, or what is left of them, and write their table and page."""
     from safemax_sd.evaluation.compare import compare as compare_methods
 
+    # As an exception it also ends the training that runs in a process of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with one_line_errors():
         folder, failed = compare_methods(config, output_dir)
         console.print((folder / "compare.md").read_text(encoding="utf8"), soft_wrap=True, markup=False)

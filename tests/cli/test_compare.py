@@ -7,11 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
+from filelock import FileLock
 from safemax_sd.evaluation.compare import compare, cost_of
 from safemax_sd.evaluation.compare_tables import harmonic_mean, over_tasks, pooled
 from scipy.stats import binomtest, t
@@ -191,6 +194,35 @@ def test_an_erased_cell_is_only_evaluated(grid: Path, place: Path, tiny_model: P
     compare(str(write_config(place, tiny_model)))
     assert weights.stat().st_mtime_ns == before
     assert (folder / "evaluation" / "report.json").is_file()
+
+
+def test_a_cell_that_another_process_is_at_is_left_to_it(grid: Path, place: Path, tiny_model: Path) -> None:
+    folder = grid / "closed" / "fruit" / "0"
+    state = json.loads((folder / "cell.json").read_text())
+    started = json.dumps({"status": "started", "settings": state["settings"]})
+    (folder / "cell.json").write_text(started)
+    with FileLock(folder / ".lock"):
+        compare(str(write_config(place, tiny_model)))
+        assert (folder / "cell.json").read_text() == started
+        statuses = {cell["label"]: cell["status"] for cell in read(grid)["cells"]}
+        assert statuses == {"ours": "done", "closed": "started", "negative": "done"}
+    compare(str(write_config(place, tiny_model)))
+    assert {cell["status"] for cell in read(grid)["cells"]} == {"done"}
+
+
+def test_a_terminated_comparison_takes_its_training_along(place: Path, tiny_model: Path, tmp_path: Path) -> None:
+    long = {"objective": "safemax", **QUICK, "max_train_steps": 100_000}
+    config = write_config(place, tiny_model, methods={"long": long}, output_dir=str(tmp_path / "long"))
+    running = subprocess.Popen([sys.executable, "-m", "safemax_sd.cli", "compare", "--config", str(config)])
+    log = tmp_path / "long" / "long" / "fruit" / "0" / "log.jsonl"
+    deadline = time.monotonic() + 300
+    while not log.exists() and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.2)
+    children = psutil.Process(running.pid).children(recursive=True)
+    assert children
+    running.terminate()
+    assert running.wait(60) == 128 + 15
+    assert psutil.wait_procs(children, timeout=60)[1] == []
 
 
 def test_results_of_other_settings_are_left_alone(grid: Path, place: Path, tiny_model: Path) -> None:

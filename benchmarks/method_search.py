@@ -1,0 +1,140 @@
+"""Choose each trained method's learning rate and steps by the same small search, on a task of no benchmark.
+
+    python -m benchmarks.method_search --work_dir search --output docs/results/emoji_search.jsonl
+    python -m benchmarks.method_search --output docs/results/emoji_search.jsonl --table
+
+Every trained method of `examples/compare_emoji.yaml` gets as many trials: its flags there, the same with 5 and with 25
+times the learning rate, and the best of these three with twice the steps. The criterion was fixed before the first
+trial: the highest harmonic mean of UA, retained, neighbour and paraphrase accuracy on `emoji/tuning`. One JSON row a
+trial; trials that are there are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safemax_sd.evaluation.compare import compare
+from safemax_sd.evaluation.compare_tables import HARMONIC
+
+from benchmarks.class_unlearning import read_rows
+from benchmarks.speed.runs import contestants
+from safemax_sd.objectives import OBJECTIVES
+
+TASK, SEED, NUM_IMAGES = "emoji/tuning", 100, 64
+RATES, LONGER = (1, 5, 25), 2
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting of a method.
+
+    Attributes:
+        method: Its label.
+        flags: All that differ from the objective's defaults.
+        rate: Multiple of the learning rate.
+        steps: Multiple of the steps.
+    """
+
+    method: str
+    flags: dict[str, Any]
+    rate: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-rate{self.rate}-steps{self.steps}"
+
+    def row(self, work_dir: Path) -> Row:
+        """Erase and measure."""
+        content = {
+            "tasks": [TASK],
+            "seeds": [SEED],
+            "num_images": NUM_IMAGES,
+            "num_sweep_images": 0,
+            "methods": {self.name: self.flags},
+        }
+        config = work_dir / f"{self.name}.yaml"
+        config.write_text(yaml.safe_dump(content), encoding="utf8")
+        folder, failed = compare(str(config), str(work_dir / self.method))
+        found = json.loads((folder / "compare.json").read_text(encoding="utf8"))
+        lines = [line["values"] for line in found["summary"] if line["label"] == self.name]
+        return {
+            "method": self.method,
+            "rate": self.rate,
+            "steps": self.steps,
+            "flags": self.flags,
+            "values": lines[0] if lines else None,
+            "failed": failed[0] if failed else None,
+            "provenance": found["provenance"],
+        }
+
+
+def trial(method: str, *, rate: int, steps: int) -> Trial:
+    """A method's setting with multiples of its learning rate and steps."""
+    flags = contestants()[method]
+    config = OBJECTIVES.get(flags["objective"]).Config
+    own = {"learning_rate": config.learning_rate, "max_train_steps": config.max_train_steps, **flags}
+    changed = {"learning_rate": own["learning_rate"] * rate, "max_train_steps": own["max_train_steps"] * steps}
+    return Trial(method, {**flags, **changed}, rate, steps)
+
+
+def quality(row: Row) -> float:
+    """By the criterion; a failed trial is the worst."""
+    return -1.0 if row["values"] is None else float(row["values"][HARMONIC.name]["value"])
+
+
+def best(rows: list[Row], method: str) -> Row:
+    """The trial to take."""
+    return max((row for row in rows if row["method"] == method), key=quality)
+
+
+def search(method: str, work_dir: Path, output: Path) -> None:
+    """Run a method's trials that are not there yet."""
+    for number in range(len(RATES) + 1):
+        rows = read_rows(output)
+        rate, steps = (RATES[number], 1) if number < len(RATES) else (best(rows, method)["rate"], LONGER)
+        if any((row["method"], row["rate"], row["steps"]) == (method, rate, steps) for row in rows):
+            continue
+        if number == len(RATES) and any(row["method"] == method and row["steps"] == LONGER for row in rows):
+            return
+        row = trial(method, rate=rate, steps=steps).row(work_dir)
+        with output.open("a", encoding="utf8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a line a trial, the chosen ones marked."""
+    columns = ("ua", "paraphrases", "retained", "neighbours", HARMONIC.name, "seconds", "model_calls")
+    lines = [f"| method | learning rate | steps | {' | '.join(columns)} | |", "|" + "---|" * (len(columns) + 4)]
+    for row in rows:
+        values = row["values"]
+        cells = ["failed" if values is None else f"{values[name]['value']:.4g}" for name in columns]
+        mark = "chosen" if row is best(rows, row["method"]) else ""
+        rate, steps = row["flags"]["learning_rate"], row["flags"]["max_train_steps"]
+        lines.append(f"| {row['method']} | {rate:.3g} | {steps} | {' | '.join(cells)} | {mark} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, default=Path("emoji_build") / "search")
+    parser.add_argument("--output", type=Path, default=Path("emoji_search.jsonl"))
+    parser.add_argument("--methods", nargs="+", choices=list(contestants()), default=list(contestants()))
+    parser.add_argument("--table", action="store_true", help="Print what is there instead.")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(read_rows(arguments.output)))
+        return
+    arguments.work_dir.mkdir(parents=True, exist_ok=True)
+    for method in arguments.methods:
+        search(method, arguments.work_dir, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

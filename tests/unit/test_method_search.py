@@ -1,0 +1,55 @@
+"""The search for settings: what a trial changes, which one is chosen, and that done ones are not run again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import method_search
+from benchmarks.method_search import Trial, best, search, table, trial
+from safemax_sd.objectives.esd import EsdConfig
+
+
+def row(method: str, rate: int, steps: int, quality: float | None) -> dict[str, Any]:
+    names = ("ua", "paraphrases", "retained", "neighbours", "harmonic_mean", "seconds", "model_calls")
+    values = None if quality is None else dict.fromkeys(names, {"value": quality})
+    return {"method": method, "rate": rate, "steps": steps, "flags": trial(method, rate=rate, steps=steps).flags,
+            "values": values, "failed": None if quality is not None else "the loss became nan"}  # fmt: skip
+
+
+def test_a_trial_multiplies_what_the_method_has() -> None:
+    flags = trial("esd", rate=5, steps=2).flags
+    assert flags == {
+        "objective": "esd",
+        "learning_rate": 5 * EsdConfig.learning_rate,
+        "max_train_steps": 2 * EsdConfig.max_train_steps,
+    }
+
+
+def test_the_best_is_not_a_failed_one() -> None:
+    rows = [row("esd", 1, 1, 3.0), row("esd", 25, 1, None), row("esd", 5, 1, 40.0), row("salun", 1, 1, 90.0)]
+    assert best(rows, "esd")["rate"] == 5
+    lines = table(rows).splitlines()
+    assert [line.endswith("| chosen |") for line in lines[2:]] == [False, False, True, True]
+    assert "failed" in lines[3]
+
+
+def test_the_longer_trial_is_of_the_best_rate_and_nothing_is_run_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[int, int]] = []
+
+    def measured(self: Trial, work_dir: Path) -> dict[str, Any]:
+        ran.append((self.rate, self.steps))
+        return row(self.method, self.rate, self.steps, float(self.rate if self.rate < 25 else 0))
+
+    monkeypatch.setattr(method_search.Trial, "row", measured)
+    output = tmp_path / "rows.jsonl"
+    output.write_text(json.dumps(row("esd", 1, 1, 1.0)) + "\n")
+    search("esd", tmp_path, output)
+    assert ran == [(5, 1), (25, 1), (5, 2)]
+    search("esd", tmp_path, output)
+    assert len(ran) == 3
