@@ -15,7 +15,7 @@ from safemax_sd.objectives.esd import EsdConfig
 
 def row(method: str, rate: int, steps: int, quality: float | None) -> dict[str, Any]:
     names = ("ua", "paraphrases", "retained", "neighbours", "harmonic_mean", "seconds", "model_calls")
-    values = None if quality is None else dict.fromkeys(names, {"value": quality})
+    values = None if quality is None else {name: {"value": quality} for name in names}
     return {"method": method, "rate": rate, "steps": steps, "flags": trial(method, rate=rate, steps=steps).flags,
             "values": values, "failed": None if quality is not None else "the loss became nan"}  # fmt: skip
 
