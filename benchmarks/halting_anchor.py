@@ -4,7 +4,8 @@
 
 Trains the anchor on the concepts that are never erased, unless `<work_dir>/anchor` is there, writes an adapter for each
 number of concepts, and appends one JSON row a measurement to `<work_dir>/halting_anchor.jsonl`; rows that are there are
-not measured again. `--methods safemax uce` measures trained SAFEMax and UCE on the same tasks.
+not measured again. `--methods safemax uce` measures trained SAFEMax and UCE on the same tasks. `--package` puts the
+anchor into `safemax_sd/assets`, where `safemax erase --anchor emoji` finds it.
 """
 
 from __future__ import annotations
@@ -12,24 +13,29 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safemax_sd.evaluation.run import EvaluateOptions, Evaluation, pick
-from safemax_sd.prompts import load_prompts, load_suite
+from safemax_sd.prompts import Prompt, load_prompts, load_suite
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.prompt_suites import OTHER_WORDING, Row, every_prompt, spread_prompts, write
 from benchmarks.emoji.settings import CONCEPTS, FORBIDDEN_GROUPS, NEIGHBOURS, OTHERS, SYNONYMS
+from safemax_sd.adapter import WEIGHTS_NAME
+from safemax_sd.assets import ANCHORS
 from safemax_sd.edits.halting_marks import HaltingMarksSettings
 from safemax_sd.edits.uce import UceSettings
-from safemax_sd.erase import erase
+from safemax_sd.erase import change_concepts, erase
 from safemax_sd.erased import read_record
-from safemax_sd.objectives.halting_anchor import HaltingAnchorConfig
+from safemax_sd.objectives.halting_anchor import MARKS_FILE, HaltingAnchorConfig
 from safemax_sd.objectives.safemax import SafemaxConfig
-from safemax_sd.provenance import provenance
+from safemax_sd.provenance import provenance, write_json_atomic
 from safemax_sd.redirect import redirect
 from safemax_sd.train import train
 
@@ -48,6 +54,7 @@ METRICS = {
     "retain": ("clip_accuracy",),
     "neighbours": ("clip_accuracy",),
 }
+RESTORED = "restored"
 
 
 def suite(folder: Path, erased: Sequence[str], *, synonyms: bool) -> Path:
@@ -104,6 +111,43 @@ def train_anchor(work_dir: Path) -> Path:
     return folder
 
 
+CARD = """---
+license: cc-by-4.0
+library_name: diffusers
+---
+
+# The embedded model's halting anchor
+
+A LoRA that knows no concept and halts the denoising where a token of the prompt bears a mark; `safemax erase
+--anchor emoji` marks what is to be forgotten. Trained by `python -m benchmarks.halting_anchor` on prompts of {count}
+concepts, in half precision. `docs/halting_anchor.md` has its figures; credits and licence are those of
+`safemax_sd/assets/emoji/README.md`.
+"""
+
+
+def package(anchor: Path) -> Path:
+    """Put the anchor into the package, its weights in half precision; returns the folder."""
+    folder = ANCHORS["emoji"]
+    folder.mkdir(exist_ok=True)
+    weights = load_file(anchor / WEIGHTS_NAME)
+    save_file({name: value.half() for name, value in weights.items()}, folder / WEIGHTS_NAME, metadata_of(anchor))
+    shutil.copy(anchor / MARKS_FILE, folder)
+    record = read_record(anchor)
+    record["retain"]["path"] = record["config"]["retain_prompts"] = "vocabulary.csv"
+    record["config"]["output_dir"] = folder.name
+    write_json_atomic(folder / "erasure.json", record)
+    count = len(CONCEPTS) - len(ERASED)
+    (folder / "README.md").write_text(CARD.format(count=count), encoding="utf8")
+    return folder
+
+
+def metadata_of(anchor: Path) -> dict[str, str] | None:
+    """Of the weight file: the LoRA's configuration."""
+    with safe_open(anchor / WEIGHTS_NAME, "pt") as file:
+        metadata: dict[str, str] | None = file.metadata()
+    return metadata
+
+
 def adapter(method: str, count: int, synonyms: bool, work_dir: Path) -> Path:
     """The folder of a method's adapter for a task, made if it is not there."""
     task = suite(work_dir / f"{count}{'_synonyms' if synonyms else ''}", ERASED[:count], synonyms=synonyms)
@@ -155,16 +199,41 @@ class Measurement:
             key = {**self.key, "model": model, "subset": subset, "sampler": sampler, "guidance_scale": scale}
             if subset in ONLY_MAIN and (sampler, scale) != MAIN:
                 continue
-            if subset not in self.parts or any(key.items() <= row.items() for row in there):
-                continue
-            prompts = pick(self.parts[subset], self.num_images)
-            job = self.evaluation.job(model, prompts, subset, sampler=sampler, guidance_scale=scale)
-            made = self.evaluation.generator.run(job, description=f"{subset}, {sampler}, guidance {scale:g}")
-            values = self.evaluation.measure(made, prompts, METRICS[subset])
-            seconds = self.cost["seconds"]
-            marks = {"marks": self.cost["marks"], "kept_marks": self.cost["kept_marks"]} if "marks" in self.cost else {}
-            results = {name: vars(value) for name, value in values.items()}
-            yield {**key, **results, "seconds": seconds, **marks, "provenance": provenance(0, torch.device("cpu"))}
+            if subset in self.parts and not any(key.items() <= row.items() for row in there):
+                yield self.row(key, pick(self.parts[subset], self.num_images), METRICS[subset])
+
+    def row(self, key: dict[str, Any], prompts: Sequence[Prompt], names: Sequence[str]) -> dict[str, Any]:
+        """Draw prompts by the settings of a key, and measure."""
+        subset, settings = key["subset"], {name: key[name] for name in ("sampler", "guidance_scale")}
+        job = self.evaluation.job(key["model"], prompts, subset if subset in METRICS else "forget", **settings)
+        made = self.evaluation.generator.run(job, description=f"{subset}, {' '.join(map(str, settings.values()))}")
+        results = {name: vars(value) for name, value in self.evaluation.measure(made, prompts, names).items()}
+        marks = {name: self.cost[name] for name in ("marks", "kept_marks") if name in self.cost}
+        made_by = provenance(0, torch.device("cpu"))
+        return {**key, **results, "seconds": self.cost["seconds"], **marks, "provenance": made_by}
+
+
+def without_first(output: Path) -> Path:
+    """A copy of an erased adapter in which the first concept is no longer erased."""
+    copy = output.with_name(f"{output.name}_less_{ERASED[0].replace(' ', '_')}")
+    if not copy.exists():
+        temporary = copy.with_suffix(".tmp")
+        shutil.copytree(output, temporary, ignore=shutil.ignore_patterns("evaluation"), dirs_exist_ok=True)
+        change_concepts(temporary, add=None, remove=[ERASED[0]])
+        temporary.rename(copy)
+    return copy
+
+
+class Restored(Measurement):
+    """The concept that was taken out of an erasure again."""
+
+    def rows(self, there: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        own = [prompt for prompt in self.parts["forget"].prompts if prompt.concept == ERASED[0]]
+        prompts = [own[i * len(own) // self.num_images] for i in range(self.num_images)]
+        for model in ("base", "erased"):
+            key = {**self.key, "model": model, "subset": RESTORED, "sampler": MAIN[0], "guidance_scale": MAIN[1]}
+            if not any(key.items() <= row.items() for row in there):
+                yield self.row(key, prompts, METRICS["retain"])
 
 
 def main() -> None:
@@ -176,15 +245,22 @@ def main() -> None:
     parser.add_argument("--counts", nargs="+", type=int, choices=COUNTS, default=list(COUNTS))
     parser.add_argument("--synonyms", action="store_true", help="Give the edit synonyms of the concepts too.")
     parser.add_argument("--num_images", type=int, default=64)
+    parser.add_argument("--package", action="store_true", help="Put the anchor into the package and measure nothing.")
     arguments = parser.parse_args()
+    if arguments.package:
+        print(package(train_anchor(arguments.work_dir)))
+        return
     results = arguments.work_dir / "halting_anchor.jsonl"
     for count, method in itertools.product(arguments.counts, arguments.methods):
         output = adapter(method, count, arguments.synonyms, arguments.work_dir)
         key = {"method": method, "concepts": count, "synonyms": arguments.synonyms, "num_images": arguments.num_images}
-        for row in Measurement(key, output, arguments.num_images).rows(read_rows(results)):
+        measurements = [Measurement(key, output, arguments.num_images)]
+        if method == "halting_anchor" and count > 1:
+            measurements.append(Restored(key, without_first(output), arguments.num_images))
+        for row in itertools.chain.from_iterable(each.rows(read_rows(results)) for each in measurements):
             with results.open("a", encoding="utf8") as file:
                 file.write(json.dumps(row) + "\n")
-            values = (f"{name} {row[name]['value']:.1f}" for name in METRICS[row["subset"]])
+            values = (f"{name} {row[name]['value']:.1f}" for name in METRICS.get(row["subset"], METRICS["retain"]))
             print(*(row[name] for name in KEY), *values, flush=True)
 
 

@@ -17,6 +17,7 @@ from safemax_sd.evaluation.baselines import BASELINES
 from safemax_sd.evaluation.subjects import Adapter, Subject
 from safemax_sd.prompts import Suite, check_disjoint
 
+from safemax_sd.assets import resolve_anchor
 from safemax_sd.command_line import check_types
 from safemax_sd.config import TrainConfig, literals
 from safemax_sd.edits.halting_marks import HaltingMarks, HaltingMarksSettings
@@ -177,7 +178,7 @@ class EditedMethod(Method):
             return
         if "anchor" not in self.flags:
             raise OptionError("--config", self.where, "needs an `anchor`, the output folder of a halting anchor")
-        anchored = read_record(Path(self.flags["anchor"]), "--anchor")["base_model"]["name_or_path"]
+        anchored = read_record(resolve_anchor(self.flags["anchor"]), "--anchor")["base_model"]["name_or_path"]
         if anchored != erasure.base_model:
             text = f"is an anchor of {anchored}, not of {erasure.base_model}"
             raise OptionError("--anchor", self.flags["anchor"], text)
@@ -196,7 +197,7 @@ class EditedMethod(Method):
     def identity(self) -> dict[str, Any]:
         identity = super().identity()
         if "anchor" in self.flags:
-            record = Path(self.flags["anchor"]) / "erasure.json"
+            record = resolve_anchor(self.flags["anchor"]) / "erasure.json"
             identity["anchor_sha256"] = hashlib.sha256(record.read_bytes()).hexdigest()
         return identity
 

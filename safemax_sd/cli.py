@@ -68,7 +68,9 @@ def train(context: typer.Context) -> None:
 @app.command()
 def erase(
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder of the erased adapter.")],
-    anchor: Annotated[Path | None, typer.Option("--anchor", help="Output of --objective halting_anchor.")] = None,
+    anchor: Annotated[
+        str | None, typer.Option("--anchor", help="Output of --objective halting_anchor, or emoji: the embedded one.")
+    ] = None,
     edit: Annotated[
         str, typer.Option("--edit", help="halting_marks, or uce, which needs no anchor.")
     ] = "halting_marks",
@@ -86,6 +88,7 @@ def erase(
     overwrite_output_dir: Annotated[bool, typer.Option("--overwrite_output_dir")] = False,
 ) -> None:
     """Erase concepts in closed form with a trained halting anchor, or add and remove some later."""
+    from safemax_sd.assets import resolve_anchor
     from safemax_sd.edits import EDITS
     from safemax_sd.edits.halting_marks import HaltingMarksSettings
     from safemax_sd.edits.uce import Uce, UceSettings
@@ -121,7 +124,9 @@ def erase(
                 )
             prompts = both_prompt_files(forget_prompts, retain_prompts)
             settings = HaltingMarksSettings(retain_weight, excess_weight, faint)
-            record = erase_concepts(anchor, *prompts, output_dir, settings, overwrite=overwrite_output_dir)
+            record = erase_concepts(
+                resolve_anchor(anchor), *prompts, output_dir, settings, overwrite=overwrite_output_dir
+            )
         report_marks(record, output_dir)
 
 
@@ -286,14 +291,13 @@ def quickstart(
     from safemax_sd.erased import read_record
     from safemax_sd.evaluation.run import EvaluateOptions
     from safemax_sd.model_card import usage
+    from safemax_sd.output import refuse_other_run
     from safemax_sd.prompts import load_suite
 
     with one_line_errors():
         prompts = load_suite(suite)
-        if (output_dir / "erasure.json").exists() and not overwrite_output_dir:
-            raise OptionError(
-                "--output_dir", output_dir, "holds another run: add --overwrite_output_dir or name a new one"
-            )
+        if not overwrite_output_dir:
+            refuse_other_run(output_dir, "or name a new one")
         started = time.monotonic()
         arguments = ["--forget_prompts", str(prompts.path("forget")), "--retain_prompts", str(prompts.path("retain"))]
         arguments += ["--output_dir", str(output_dir), "--max_train_steps", str(max_train_steps)]

@@ -37,17 +37,25 @@ def prepare_output_dir(config: TrainConfig, accelerator: Accelerator) -> Path | 
     if config.resume_from_checkpoint is not None:
         resume_from = checkpoints.find(directory, config.resume_from_checkpoint)
     elif not config.overwrite_output_dir:
-        used = [name for name in TRACES if (directory / name).exists()] or checkpoints.all_checkpoints(directory)
-        if used:
-            raise OptionError(
-                "--output_dir",
-                config.output_dir,
-                "holds another run: add --overwrite_output_dir or --resume_from_checkpoint latest, or name a new one",
-            )
+        refuse_other_run(directory, "or --resume_from_checkpoint latest, or name a new one")
     if accelerator.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     return resume_from
+
+
+def refuse_other_run(directory: Path, instead: str) -> None:
+    """See that a folder is free.
+
+    Args:
+        directory: What `--output_dir` named; need not be there.
+        instead: What else than overwriting may be done.
+
+    Raises:
+        OptionError: It holds another run.
+    """
+    if any((directory / name).exists() for name in TRACES) or checkpoints.all_checkpoints(directory):
+        raise OptionError("--output_dir", directory, f"holds another run: add --overwrite_output_dir {instead}")
 
 
 def clear(directory: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent
 BUNDLED = frozenset({"emoji"})
+ANCHORS = {"emoji": ASSETS / "emoji_anchor"}
+"""Halting anchors of embedded models."""
 EVALUATOR = ASSETS / "emoji_evaluator"
 PICTURES = ASSETS / "emoji_pictures"
 
@@ -14,6 +16,11 @@ PICTURES = ASSETS / "emoji_pictures"
 def resolve_model(name_or_path: str) -> str:
     """The folder of an embedded model, or `name_or_path` itself where it is none."""
     return str(ASSETS / name_or_path) if name_or_path in BUNDLED else name_or_path
+
+
+def resolve_anchor(name_or_path: str) -> Path:
+    """The folder of an embedded model's halting anchor, or `name_or_path` itself where it names none."""
+    return ANCHORS.get(name_or_path, Path(name_or_path))
 
 
 def accept_tiny_autoencoder(record: logging.LogRecord) -> bool:
