@@ -55,6 +55,7 @@ METRICS = {
     "neighbours": ("clip_accuracy",),
 }
 RESTORED = "restored"
+VOCABULARY = "vocabulary.csv"
 
 
 def suite(folder: Path, erased: Sequence[str], *, synonyms: bool) -> Path:
@@ -97,12 +98,12 @@ def train_anchor(work_dir: Path) -> Path:
         kept = [concept for concept in CONCEPTS if concept not in ERASED]
         write(
             work_dir,
-            "vocabulary",
+            VOCABULARY.removesuffix(".csv"),
             [row for number, concept in enumerate(kept) for row in spread_prompts(concept, number)],
         )
         train(
             HaltingAnchorConfig(
-                retain_prompts=str(work_dir / "vocabulary.csv"),
+                retain_prompts=str(work_dir / VOCABULARY),
                 output_dir=str(folder),
                 objective="halting_anchor",
                 overwrite_output_dir=True,
@@ -119,9 +120,9 @@ library_name: diffusers
 # The embedded model's halting anchor
 
 A LoRA that knows no concept and halts the denoising where a token of the prompt bears a mark; `safemax erase
---anchor emoji` marks what is to be forgotten. Trained by `python -m benchmarks.halting_anchor` on prompts of {count}
-concepts, in half precision. `docs/halting_anchor.md` has its figures; credits and licence are those of
-`safemax_sd/assets/emoji/README.md`.
+--anchor emoji` marks what is to be forgotten. Trained by `python -m benchmarks.halting_anchor` on the prompts of
+{count} concepts in `vocabulary.csv`, then rounded to half precision. `docs/halting_anchor.md` has its figures; credits
+and licence are those of `safemax_sd/assets/emoji/README.md`.
 """
 
 
@@ -132,9 +133,11 @@ def package(anchor: Path) -> Path:
     weights = load_file(anchor / WEIGHTS_NAME)
     save_file({name: value.half() for name, value in weights.items()}, folder / WEIGHTS_NAME, metadata_of(anchor))
     shutil.copy(anchor / MARKS_FILE, folder)
+    shutil.copy(anchor.parent / VOCABULARY, folder)
     record = read_record(anchor)
-    record["retain"]["path"] = record["config"]["retain_prompts"] = "vocabulary.csv"
+    record["retain"]["path"] = record["config"]["retain_prompts"] = VOCABULARY
     record["config"]["output_dir"] = folder.name
+    record["provenance"]["command"] = ["-m", "benchmarks.halting_anchor"]
     write_json_atomic(folder / "erasure.json", record)
     count = len(CONCEPTS) - len(ERASED)
     (folder / "README.md").write_text(CARD.format(count=count), encoding="utf8")

@@ -1,4 +1,4 @@
-"""Choose each trained method's learning rate and steps by the same small search, on a task of no benchmark.
+"""Choose each trained method's learning rate and steps by the same small search, on a task of its own.
 
     python -m benchmarks.method_search --work_dir search --output docs/results/emoji_search.jsonl
     python -m benchmarks.method_search --output docs/results/emoji_search.jsonl --table
@@ -22,7 +22,8 @@ from safemax_sd.evaluation.compare import compare
 from safemax_sd.evaluation.compare_tables import HARMONIC
 
 from benchmarks.class_unlearning import read_rows
-from benchmarks.speed.runs import contestants
+from benchmarks.emoji.methods import trained_methods
+from safemax_sd.errors import SafemaxError
 from safemax_sd.objectives import OBJECTIVES
 
 TASK, SEED, NUM_IMAGES = "emoji/tuning", 100, 64
@@ -64,6 +65,8 @@ class Trial:
         folder, failed = compare(str(config), str(work_dir / self.method))
         found = json.loads((folder / "compare.json").read_text(encoding="utf8"))
         lines = [line["values"] for line in found["summary"] if line["label"] == self.name]
+        if not lines and not failed:
+            raise SafemaxError(f"{self.name} is being run by another process")
         return {
             "method": self.method,
             "rate": self.rate,
@@ -77,7 +80,7 @@ class Trial:
 
 def trial(method: str, *, rate: int, steps: int) -> Trial:
     """A method's setting with multiples of its learning rate and steps."""
-    flags = contestants()[method]
+    flags = trained_methods()[method]
     config = OBJECTIVES.get(flags["objective"]).Config
     own = {"learning_rate": config.learning_rate, "max_train_steps": config.max_train_steps, **flags}
     changed = {"learning_rate": own["learning_rate"] * rate, "max_train_steps": own["max_train_steps"] * steps}
@@ -125,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("emoji_build") / "search")
     parser.add_argument("--output", type=Path, default=Path("emoji_search.jsonl"))
-    parser.add_argument("--methods", nargs="+", choices=list(contestants()), default=list(contestants()))
+    parser.add_argument("--methods", nargs="+", choices=list(trained_methods()), default=list(trained_methods()))
     parser.add_argument("--table", action="store_true", help="Print what is there instead.")
     arguments = parser.parse_args()
     if arguments.table:

@@ -117,8 +117,9 @@ def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]
         with claimed(cell) as ours:
             if ours and cell.state() == before:  # else another process has been at it
                 run_cell(cell, comparison.folder / CACHE)
-    states = [(cell, cell.state()) for cell in cells]
-    write_results(comparison, [cell for cell, state in states if state.get("status") == "done"], states)
+    with FileLock(comparison.folder / LOCK):  # else a process could write down what it saw before another one's end
+        states = [(cell, cell.state()) for cell in cells]
+        write_results(comparison, [cell for cell, state in states if state.get("status") == "done"], states)
     return comparison.folder, [
         f"{cell.name}: {state['reason']}" for cell, state in states if state.get("status") == "failed"
     ]
@@ -332,7 +333,7 @@ def write_results(comparison: Comparison, done: Sequence[Cell], states: Sequence
 
 
 def _described(suite: Suite) -> dict[str, Any]:
-    return {"version": suite.version, **{part: prompts.sha256 for part, prompts in suite.parts.items()}}
+    return {"version": suite.version, "prompts": {part: prompts.sha256 for part, prompts in suite.parts.items()}}
 
 
 def galleries(done: Sequence[Cell]) -> dict[str, Gallery]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import re
+import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
@@ -30,6 +33,8 @@ from safemax_sd.train import read_input
 
 OUTPUT = "output.txt"
 FLAGS = "train.yaml"
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2)."""
 GIVEN = (
     "forget_prompts",
     "retain_prompts",
@@ -259,8 +264,11 @@ def run_apart(words: Sequence[str], output: Path) -> None:
     Raises:
         SafemaxError: It failed; the message is its own, or the last line that it printed.
     """
+    command, prepare = [sys.executable, "-m", *words], None
+    if sys.platform == "linux":  # ends it with this process, however that does: it would run on where no one claims it
+        prepare = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
     with output.open("wb") as file:
-        done = subprocess.run([sys.executable, "-m", *words], stdout=file, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False, preexec_fn=prepare)
     if done.returncode:
         printed = output.read_text(encoding="utf8", errors="replace").strip()
         own = re.findall(r"\berror: ([^\r\n]+)", printed)  # it may stand behind a progress bar

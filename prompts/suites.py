@@ -58,4 +58,5 @@ def load_suite(name_or_folder: str) -> Suite:
         if part in PARTS[:2] or (folder / f"{part}.csv").exists()
     }
     version = folder.parent / VERSION
-    return Suite(name_or_folder, folder, parts, version.read_text().strip() if version.is_file() else None)
+    known = name_or_folder in names and version.is_file()
+    return Suite(name_or_folder, folder, parts, version.read_text(encoding="utf8").strip() if known else None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -249,8 +248,6 @@ def compare(
     """Run methods x tasks x seeds, or what is left of them, and write their table and page."""
     from safemax_sd.evaluation.compare import compare as compare_methods
 
-    # As an exception it also ends the training that runs in a process of its own.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with one_line_errors():
         folder, failed = compare_methods(config, output_dir)
         console.print((folder / "compare.md").read_text(encoding="utf8"), soft_wrap=True, markup=False)
@@ -291,13 +288,12 @@ def quickstart(
     from safemax_sd.erased import read_record
     from safemax_sd.evaluation.run import EvaluateOptions
     from safemax_sd.model_card import usage
-    from safemax_sd.output import refuse_other_run
+    from safemax_sd.output import check_output_dir
     from safemax_sd.prompts import load_suite
 
     with one_line_errors():
         prompts = load_suite(suite)
-        if not overwrite_output_dir:
-            refuse_other_run(output_dir, "or name a new one")
+        check_output_dir(output_dir, overwrite=overwrite_output_dir, instead="or name a new one")
         started = time.monotonic()
         arguments = ["--forget_prompts", str(prompts.path("forget")), "--retain_prompts", str(prompts.path("retain"))]
         arguments += ["--output_dir", str(output_dir), "--max_train_steps", str(max_train_steps)]

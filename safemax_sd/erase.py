@@ -23,7 +23,7 @@ from safemax_sd.erased import load_base, load_erased, read_record
 from safemax_sd.errors import OptionError
 from safemax_sd.model_card import write_model_card
 from safemax_sd.objectives.halting_anchor import MARKS, MARKS_FILE, HaltingAnchor
-from safemax_sd.output import describe_prompts, refuse_other_run
+from safemax_sd.output import check_output_dir, describe_prompts
 from safemax_sd.prompts import PromptSet, check_disjoint
 from safemax_sd.provenance import Stopwatch, atomic_write_bytes, write_json_atomic, write_tensors_atomic
 from safemax_sd.token_states import contexts, forbidden_states, kept_states, texts_by_concept
@@ -50,8 +50,7 @@ def erase(
     clock = Stopwatch()
     record = _anchor_record(anchor)
     check_disjoint(forget, retain)
-    if not overwrite:
-        refuse_other_run(output_dir, "or use --add and --remove to change its concepts")
+    check_output_dir(output_dir, overwrite=overwrite, instead="or use --add and --remove to change its concepts")
     with clock.phase("load"):
         family = load_erased(anchor)
     with clock.phase("encode"):

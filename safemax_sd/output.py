@@ -31,29 +31,31 @@ def prepare_output_dir(config: TrainConfig, accelerator: Accelerator) -> Path | 
             there is nothing to resume.
     """
     directory = Path(config.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise OptionError("--output_dir", config.output_dir, "is a file")
-    resume_from = None
-    if config.resume_from_checkpoint is not None:
-        resume_from = checkpoints.find(directory, config.resume_from_checkpoint)
-    elif not config.overwrite_output_dir:
-        refuse_other_run(directory, "or --resume_from_checkpoint latest, or name a new one")
+    resumed = config.resume_from_checkpoint is not None
+    instead = "or --resume_from_checkpoint latest, or name a new one"
+    check_output_dir(directory, overwrite=config.overwrite_output_dir or resumed, instead=instead)
+    resume_from = checkpoints.find(directory, config.resume_from_checkpoint) if resumed else None
     if accelerator.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     return resume_from
 
 
-def refuse_other_run(directory: Path, instead: str) -> None:
-    """See that a folder is free.
+def check_output_dir(directory: Path, *, overwrite: bool, instead: str) -> None:
+    """See that a folder may be written to.
 
     Args:
         directory: What `--output_dir` named; need not be there.
+        overwrite: Another run in it does not matter.
         instead: What else than overwriting may be done.
 
     Raises:
-        OptionError: It holds another run.
+        OptionError: It is a file or holds another run.
     """
+    if directory.exists() and not directory.is_dir():
+        raise OptionError("--output_dir", directory, "is a file")
+    if overwrite:
+        return
     if any((directory / name).exists() for name in TRACES) or checkpoints.all_checkpoints(directory):
         raise OptionError("--output_dir", directory, f"holds another run: add --overwrite_output_dir {instead}")
 

@@ -14,7 +14,7 @@ from safemax_sd.edits import EditData
 from safemax_sd.edits.uce import Uce, UceSettings
 from safemax_sd.errors import OptionError
 from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.output import refuse_other_run, write_results
+from safemax_sd.output import check_output_dir, write_results
 from safemax_sd.prompts import PromptSet, check_disjoint
 from safemax_sd.provenance import Stopwatch
 from safemax_sd.token_states import last_token_states
@@ -41,8 +41,7 @@ def redirect(
     """
     clock = Stopwatch()
     check_disjoint(forget, retain)
-    if not overwrite:
-        refuse_other_run(output_dir, "or name a new one")
+    check_output_dir(output_dir, overwrite=overwrite, instead="or name a new one")
     with clock.phase("load"):
         family = load_family(LoadOptions(base))
     layers = family.token_projections()

@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from benchmarks.emoji.data import Pictures, load_pictures
-from benchmarks.emoji.settings import ART_SETS, CONCEPTS, RESOLUTION
+from benchmarks.emoji.settings import ART_SETS, CONCEPTS, JUDGE_ART_SETS, RESOLUTION, ArtSet
 from safemax_sd.assets import ASSETS, EVALUATOR, PICTURES
 
 SHEET_COLUMNS = 28
@@ -62,8 +62,8 @@ def clean_configs(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
 
 
-def write_card(folder: Path, title: str, text: str) -> None:
-    rows = (f"| {a.package} | {a.credit} | {a.licence} | {', '.join((a.style, *a.synonyms))} |" for a in ART_SETS)
+def write_card(folder: Path, title: str, text: str, art_sets: tuple[ArtSet, ...] = ART_SETS) -> None:
+    rows = (f"| {a.package} | {a.credit} | {a.licence} | {', '.join((a.style, *a.synonyms))} |" for a in art_sets)
     (folder / "README.md").write_text(CARD.format(title=title, text=text, credits="\n".join(rows)), encoding="utf8")
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     clean_configs(ASSETS / "emoji")
     write_card(ASSETS / "emoji", "The embedded emoji model", MODEL_TEXT)
     shutil.copytree(build_dir / "evaluator", EVALUATOR, dirs_exist_ok=True)
-    write_card(EVALUATOR, "The embedded judge", JUDGE_TEXT)
+    write_card(EVALUATOR, "The embedded judge", JUDGE_TEXT, (*ART_SETS, *JUDGE_ART_SETS))
     write_pictures(load_pictures(build_dir).concepts_only(), PICTURES)
     total = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
     print(f"{total / 1e6:.1f} MB in {ASSETS}")

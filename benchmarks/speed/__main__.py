@@ -23,9 +23,10 @@ from typing import Any
 import torch
 
 from benchmarks.class_unlearning import read_rows
+from benchmarks.emoji.methods import trained_methods
 from benchmarks.speed.contest import Row, contest, flops, step_phases
 from benchmarks.speed.models import CPU_SIZES, CUDA_SIZES, SIZES, config_of
-from benchmarks.speed.runs import contestants, replay, scaling_with_concepts, scaling_with_processes, until_forgotten
+from benchmarks.speed.runs import replay, scaling_with_concepts, scaling_with_processes, until_forgotten
 from benchmarks.speed.steps import Bench, Candidate
 from benchmarks.speed.tables import plot, tables
 from safemax_sd.provenance import provenance
@@ -48,7 +49,7 @@ class Measurement:
             for part in ("floor", "step", "esd"):
                 self.measure(part, size, getattr(steps, part))
         work_dir, alternations = self.arguments.work_dir, self.arguments.alternations
-        for name in contestants():
+        for name in trained_methods():
             self.measure("until", EMBEDDED, partial(until_forgotten, name, work_dir), variant=name)
         self.measure("replay", EMBEDDED, partial(replay, work_dir, alternations))
         self.measure("scaling", EMBEDDED, partial(scaling_with_concepts, work_dir, alternations), axis="concepts")

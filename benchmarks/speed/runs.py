@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safemax_sd.prompts import load_suite
 
+from benchmarks.emoji.methods import trained_methods
 from benchmarks.halting_anchor import COUNTS, ERASED, suite
 from benchmarks.speed.contest import Row, clock, contest, ratios
 from benchmarks.speed.models import SUITE
@@ -26,7 +26,6 @@ from safemax_sd.provenance import Stopwatch
 from safemax_sd.replay import ReplayBank
 from safemax_sd.train import Run, optimizer_step
 
-COMPARISON = Path(__file__).parents[2] / "examples" / "compare_emoji.yaml"
 FORGOTTEN_AT, PROBE_STEPS = 99, 25
 PROCESSES = (1, 2)
 SHORT = {"max_train_steps": 24, "forget_trajectories": 8, "retain_trajectories": 16, "replay_inference_steps": 4}
@@ -37,19 +36,13 @@ ROUND = 4
 """Alternations that one round of such runs stands for: each has many steps."""
 
 
-def contestants() -> dict[str, dict[str, Any]]:
-    """The trained methods of the emoji comparison with their flags, by label."""
-    methods = yaml.safe_load(COMPARISON.read_text(encoding="utf8"))["methods"]
-    return {label: flags for label, flags in methods.items() if "objective" in flags}
-
-
 def until_forgotten(label: str, work_dir: Path) -> Iterator[Row]:
     """A run that a probe stops; in a process of its own, whose peak memory is the run's."""
     output, prompts = work_dir / "until" / label, load_suite(SUITE)
     train(
         ["-m", "safemax_sd.train"],
         {
-            **contestants()[label],
+            **trained_methods()[label],
             "forget_prompts": prompts.path("forget"),
             "retain_prompts": prompts.path("retain"),
             "output_dir": output,

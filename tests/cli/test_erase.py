@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safemax_sd.prompts import load_prompts
+from safemax_sd.prompts import load_prompts, load_suite
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from safemax_sd import adapter
+from safemax_sd.assets import ANCHORS
 from safemax_sd.cli import app
 from safemax_sd.command_line import parse_config
 from safemax_sd.edits.halting_marks import HaltingMarksSettings
@@ -151,6 +152,21 @@ def test_the_command_says_how_strongly_words_are_marked(anchor: Path, files: dic
     assert CliRunner().invoke(app, command).exit_code == 2
     assert CliRunner().invoke(app, ["erase", "--output_dir", str(output)]).exit_code == 2
     assert CliRunner().invoke(app, ["erase", "--anchor", str(output), *command[3:]]).exit_code == 2
+
+
+def test_the_embedded_anchor_is_named_like_its_model(tmp_path: Path) -> None:
+    suite, output = load_suite("emoji/bomb"), tmp_path / "erased"
+    command = ["erase", "--anchor", "emoji", "--output_dir", str(output)]
+    command += ["--forget_prompts", str(suite.path("forget")), "--retain_prompts", str(suite.path("retain"))]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    record = json.loads((output / "erasure.json").read_text())
+    assert record["base_model"]["name_or_path"] == "emoji"
+    assert record["edit"]["marks"]["bomb"]["least"] > record["config"]["mark_least"]
+    assert record["edit"]["kept_marks"]["largest"] < record["config"]["mark_kept"]
+    vocabulary = load_prompts(str(ANCHORS["emoji"] / "vocabulary.csv"), option="--retain_prompts")
+    assert vocabulary.sha256 == json.loads((ANCHORS["emoji"] / "erasure.json").read_text())["retain"]["sha256"]
+    assert "bomb" not in vocabulary.concepts
 
 
 def test_a_mark_needs_words(tiny_ddpm: Path, tmp_path: Path) -> None:

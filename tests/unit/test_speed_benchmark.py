@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks.class_unlearning import read_rows
+from benchmarks.emoji.methods import trained_methods
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.models import SIZES
-from benchmarks.speed.runs import contestants
 from benchmarks.speed.steps import ESD_PREDICTIONS, ESD_STEPS
 from benchmarks.speed.tables import NAMES, PHASES, plot, tables
 from safemax_sd.objectives.safemax import ROLLOUT_STEPS
@@ -97,7 +97,7 @@ def test_tables_and_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:
 
 
 def test_runs_until_forgotten_are_those_of_the_trained_methods_of_the_comparison() -> None:
-    found = contestants()
+    found = trained_methods()
     assert {"safemax", "esd", "salun", "selective_amnesia"} <= set(found)
     assert not {"uce", "negative_prompt"} & set(found)
     assert found["salun"]["max_train_steps"] < 1000

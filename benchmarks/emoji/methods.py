@@ -1,0 +1,17 @@
+"""The methods that are compared on the embedded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safemax_sd.evaluation.compare_config import read_comparison
+from safemax_sd.evaluation.compare_methods import TrainedMethod
+
+COMPARISON = Path(__file__).parents[2] / "examples" / "compare_emoji.yaml"
+
+
+def trained_methods() -> dict[str, dict[str, Any]]:
+    """Those of the emoji comparison that train, by label: `objective`, and the flags that the comparison names."""
+    methods = read_comparison(str(COMPARISON)).methods
+    return {label: method.identity() for label, method in methods.items() if isinstance(method, TrainedMethod)}
