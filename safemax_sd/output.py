@@ -31,10 +31,13 @@ def prepare_output_dir(config: TrainConfig, accelerator: Accelerator) -> Path | 
             there is nothing to resume.
     """
     directory = Path(config.output_dir)
-    resumed = config.resume_from_checkpoint is not None
-    instead = "or --resume_from_checkpoint latest, or name a new one"
-    check_output_dir(directory, overwrite=config.overwrite_output_dir or resumed, instead=instead)
-    resume_from = checkpoints.find(directory, config.resume_from_checkpoint) if resumed else None
+    checkpoint = config.resume_from_checkpoint
+    check_output_dir(
+        directory,
+        overwrite=config.overwrite_output_dir or checkpoint is not None,
+        instead="or --resume_from_checkpoint latest, or name a new one",
+    )
+    resume_from = None if checkpoint is None else checkpoints.find(directory, checkpoint)
     if accelerator.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
