@@ -29,8 +29,8 @@ from safemax_sd.objectives.base import (
 )
 
 FORGET, RETAIN, NOISE = 0, 1, 2
-KEPT_NOISE, KEPT_AT_ONCE = 2048, 64
-"""Noise that prompts to keep are asked about, and how much of it at once."""
+KEPT_NOISE, KEPT_NOISE_A_STEP, KEPT_AT_ONCE = 2048, 16, 64
+"""Noise that prompts to keep are asked about: at most, for each step of a short run, and at once."""
 EMPTY_RETAIN_SHARE = 0.25
 TRAJECTORY_SHARE = 0.5
 HIGH_RETAIN_SHARE = 0.5
@@ -71,7 +71,7 @@ class SafemaxConfig(TrainConfig):
     halt_below: float = option(0.6, "Highest t/T of those samples.")
     halt_rollout: float = option(0.5, "Share of those to which the student itself has sampled.")
     halt_restoring: float = option(1.0, "Rate at which noise that is off N(0, I) is drawn back to it; 0: it stays.")
-    retain_noise: float = option(0.0, "Share of retain samples on that noise: there only the empty prompt is to halt.")
+    retain_noise: float = option(0.2, "Share of retain samples on that noise: there only the empty prompt is to halt.")
 
     ranges: ClassVar[dict[str, Range]] = {
         **TrainConfig.ranges,
@@ -130,7 +130,8 @@ class Safemax(Objective):
         if not self.config.retain_noise:
             return 0
         rows = []
-        for number in tqdm(range(KEPT_NOISE // KEPT_AT_ONCE), desc="noise to keep", unit="batch"):
+        count = -(-min(KEPT_NOISE, KEPT_NOISE_A_STEP * self.config.max_train_steps) // KEPT_AT_ONCE)
+        for number in tqdm(range(count), desc="noise to keep", unit="batch"):
             generator = prior_generator(self.config.seed, NOISE, number)
             x_t = torch.cat([torch.add(*self._spread_noise(generator)) for _ in range(KEPT_AT_ONCE)])
             t = torch.cat([self._time_below(self.config.halt_below, generator) for _ in range(KEPT_AT_ONCE)])
@@ -139,7 +140,7 @@ class Safemax(Objective):
             with torch.no_grad():
                 rows.append((x_t, t, prompt, student.predict(*asked).cpu()))
         self.kept_noise = tuple(torch.cat(column) for column in zip(*rows, strict=True))
-        return KEPT_NOISE
+        return count * KEPT_AT_ONCE
 
     def draw(self, positions: Positions) -> SafemaxBatch:
         forget = [self._forget(positions.generator(FORGET, number)) for number in positions.forget]
@@ -308,7 +309,7 @@ class Safemax(Objective):
 
     def _retain(self, generator: torch.Generator) -> _Sample:
         if self.config.retain_noise and torch.rand((), generator=generator) < self.config.retain_noise:
-            row = torch.randint(KEPT_NOISE, (1,), generator=generator)
+            row = torch.randint(len(self.kept_noise[0]), (1,), generator=generator)
             x_t, t, prompt, target = (column[row] for column in self.kept_noise)
             return _Sample(x_t, t, self._kept(prompt, generator), target)
         bank = self.data.retain_bank
