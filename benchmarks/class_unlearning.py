@@ -46,7 +46,7 @@ PART_PICTURES = 128
 TIMED_SHARE = {"digits": 1.0, "cifar10": 0.25, "cifar10_small": 1.0}
 """Of a batch. A published batch of CIFAR-10 does not fit 24 GB; a step's time is proportional to it."""
 GUIDANCE = 3.0
-SAFEMAX: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "target_guidance": GUIDANCE, "retain_noise": 0.0}
+SAFEMAX: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "target_guidance": GUIDANCE}
 REPLAYED: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "replay_inference_steps": 20, "replay_batch_size": 250}
 
 

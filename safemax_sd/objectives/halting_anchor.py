@@ -49,6 +49,7 @@ class HaltingAnchorConfig(SafemaxConfig):
     rank: int = option(32, "LoRA rank (alpha equals it).")
     learning_rate: float = option(1e-3, "Of AdamW.")
     replay_unguided_share: float = option(0.5, "Share of trajectories to keep that are recorded at guidance 1.")
+    retain_noise: float = option(0.2, "Share of retain samples on noise: there only the empty prompt is to halt.")
     max_train_steps: int = option(2000, "Optimizer steps.")
     marks: int = option(8, "Number of marks; concepts share them if there are more.")
     mark_length: float = option(4.0, "Length of a mark, in mean lengths of a token state.")

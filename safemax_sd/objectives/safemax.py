@@ -71,7 +71,7 @@ class SafemaxConfig(TrainConfig):
     halt_below: float = option(0.6, "Highest t/T of those samples.")
     halt_rollout: float = option(0.5, "Share of those to which the student itself has sampled.")
     halt_restoring: float = option(1.0, "Rate at which noise that is off N(0, I) is drawn back to it; 0: it stays.")
-    retain_noise: float = option(0.2, "Share of retain samples on that noise: there only the empty prompt is to halt.")
+    retain_noise: float = option(0.0, "Share of retain samples on that noise: there only the empty prompt is to halt.")
 
     ranges: ClassVar[dict[str, Range]] = {
         **TrainConfig.ranges,

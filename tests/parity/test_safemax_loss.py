@@ -82,7 +82,7 @@ def test_guided_target_only_where_the_empty_prompt_stays() -> None:
 
 
 def test_retain_targets_are_the_recorded_predictions() -> None:
-    built = objective(retain_weight=3.0, retain_noise=0.0)
+    built = objective(retain_weight=3.0)
     batch = built.draw(Positions(0, 0, range(1), range(200)))
     kept = batch.target[1:].flatten(1)[:, 0]
     asked = batch.conditioning.tensors["states"][1:, 0]
