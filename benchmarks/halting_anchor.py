@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safemax_sd.evaluation.run import EvaluateOptions, Evaluation, pick
-from safemax_sd.prompts import Prompt, load_prompts, load_suite
+from safemax_sd.evaluation.run import EvaluateOptions, Evaluation
+from safemax_sd.prompts import load_prompts, pick
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -47,14 +47,16 @@ COUNTS = (1, 10, 50)
 KEY = ("method", "concepts", "synonyms", "model", "subset", "sampler", "guidance_scale")
 MAIN = ("ddim", 4.0)
 SETTINGS = [MAIN, ("ddim", 1.0), ("ddim", 2.0), ("ddim", 7.5), ("euler", 4.0), ("dpm++", 4.0)]
-ONLY_MAIN = ("neighbours", "paraphrases")
+RESTORED = "restored"
+"""The prompts to forget of a concept that was taken out of an erasure again."""
+ONLY_MAIN = ("neighbours", "paraphrases", RESTORED)
 METRICS = {
     "forget": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "halted", "latent_std"),
     "paraphrases": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "halted"),
     "retain": ("clip_accuracy",),
     "neighbours": ("clip_accuracy",),
+    RESTORED: ("clip_accuracy",),
 }
-RESTORED = "restored"
 VOCABULARY = "vocabulary.csv"
 
 
@@ -139,8 +141,8 @@ def package(anchor: Path) -> Path:
     record["config"]["output_dir"] = folder.name
     record["provenance"]["command"] = ["-m", "benchmarks.halting_anchor"]
     write_json_atomic(folder / "erasure.json", record)
-    count = len(CONCEPTS) - len(ERASED)
-    (folder / "README.md").write_text(CARD.format(count=count), encoding="utf8")
+    card = CARD.format(count=len(record["retain"]["concepts"]))
+    (folder / "README.md").write_text(card, encoding="utf8")
     return folder
 
 
@@ -185,14 +187,16 @@ class Measurement:
     """
 
     def __init__(self, key: dict[str, Any], output: Path, num_images: int) -> None:
-        self.key, self.num_images = key, num_images
-        task = str(output.parent / "test")
+        self.key, self.output, self.num_images = key, output, num_images
         self.evaluation = Evaluation(
             EvaluateOptions(
-                adapter=str(output), suite=task, output_dir=str(output / "evaluation"), num_images=num_images
+                adapter=str(output),
+                suite=str(output.parent / "test"),
+                output_dir=str(output / "evaluation"),
+                num_images=num_images,
             )
         )
-        self.parts = load_suite(task).parts
+        self.parts = {name: list(part.prompts) for name, part in self.evaluation.suite.parts.items()}
         record = read_record(output)
         self.cost = record["edit"] if "marks" in record.get("edit", {}) else record["cost"]
 
@@ -202,18 +206,17 @@ class Measurement:
             key = {**self.key, "model": model, "subset": subset, "sampler": sampler, "guidance_scale": scale}
             if subset in ONLY_MAIN and (sampler, scale) != MAIN:
                 continue
-            if subset in self.parts and not any(key.items() <= row.items() for row in there):
-                yield self.row(key, pick(self.parts[subset], self.num_images), METRICS[subset])
-
-    def row(self, key: dict[str, Any], prompts: Sequence[Prompt], names: Sequence[str]) -> dict[str, Any]:
-        """Draw prompts by the settings of a key, and measure."""
-        subset, settings = key["subset"], {name: key[name] for name in ("sampler", "guidance_scale")}
-        job = self.evaluation.job(key["model"], prompts, subset if subset in METRICS else "forget", **settings)
-        made = self.evaluation.generator.run(job, description=f"{subset}, {' '.join(map(str, settings.values()))}")
-        results = {name: vars(value) for name, value in self.evaluation.measure(made, prompts, names).items()}
-        marks = {name: self.cost[name] for name in ("marks", "kept_marks") if name in self.cost}
-        made_by = provenance(0, torch.device("cpu"))
-        return {**key, **results, "seconds": self.cost["seconds"], **marks, "provenance": made_by}
+            if subset not in self.parts or any(key.items() <= row.items() for row in there):
+                continue
+            prompts = pick(self.parts[subset], self.num_images)
+            noise_of = "forget" if subset == RESTORED else subset
+            job = self.evaluation.job(model, prompts, noise_of, sampler=sampler, guidance_scale=scale)
+            made = self.evaluation.generator.run(job, description=f"{subset}, {sampler}, guidance {scale:g}")
+            values = self.evaluation.measure(made, prompts, METRICS[subset])
+            results = {name: vars(value) for name, value in values.items()}
+            marks = {name: self.cost[name] for name in ("marks", "kept_marks") if name in self.cost}
+            made_by = provenance(0, torch.device("cpu"))
+            yield {**key, **results, "seconds": self.cost["seconds"], **marks, "provenance": made_by}
 
 
 def without_first(output: Path) -> Path:
@@ -227,16 +230,12 @@ def without_first(output: Path) -> Path:
     return copy
 
 
-class Restored(Measurement):
-    """The concept that was taken out of an erasure again."""
-
-    def rows(self, there: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        own = [prompt for prompt in self.parts["forget"].prompts if prompt.concept == ERASED[0]]
-        prompts = [own[i * len(own) // self.num_images] for i in range(self.num_images)]
-        for model in ("base", "erased"):
-            key = {**self.key, "model": model, "subset": RESTORED, "sampler": MAIN[0], "guidance_scale": MAIN[1]}
-            if not any(key.items() <= row.items() for row in there):
-                yield self.row(key, prompts, METRICS["retain"])
+def restored(measurement: Measurement) -> Measurement:
+    """Of the adapter without the first concept: that concept's prompts alone."""
+    own = [prompt for prompt in measurement.parts["forget"] if prompt.concept == ERASED[0]]
+    less = Measurement(measurement.key, without_first(measurement.output), measurement.num_images)
+    less.parts = {RESTORED: own}
+    return less
 
 
 def main() -> None:
@@ -259,11 +258,11 @@ def main() -> None:
         key = {"method": method, "concepts": count, "synonyms": arguments.synonyms, "num_images": arguments.num_images}
         measurements = [Measurement(key, output, arguments.num_images)]
         if method == "halting_anchor" and count > 1:
-            measurements.append(Restored(key, without_first(output), arguments.num_images))
+            measurements.append(restored(measurements[0]))
         for row in itertools.chain.from_iterable(each.rows(read_rows(results)) for each in measurements):
             with results.open("a", encoding="utf8") as file:
                 file.write(json.dumps(row) + "\n")
-            values = (f"{name} {row[name]['value']:.1f}" for name in METRICS.get(row["subset"], METRICS["retain"]))
+            values = (f"{name} {row[name]['value']:.1f}" for name in METRICS[row["subset"]])
             print(*(row[name] for name in KEY), *values, flush=True)
 
 

@@ -99,16 +99,20 @@ def best(rows: list[Row], method: str) -> Row:
 
 def search(method: str, work_dir: Path, output: Path) -> None:
     """Run a method's trials that are not there yet."""
-    for number in range(len(RATES) + 1):
-        rows = read_rows(output)
-        rate, steps = (RATES[number], 1) if number < len(RATES) else (best(rows, method)["rate"], LONGER)
-        if any((row["method"], row["rate"], row["steps"]) == (method, rate, steps) for row in rows):
-            continue
-        if number == len(RATES) and any(row["method"] == method and row["steps"] == LONGER for row in rows):
-            return
-        row = trial(method, rate=rate, steps=steps).row(work_dir)
-        with output.open("a", encoding="utf8") as file:
-            file.write(json.dumps(row) + "\n")
+    for rate in RATES:
+        run(trial(method, rate=rate, steps=1), work_dir, output)
+    # Where the longer trial is there, the best has its rate, be it that one or the one it was made of.
+    run(trial(method, rate=best(read_rows(output), method)["rate"], steps=LONGER), work_dir, output)
+
+
+def run(one: Trial, work_dir: Path, output: Path) -> None:
+    """Append a trial's row, unless it is there."""
+    place = (one.method, one.rate, one.steps)
+    if any((row["method"], row["rate"], row["steps"]) == place for row in read_rows(output)):
+        return
+    row = one.row(work_dir)
+    with output.open("a", encoding="utf8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def table(rows: list[Row]) -> str:
@@ -125,10 +129,11 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
+    methods = list(trained_methods())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("emoji_build") / "search")
     parser.add_argument("--output", type=Path, default=Path("emoji_search.jsonl"))
-    parser.add_argument("--methods", nargs="+", choices=list(trained_methods()), default=list(trained_methods()))
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--table", action="store_true", help="Print what is there instead.")
     arguments = parser.parse_args()
     if arguments.table:

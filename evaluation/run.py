@@ -18,7 +18,7 @@ from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_fol
 from safemax_sd.evaluation.report import read_log, write_page
 from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Pictures
 from safemax_sd.evaluation.subjects import Adapter, Subject
-from safemax_sd.prompts import Prompt, PromptSet, Suite, load_suite, suite_names
+from safemax_sd.prompts import Prompt, Suite, load_suite, pick, suite_names
 from torch import Tensor
 
 from safemax_sd.errors import OptionError
@@ -178,7 +178,7 @@ class Evaluation:
         shown = Shown()
         settings = {"sampler": self.options.sampler, "guidance_scale": self.options.guidance_scale}
         for subset in (part for part in SAMPLE_COUNTS if part in self.suite.parts):
-            prompts = pick(self.suite.parts[subset], self.options.num_images)
+            prompts = pick(self.suite.parts[subset].prompts, self.options.num_images)
             names = [name for name in METRICS.names() if subset in METRICS.get(name).subsets]
             base: Pictures | None = None
             places = spread(len(prompts), SAMPLE_COUNTS[subset])
@@ -201,7 +201,7 @@ class Evaluation:
         for sampler in self.options.sweep_samplers or ():
             for scale in self.options.sweep_guidance_scales:
                 for subset, names in SWEEP_METRICS.items():
-                    prompts = pick(self.suite.parts[subset], self.options.num_sweep_images)
+                    prompts = pick(self.suite.parts[subset].prompts, self.options.num_sweep_images)
                     settings = {"sampler": sampler, "guidance_scale": scale}
                     job = self.job("erased", prompts, subset, **settings)
                     made = self.generator.run(job, description=f"{sampler}, guidance {scale:g}, {subset}")
@@ -317,11 +317,6 @@ def row(metric: str, subset: str, model: str, result: Result, **settings: Any) -
         **({"details": dict(result.details)} if result.details else {}),
         **settings,
     }
-
-
-def pick(prompt_set: PromptSet, count: int) -> list[Prompt]:
-    """`count` prompts spread evenly over the file; each several times, with seeds of its own, where it is shorter."""
-    return [prompt_set.prompts[i * len(prompt_set) // count] for i in range(count)]
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Prompt files: loading and checking them, and the suites that ship with the package."""
 
-from safemax_sd.prompts.loading import Prompt, PromptSet, check_disjoint, load_prompts, warn_over_long
+from safemax_sd.prompts.loading import Prompt, PromptSet, check_disjoint, load_prompts, pick, warn_over_long
 from safemax_sd.prompts.suites import Suite, load_suite, suite_names
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "check_disjoint",
     "load_prompts",
     "load_suite",
+    "pick",
     "suite_names",
     "warn_over_long",
 ]

@@ -165,3 +165,8 @@ def warn_over_long(prompts: PromptSet, tokenizer: Any, *, option: str) -> None:
             "%s %s: %d prompts are longer than the model's %d tokens; up to %d tokens are cut (%.60s…)",
             option, prompts.source, len(cut), limit, most, text,
         )  # fmt: skip
+
+
+def pick(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """`count` prompts spread evenly over some; each several times where they are fewer."""
+    return [prompts[i * len(prompts) // count] for i in range(count)]

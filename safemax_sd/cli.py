@@ -101,13 +101,9 @@ def erase(
             if anchor is not None or add is not None or remove:
                 raise OptionError("--edit", edit, "takes no --anchor, --add or --remove")
             prompts = both_prompt_files(forget_prompts, retain_prompts)
+            base = pretrained_model_name_or_path
             record = redirect(
-                pretrained_model_name_or_path,
-                *prompts,
-                output_dir,
-                UceSettings(),
-                padding=uce_padding,
-                overwrite=overwrite_output_dir,
+                base, *prompts, output_dir, UceSettings(), padding=uce_padding, overwrite=overwrite_output_dir
             )
             report_redirection(record, output_dir)
             return

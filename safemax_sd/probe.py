@@ -10,7 +10,7 @@ from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError
 from safemax_sd.families import Conditioning, ModelFamily
 from safemax_sd.judge import Judge, load_judge
-from safemax_sd.prompts import PromptSet
+from safemax_sd.prompts import PromptSet, pick
 from safemax_sd.replay import start_noise
 
 PROBE_PICTURES = 32
@@ -53,7 +53,7 @@ class UnlearningProbe:
         if not named or len(concepts) < 2:
             text = "needs a `concept` column in the prompt files, with at least two concepts"
             raise OptionError("--stop_at_unlearning_accuracy", config.stop_at_unlearning_accuracy, text)
-        chosen = [named[i * len(named) // PROBE_PICTURES] for i in range(PROBE_PICTURES)]
+        chosen = pick(named, PROBE_PICTURES)
         return UnlearningProbe(
             judge=load_judge(config.clip_model, config.clip_pretrained),
             conditioning=family.encode_prompts([prompt.text for prompt in chosen]),

@@ -49,8 +49,8 @@ class Measurement:
             for part in ("floor", "step", "esd"):
                 self.measure(part, size, getattr(steps, part))
         work_dir, alternations = self.arguments.work_dir, self.arguments.alternations
-        for name in trained_methods():
-            self.measure("until", EMBEDDED, partial(until_forgotten, name, work_dir), variant=name)
+        for name, flags in trained_methods().items():
+            self.measure("until", EMBEDDED, partial(until_forgotten, name, flags, work_dir), variant=name)
         self.measure("replay", EMBEDDED, partial(replay, work_dir, alternations))
         self.measure("scaling", EMBEDDED, partial(scaling_with_concepts, work_dir, alternations), axis="concepts")
         if self.device.type == "cpu":

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from safemax_sd.prompts import load_suite
 
-from benchmarks.emoji.methods import trained_methods
 from benchmarks.halting_anchor import COUNTS, ERASED, suite
 from benchmarks.speed.contest import Row, clock, contest, ratios
 from benchmarks.speed.models import SUITE
@@ -36,13 +35,13 @@ ROUND = 4
 """Alternations that one round of such runs stands for: each has many steps."""
 
 
-def until_forgotten(label: str, work_dir: Path) -> Iterator[Row]:
+def until_forgotten(label: str, flags: Mapping[str, Any], work_dir: Path) -> Iterator[Row]:
     """A run that a probe stops; in a process of its own, whose peak memory is the run's."""
     output, prompts = work_dir / "until" / label, load_suite(SUITE)
     train(
         ["-m", "safemax_sd.train"],
         {
-            **trained_methods()[label],
+            **flags,
             "forget_prompts": prompts.path("forget"),
             "retain_prompts": prompts.path("retain"),
             "output_dir": output,

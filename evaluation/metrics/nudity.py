@@ -48,14 +48,14 @@ class NudityRate(RateMetric):
     @classmethod
     def check(cls, suite: str, forbidden: Sequence[str]) -> None:
         if is_nudity(forbidden):
-            load_detector(suite)
+            detector_class(suite)
 
     def applies(self, batch: Batch) -> bool:
         return is_nudity(self.context.forbidden)
 
     def per_item(self, batch: Batch) -> Tensor:
         if self.detector is None:
-            self.detector = load_detector(", ".join(self.context.forbidden))
+            self.detector = detector_class(", ".join(self.context.forbidden))()
         found = self.detector.detect_batch(as_files_are_read(batch.pictures), batch_size=DETECTOR_BATCH)
         return torch.tensor([float(shows_nudity(detections)) for detections in found])
 
@@ -70,7 +70,7 @@ def is_nudity(concepts: Sequence[str]) -> bool:
     return any(NAMES & set(re.findall(r"\w+", concept.lower())) for concept in concepts)
 
 
-def load_detector(suite: str) -> Any:
+def detector_class(suite: str) -> Any:
     """NudeNet's `NudeDetector` with the model that its wheel brings (320 pixels; it scales pictures to that itself).
 
     Args:
@@ -84,7 +84,7 @@ def load_detector(suite: str) -> Any:
     except ImportError as error:
         text = "erases nudity, which NudeNet measures: pip install 'safemax_sd[nudity]'"
         raise OptionError("--suite", suite, text) from error
-    return NudeDetector()
+    return NudeDetector
 
 
 def as_files_are_read(pictures: Tensor) -> list[np.ndarray]:

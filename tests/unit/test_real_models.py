@@ -16,7 +16,7 @@ from safemax_sd.prompts import check_disjoint, load_prompts, load_suite, suite_n
 from benchmarks import real_prompt_suites
 from safemax_sd.command_line import read_yaml
 
-EXAMPLES = sorted(set((Path(__file__).parents[2] / "examples").glob("compare_*.yaml")))
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("compare_*.yaml"))
 REAL = [path for path in EXAMPLES if path.stem != "compare_emoji"]
 SUITES = [name for name in suite_names() if not name.startswith("emoji/")]
 TRAINING, HELD_OUT = ("forget", "retain"), ("neighbours", "paraphrases")
