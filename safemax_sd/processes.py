@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +19,10 @@ from safemax_sd.errors import SafemaxError
 SPLITS_THE_MODEL = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """What backends say of a process that is gone; gloo has no exception class of its own."""
+PROCESS_LOST = (
+    "error: another process of this run has ended, or the run was stopped; the last checkpoint is intact: start the "
+    "run again with --resume_from_checkpoint latest"
+)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -48,3 +57,25 @@ def lost_a_process(error: RuntimeError) -> bool:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     return isinstance(error, torch.distributed.DistBackendError) or any(text in str(error) for text in PEER_LOST)
+
+
+@contextmanager
+def told_when_terminated(accelerator: Accelerator) -> Iterator[None]:
+    """Where a run has several processes, print `PROCESS_LOST` before SIGTERM ends this one.
+
+    The launcher sends it as soon as one of them has died, often before a collective operation of the others fails.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+
+    def handler(number: int, frame: object) -> None:
+        os.write(sys.stderr.fileno(), f"{PROCESS_LOST}\n".encode())
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -32,7 +32,13 @@ from safemax_sd.objectives.base import Positions
 from safemax_sd.optimizers import check_optimizer, make_optimizer
 from safemax_sd.output import RunLog, clear, prepare_output_dir, write_results
 from safemax_sd.probe import UnlearningProbe
-from safemax_sd.processes import lost_a_process, make_accelerator, mean_over_processes
+from safemax_sd.processes import (
+    PROCESS_LOST,
+    lost_a_process,
+    make_accelerator,
+    mean_over_processes,
+    told_when_terminated,
+)
 from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_over_long
 from safemax_sd.provenance import Stopwatch
 from safemax_sd.recording import record_data
@@ -85,7 +91,7 @@ def train(config: TrainConfig) -> Path:
         run.step = checkpoints.load(accelerator, resume_from)
     elif accelerator.is_main_process:
         clear(run.output_dir)
-    with clock.phase("train"):
+    with clock.phase("train"), told_when_terminated(accelerator):
         loop(run)
     run.model_calls["train"] = sum(gather_object([run.model_calls["train"]]))
     if accelerator.is_main_process:
@@ -305,11 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not lost_a_process(error):
             raise
-        print(
-            "error: another process of this run has ended; the last checkpoint is intact: start the run again with "
-            "--resume_from_checkpoint latest",
-            file=sys.stderr,
-        )
+        print(PROCESS_LOST, file=sys.stderr)
         return 1
     return 0
 

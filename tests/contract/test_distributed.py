@@ -108,7 +108,8 @@ def test_two_processes_evaluate_what_one_does(two: tuple[list[str], Path]) -> No
     assert {path.name for path in (shared / "cache").iterdir()} == {path.name for path in (alone / "cache").iterdir()}
 
 
-def test_a_killed_process_ends_the_run_with_a_message(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["dies", "is_told_to_end"])
+def test_a_killed_process_ends_the_run_with_a_message(number: int, tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = tiny.train_arguments(tiny_model, tmp_path, output, "--max_train_steps", "100000")
     process = launch(arguments)
@@ -119,7 +120,7 @@ def test_a_killed_process_ends_the_run_with_a_message(tiny_model: Path, tmp_path
         time.sleep(0.2)
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 2
-    workers[1].send_signal(signal.SIGKILL)
+    workers[1].send_signal(number)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "error: another process of this run has ended" in printed
