@@ -3,10 +3,10 @@
     python -m benchmarks.method_search --work_dir search --output docs/results/emoji_search.jsonl
     python -m benchmarks.method_search --output docs/results/emoji_search.jsonl --table
 
-Every trained method of `examples/compare_emoji.yaml` gets as many trials: its flags there, the same with 5 and with 25
-times the learning rate, and the best of these three with twice the steps. The criterion was fixed before the first
-trial: the highest harmonic mean of UA, retained, neighbour and paraphrase accuracy on `emoji/tuning`. One JSON row a
-trial; trials that are there are not run again.
+Every method of `benchmarks/emoji/search.yaml` gets as many trials: its flags there, the same with 5 and with 25 times
+the learning rate, and the best of these three with twice the steps. `examples/compare_emoji.yaml` runs the best. The
+criterion was fixed before the first trial: the highest harmonic mean of UA, retained, neighbour and paraphrase accuracy
+on `emoji/tuning`. One JSON row a trial; trials that are there are not run again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from safemax_sd.evaluation.compare import compare
 from safemax_sd.evaluation.compare_tables import HARMONIC
 
 from benchmarks.class_unlearning import read_rows
-from benchmarks.emoji.methods import trained_methods
+from benchmarks.emoji.methods import SEARCH, trained_methods
 from safemax_sd.errors import SafemaxError
 from safemax_sd.objectives import OBJECTIVES
 
-TASK, SEED, NUM_IMAGES = "emoji/tuning", 100, 64
 RATES, LONGER = (1, 5, 25), 2
 Row = dict[str, Any]
 
@@ -53,13 +52,7 @@ class Trial:
 
     def row(self, work_dir: Path) -> Row:
         """Erase and measure."""
-        content = {
-            "tasks": [TASK],
-            "seeds": [SEED],
-            "num_images": NUM_IMAGES,
-            "num_sweep_images": 0,
-            "methods": {self.name: self.flags},
-        }
+        content = {**yaml.safe_load(SEARCH.read_text(encoding="utf8")), "methods": {self.name: self.flags}}
         config = work_dir / f"{self.name}.yaml"
         config.write_text(yaml.safe_dump(content), encoding="utf8")
         folder, failed = compare(str(config), str(work_dir / self.method))
@@ -80,7 +73,7 @@ class Trial:
 
 def trial(method: str, *, rate: int, steps: int) -> Trial:
     """A method's setting with multiples of its learning rate and steps."""
-    flags = trained_methods()[method]
+    flags = trained_methods(SEARCH)[method]
     config = OBJECTIVES.get(flags["objective"]).Config
     own = {"learning_rate": config.learning_rate, "max_train_steps": config.max_train_steps, **flags}
     changed = {"learning_rate": own["learning_rate"] * rate, "max_train_steps": own["max_train_steps"] * steps}
@@ -129,7 +122,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    methods = list(trained_methods())
+    methods = list(trained_methods(SEARCH))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("emoji_build") / "search")
     parser.add_argument("--output", type=Path, default=Path("emoji_search.jsonl"))

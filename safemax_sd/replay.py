@@ -27,6 +27,8 @@ PERTURBED_SHARE = 0.5
 """Of the steps, where perturbation is asked for."""
 PERTURBATION_SEED = 100_000
 """Apart from the seeds of the start noise."""
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+"""Its multiples, modulo 1, are evenly spread however many there are."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,9 @@ def record(
 ) -> ReplayBank:
     """Sample the frozen model and keep every step, or only where the trajectories end.
 
+    Steps are shifted against each other from batch to batch, so that a few of them cover all noise levels: a student
+    that has not seen the levels between a grid's steps, or those above its first, changes what is to be kept there.
+
     Several processes share the work where the storage is files: each records some of the batches.
 
     Args:
@@ -157,7 +162,7 @@ def record(
         num_inference_steps: Steps of each trajectory.
         resolution: In pixels; None for the model's own.
         seed: Trajectory i starts from noise seeded `seed + i`.
-        batch_size: Trajectories sampled together; does not change the result beyond rounding.
+        batch_size: Trajectories sampled together, at the same noise levels.
         description: Label of the progress bar.
         perturbation: Largest standard deviation of noise mixed into x_t, 0 to 1, at half of the steps; the predictions
             are those at the mixture. A student that is a little off the frozen trajectory learns to come back.
@@ -189,6 +194,7 @@ def record(
                 seeds=[seed + int(i) for i in indices],
                 guidance_scale=torch.where(unguided, 1.0, guidance_scale),
                 num_inference_steps=num_inference_steps,
+                grid_shift=start // batch_size * GOLDEN_RATIO % 1 if keep_steps else 0.0,
                 resolution=resolution,
                 keep_steps=keep_steps,
                 perturbation=perturbation,
@@ -229,6 +235,7 @@ def _record_batch(
     seeds: Sequence[int],
     guidance_scale: Tensor,
     num_inference_steps: int,
+    grid_shift: float,
     resolution: int | None,
     keep_steps: bool,
     perturbation: float,
@@ -240,7 +247,14 @@ def _record_batch(
     rows = []
     scale = guidance_scale.to(noise).view(-1, *[1] * (noise.dim() - 1))
     conditioning = family.with_guidance(conditioning, scale)
-    for point in family.trajectory(conditioning, noise, guidance_scale=scale, num_inference_steps=num_inference_steps):
+    points = family.trajectory(
+        conditioning,
+        noise,
+        guidance_scale=scale,
+        num_inference_steps=num_inference_steps,
+        grid_shift=grid_shift,
+    )
+    for point in points:
         end = point.following
         if perturbation > 0:
             point, extra = _perturbed(family, point, conditioning, perturbation, generators)

@@ -9,9 +9,10 @@ from safemax_sd.evaluation.compare_config import read_comparison
 from safemax_sd.evaluation.compare_methods import TrainedMethod
 
 COMPARISON = Path(__file__).parents[2] / "examples" / "compare_emoji.yaml"
+SEARCH = Path(__file__).with_name("search.yaml")
 
 
-def trained_methods() -> dict[str, dict[str, Any]]:
-    """Those of the emoji comparison that train, by label: `objective`, and the flags that the comparison names."""
-    methods = read_comparison(str(COMPARISON)).methods
+def trained_methods(comparison: Path) -> dict[str, dict[str, Any]]:
+    """Those of a comparison that train, by label: `objective`, and the flags that the comparison names."""
+    methods = read_comparison(str(comparison)).methods
     return {label: method.identity() for label, method in methods.items() if isinstance(method, TrainedMethod)}

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.class_unlearning import read_rows
-from benchmarks.emoji.methods import trained_methods
+from benchmarks.emoji.methods import COMPARISON, trained_methods
 from benchmarks.speed.contest import Row, contest, flops, step_phases
 from benchmarks.speed.models import CPU_SIZES, CUDA_SIZES, SIZES, config_of
 from benchmarks.speed.runs import replay, scaling_with_concepts, scaling_with_processes, until_forgotten
@@ -49,7 +49,7 @@ class Measurement:
             for part in ("floor", "step", "esd"):
                 self.measure(part, size, getattr(steps, part))
         work_dir, alternations = self.arguments.work_dir, self.arguments.alternations
-        for name, flags in trained_methods().items():
+        for name, flags in trained_methods(COMPARISON).items():
             self.measure("until", EMBEDDED, partial(until_forgotten, name, flags, work_dir), variant=name)
         self.measure("replay", EMBEDDED, partial(replay, work_dir, alternations))
         self.measure("scaling", EMBEDDED, partial(scaling_with_concepts, work_dir, alternations), axis="concepts")

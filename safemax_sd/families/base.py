@@ -168,6 +168,14 @@ class ModelFamily(ABC):
         """Prepare a sampler for latents like x_T, as the stock pipeline does."""
         scheduler.set_timesteps(num_inference_steps, device=x_T.device)
 
+    def shift_timesteps(self, scheduler: Any, share: float) -> None:
+        """Move the steps of a prepared sampler to higher noise levels by a share of a step, 0 to 1.
+
+        DDIM's are equally far apart. Where the first is the highest already ("trailing" spacing), nothing moves.
+        """
+        room = scheduler.config.num_train_timesteps - 1 - int(scheduler.timesteps[0])
+        scheduler.timesteps = scheduler.timesteps + round(share * room)
+
     @torch.no_grad()
     def trajectory(
         self,
@@ -177,6 +185,7 @@ class ModelFamily(ABC):
         guidance_scale: float | Tensor,
         num_inference_steps: int,
         step_noise: torch.Generator | None = None,
+        grid_shift: float = 0.0,
     ) -> Iterator[TrajectoryPoint]:
         """Sample with classifier-free guidance, step by step.
 
@@ -187,9 +196,11 @@ class ModelFamily(ABC):
             num_inference_steps: Steps.
             step_noise: Where the noise of ancestral sampling is drawn from (DDIM with η = 1, which with all steps is
                 DDPM's sampler, arXiv 2010.02502, sec. 4.1); None for the deterministic sampler.
+            grid_shift: Share of a step by which the steps are moved to higher noise levels, 0 to 1.
         """
         scheduler = self.sampler()
         self.set_timesteps(scheduler, num_inference_steps, x_T)
+        self.shift_timesteps(scheduler, grid_shift)
         ancestral = {} if step_noise is None else {"eta": 1.0, "generator": step_noise}
         conditioning = self.with_guidance(conditioning, guidance_scale)
         x = x_T

@@ -41,6 +41,15 @@ class TransformerFamily(LatentFamily):
         mu = self._shift_of(config, x_T.shape[-1] * x_T.shape[-2]) if config.use_dynamic_shifting else None
         scheduler.set_timesteps(**self._steps(num_inference_steps), device=x_T.device, mu=mu)
 
+    def shift_timesteps(self, scheduler: Any, share: float) -> None:
+        """The first step is the highest noise level and stays; the others move towards the step before."""
+        if share == 0:
+            return
+        sigmas = scheduler.sigmas.clone()
+        sigmas[1:-1] += share * (scheduler.sigmas[:-2] - scheduler.sigmas[1:-1])
+        scheduler.sigmas = sigmas
+        scheduler.timesteps = (sigmas[:-1] * scheduler.config.num_train_timesteps).to(scheduler.timesteps)
+
     def _steps(self, num_inference_steps: int) -> dict[str, Any]:
         """The steps as this family's pipeline asks its scheduler for them."""
         return {"num_inference_steps": num_inference_steps}

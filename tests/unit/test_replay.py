@@ -47,13 +47,6 @@ def bank(
     )
 
 
-def in_order(recorded: ReplayBank) -> torch.Tensor:
-    """Rows sorted by time and by what stands in x_t, so that banks of other batch sizes compare."""
-    flat = recorded.x_t.flatten(1)
-    keys = recorded.t.double() * 1e6 + flat[:, 0].double()
-    return keys.argsort()
-
-
 @pytest.mark.parametrize("perturbation", [0.0, 0.5])
 def test_predictions_are_the_models_at_the_recorded_states(family: ModelFamily, perturbation: float) -> None:
     recorded = bank(family, perturbation=perturbation)
@@ -75,14 +68,39 @@ def test_half_of_the_steps_hold_added_noise_and_the_trajectories_stay(family: Mo
 
 
 @pytest.mark.parametrize("perturbation", [0.0, 0.5])
-def test_the_batch_size_changes_nothing(family: ModelFamily, perturbation: float) -> None:
-    one, another = (bank(family, batch_size=size, perturbation=perturbation) for size in (6, 2))
-    assert torch.allclose(one.x_t[in_order(one)], another.x_t[in_order(another)], atol=1e-4)
-    assert torch.allclose(one.samples.x0, another.samples.x0, atol=1e-4)
+def test_how_many_are_sampled_together_changes_nothing(family: ModelFamily, perturbation: float) -> None:
+    one, another = (bank(family, batch_size=size, perturbation=perturbation) for size in (6, 4))
+    first = slice(0, 4)  # trajectories of the first batch, whose steps are not shifted
+    assert torch.allclose(one.samples.x0[first], another.samples.x0[first], atol=1e-4)
+    for step in range(STEPS):
+        rows, others = one.x_t[6 * step : 6 * step + 4], another.x_t[4 * step : 4 * step + 4]
+        assert torch.allclose(rows, others, atol=1e-4)
+
+
+def test_each_batch_has_noise_levels_of_its_own(family: ModelFamily) -> None:
+    times = [sorted(set(part.tolist())) for part in bank(family, batch_size=2).t.split(2 * STEPS)]
+    highest = family.process.all_times().max()
+    assert len({time for part in times for time in part}) == 3 * STEPS
+    assert times[0][-1] < times[2][-1] < times[1][-1] <= highest  # shifted by 0, 0.24 and 0.62 of what is free
+    steps = [part[1] - part[0] for part in times]
+    assert steps == [steps[0]] * 3
+
+
+@pytest.mark.parametrize("name", ["tiny_sd3", "tiny_flux"])
+def test_flow_matching_starts_at_pure_noise_in_each_batch(name: str, request: pytest.FixtureRequest) -> None:
+    recorded = bank(load_family(LoadOptions(str(request.getfixturevalue(name)))), batch_size=2)
+    times = [sorted(set(part.tolist())) for part in recorded.t.split(2 * STEPS)]
+    assert len({part[-1] for part in times}) == 1
+    assert len({time for part in times for time in part}) == 3 * (STEPS - 1) + 1
+    for others in times[1:]:
+        between = zip(times[0][:-1], others[:-1], times[0][1:], strict=True)
+        assert all(low < moved < high for low, moved, high in between)
+    for state in (recorded.x_t, recorded.samples.x0):
+        assert bool(state.isfinite().all())
 
 
 def test_samples_alone_take_no_rows(family: ModelFamily) -> None:
-    whole, ends = bank(family), bank(family, keep_steps=False)
+    whole, ends = bank(family, batch_size=TRAJECTORIES), bank(family, keep_steps=False)
     assert len(ends) == 0
     assert ends.x_t.shape[1:] == whole.x_t.shape[1:]
     assert torch.equal(ends.samples.x0, whole.samples.x0)

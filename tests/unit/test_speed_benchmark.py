@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.class_unlearning import read_rows
-from benchmarks.emoji.methods import trained_methods
+from benchmarks.emoji.methods import COMPARISON, trained_methods
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.models import SIZES
 from benchmarks.speed.steps import ESD_PREDICTIONS, ESD_STEPS
@@ -97,7 +97,7 @@ def test_tables_and_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:
 
 
 def test_runs_until_forgotten_are_those_of_the_trained_methods_of_the_comparison() -> None:
-    found = trained_methods()
+    found = trained_methods(COMPARISON)
     assert {"safemax", "esd", "salun", "selective_amnesia"} <= set(found)
     assert not {"uce", "negative_prompt"} & set(found)
     assert found["salun"]["max_train_steps"] < 1000
