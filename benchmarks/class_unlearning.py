@@ -46,7 +46,17 @@ PART_PICTURES = 128
 TIMED_SHARE = {"digits": 1.0, "cifar10": 0.25, "cifar10_small": 1.0}
 """Of a batch. A published batch of CIFAR-10 does not fit 24 GB; a step's time is proportional to it."""
 GUIDANCE = 3.0
-SAFEMAX: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "target_guidance": GUIDANCE}
+SAFEMAX: dict[str, Any] = {
+    "replay_guidance_scale": GUIDANCE,
+    "target_guidance": GUIDANCE,
+    "train_batch_size": 12,
+    "max_train_steps": 550,
+    "learning_rate": 5e-4,
+    "forget_trajectories": 64,
+    "retain_trajectories": 512,
+    "replay_inference_steps": 20,
+}
+"""Settings that the rows of the study were made with, whatever the defaults are."""
 REPLAYED: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "replay_inference_steps": 20, "replay_batch_size": 250}
 
 

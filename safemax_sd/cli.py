@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 
 from safemax_sd.command_line import parse_config
-from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.objectives.safemax import SafemaxConfig
 
 if TYPE_CHECKING:
     from safemax_sd.prompts import PromptSet
@@ -276,7 +276,7 @@ def quickstart(
     suite: Annotated[str, typer.Option("--suite", help="What to erase from the embedded model.")] = "emoji/bomb",
     output_dir: Annotated[Path, typer.Option("--output_dir")] = Path("quickstart_output"),
     overwrite_output_dir: Annotated[bool, typer.Option("--overwrite_output_dir")] = False,
-    max_train_steps: Annotated[int, typer.Option("--max_train_steps")] = TrainConfig.max_train_steps,
+    max_train_steps: Annotated[int, typer.Option("--max_train_steps")] = SafemaxConfig.max_train_steps,
     num_images: Annotated[int, typer.Option("--num_images", help="Pictures of each prompt subset.")] = 128,
     num_sweep_images: Annotated[int, typer.Option("--num_sweep_images", help="Pictures a setting.")] = 16,
 ) -> None:

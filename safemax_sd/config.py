@@ -97,6 +97,9 @@ class TrainConfig:
     replay_unguided_share: float = option(0.0, "Share of trajectories to keep that are recorded at guidance 1.")
     replay_inference_steps: int = option(20, "Sampling steps of those trajectories.")
     retain_perturbation: float = option(0.5, "Largest noise mixed into half of the recorded states to keep.")
+    retain_near_share: float = option(
+        0.0, "Share of trajectories to keep, of the prompts whose token states are most like forbidden ones."
+    )
     replay_batch_size: int = option(32, "Trajectories sampled together.")
     replay_memory_gib: float = option(8.0, "Replay banks beyond this lie on disk, in --output_dir while it runs.")
 
@@ -132,6 +135,7 @@ class TrainConfig:
         "replay_memory_gib": NOT_NEGATIVE,
         "lora_dropout": SHARE,
         "retain_perturbation": SHARE,
+        "retain_near_share": SHARE,
         "replay_unguided_share": SHARE,
         "stop_at_unlearning_accuracy": PERCENTAGE,
     }  # fmt: skip

@@ -131,11 +131,20 @@ def start_noise(shape: tuple[int, ...], seeds: Sequence[int], device: torch.devi
     return torch.stack(rows).to(device)
 
 
+def spread(trajectories: int, prompts: int) -> Tensor:
+    """Which of so many prompts each trajectory gets, int64 [trajectories]: all in turn, or evenly chosen ones.
+
+    A file usually lists prompts by concept: fewer trajectories than prompts must still visit all of it.
+    """
+    indices = torch.arange(trajectories)
+    return indices * prompts // trajectories if trajectories < prompts else indices % prompts
+
+
 def record(
     family: ModelFamily,
     conditioning: Conditioning,
+    prompts: Tensor,
     *,
-    trajectories: int,
     guidance_scale: float,
     num_inference_steps: int,
     resolution: int | None,
@@ -156,8 +165,8 @@ def record(
 
     Args:
         family: Model; an attached adapter is switched off while recording.
-        conditioning: Of the prompts, one row each; spread evenly over them, or taken in turn where they are fewer.
-        trajectories: How many pictures to sample.
+        conditioning: Of the prompts, one row each.
+        prompts: Row of the prompt of each trajectory, int64 [trajectories].
         guidance_scale: Of the trajectories' classifier-free guidance.
         num_inference_steps: Steps of each trajectory.
         resolution: In pixels; None for the model's own.
@@ -170,13 +179,13 @@ def record(
         keep_steps: False leaves the bank without rows: a method that needs the samples alone saves their memory.
         storage: Where the bank lies.
     """
-    steps = num_inference_steps if keep_steps else 0
+    trajectories, steps = len(prompts), num_inference_steps if keep_steps else 0
     bank = _room(storage, family, family.latent_shape(resolution), trajectories, trajectories * steps)
     starts = range(0, trajectories, batch_size)
     state = PartialState()
     shared = storage.folder is not None
     own = starts[state.process_index :: state.num_processes] if shared else starts
-    fewer, calls = trajectories < len(conditioning), 0
+    calls = 0
     with (
         family.base_only(),
         torch.no_grad(),
@@ -184,13 +193,11 @@ def record(
     ):
         for start in own:
             indices = torch.arange(start, min(start + batch_size, trajectories))
-            # A file usually lists prompts by concept: fewer trajectories than prompts must still visit all of it.
-            prompts = indices * len(conditioning) // trajectories if fewer else indices % len(conditioning)
             unguided = ((indices + 1) * unguided_share).floor() > (indices * unguided_share).floor()
             part = _record_batch(
                 family,
-                conditioning.select(prompts),
-                prompts,
+                conditioning.select(prompts[indices]),
+                prompts[indices],
                 seeds=[seed + int(i) for i in indices],
                 guidance_scale=torch.where(unguided, 1.0, guidance_scale),
                 num_inference_steps=num_inference_steps,

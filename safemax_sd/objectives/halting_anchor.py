@@ -47,7 +47,11 @@ class HaltingAnchorConfig(SafemaxConfig):
 
     forget_prompts: str = option("", "Not used: the anchor is trained before there is anything to forget.")
     rank: int = option(32, "LoRA rank (alpha equals it).")
-    learning_rate: float = option(1e-3, "Of AdamW.")
+    train_batch_size: int = option(12, "Marked samples a step, micro-batch and process.")
+    forget_trajectories: int = option(64, "Trajectories of the frozen model recorded for prompts to be marked.")
+    retain_trajectories: int = option(512, "Trajectories of the frozen model recorded for prompts to keep.")
+    replay_inference_steps: int = option(20, "Sampling steps of those trajectories.")
+    retain_near_share: float = option(0.0, "Not used: there is nothing forbidden yet.")
     replay_unguided_share: float = option(0.5, "Share of trajectories to keep that are recorded at guidance 1.")
     retain_noise: float = option(0.2, "Share of retain samples on noise: there only the empty prompt is to halt.")
     max_train_steps: int = option(2000, "Optimizer steps.")

@@ -63,6 +63,16 @@ class _Sample:
 class SafemaxConfig(TrainConfig):
     """SAFEMax's own flags."""
 
+    train_batch_size: int = option(6, "Forget samples a step, micro-batch and process.")
+    max_train_steps: int = option(350, "Optimizer steps.")
+    learning_rate: float = option(1e-3, "Of AdamW; for prodigy about 1.")
+    forget_trajectories: int = option(32, "Trajectories of the frozen model recorded for forbidden prompts.")
+    retain_trajectories: int = option(256, "The same for prompts to keep.")
+    replay_inference_steps: int = option(6, "Sampling steps of those trajectories.")
+    retain_near_share: float = option(
+        0.5, "Share of trajectories to keep, of the prompts whose token states are most like forbidden ones."
+    )
+
     decay: Literal["exponential", "constant", "linear", "cutoff"] = option("exponential", "Shape of D(t).")
     decay_lambda: float = option(1.0, "λ in D(t) = exp(-λ·t/T).")
     target: Literal["closed_form", "sampled"] = option("closed_form", "Maximum-entropy target or draws of it.")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
-from safemax_sd.replay import MEMORY, ReplayBank, Storage, bank_bytes, record
+from safemax_sd.replay import MEMORY, ReplayBank, Storage, bank_bytes, record, spread
 
 STEPS, TRAJECTORIES = 4, 6
 
@@ -34,7 +34,7 @@ def bank(
     return record(
         family,
         conditioning(family),
-        trajectories=TRAJECTORIES,
+        spread(TRAJECTORIES, 2),
         guidance_scale=3.0,
         num_inference_steps=STEPS,
         resolution=None,
