@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError
 from safemax_sd.families import TOKEN_STATES, Conditioning, ModelFamily
+from safemax_sd.likeness import nearest
 from safemax_sd.objectives import OBJECTIVES, ErasureData
 from safemax_sd.objectives.base import Extra
 from safemax_sd.picture_folder import encode_samples
@@ -21,8 +21,6 @@ from safemax_sd.replay import MEMORY, ReplayBank, Samples, Storage, bank_bytes, 
 
 EXTRA_SEED = 750_000
 """Apart from the seeds of the start noise of prompts to forget and to keep."""
-COMPARED_AT_ONCE = 64
-"""Prompts, so that copies of their token states stay small."""
 
 
 def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet) -> ErasureData:
@@ -45,10 +43,11 @@ def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, ret
                 family, prompts, config.train_data_dir, resolution=config.resolution, option="--train_data_dir"
             )
     counts = {"forget": config.forget_trajectories, "retain": config.retain_trajectories}
-    shown = {name: spread(count, len(conditioning[name])) for name, count in counts.items()}
-    if keep_steps:
-        near = round(config.retain_near_share * config.retain_trajectories)
-        shown["retain"] = with_nearest(conditioning["retain"], conditioning["forget"], shown["retain"], near)
+    near_share = config.retain_near_share if keep_steps else 0.0
+    shown = {
+        "forget": spread(counts["forget"], len(forget)),
+        "retain": with_nearest(conditioning["retain"], conditioning["forget"], counts["retain"], near_share),
+    }
     banks: dict[str, ReplayBank] = {}
     for number, (name, rows) in enumerate(conditioning.items()):
         if replays == "nothing" or (samples and not keep_steps):  # real pictures are all that the method learns from
@@ -109,27 +108,16 @@ def record_extra(config: TrainConfig, family: ModelFamily, prompts: Sequence[str
     return Extra(_on_cpu(rows), bank.samples, bank.model_calls)
 
 
-def with_nearest(kept: Conditioning, forbidden: Conditioning, prompts: Tensor, near: int) -> Tensor:
-    """Prompts of trajectories of which the last `near` go to those that an erasure changes most.
+def with_nearest(kept: Conditioning, forbidden: Conditioning, trajectories: int, share: float) -> Tensor:
+    """Prompt to keep of each trajectory, int64 [trajectories]: evenly chosen, then those most like forbidden ones.
 
     A network that halts for one prompt also halts, more or less, for prompts whose token states are like that one's.
-    Likeness is the cosine of token states less their mean over the prompts to keep, with the most alike of the
-    forbidden prompts. Class numbers have no token states: all trajectories stay as they are.
-
-    Args:
-        kept: Of the prompts to keep, N rows.
-        forbidden: Of the forbidden prompts.
-        prompts: Row in `kept` of the prompt of each trajectory, int64 [trajectories].
-        near: How many trajectories to move to the most alike prompts, one each, in turn where these are fewer.
     """
-    if near == 0 or TOKEN_STATES not in kept.tensors:
-        return prompts
-    states = kept.tensors[TOKEN_STATES].float().flatten(1)
-    mean = states.mean(0)
-    forbidden_states = normalize(forbidden.tensors[TOKEN_STATES].float().flatten(1) - mean)
-    parts = [normalize(part - mean) @ forbidden_states.T for part in states.split(COMPARED_AT_ONCE)]
-    nearest = torch.cat(parts).amax(1).argsort(descending=True).cpu()
-    return torch.cat([spread(len(prompts) - near, len(states)), nearest[torch.arange(near) % len(nearest)]])
+    near = round(share * trajectories) if TOKEN_STATES in kept.tensors else 0  # no class number is like another
+    evenly = spread(trajectories - near, len(kept))
+    if near == 0:
+        return evenly
+    return torch.cat([evenly, nearest(kept, forbidden)[torch.arange(near) % len(kept)]])
 
 
 def bank_storage(config: TrainConfig, name: str, latent_shape: tuple[int, ...], trajectories: int) -> Storage:

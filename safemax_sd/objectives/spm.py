@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from safemax_sd.config import NOT_NEGATIVE, POSITIVE, Range, TrainConfig, option
 from safemax_sd.errors import OptionError
 from safemax_sd.families import TOKEN_STATES, Conditioning
+from safemax_sd.likeness import likeness
 from safemax_sd.objectives.base import (
     Batch,
     ErasureData,
@@ -186,22 +187,6 @@ class Spm(Objective):
         predicted = self.frozen(torch.cat([x_t, x_t[:count]]), torch.cat([t, t[:count]]), asked)
         conditional, anchors, free = predicted[:count], predicted[count : len(t)], predicted[len(t) :]
         return torch.cat([free - self.config.negative_guidance * (conditional - free), anchors])
-
-
-def likeness(first: Conditioning, second: Conditioning) -> Tensor:
-    """Cosine of the angle between the token states of prompts, taken as one vector each.
-
-    Args:
-        first: A rows.
-        second: B rows.
-
-    Returns:
-        float32 [A, B]; 0 where prompts have no token states, as the classes of a class-conditional model.
-    """
-    if TOKEN_STATES not in first.tensors:
-        return torch.zeros(len(first), len(second))
-    one, other = (rows.tensors[TOKEN_STATES].float().flatten(1) for rows in (first, second))
-    return one @ other.T / torch.outer(one.norm(dim=1), other.norm(dim=1))
 
 
 def latent_anchor(forbidden: Conditioning, generator: torch.Generator) -> Conditioning:

@@ -15,7 +15,7 @@ from safemax_sd.errors import OptionError
 from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_family
 from safemax_sd.objectives import ErasureData, Student
 from safemax_sd.objectives.base import Positions
-from safemax_sd.objectives.spm import Spm, SpmBatch, SpmConfig, latent_anchor, likeness
+from safemax_sd.objectives.spm import Spm, SpmBatch, SpmConfig, latent_anchor
 from safemax_sd.recording import record_data
 from safemax_sd.train import read_input
 from tests import tiny
@@ -92,14 +92,6 @@ def test_a_step_split_over_micro_batches_is_the_same_step() -> None:
         states, x_t = joined(own)
         assert torch.equal(whole.conditioning.tensors["states"][rows], states)
         assert torch.equal(whole.x_t[rows], x_t)
-
-
-def test_likeness_is_the_cosine_of_whole_prompts() -> None:
-    forbidden = tokens([[1.0, 0.0], [0.0, 0.0]])
-    kept = tokens([[2.0, 0.0], [0.0, 0.0]], [[3.0, 0.0], [0.0, 4.0]], [[0.0, 0.0], [0.0, 5.0]])
-    assert torch.allclose(likeness(forbidden, kept), torch.tensor([[1.0, 0.6, 0.0]]))
-    classes = Conditioning({"class_labels": torch.tensor([1, 2])})
-    assert torch.equal(likeness(classes, classes), torch.zeros(2, 2))
 
 
 def test_anchors_are_drawn_by_their_distance_to_the_forbidden_prompt() -> None:

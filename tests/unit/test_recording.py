@@ -1,12 +1,15 @@
-"""Which prompts the recorded trajectories show."""
+"""Which prompts the recorded trajectories show, and which prompts are alike."""
 
 from __future__ import annotations
 
 import torch
 
 from safemax_sd.families import TOKEN_STATES, Conditioning
+from safemax_sd.likeness import likeness
 from safemax_sd.recording import with_nearest
 from safemax_sd.replay import spread
+
+CLASSES = Conditioning({"class_labels": torch.arange(4)})
 
 
 def states(*rows: list[float]) -> Conditioning:
@@ -17,27 +20,35 @@ def states(*rows: list[float]) -> Conditioning:
 KEPT = states([1, 0], [0, 1], [-1, 0], [0, -1])
 
 
+def test_likeness_is_the_cosine_of_whole_prompts() -> None:
+    kept = states([2, 0], [3, 4], [0, 5])
+    assert torch.allclose(likeness(states([1, 0]), kept), torch.tensor([[1.0, 0.6, 0.0]]))
+    assert torch.equal(likeness(CLASSES, CLASSES), torch.zeros(4, 4))
+
+
 def test_some_trajectories_go_to_the_prompts_most_like_forbidden_ones() -> None:
-    forbidden = states([-3, 0.5], [0.2, 2])
-    rows = with_nearest(KEPT, forbidden, spread(6, 4), 2)
+    rows = with_nearest(KEPT, states([-3, 0.5], [0.2, 2]), 6, 1 / 3)
     assert rows[:4].tolist() == [0, 1, 2, 3]
     assert set(rows[4:].tolist()) == {1, 2}
-    assert with_nearest(KEPT, forbidden, spread(6, 4), 0).tolist() == spread(6, 4).tolist()
+    assert with_nearest(KEPT, KEPT, 6, 0.0).tolist() == [0, 1, 2, 3, 0, 1]
 
 
 def test_more_than_there_are_prompts_take_them_in_turn() -> None:
-    assert sorted(with_nearest(KEPT, states([1, 1]), spread(8, 4), 8).tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(with_nearest(KEPT, states([1, 1]), 8, 1.0).tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_what_all_prompts_share_makes_none_alike() -> None:
     shared = torch.full((1, 1, 2), 100.0)
     far, kept = (Conditioning({TOKEN_STATES: c.tensors[TOKEN_STATES] + shared}) for c in (states([0, -5]), KEPT))
-    assert with_nearest(kept, far, spread(4, 4), 1)[-1] == 3
+    assert with_nearest(kept, far, 4, 0.25)[-1] == 3
+
+
+def test_a_prompt_alone_is_as_alike_as_any() -> None:
+    assert with_nearest(states([1, 2]), states([3, 4]), 4, 0.5).tolist() == [0, 0, 0, 0]
 
 
 def test_class_numbers_are_not_alike() -> None:
-    classes = Conditioning({"class_labels": torch.arange(4)})
-    assert with_nearest(classes, classes, spread(4, 4), 2).tolist() == [0, 1, 2, 3]
+    assert with_nearest(CLASSES, CLASSES, 4, 0.5).tolist() == [0, 1, 2, 3]
 
 
 def test_trajectories_are_spread_over_a_whole_file() -> None:
