@@ -28,6 +28,8 @@ from safemax_sd.judge import load_judge
 from safemax_sd.provenance import Stopwatch, atomic_write_text, provenance, write_json_atomic
 
 FORMAT_VERSION = 1
+TILES_QUALITY = 85
+"""Lossy: noise does not compress, and a page has hundreds of these pictures."""
 STATE, REPORT, LOCK = "cell.json", "report.json", ".lock"
 ANCHOR = "anchor"
 """What a record names the cost of an anchor, which is trained once for all that it erases."""
@@ -221,7 +223,7 @@ def evaluate_cell(cell: Cell, base_cache: Path) -> Shown:
 
 
 def tiles_path(cell: Cell, model: str) -> Path:
-    return cell.evaluated / f"tiles_{model}.png"
+    return cell.evaluated / f"tiles_{model}.webp"
 
 
 def save_tiles(cell: Cell, shown: Shown) -> None:
@@ -231,7 +233,7 @@ def save_tiles(cell: Cell, shown: Shown) -> None:
         row = Image.new("RGB", (width * len(images), height))
         for place, image in enumerate(images):
             row.paste(image, (place * width, 0))
-        row.save(tiles_path(cell, model))
+        row.save(tiles_path(cell, model), quality=TILES_QUALITY)
 
 
 def clean(cell: Cell) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from safemax_sd.evaluation.compare_tables import (
     CALLS,
     HARMONIC,
@@ -37,7 +35,6 @@ PLOTS = (
     (MEMORY, HARMONIC, "Quality against peak memory"),
 )
 COSTS = (SECONDS, CALLS, MEMORY)
-QUALITY = 85
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -168,7 +165,7 @@ def _gallery(task: str, gallery: Gallery) -> str:
         for subset, prompt in zip(gallery.subsets, gallery.prompts, strict=True)
     )
     rows = "".join(
-        f'<tr><th>{html.escape(label)}</th><td><img src="data:image/webp;base64,{_webp(path)}" '
+        f'<tr><th>{html.escape(label)}</th><td><img src="data:image/webp;base64,{_base64(path)}" '
         f'alt="Pictures of {html.escape(label)} on {html.escape(task)}"></td></tr>'
         for label, path in gallery.rows.items()
     )
@@ -176,12 +173,8 @@ def _gallery(task: str, gallery: Gallery) -> str:
     return f'<h3>{html.escape(task)}, seed {gallery.seed}</h3><table class="strips">{head}{rows}</table>'
 
 
-def _webp(path: Path) -> str:
-    """Lossy, for noise does not compress and a page has hundreds of pictures."""
-    buffer = io.BytesIO()
-    with Image.open(path) as image:
-        image.save(buffer, format="WEBP", quality=QUALITY)
-    return base64.b64encode(buffer.getvalue()).decode()
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 def _pairs(content: Mapping[str, Any]) -> str:
