@@ -110,11 +110,15 @@ def run(one: Trial, work_dir: Path, output: Path) -> None:
 
 def table(rows: list[Row]) -> str:
     """Markdown: a line a trial, the chosen ones marked."""
-    columns = ("ua", "paraphrases", "retained", "neighbours", HARMONIC.name, "seconds", "model_calls")
-    lines = [f"| method | learning rate | steps | {' | '.join(columns)} | |", "|" + "---|" * (len(columns) + 4)]
+    rates, costs = ("ua", "paraphrases", "retained", "neighbours", HARMONIC.name), ("seconds", "model_calls")
+    headings = [name.replace("_", " ") for name in ("method", "learning_rate", "steps", *rates, *costs)]
+    lines = [f"| {' | '.join(headings)} | |", "|" + "---|" * (len(headings) + 1)]
     for row in rows:
         values = row["values"]
-        cells = ["failed" if values is None else f"{values[name]['value']:.4g}" for name in columns]
+        cells = ["failed"] * len(rates + costs)
+        if values is not None:
+            cells = [f"{values[name]['value']:.1f}" for name in rates]
+            cells += [f"{values[name]['value']:,.0f}" for name in costs]
         mark = "chosen" if row is best(rows, row["method"]) else ""
         rate, steps = row["flags"]["learning_rate"], row["flags"]["max_train_steps"]
         lines.append(f"| {row['method']} | {rate:.3g} | {steps} | {' | '.join(cells)} | {mark} |")

@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 
 from benchmarks import method_search
-from benchmarks.method_search import Trial, best, search, table, trial
+from benchmarks.class_unlearning import read_rows
+from benchmarks.emoji.methods import COMPARISON, SEARCH, trained_methods
+from benchmarks.method_search import RATES, Trial, best, search, table, trial
 from safemax_sd.objectives.esd import EsdConfig
+
+FOUND = Path(__file__).parents[2] / "docs" / "results" / "emoji_search.jsonl"
 
 
 def row(method: str, rate: int, steps: int, quality: float | None) -> dict[str, Any]:
@@ -53,3 +57,14 @@ def test_the_longer_trial_is_of_the_best_rate_and_nothing_is_run_twice(
     assert ran == [(5, 1), (25, 1), (5, 2)]
     search("esd", tmp_path, output)
     assert len(ran) == 3
+
+
+def test_the_comparison_runs_what_the_search_chose() -> None:
+    rows, compared = read_rows(FOUND), trained_methods(COMPARISON)
+    assert set(compared) == set(trained_methods(SEARCH))
+    for method, flags in compared.items():
+        trials = [row for row in rows if row["method"] == method]
+        assert len(trials) == len(RATES) + 1
+        assert [row["steps"] for row in trials] == [1] * len(RATES) + [2]
+        chosen = best(rows, method)["flags"]
+        assert flags == {name: pytest.approx(v) if isinstance(v, float) else v for name, v in chosen.items()}, method
