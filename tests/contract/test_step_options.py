@@ -62,7 +62,7 @@ def test_prodigy_warns_of_a_rate_of_adamw(
         pytest.raises(SafemaxError, match="--optimizer prodigy needs the prodigyopt package: pip install prodigyopt"),
     ):
         read_input(replace(config, optimizer="prodigy"))
-    assert "--learning_rate 0.0005" in caplog.text
+    assert f"--learning_rate {config.learning_rate:g}" in caplog.text
 
 
 def test_a_missing_package_is_told_before_anything_is_done(
