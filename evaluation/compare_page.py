@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from safemax_sd.evaluation.compare_tables import (
     headings,
 )
 from safemax_sd.evaluation.plots import Point, trade_off_plot
-from safemax_sd.evaluation.report import STYLE_SHEET
+from safemax_sd.evaluation.report import STYLE_SHEET, data_uri
 
 from safemax_sd.provenance import atomic_write_text
 
@@ -165,16 +164,12 @@ def _gallery(task: str, gallery: Gallery) -> str:
         for subset, prompt in zip(gallery.subsets, gallery.prompts, strict=True)
     )
     rows = "".join(
-        f'<tr><th>{html.escape(label)}</th><td><img src="data:image/webp;base64,{_base64(path)}" '
+        f'<tr><th>{html.escape(label)}</th><td><img src="{data_uri(path)}" '
         f'alt="Pictures of {html.escape(label)} on {html.escape(task)}"></td></tr>'
         for label, path in gallery.rows.items()
     )
     head = f'<tr><th></th><td><div class="columns">{labels}</div></td></tr>'
     return f'<h3>{html.escape(task)}, seed {gallery.seed}</h3><table class="strips">{head}{rows}</table>'
-
-
-def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
 
 
 def _pairs(content: Mapping[str, Any]) -> str:

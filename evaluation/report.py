@@ -39,7 +39,7 @@ PAGE = """<!doctype html>
 <body><main>
 <h1>{title}</h1>
 <p class="lead">{lead}</p>
-<figure><img src="data:image/png;base64,{samples}" alt="Base and erased model, same prompts and seeds">
+<figure><img src="{samples}" alt="Base and erased model, same prompts and seeds">
 <figcaption>Same prompts, same start noise: the base model above, the erased model below.</figcaption></figure>
 <h2>Headline</h2>{headline}
 {sweeps}
@@ -67,7 +67,7 @@ def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]
         title=html.escape(title(report)),
         style=STYLE_SHEET.read_text(encoding="utf8"),
         lead=html.escape(_lead(report)),
-        samples=base64.b64encode((folder / "samples.png").read_bytes()).decode(),
+        samples=data_uri(folder / "samples.png"),
         headline=_headline_table(report),
         sweeps=_sweeps(report),
         training=_training(log),
@@ -79,6 +79,11 @@ def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]
     )
     atomic_write_text(folder / "index.html", page)
     return folder / "index.html"
+
+
+def data_uri(picture: Path) -> str:
+    """A picture as a page holds it in itself; the file's ending says its format."""
+    return f"data:image/{picture.suffix[1:]};base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
 def read_log(adapter_dir: Path) -> list[dict[str, Any]]:

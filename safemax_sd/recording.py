@@ -42,11 +42,10 @@ def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, ret
             samples[name] = encode_samples(
                 family, prompts, config.train_data_dir, resolution=config.resolution, option="--train_data_dir"
             )
-    counts = {"forget": config.forget_trajectories, "retain": config.retain_trajectories}
     near_share = config.retain_near_share if keep_steps else 0.0
     shown = {
-        "forget": spread(counts["forget"], len(forget)),
-        "retain": with_nearest(conditioning["retain"], conditioning["forget"], counts["retain"], near_share),
+        "forget": spread(config.forget_trajectories, len(forget)),
+        "retain": with_nearest(conditioning["retain"], conditioning["forget"], config.retain_trajectories, near_share),
     }
     banks: dict[str, ReplayBank] = {}
     for number, (name, rows) in enumerate(conditioning.items()):
@@ -66,7 +65,7 @@ def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, ret
             keep_steps=keep_steps,
             perturbation=config.retain_perturbation if name == "retain" and keep_steps else 0.0,
             unguided_share=config.replay_unguided_share if name == "retain" else 0.0,
-            storage=bank_storage(config, name, latent_shape, counts[name] if keep_steps else 0),
+            storage=bank_storage(config, name, latent_shape, len(shown[name]) if keep_steps else 0),
         )
     return ErasureData(
         process=family.process,

@@ -193,11 +193,12 @@ def record(
     ):
         for start in own:
             indices = torch.arange(start, min(start + batch_size, trajectories))
+            rows = prompts[indices]
             unguided = ((indices + 1) * unguided_share).floor() > (indices * unguided_share).floor()
             part = _record_batch(
                 family,
-                conditioning.select(prompts[indices]),
-                prompts[indices],
+                conditioning.select(rows),
+                rows,
                 seeds=[seed + int(i) for i in indices],
                 guidance_scale=torch.where(unguided, 1.0, guidance_scale),
                 num_inference_steps=num_inference_steps,

@@ -200,7 +200,8 @@ class ModelFamily(ABC):
         """
         scheduler = self.sampler()
         self.set_timesteps(scheduler, num_inference_steps, x_T)
-        self.shift_timesteps(scheduler, grid_shift)
+        if grid_shift > 0:
+            self.shift_timesteps(scheduler, grid_shift)
         ancestral = {} if step_noise is None else {"eta": 1.0, "generator": step_noise}
         conditioning = self.with_guidance(conditioning, guidance_scale)
         x = x_T

@@ -43,8 +43,6 @@ class TransformerFamily(LatentFamily):
 
     def shift_timesteps(self, scheduler: Any, share: float) -> None:
         """The first step is the highest noise level and stays; the others move towards the step before."""
-        if share == 0:
-            return
         sigmas = scheduler.sigmas.clone()
         sigmas[1:-1] += share * (scheduler.sigmas[:-2] - scheduler.sigmas[1:-1])
         scheduler.sigmas = sigmas

@@ -47,6 +47,7 @@ class HaltingAnchorConfig(SafemaxConfig):
 
     forget_prompts: str = option("", "Not used: the anchor is trained before there is anything to forget.")
     rank: int = option(32, "LoRA rank (alpha equals it).")
+    learning_rate: float = option(1e-3, "Of AdamW.")
     train_batch_size: int = option(12, "Marked samples a step, micro-batch and process.")
     forget_trajectories: int = option(64, "Trajectories of the frozen model recorded for prompts to be marked.")
     retain_trajectories: int = option(512, "Trajectories of the frozen model recorded for prompts to keep.")
