@@ -10,15 +10,20 @@ from typing import Any
 
 from safemax_sd.evaluation.compare_tables import (
     CALLS,
+    COLUMNS,
     HARMONIC,
     MEMORY,
     NOTE,
     RATES,
     SECONDS,
+    TASKS_NOTE,
     Column,
     Summary,
+    TaskScore,
     cell_texts,
     headings,
+    leaders,
+    score_texts,
 )
 from safemax_sd.evaluation.plots import Point, trade_off_plot
 from safemax_sd.evaluation.report import STYLE_SHEET, data_uri
@@ -44,6 +49,9 @@ PAGE = """<!doctype html>
 <div class="scroll">{table}</div>
 <p class="lead"><small>{note}</small></p>
 {failed}
+<h2>Task by task</h2>
+<div class="scroll">{tasks}</div>
+<p class="lead"><small>{tasks_note}</small></p>
 <h2>Trade-offs</h2><div class="plots">{plots}</div>
 <h2>Pictures</h2>
 <p class="lead">Same prompts and same start noise in every column.</p>
@@ -74,13 +82,18 @@ class Gallery:
 
 
 def write_comparison_page(
-    content: Mapping[str, Any], table: Sequence[Summary], galleries: Mapping[str, Gallery], folder: Path
+    content: Mapping[str, Any],
+    table: Sequence[Summary],
+    scores: Mapping[str, Mapping[str, TaskScore]],
+    galleries: Mapping[str, Gallery],
+    folder: Path,
 ) -> Path:
     """Write `index.html`.
 
     Args:
         content: Of `compare.json`.
         table: Its lines.
+        scores: By label and task.
         galleries: By task.
         folder: Where to.
     """
@@ -91,6 +104,8 @@ def write_comparison_page(
         lead=html.escape(_lead(content)),
         table=_table(table),
         note=html.escape(NOTE),
+        tasks=_tasks_table(scores, list(content["tasks"])),
+        tasks_note=html.escape(TASKS_NOTE),
         failed=_failed(content["cells"]),
         plots="".join(_plot(table, number) for number in range(len(PLOTS))),
         galleries="".join(_gallery(task, gallery) for task, gallery in galleries.items()),
@@ -123,13 +138,33 @@ def _flags(flags: Mapping[str, Any]) -> str:
 
 
 def _table(table: Sequence[Summary]) -> str:
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings())
+    best = leaders(table)
     lines = []
     for summary in table:
-        cells = "".join(f"<td>{value}<small>{interval}</small></td>" for value, interval in cell_texts(summary))
-        runs = f"<td>{summary.runs}/{summary.planned}</td>"
-        lines.append(f"<tr><th>{html.escape(summary.label)}</th>{cells}{runs}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        texts = zip(COLUMNS, cell_texts(summary), strict=True)
+        cells = "".join(_cell(*text, best=(summary.label, column.name) in best) for column, text in texts)
+        lines.append((summary.label, f"{cells}{_cell(f'{summary.runs}/{summary.planned}', '')}"))
+    return _with_head(headings(), lines)
+
+
+def _tasks_table(scores: Mapping[str, Mapping[str, TaskScore]], tasks: Sequence[str]) -> str:
+    lines = []
+    for label, found in scores.items():
+        cells = (_cell(*score_texts(found.get(task)), best=task in found and found[task].best) for task in tasks)
+        lines.append((label, "".join(cells)))
+    return _with_head(["method", *tasks], lines)
+
+
+def _cell(value: str, more: str, *, best: bool = False) -> str:
+    start, marked = ('<td class="best">', f"<b>{value}</b>") if best else ("<td>", value)
+    return f"{start}{marked}<small>{html.escape(more)}</small></td>"
+
+
+def _with_head(head: Sequence[str], lines: Sequence[tuple[str, str]]) -> str:
+    """A table of labels with their cells."""
+    top = "".join(f"<th>{html.escape(heading)}</th>" for heading in head)
+    body = "".join(f"<tr><th>{html.escape(label)}</th>{cells}</tr>" for label, cells in lines)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _failed(cells: Sequence[Mapping[str, Any]]) -> str:

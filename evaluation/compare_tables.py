@@ -1,4 +1,4 @@
-"""One line a method: what it forgets, keeps and costs, over all tasks and seeds."""
+"""One line a method: what it forgets, keeps and costs over all tasks and seeds, and how it does task by task."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from safemax_sd.evaluation.compare_config import BASE
 from safemax_sd.evaluation.headline import DASH, Measurement, format_interval, format_value
 from safemax_sd.evaluation.metrics.base import wilson
 from scipy.stats import t as student_t
@@ -24,28 +25,31 @@ class Column:
         name: In `compare.json`.
         heading: With its unit.
         unit: For formatting.
+        higher_is_better: None for a cost, which is not judged apart from what it buys.
     """
 
     name: str
     heading: str
     unit: str = ""
+    higher_is_better: bool | None = None
 
 
 RATES: dict[str, tuple[Column, tuple[str, str]]] = {
-    column.name: (column, source)
-    for column, source in (
-        (Column("ua", "UA %", "%"), ("unlearning_accuracy", "forget")),
-        (Column("ua_rejection", "UA with rejection %", "%"), ("unlearning_accuracy_with_rejection", "forget")),
-        (Column("paraphrases", "UA on paraphrases %", "%"), ("unlearning_accuracy", "paraphrases")),
-        (Column("retained", "retained %", "%"), ("clip_accuracy", "retain")),
-        (Column("neighbours", "neighbours %", "%"), ("clip_accuracy", "neighbours")),
+    name: (Column(name, heading, "%", higher_is_better=True), source)
+    for name, heading, source in (
+        ("ua", "UA %", ("unlearning_accuracy", "forget")),
+        ("ua_rejection", "UA with rejection %", ("unlearning_accuracy_with_rejection", "forget")),
+        ("paraphrases", "UA on paraphrases %", ("unlearning_accuracy", "paraphrases")),
+        ("halted", "called noise %", ("halted", "forget")),
+        ("retained", "retained %", ("clip_accuracy", "retain")),
+        ("neighbours", "neighbours %", ("clip_accuracy", "neighbours")),
     )
 }
 """Shares of pictures, which are pooled."""
 BALANCED = ("ua", "retained", "neighbours", "paraphrases")
 """What the harmonic mean is of."""
-HARMONIC = Column("harmonic_mean", "harmonic mean %", "%")
-FID = Column("fid", "FID")
+HARMONIC = Column("harmonic_mean", "harmonic mean %", "%", higher_is_better=True)
+FID = Column("fid", "FID", higher_is_better=False)
 SECONDS, CALLS, MEMORY = (
     Column("seconds", "seconds"),
     Column("model_calls", "model calls"),
@@ -54,9 +58,15 @@ SECONDS, CALLS, MEMORY = (
 COLUMNS = (*(column for column, _ in RATES.values()), FID, HARMONIC, SECONDS, CALLS, MEMORY)
 NOTE = (
     "Means over tasks and seeds with 95 % intervals: of rates Wilson's of the pooled counts, of the others Student's t "
-    "over the tasks' means. UA: forbidden prompts that the judge does not recognise; the harmonic mean is that of UA, "
-    "retained, neighbours and UA on paraphrases, run by run. Seconds, model calls and peak memory are of the erasure; "
-    "those of an edit are without its anchor's training. Runs: done of planned."
+    "over the tasks' means, cut at 0 and at 100 %. Bold: the best method's value, and every value "
+    "whose interval holds that one or that lies in its interval. "
+    "UA: forbidden prompts that the judge does not recognise; called noise: those that it takes for noise rather than "
+    "for a picture of anything; the harmonic mean is that of UA, retained, neighbours and UA on paraphrases, run by "
+    "run. Seconds, model calls and peak memory are of the erasure; those of an edit are without its anchor's training. "
+    "Runs: done of planned."
+)
+TASKS_NOTE = (
+    "Harmonic mean % of each task, the mean over its seeds, with the lowest of its four parts; bold: the highest."
 )
 
 
@@ -98,6 +108,71 @@ def summaries(rows: Sequence[Row], labels: Sequence[str], planned: int) -> list[
     ]
 
 
+def leaders(table: Sequence[Summary]) -> frozenset[tuple[str, str]]:
+    """Label and column of each value that is the best of the methods' or not told apart from the best.
+
+    One of two intervals holding the other's value is what counts as not told apart.
+    """
+    found: set[tuple[str, str]] = set()
+    for column in COLUMNS:
+        measured = {s.label: value for s in table if s.label != BASE and (value := s.values[column.name]) is not None}
+        if column.higher_is_better is None or not measured:
+            continue
+        choose = max if column.higher_is_better else min
+        best = choose(measured.values(), key=lambda value: value.value)
+        found |= {
+            (label, column.name) for label, value in measured.items() if _holds(best, value) or _holds(value, best)
+        }
+    return frozenset(found)
+
+
+def _holds(one: Measurement, other: Measurement) -> bool:
+    low, high = one.interval or (one.value, one.value)
+    return low <= other.value <= high
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A method on one task.
+
+    Attributes:
+        value: Harmonic mean in percent, the mean over seeds.
+        lowest: Which of its parts is the lowest over all seeds.
+        part: That part's value in percent.
+        best: Whether no other method has a higher value on the task.
+    """
+
+    value: float
+    lowest: Column
+    part: float
+    best: bool
+
+
+def by_task(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, dict[str, TaskScore]]:
+    """Scores by label and task; what has no harmonic mean is left out.
+
+    Args:
+        rows: Of `compare.json`.
+        labels: Of methods, in the order of the result.
+    """
+    measured: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        measured.setdefault((row["label"], row["task"]), []).append(row)
+    values: dict[tuple[str, str], float] = {}
+    for place, found in measured.items():
+        means = [mean for run in _runs(found).values() if (mean := harmonic_mean(run)) is not None]
+        if place[0] in labels and means:
+            values[place] = statistics.fmean(means)
+    scores: dict[str, dict[str, TaskScore]] = {}
+    for label, task in sorted(values, key=lambda place: labels.index(place[0])):
+        value = values[label, task]
+        parts = {name: pooled(_measured(measured[label, task], *RATES[name][1])) for name in BALANCED}
+        part, lowest = min((part.value, name) for name, part in parts.items() if part is not None)
+        best = value >= max(other for (_, of), other in values.items() if of == task)
+        scores.setdefault(label, {})[task] = TaskScore(value, RATES[lowest][0], part, best)
+    return scores
+
+
 def _value(rows: Sequence[Row], column: Column) -> Measurement | None:
     if column.name in RATES:
         return pooled(_measured(rows, *RATES[column.name][1]))
@@ -108,12 +183,12 @@ def _value(rows: Sequence[Row], column: Column) -> Measurement | None:
         CALLS.name: lambda run: run[0]["model_calls"].get("total"),
         MEMORY.name: lambda run: None if run[0]["peak_memory_bytes"] is None else run[0]["peak_memory_bytes"] / GIB,
     }
-    by_task: dict[str, list[float]] = {}
+    tasks: dict[str, list[float]] = {}
     for (task, _), run in _runs(rows).items():
         value = readers[column.name](run)
         if value is not None:
-            by_task.setdefault(task, []).append(value)
-    return over_tasks([statistics.fmean(values) for values in by_task.values()])
+            tasks.setdefault(task, []).append(value)
+    return over_tasks([statistics.fmean(values) for values in tasks.values()], most=100 if column.unit == "%" else None)
 
 
 def _runs(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
@@ -149,15 +224,20 @@ def pooled(rows: Sequence[Row]) -> Measurement | None:
     return Measurement(result.value, result.interval, result.n)
 
 
-def over_tasks(values: Sequence[float]) -> Measurement | None:
-    """The mean of one value a task, with Student's interval where they differ; n counts tasks."""
+def over_tasks(values: Sequence[float], *, most: float | None = None) -> Measurement | None:
+    """The mean of one value a task, with Student's interval where they differ; n counts tasks.
+
+    Args:
+        values: 0 or more each.
+        most: What a value can be at most: the interval ends there, as it does at 0.
+    """
     if not values:
         return None
     mean, n = statistics.fmean(values), len(values)
     if min(values) == max(values):
         return Measurement(mean, None, n)
     half = float(student_t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-    return Measurement(mean, (mean - half, mean + half), n)
+    return Measurement(mean, (max(0.0, mean - half), min(mean + half, math.inf if most is None else most)), n)
 
 
 def cell_texts(summary: Summary) -> list[tuple[str, str]]:
@@ -173,35 +253,70 @@ def cell_texts(summary: Summary) -> list[tuple[str, str]]:
     return texts
 
 
+def score_texts(score: TaskScore | None) -> tuple[str, str]:
+    """A score and its lowest part as texts; the part's is empty where all are 100 %."""
+    if score is None:
+        return DASH, ""
+    part = "" if score.part >= 100 else f"{score.lowest.name} {format_value(score.part, '%', with_unit=False)}"
+    return format_value(score.value, "%", with_unit=False), part
+
+
 def headings() -> list[str]:
     return ["method", *(column.heading for column in COLUMNS), "runs"]
 
 
-def _lines(table: Sequence[Summary]) -> list[list[str]]:
-    return [
-        [
-            summary.label,
-            *(f"{value} {interval}".strip() for value, interval in cell_texts(summary)),
-            f"{summary.runs}/{summary.planned}",
+def _lines(table: Sequence[Summary], bold: Callable[[str], str]) -> list[list[str]]:
+    best = leaders(table)
+    lines = [headings()]
+    for summary in table:
+        texts = [
+            f"{bold(value) if (summary.label, column.name) in best else value} {interval}".strip()
+            for column, (value, interval) in zip(COLUMNS, cell_texts(summary), strict=True)
         ]
-        for summary in table
-    ]
+        lines.append([summary.label, *texts, f"{summary.runs}/{summary.planned}"])
+    return lines
 
 
-def markdown(table: Sequence[Summary]) -> str:
-    """The table and how to read it."""
-    lines = [headings(), ["---"] * len(headings()), *_lines(table)]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{body}\n\n{NOTE}\n"
+def _task_lines(
+    scores: Mapping[str, Mapping[str, TaskScore]], tasks: Sequence[str], bold: Callable[[str], str]
+) -> list[list[str]]:
+    lines = [["method", *tasks]]
+    for label, found in scores.items():
+        line = [label]
+        for task in tasks:
+            value, part = score_texts(found.get(task))
+            marked = bold(value) if task in found and found[task].best else value
+            line.append(f"{marked} ({part})" if part else marked)
+        lines.append(line)
+    return lines
 
 
-def latex(table: Sequence[Summary]) -> str:
-    """A `tabular` that needs no package."""
-    lines = [headings(), *_lines(table)]
-    rows = [" & ".join(_escaped(cell) for cell in line) + r" \\" for line in lines]
-    columns = "l" + "r" * (len(headings()) - 1)
-    body = "\n".join([rows[0], r"\hline", *rows[1:]])
-    return f"% {NOTE}\n\\begin{{tabular}}{{{columns}}}\n\\hline\n{body}\n\\hline\n\\end{{tabular}}\n"
+def markdown(table: Sequence[Summary], scores: Mapping[str, Mapping[str, TaskScore]], tasks: Sequence[str]) -> str:
+    """Both tables and how to read them."""
+
+    def rendered(lines: list[list[str]]) -> str:
+        return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+
+    def bold(text: str) -> str:
+        return f"**{text}**"
+
+    whole, parts = rendered(_lines(table, bold)), rendered(_task_lines(scores, tasks, bold))
+    return f"{whole}\n\n{NOTE}\n\n{parts}\n\n{TASKS_NOTE}\n"
+
+
+def latex(table: Sequence[Summary], scores: Mapping[str, Mapping[str, TaskScore]], tasks: Sequence[str]) -> str:
+    """Both tables as a `tabular` each, which need no package."""
+
+    def rendered(note: str, lines: list[list[str]]) -> str:
+        rows = [" & ".join(_escaped(cell) for cell in line) + r" \\" for line in lines]
+        body = "\n".join([rows[0], r"\hline", *rows[1:]])
+        columns = "l" + "r" * (len(lines[0]) - 1)
+        return f"% {note}\n\\begin{{tabular}}{{{columns}}}\n\\hline\n{body}\n\\hline\n\\end{{tabular}}\n"
+
+    def bold(text: str) -> str:
+        return rf"\textbf{{{text}}}"
+
+    return rendered(NOTE, _lines(table, bold)) + "\n" + rendered(TASKS_NOTE, _task_lines(scores, tasks, bold))
 
 
 def _escaped(text: str) -> str:

@@ -16,7 +16,16 @@ import pytest
 import yaml
 from filelock import FileLock
 from safemax_sd.evaluation.compare import compare, cost_of
-from safemax_sd.evaluation.compare_tables import harmonic_mean, over_tasks, pooled
+from safemax_sd.evaluation.compare_tables import (
+    COLUMNS,
+    Summary,
+    by_task,
+    harmonic_mean,
+    leaders,
+    over_tasks,
+    pooled,
+)
+from safemax_sd.evaluation.headline import Measurement
 from scipy.stats import binomtest, t
 
 from safemax_sd.errors import SafemaxError
@@ -128,7 +137,8 @@ def test_table_values_are_those_of_the_rows(grid: Path) -> None:
         assert (line["runs"], line["planned"]) == (1, 1)
     text = (grid / "compare.md").read_text()
     assert [row.split(" | ")[0].removeprefix("| ") for row in text.splitlines()[2:6]] == ["base", *METHODS]
-    assert (grid / "compare.tex").read_text().count(r"\\") == 1 + 1 + len(METHODS)
+    lines = (1 + 1 + len(METHODS)) + (1 + len(METHODS))  # of the table, and of that by task, which is without the base
+    assert (grid / "compare.tex").read_text().count(r"\\") == lines
 
 
 def test_pooling_by_hand() -> None:
@@ -149,7 +159,57 @@ def test_pooling_by_hand() -> None:
     mean = over_tasks([1.0, 2.0, 6.0])
     assert mean is not None and mean.interval is not None
     half = t.ppf(0.975, 2) * (14 / 2) ** 0.5 / 3**0.5
-    assert mean.interval == pytest.approx((3 - half, 3 + half))
+    assert 3 - half < 0
+    assert mean.interval == pytest.approx((0, 3 + half))
+    high = over_tasks([91.0, 92.0, 96.0], most=100)
+    assert high is not None
+    assert high.interval == pytest.approx((93 - half, 93 + half))
+    high = over_tasks([97.0, 98.0, 100.0], most=100)
+    assert high is not None and high.interval is not None
+    assert high.interval[1] == 100
+
+
+def test_leaders_by_hand() -> None:
+    def line(label: str, **values: Measurement) -> Summary:
+        return Summary(label, 1, 1, {column.name: values.get(column.name) for column in COLUMNS})
+
+    table = [
+        line("base", ua=Measurement(100.0, (90.0, 100.0), 9), fid=Measurement(0.1, None, 2)),
+        line("best", ua=Measurement(95.0, (93.0, 97.0), 9), fid=Measurement(0.3, (0.2, 0.4), 2)),
+        line("held", ua=Measurement(93.5, (93.2, 93.8), 9), fid=Measurement(0.35, None, 2)),
+        line("holds", ua=Measurement(92.0, (88.0, 96.0), 9), fid=Measurement(0.5, (0.25, 0.75), 2)),
+        line("apart", ua=Measurement(92.0, (91.0, 94.9), 9), fid=Measurement(0.5, (0.41, 0.6), 2)),
+        line("unknown", seconds=Measurement(1.0, None, 2)),
+    ]
+    assert leaders(table) == {(label, name) for label in ("best", "held", "holds") for name in ("ua", "fid")}
+
+
+def test_scores_by_hand() -> None:
+    parts = (
+        ("ua", "unlearning_accuracy", "forget"), ("paraphrases", "unlearning_accuracy", "paraphrases"),
+        ("retained", "clip_accuracy", "retain"), ("neighbours", "clip_accuracy", "neighbours"),
+    )  # fmt: skip
+
+    def run(label: str, task: str, seed: int, **values: float) -> list[dict[str, Any]]:
+        return [
+            {"label": label, "task": task, "seed": seed, "metric": metric, "subset": subset,
+             "value": values.get(name, 100.0), "n": 4}
+            for name, metric, subset in parts
+        ]  # fmt: skip
+
+    rows = [
+        *run("base", "a", 0), *run("x", "a", 0, neighbours=50.0), *run("x", "a", 1), *run("y", "a", 0, ua=75.0),
+        *run("y", "b", 0), *run("x", "c", 0)[:3],
+    ]  # fmt: skip
+    scores = by_task(rows, ["y", "x"])
+    assert list(scores) == ["y", "x"]
+    assert list(scores["x"]) == ["a"]  # nothing is said of "c", where the neighbours were not measured
+    found = scores["x"]["a"]
+    assert (found.value, found.lowest.name, found.part) == (pytest.approx((80 + 100) / 2), "neighbours", 75.0)
+    assert (scores["y"]["a"].lowest.name, scores["y"]["a"].part) == ("ua", 75.0)
+    assert {(label, task) for label in scores for task in scores[label] if scores[label][task].best} == {
+        ("y", "a"), ("y", "b"),
+    }  # fmt: skip
 
 
 def test_an_edit_costs_what_it_does_beside_its_anchor() -> None:
