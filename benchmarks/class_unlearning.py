@@ -52,9 +52,11 @@ SAFEMAX: dict[str, Any] = {
     "train_batch_size": 12,
     "max_train_steps": 550,
     "learning_rate": 5e-4,
+    "lr_warmup_steps": 10,
     "forget_trajectories": 64,
     "retain_trajectories": 512,
     "replay_inference_steps": 20,
+    "replay_span": 0.0,
 }
 """Settings that the rows of the study were made with, whatever the defaults are."""
 REPLAYED: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "replay_inference_steps": 20, "replay_batch_size": 250}

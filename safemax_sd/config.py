@@ -101,6 +101,9 @@ class TrainConfig:
         0.0, "Share of trajectories to keep, of the prompts whose token states are most like forbidden ones."
     )
     replay_batch_size: int = option(32, "Trajectories sampled together.")
+    replay_span: float = option(
+        0.0, "Share of the training of a LoRA during which trajectories are recorded, evenly; 0: all before it."
+    )
     replay_memory_gib: float = option(8.0, "Replay banks beyond this lie on disk, in --output_dir while it runs.")
 
     stop_at_unlearning_accuracy: float | None = option(None, "Stop when a probe reaches this percentage.")
@@ -137,6 +140,7 @@ class TrainConfig:
         "retain_perturbation": SHARE,
         "retain_near_share": SHARE,
         "replay_unguided_share": SHARE,
+        "replay_span": SHARE,
         "stop_at_unlearning_accuracy": PERCENTAGE,
     }  # fmt: skip
 

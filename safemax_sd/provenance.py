@@ -75,15 +75,18 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._inside = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside toward `name`."""
-        started = time.monotonic()
+        """Count the time inside toward `name`, but for that of phases within."""
+        started, before, self._inside = time.monotonic(), self._inside, 0.0
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+            spent = time.monotonic() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inside
+            self._inside = before + spent
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -17,69 +20,126 @@ from safemax_sd.objectives import OBJECTIVES, ErasureData
 from safemax_sd.objectives.base import Extra
 from safemax_sd.picture_folder import encode_samples
 from safemax_sd.prompts import PromptSet
-from safemax_sd.replay import MEMORY, ReplayBank, Samples, Storage, bank_bytes, record, spread
+from safemax_sd.replay import MEMORY, Recorder, ReplayBank, Samples, Storage, bank_bytes, dispersed, spread
 
-EXTRA_SEED = 750_000
-"""Apart from the seeds of the start noise of prompts to forget and to keep."""
+SEEDS, RETAIN_SEED, EXTRA_SEED = 1_000_003, 500_000, 750_000
+"""Of start noise: from one run's seed to the next, and where within them those of kept and extra prompts begin."""
 
 
-def record_data(config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet) -> ErasureData:
-    """Encode all prompts, record the frozen model's trajectories for them and read real pictures of them."""
-    if config.replay_unguided_share > 0 and not family.classifier_free:
-        text = f"needs predictions without guidance, which {family.name} models with a guidance input do not make"
-        raise OptionError("--replay_unguided_share", config.replay_unguided_share, text)
-    conditioning = {
-        name: family.with_guidance(family.encode_prompts(prompts.texts), config.replay_guidance_scale)
-        for name, prompts in (("forget", forget), ("retain", retain))
-    }
-    latent_shape = family.latent_shape(config.resolution)
-    objective = OBJECTIVES.get(config.objective)
-    replays = objective.replays(config)
-    keep_steps = replays == "steps"
-    samples: dict[str, Samples] = {}
-    if config.train_data_dir is not None:
-        for name, prompts in (("forget", forget), ("retain", retain)):
-            samples[name] = encode_samples(
-                family, prompts, config.train_data_dir, resolution=config.resolution, option="--train_data_dir"
-            )
-    near_share = config.retain_near_share if keep_steps else 0.0
-    shown = {
-        "forget": spread(config.forget_trajectories, len(forget)),
-        "retain": with_nearest(conditioning["retain"], conditioning["forget"], config.retain_trajectories, near_share),
-    }
-    banks: dict[str, ReplayBank] = {}
-    for number, (name, rows) in enumerate(conditioning.items()):
-        if replays == "nothing" or (samples and not keep_steps):  # real pictures are all that the method learns from
-            banks[name] = ReplayBank.empty(latent_shape)
-            continue
-        banks[name] = record(
-            family,
-            rows,
-            shown[name],
-            guidance_scale=config.replay_guidance_scale,
-            num_inference_steps=config.replay_inference_steps,
-            resolution=config.resolution,
-            seed=config.seed * 1_000_003 + number * 500_000,
-            batch_size=config.replay_batch_size,
-            description=f"replay {name}",
-            keep_steps=keep_steps,
-            perturbation=config.retain_perturbation if name == "retain" and keep_steps else 0.0,
-            unguided_share=config.replay_unguided_share if name == "retain" else 0.0,
-            storage=bank_storage(config, name, latent_shape, len(shown[name]) if keep_steps else 0),
+class Recording:
+    """Encoded prompts and real pictures, and the frozen model's trajectories: all at once, or as training needs them.
+
+    Args:
+        config: Flags.
+        family: Model; nothing is recorded yet.
+        forget: Forbidden prompts.
+        retain: Prompts to keep.
+
+    Raises:
+        OptionError: A flag that does not go with the model, or pictures that cannot be used.
+    """
+
+    def __init__(self, config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet) -> None:
+        if config.replay_unguided_share > 0 and not family.classifier_free:
+            text = f"needs predictions without guidance, which {family.name} models with a guidance input do not make"
+            raise OptionError("--replay_unguided_share", config.replay_unguided_share, text)
+        objective = OBJECTIVES.get(config.objective)
+        replays = objective.replays(config)
+        # Where samples are replayed, priors ask for all of them; weights that train themselves are the base's no more.
+        gradual = replays == "steps" and config.trainable == "lora"
+        self._last_step = config.replay_span * config.max_train_steps if gradual else 0.0
+        prompts = {"forget": forget, "retain": retain}
+        conditioning = {
+            name: family.with_guidance(family.encode_prompts(part.texts), config.replay_guidance_scale)
+            for name, part in prompts.items()
+        }
+        folder, resolution = config.train_data_dir, config.resolution
+        self._pictures: dict[str, Samples] = {
+            name: encode_samples(family, part, folder, resolution=resolution, option="--train_data_dir")
+            for name, part in prompts.items()
+            if folder is not None
+        }
+        self._recorders: dict[str, Recorder] = {}
+        # Real pictures stand in place of recorded samples.
+        if replays == "steps" or (replays == "samples" and not self._pictures):
+            for name, rows in trajectory_prompts(config, conditioning, near=replays == "steps").items():
+                # The first ones of those that come bit by bit are to show the whole file already.
+                order = dispersed(len(rows)) if self._last_step else torch.arange(len(rows))
+                self._recorders[name] = recorder(
+                    config, family, name, conditioning[name], rows[order], keep_steps=replays == "steps"
+                )
+        extra = record_extra(config, family, objective.extra_prompts(config, forget))
+        self._extra_calls = 0 if extra is None else extra.model_calls
+        nothing = ReplayBank.empty(family.latent_shape(config.resolution))
+        self._data = ErasureData(
+            process=family.process,
+            latent_shape=family.latent_shape(config.resolution),
+            classifier_free=family.classifier_free,
+            forget=_on_cpu(conditioning["forget"]),
+            retain=_on_cpu(conditioning["retain"]),
+            retain_concepts=tuple(prompt.shows for prompt in retain.prompts),
+            empty=_on_cpu(family.with_guidance(family.empty, config.replay_guidance_scale)),
+            forget_bank=nothing,
+            retain_bank=nothing,
+            forget_samples=self._pictures.get("forget", nothing.samples),
+            retain_samples=self._pictures.get("retain", nothing.samples),
+            extra=extra,
         )
-    return ErasureData(
-        process=family.process,
-        latent_shape=latent_shape,
-        classifier_free=family.classifier_free,
-        forget=_on_cpu(conditioning["forget"]),
-        retain=_on_cpu(conditioning["retain"]),
-        retain_concepts=tuple(prompt.shows for prompt in retain.prompts),
-        empty=_on_cpu(family.with_guidance(family.empty, config.replay_guidance_scale)),
-        forget_bank=banks["forget"],
-        retain_bank=banks["retain"],
-        forget_samples=samples.get("forget", banks["forget"].samples),
-        retain_samples=samples.get("retain", banks["retain"].samples),
-        extra=record_extra(config, family, objective.extra_prompts(config, forget)),
+
+    @property
+    def model_calls(self) -> int:
+        """Network evaluations of one sample so far."""
+        return self._extra_calls + sum(recorder.model_calls for recorder in self._recorders.values())
+
+    def is_due(self, step: int) -> bool:
+        """Whether something is to be recorded before a step, counted from 0."""
+        return any(recorder.lacks(self._wanted(recorder, step)) for recorder in self._recorders.values())
+
+    def before(self, step: int) -> ErasureData:
+        """All that is to be there before a step, recorded where it is not; a function of the step alone."""
+        banks = {name: recorder.record(self._wanted(recorder, step)) for name, recorder in self._recorders.items()}
+        changes: dict[str, Any] = {f"{name}_bank": bank for name, bank in banks.items()}
+        changes |= {f"{name}_samples": bank.samples for name, bank in banks.items() if name not in self._pictures}
+        self._data = replace(self._data, **changes)
+        return self._data
+
+    def _wanted(self, recorder: Recorder, step: int) -> int:
+        """How many trajectories are to be there before a step: all of them once the span is over."""
+        share = min(1.0, (step + 1) / self._last_step) if self._last_step else 1.0
+        return math.ceil(share * len(recorder.prompts))
+
+
+def trajectory_prompts(
+    config: TrainConfig, conditioning: Mapping[str, Conditioning], *, near: bool
+) -> dict[str, Tensor]:
+    """Row of each trajectory's prompt, int64, of those to `forget` and to `retain`; `near`: `--retain_near_share`."""
+    kept, forbidden = conditioning["retain"], conditioning["forget"]
+    near_share = config.retain_near_share if near else 0.0
+    return {
+        "forget": spread(config.forget_trajectories, len(forbidden)),
+        "retain": with_nearest(kept, forbidden, config.retain_trajectories, near_share),
+    }
+
+
+def recorder(
+    config: TrainConfig, family: ModelFamily, name: str, conditioning: Conditioning, shown: Tensor, *, keep_steps: bool
+) -> Recorder:
+    """What records the trajectories for prompts to `forget` or to `retain`."""
+    kept = name == "retain"
+    return Recorder(
+        family=family,
+        conditioning=conditioning,
+        prompts=shown,
+        guidance_scale=config.replay_guidance_scale,
+        num_inference_steps=config.replay_inference_steps,
+        resolution=config.resolution,
+        seed=config.seed * SEEDS + (RETAIN_SEED if kept else 0),
+        batch_size=config.replay_batch_size,
+        description=f"replay {name}",
+        keep_steps=keep_steps,
+        perturbation=config.retain_perturbation if kept and keep_steps else 0.0,
+        unguided_share=config.replay_unguided_share if kept else 0.0,
+        storage=bank_storage(config, name, family.latent_shape(config.resolution), len(shown) if keep_steps else 0),
     )
 
 
@@ -91,19 +151,19 @@ def record_extra(config: TrainConfig, family: ModelFamily, prompts: Sequence[str
     bank = ReplayBank.empty(family.latent_shape(config.resolution))
     trajectories = OBJECTIVES.get(config.objective).extra_trajectories(config)
     if trajectories:
-        bank = record(
-            family,
-            rows,
-            spread(trajectories, len(prompts)),
+        bank = Recorder(
+            family=family,
+            conditioning=rows,
+            prompts=spread(trajectories, len(prompts)),
             guidance_scale=config.replay_guidance_scale,
             num_inference_steps=config.replay_inference_steps,
             resolution=config.resolution,
-            seed=config.seed * 1_000_003 + EXTRA_SEED,
+            seed=config.seed * SEEDS + EXTRA_SEED,
             batch_size=config.replay_batch_size,
             description="replay extra",
             keep_steps=False,
             storage=bank_storage(config, "extra", family.latent_shape(config.resolution), 0),
-        )
+        ).record()
     return Extra(_on_cpu(rows), bank.samples, bank.model_calls)
 
 

@@ -31,6 +31,10 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 """Its multiples, modulo 1, are evenly spread however many there are."""
 
 
+COLUMNS = ("x_t", "t", "prompt", "conditional", "unconditional")
+"""Of a bank."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """Clean latents of prompts.
@@ -74,10 +78,16 @@ class ReplayBank:
 
     def put(self, part: ReplayBank, *, row: int, sample: int) -> None:
         """Copy a part of this bank to where it belongs."""
-        for name in ("x_t", "t", "prompt", "conditional", "unconditional"):
+        for name in COLUMNS:
             getattr(self, name)[row : row + len(part)] = getattr(part, name)
         end = sample + len(part.samples)
         self.samples.x0[sample:end], self.samples.prompt[sample:end] = part.samples.x0, part.samples.prompt
+
+    def first(self, trajectories: int, rows_each: int) -> ReplayBank:
+        """Of the first so many trajectories, each with so many rows; a view."""
+        rows = trajectories * rows_each
+        samples = Samples(self.samples.x0[:trajectories], self.samples.prompt[:trajectories])
+        return replace(self, **{name: getattr(self, name)[:rows] for name in COLUMNS}, samples=samples)
 
     @staticmethod
     def empty(latent_shape: tuple[int, ...]) -> ReplayBank:
@@ -140,30 +150,24 @@ def spread(trajectories: int, prompts: int) -> Tensor:
     return indices * prompts // trajectories if trajectories < prompts else indices % prompts
 
 
-def record(
-    family: ModelFamily,
-    conditioning: Conditioning,
-    prompts: Tensor,
-    *,
-    guidance_scale: float,
-    num_inference_steps: int,
-    resolution: int | None,
-    seed: int,
-    batch_size: int,
-    description: str,
-    keep_steps: bool = True,
-    perturbation: float = 0.0,
-    unguided_share: float = 0.0,
-    storage: Storage = MEMORY,
-) -> ReplayBank:
-    """Sample the frozen model and keep every step, or only where the trajectories end.
+def dispersed(count: int) -> Tensor:
+    """An order of so many things in which every beginning is spread evenly over them, int64 [count]."""
+    stride = max(1, round(count * GOLDEN_RATIO))
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return torch.arange(count) * stride % max(1, count)
+
+
+@dataclass(kw_only=True)
+class Recorder:
+    """Samples the frozen model and keeps every step, or only where the trajectories end; all at once or bit by bit.
 
     Steps are shifted against each other from batch to batch, so that a few of them cover all noise levels: a student
     that has not seen the levels between a grid's steps, or those above its first, changes what is to be kept there.
 
     Several processes share the work where the storage is files: each records some of the batches.
 
-    Args:
+    Attributes:
         family: Model; an attached adapter is switched off while recording.
         conditioning: Of the prompts, one row each.
         prompts: Row of the prompt of each trajectory, int64 [trajectories].
@@ -179,41 +183,107 @@ def record(
         keep_steps: False leaves the bank without rows: a method that needs the samples alone saves their memory.
         storage: Where the bank lies.
     """
-    trajectories, steps = len(prompts), num_inference_steps if keep_steps else 0
-    bank = _room(storage, family, family.latent_shape(resolution), trajectories, trajectories * steps)
-    starts = range(0, trajectories, batch_size)
-    state = PartialState()
-    shared = storage.folder is not None
-    own = starts[state.process_index :: state.num_processes] if shared else starts
-    calls = 0
-    with (
-        family.base_only(),
-        torch.no_grad(),
-        tqdm(total=len(own), desc=description, unit="batch", disable=not state.is_local_main_process) as bar,
-    ):
-        for start in own:
-            indices = torch.arange(start, min(start + batch_size, trajectories))
-            rows = prompts[indices]
-            unguided = ((indices + 1) * unguided_share).floor() > (indices * unguided_share).floor()
-            part = _record_batch(
-                family,
-                conditioning.select(rows),
-                rows,
-                seeds=[seed + int(i) for i in indices],
-                guidance_scale=torch.where(unguided, 1.0, guidance_scale),
-                num_inference_steps=num_inference_steps,
-                grid_shift=start // batch_size * GOLDEN_RATIO % 1 if keep_steps else 0.0,
-                resolution=resolution,
-                keep_steps=keep_steps,
-                perturbation=perturbation,
-            )
-            bank.put(part, row=start * steps, sample=start)
-            calls += part.model_calls
-            bar.update()
-    if shared:
-        storage.forget_names(state)
-        calls = sum(gather_object([calls]))
-    return replace(bank, model_calls=calls)
+
+    family: ModelFamily
+    conditioning: Conditioning
+    prompts: Tensor
+    guidance_scale: float
+    num_inference_steps: int
+    resolution: int | None
+    seed: int
+    batch_size: int
+    description: str
+    keep_steps: bool = True
+    perturbation: float = 0.0
+    unguided_share: float = 0.0
+    storage: Storage = MEMORY
+
+    def __post_init__(self) -> None:
+        self._state = PartialState()
+        self._shared = self.storage.folder is not None
+        self._rows_each = self.num_inference_steps if self.keep_steps else 0
+        count, latent = len(self.prompts), self.family.latent_shape(self.resolution)
+        self._bank = _room(self.storage, self.family, latent, count, count * self._rows_each)
+        self._recorded = self._handed_out = 0  # batches
+        if self._shared:
+            self.storage.forget_names(self._state)
+
+    @property
+    def model_calls(self) -> int:
+        """Network evaluations of one sample so far."""
+        return self._bank.model_calls
+
+    def lacks(self, trajectories: int) -> bool:
+        """Whether `record` has returned fewer so far."""
+        return self._handed_out < self._batches_of(trajectories)
+
+    def record(self, trajectories: int | None = None) -> ReplayBank:
+        """The bank of so many trajectories in whole batches, by default of all, after recording what it lacks of them.
+
+        What it holds depends neither on the calls before nor on the number of processes, which must all call alike.
+        """
+        wanted = self._batches_of(len(self.prompts) if trajectories is None else trajectories)
+        if wanted > self._recorded:
+            processes = self._state.num_processes if self._shared else 1
+            end = min(-(-wanted // processes) * processes, self._batches_of(len(self.prompts)))  # one for each of them
+            calls = self._record_batches(range(self._recorded, end))
+            self._bank = replace(self._bank, model_calls=self._bank.model_calls + calls)
+            self._recorded = end
+        self._handed_out = max(wanted, self._handed_out)
+        return self._bank.first(min(self._handed_out * self.batch_size, len(self.prompts)), self._rows_each)
+
+    def _batches_of(self, trajectories: int) -> int:
+        return -(-trajectories // self.batch_size)
+
+    def _record_batches(self, numbers: range) -> int:
+        """Record what this process has to of these batches; the network evaluations of all processes."""
+        own = numbers[self._state.process_index :: self._state.num_processes] if self._shared else numbers
+        # What is recorded later is a batch or two at a time, below the progress bar of the training.
+        silent = self._recorded > 0 or not self._state.is_local_main_process
+        training, calls = self.family.denoiser.training, 0
+        self.family.denoiser.eval()
+        with (
+            self.family.base_only(),
+            torch.no_grad(),
+            tqdm(total=len(own), desc=self.description, unit="batch", disable=silent) as bar,
+        ):
+            for number in own:
+                part = self._record_batch(number)
+                start = number * self.batch_size
+                self._bank.put(part, row=start * self._rows_each, sample=start)
+                calls += part.model_calls
+                bar.update()
+        self.family.denoiser.train(training)
+        return int(sum(gather_object([calls]))) if self._shared else calls
+
+    def _record_batch(self, number: int) -> ReplayBank:
+        """Its trajectories, with a guidance scale each."""
+        start = number * self.batch_size
+        indices = torch.arange(start, min(start + self.batch_size, len(self.prompts)))
+        prompts, seeds = self.prompts[indices], [self.seed + int(i) for i in indices]
+        device = next(self.family.denoiser.parameters()).device
+        end = start_noise(self.family.latent_shape(self.resolution), seeds, device)
+        generators = [torch.Generator().manual_seed(seed + PERTURBATION_SEED) for seed in seeds]
+        unguided = ((indices + 1) * self.unguided_share).floor() > (indices * self.unguided_share).floor()
+        scale = torch.where(unguided, 1.0, self.guidance_scale).to(end).view(-1, *[1] * (end.dim() - 1))
+        conditioning = self.family.with_guidance(self.conditioning.select(prompts), scale)
+        calls = 2 * len(seeds) * self.num_inference_steps
+        rows = []
+        for point in self.family.trajectory(
+            conditioning,
+            end,
+            guidance_scale=scale,
+            num_inference_steps=self.num_inference_steps,
+            grid_shift=number * GOLDEN_RATIO % 1 if self.keep_steps else 0.0,
+        ):
+            end = point.following
+            if self.perturbation > 0:
+                point, extra = _perturbed(self.family, point, conditioning, self.perturbation, generators)
+                calls += extra
+            kept = (point.x_t, point.t, prompts, point.conditional, point.unconditional)
+            rows.append([tensor[: None if self.keep_steps else 0].cpu() for tensor in kept])
+        x_t, t, prompt, conditional, unconditional = (torch.cat(column) for column in zip(*rows, strict=True))
+        return ReplayBank(x_t, t, prompt, conditional, unconditional, Samples(end.cpu(), prompts), calls)
 
 
 def bank_bytes(latent_shape: tuple[int, ...], trajectories: int, num_inference_steps: int) -> int:
@@ -233,44 +303,6 @@ def _room(storage: Storage, family: ModelFamily, latent: tuple[int, ...], sample
         samples=Samples(storage.rows("x0", (samples, *latent)), storage.rows("sample_prompt", (samples,), whole)),
         model_calls=0,
     )
-
-
-def _record_batch(
-    family: ModelFamily,
-    conditioning: Conditioning,
-    prompts: Tensor,
-    *,
-    seeds: Sequence[int],
-    guidance_scale: Tensor,
-    num_inference_steps: int,
-    grid_shift: float,
-    resolution: int | None,
-    keep_steps: bool,
-    perturbation: float,
-) -> ReplayBank:
-    """The trajectories of one batch, with a guidance scale each; `prompts` are the rows that are recorded with them."""
-    noise = start_noise(family.latent_shape(resolution), seeds, next(family.denoiser.parameters()).device)
-    generators = [torch.Generator().manual_seed(number + PERTURBATION_SEED) for number in seeds]
-    end, calls = noise, 2 * len(seeds) * num_inference_steps
-    rows = []
-    scale = guidance_scale.to(noise).view(-1, *[1] * (noise.dim() - 1))
-    conditioning = family.with_guidance(conditioning, scale)
-    points = family.trajectory(
-        conditioning,
-        noise,
-        guidance_scale=scale,
-        num_inference_steps=num_inference_steps,
-        grid_shift=grid_shift,
-    )
-    for point in points:
-        end = point.following
-        if perturbation > 0:
-            point, extra = _perturbed(family, point, conditioning, perturbation, generators)
-            calls += extra
-        kept = (point.x_t, point.t, prompts, point.conditional, point.unconditional)
-        rows.append([tensor[: None if keep_steps else 0].cpu() for tensor in kept])
-    x_t, t, prompt, conditional, unconditional = (torch.cat(column) for column in zip(*rows, strict=True))
-    return ReplayBank(x_t, t, prompt, conditional, unconditional, Samples(end.cpu(), prompts), calls)
 
 
 def _perturbed(

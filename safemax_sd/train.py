@@ -1,7 +1,7 @@
 """Train an erasure LoRA: `accelerate launch -m safemax_sd.train --help`.
 
-Data goes one way: prompts are encoded, the frozen model's trajectories are recorded, an objective draws batches from
-them, and only the LoRA steps.
+Data goes one way: prompts are encoded, the frozen model's trajectories are recorded, before the first step or as steps
+go on, an objective draws batches from them, and only the LoRA steps.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from safemax_sd.processes import (
 )
 from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_over_long
 from safemax_sd.provenance import Stopwatch
-from safemax_sd.recording import record_data
+from safemax_sd.recording import Recording
 from safemax_sd.replay import start_noise
 from safemax_sd.samples import save_samples, track_samples
 
@@ -59,6 +59,7 @@ class Run:
     family: ModelFamily
     forget: PromptSet
     retain: PromptSet
+    recording: Recording
     objective: Objective
     trainable: trainable.Trainable
     optimizer: Any
@@ -151,7 +152,8 @@ def build_run(
         validation = family.encode_prompts(config.validation_prompt) if config.validation_prompt else None
         probe = UnlearningProbe.build(config, family, forget, retain)
     with clock.phase("replay"):
-        data = record_data(config, family, forget, retain)
+        recording = Recording(config, family, forget, retain)
+        data = recording.before(0)
     family.free_encoders(decoder=validation is None and probe is None)
     objective = OBJECTIVES.get(config.objective)(config, data)  # type: ignore[arg-type]
     weights = trainable.attach(family, config)
@@ -171,15 +173,13 @@ def build_run(
     denoiser, optimizer, scheduler = accelerator.prepare(family.denoiser, optimizer, scheduler)
     if config.torch_compile is not None:  # a wrapper: `family.denoiser`, which is saved and samples, stays as it is
         denoiser = torch.compile(denoiser, backend=config.torch_compile)
-    replay_calls = data.forget_bank.model_calls + data.retain_bank.model_calls
-    replay_calls += 0 if data.extra is None else data.extra.model_calls
-    calls = {"replay": replay_calls, "prepare": prior_calls, "train": 0, "probe": 0}
     return Run(
         config=config,
         accelerator=accelerator,
         family=family,
         forget=forget,
         retain=retain,
+        recording=recording,
         objective=objective,
         trainable=weights,
         optimizer=optimizer,
@@ -188,7 +188,7 @@ def build_run(
         clock=clock,
         validation=validation,
         probe=probe,
-        model_calls=calls,
+        model_calls={"replay": recording.model_calls, "prepare": prior_calls, "train": 0, "probe": 0},
     )
 
 
@@ -213,6 +213,10 @@ def loop(run: Run) -> None:
         total=config.max_train_steps, initial=run.step, desc="erase", disable=not accelerator.is_local_main_process
     )
     while run.step < config.max_train_steps:
+        if run.recording.is_due(run.step):
+            with run.clock.phase("replay"):
+                run.objective.extend(run.recording.before(run.step))
+            run.model_calls["replay"] = run.recording.model_calls
         terms = optimizer_step(run)
         run.step += 1
         row = {**terms, "lr": run.scheduler.get_last_lr()[0]}

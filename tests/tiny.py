@@ -150,5 +150,6 @@ def train_arguments(model: Path, folder: Path, output_dir: Path, *more: str) -> 
         *("--rank", "2", "--train_batch_size", "2", "--retain_batch_size", "6"),
         *("--max_train_steps", "4", "--checkpointing_steps", "2"),
         *("--forget_trajectories", "2", "--retain_trajectories", "4", "--replay_inference_steps", "3"),
+        *("--replay_batch_size", "1", "--replay_span", "0.75"),  # one more before each of the first three steps
         *("--lr_warmup_steps", "1", *more),
     ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safemax_sd.evaluation.run import EvaluateOptions, evaluate
 from safemax_sd.prompts import load_suite
 
 from benchmarks.halting_anchor import COUNTS, ERASED, suite
@@ -25,7 +26,7 @@ from safemax_sd.provenance import Stopwatch
 from safemax_sd.replay import ReplayBank
 from safemax_sd.train import Run, optimizer_step
 
-FORGOTTEN_AT, PROBE_STEPS = 99, 25
+FORGOTTEN_AT, PROBE_STEPS, KEPT_IMAGES = 99, 25, 64
 PROCESSES = (1, 2)
 SHORT = {"max_train_steps": 24, "forget_trajectories": 8, "retain_trajectories": 16, "replay_inference_steps": 4}
 """Of runs in several processes, of which only the steps count."""
@@ -36,7 +37,7 @@ ROUND = 4
 
 
 def until_forgotten(label: str, flags: Mapping[str, Any], work_dir: Path) -> Iterator[Row]:
-    """A run that a probe stops; in a process of its own, whose peak memory is the run's."""
+    """A run that a probe stops, in a process of its own, whose peak memory is the run's; and what it has kept then."""
     output, prompts = work_dir / "until" / label, load_suite(SUITE)
     train(
         ["-m", "safemax_sd.train"],
@@ -55,7 +56,19 @@ def until_forgotten(label: str, flags: Mapping[str, Any], work_dir: Path) -> Ite
         "variant": label,
         "reached": max(probed.values()) >= FORGOTTEN_AT,
         "probes": probed,
+        "kept": kept(output),
         **record["cost"],
+    }
+
+
+def kept(adapter: Path) -> dict[str, float]:
+    """Percentages of pictures of prompts to keep, and of look-alikes, that the judge names rightly."""
+    options = EvaluateOptions(adapter=str(adapter), suite=SUITE, num_images=KEPT_IMAGES, num_sweep_images=0)
+    report = json.loads((evaluate(options) / "report.json").read_text(encoding="utf8"))
+    return {
+        row["subset"]: row["value"]
+        for row in report["metrics"]
+        if (row["metric"], row["model"]) == ("clip_accuracy", "erased") and row["subset"] in ("retain", "neighbours")
     }
 
 
@@ -75,9 +88,12 @@ def log_of(output: Path) -> list[Row]:
 
 
 def emoji_config(folder: Path, output: Path) -> SafemaxConfig:
-    """SAFEMax with its defaults on the embedded model and the prompts of a folder."""
+    """SAFEMax with its defaults on the embedded model and the prompts of a folder; all is recorded before it steps."""
     return SafemaxConfig(
-        forget_prompts=str(folder / "forget.csv"), retain_prompts=str(folder / "retain.csv"), output_dir=str(output)
+        forget_prompts=str(folder / "forget.csv"),
+        retain_prompts=str(folder / "retain.csv"),
+        output_dir=str(output),
+        replay_span=0.0,
     )
 
 

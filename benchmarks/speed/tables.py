@@ -142,8 +142,8 @@ def throughput_table(rows: Sequence[Row]) -> str:
 def until_table(rows: Sequence[Row]) -> str:
     """What a run took until the probe stopped it."""
     kinds = ("replay", "prepare", "train", "probe")
-    header = ["method", "device", "forgotten", "steps", *(f"calls: {kind}" for kind in kinds), "all calls",
-              "s: replay", "s: prepare", "s: train and probe", "s: all", "peak MiB"]  # fmt: skip
+    header = ["method", "device", "forgotten", "steps", *(f"calls: {kind}" for kind in kinds), "all calls"]
+    header += ["s: replay", "s: prepare", "s: train and probe", "s: all", "peak MiB", "retained %", "look-alikes %"]
     return table(
         header,
         (
@@ -156,6 +156,8 @@ def until_table(rows: Sequence[Row]) -> str:
                 sum(row["model_calls"].values()),
                 *(f"{row['seconds'][kind]:.1f}" for kind in ("replay", "prepare", "train", "total")),
                 f"{row['peak_memory_bytes'] / MIB:.0f}",
+                # Older rows do not say what was kept.
+                *(f"{row['kept'][subset]:.1f}" if "kept" in row else "–" for subset in ("retain", "neighbours")),
             ]
             for row in rows
         ),

@@ -258,6 +258,7 @@ class Objective(ABC):
         trainable: Values of `--trainable` that it works with.
         names_concepts: Whether `--forget_prompts` says what to erase; where not, `--retain_prompts` is all there is.
         needs_tokens: Whether it works on the states of a prompt's words, which not every family has.
+        data: What it draws from.
     """
 
     name: ClassVar[str]
@@ -266,6 +267,7 @@ class Objective(ABC):
     trainable: ClassVar[frozenset[str]] = frozenset({"lora", "full"})
     names_concepts: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = False
+    data: ErasureData
 
     @classmethod
     def replays(cls, config: TrainConfig) -> Replays:  # (config: for methods that can do either)
@@ -292,6 +294,10 @@ class Objective(ABC):
         Must depend on the base weights and the flags alone: a resumed run does it again.
         """
         return 0
+
+    def extend(self, data: ErasureData) -> None:
+        """Go on with data that holds more trajectories than before; called only where steps are replayed."""
+        self.data = data
 
     @abstractmethod
     def draw(self, positions: Positions) -> Batch:

@@ -65,10 +65,14 @@ class SafemaxConfig(TrainConfig):
 
     train_batch_size: int = option(6, "Forget samples a step, micro-batch and process.")
     max_train_steps: int = option(350, "Optimizer steps.")
-    learning_rate: float = option(1e-3, "Of AdamW; for prodigy about 1.")
+    learning_rate: float = option(2e-3, "Of AdamW; for prodigy about 1.")
+    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
     forget_trajectories: int = option(32, "Trajectories of the frozen model recorded for forbidden prompts.")
     retain_trajectories: int = option(256, "The same for prompts to keep.")
     replay_inference_steps: int = option(6, "Sampling steps of those trajectories.")
+    replay_span: float = option(
+        0.5, "Share of the training of a LoRA during which trajectories are recorded, evenly; 0: all before it."
+    )
     retain_near_share: float = option(
         0.5, "Share of trajectories to keep, of the prompts whose token states are most like forbidden ones."
     )
@@ -125,13 +129,17 @@ class Safemax(Objective):
     config: SafemaxConfig
 
     def __init__(self, config: SafemaxConfig, data: ErasureData) -> None:
-        self.config, self.data = config, data
+        self.config = config
         self.decay = Decay(config.decay, config.decay_lambda)
         # Where guidance is an input of the network, a sampler follows its one prediction and nothing is overshot.
         self.target_guidance = config.target_guidance if data.classifier_free else 1.0
         self.rollout_guidance = ROLLOUT_GUIDANCE if data.classifier_free else (1.0, 1.0)
+        self.extend(data)
+
+    def extend(self, data: ErasureData) -> None:
+        self.data = data
         levels = data.process.noise_level(data.forget_bank.t)
-        self.high_rows = torch.nonzero(levels >= config.halt_below).flatten()
+        self.high_rows = torch.nonzero(levels >= self.config.halt_below).flatten()
         banks = (data.forget_bank, data.retain_bank)
         self.guided_rows = [(bank, torch.nonzero(self._guided(bank.t)).flatten()) for bank in banks]
 

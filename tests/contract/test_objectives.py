@@ -23,7 +23,7 @@ from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.model_card import usage
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Positions
-from safemax_sd.recording import record_data
+from safemax_sd.recording import Recording
 from safemax_sd.train import read_input, train
 from tests import stock, tiny
 
@@ -60,7 +60,7 @@ def config(request: Request, tmp_path: Path, objective: str, model: str, weights
 
 def prepare(config: TrainConfig) -> tuple[ModelFamily, list[torch.nn.Parameter], Objective]:
     family = load_family(LoadOptions(config.pretrained_model_name_or_path))
-    built = OBJECTIVES.get(config.objective)(config, record_data(config, family, *read_input(config)))
+    built = OBJECTIVES.get(config.objective)(config, Recording(config, family, *read_input(config)).before(0))
     parameters = trainable.attach(family, config).parameters
     built.prepare(Student.of(family, parameters))
     return family, parameters, built

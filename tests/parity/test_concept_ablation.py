@@ -21,7 +21,7 @@ from safemax_sd.objectives.concept_ablation import (
     ConceptAblationConfig,
     anchor_prompts,
 )
-from safemax_sd.recording import record_data
+from safemax_sd.recording import Recording
 from safemax_sd.replay import Samples
 from safemax_sd.train import read_input
 from tests import tiny
@@ -100,7 +100,7 @@ def test_keys_and_values_alone_train(tiny_model: Path, tmp_path: Path) -> None:
     config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *flags))
     assert isinstance(config, ConceptAblationConfig)
     family = load_family(LoadOptions(str(tiny_model)))
-    recorded = record_data(config, family, *read_input(config))
+    recorded = Recording(config, family, *read_input(config)).before(0)
     assert recorded.extra is not None
     assert recorded.extra.model_calls == 2 * 2 * config.replay_inference_steps
     wanted = family.encode_prompts(["a red pear", "red pear on a table"])
@@ -121,6 +121,6 @@ def test_a_model_without_cross_attention_says_which_weights_to_train(tiny_ddpm: 
     config = parse_config(tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "out", *flags))
     assert isinstance(config, ConceptAblationConfig)
     family = load_family(LoadOptions(str(tiny_ddpm)))
-    method = ConceptAblation(config, record_data(config, family, *read_input(config)))
+    method = ConceptAblation(config, Recording(config, family, *read_input(config)).before(0))
     with pytest.raises(OptionError, match=r"--ablation_weights cross_attention_kv: .* use all"):
         method.prepare(Student.of(family, trainable.attach(family, config).parameters))

@@ -18,7 +18,7 @@ from safemax_sd.objectives.esd import Esd, EsdConfig
 from safemax_sd.objectives.salun import Salun, SalunBatch, SalunConfig, salient
 from safemax_sd.objectives.selective_amnesia import SelectiveAmnesia, SelectiveAmnesiaConfig
 from safemax_sd.process import VariancePreserving
-from safemax_sd.recording import record_data
+from safemax_sd.recording import Recording
 from safemax_sd.replay import ReplayBank, Samples
 from tests import tiny
 
@@ -167,7 +167,7 @@ def test_masked_weights_stay(tiny_ddpm: Path, tmp_path: Path) -> None:
     config = parse_config(tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "out", "--objective", "salun"))
     family = load_family(LoadOptions(str(tiny_ddpm)))
     prompts = [load_prompts(path, option="--x") for path in (config.forget_prompts, config.retain_prompts)]
-    built = Salun(config, record_data(config, family, *prompts))  # type: ignore[arg-type]
+    built = Salun(config, Recording(config, family, *prompts).before(0))  # type: ignore[arg-type]
     parameters = trainable.attach(family, config).parameters
     built.prepare(Student.of(family, parameters))
     share = sum(float(mask.sum()) for mask in built.mask) / sum(p.numel() for p in parameters)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
-from safemax_sd.families import TOKEN_STATES, Conditioning
+from safemax_sd.command_line import parse_config
+from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_family
 from safemax_sd.likeness import likeness
-from safemax_sd.recording import with_nearest
+from safemax_sd.recording import Recording, with_nearest
 from safemax_sd.replay import spread
+from safemax_sd.train import read_input
+from tests import tiny
 
 CLASSES = Conditioning({"class_labels": torch.arange(4)})
 
@@ -54,3 +60,46 @@ def test_class_numbers_are_not_alike() -> None:
 def test_trajectories_are_spread_over_a_whole_file() -> None:
     assert spread(3, 9).tolist() == [0, 3, 6]
     assert spread(5, 3).tolist() == [0, 1, 2, 0, 1]
+
+
+def recording(model: Path, folder: Path, *more: str) -> Recording:
+    """Of 9 trajectories, two at a time, in a training of 12 steps."""
+    flags = ("--max_train_steps", "12", "--retain_trajectories", "9", "--replay_batch_size", "2")
+    config = parse_config(tiny.train_arguments(model, folder, folder / "out", *flags, *more))
+    return Recording(config, load_family(LoadOptions(str(model))), *read_input(config))
+
+
+def test_trajectories_come_evenly_over_the_span(tiny_model: Path, tmp_path: Path) -> None:
+    gradual = recording(tiny_model, tmp_path, "--replay_span", "0.5")
+    held, due = [], []
+    for step in range(12):
+        due.append(gradual.is_due(step))
+        data = gradual.before(step)
+        held.append(len(data.retain_samples))
+        assert len(data.retain_bank) == 3 * held[-1]
+        assert not gradual.is_due(step)
+    assert held == [2, 4, 6, 6, 8, 9, 9, 9, 9, 9, 9, 9]  # at least 1.5 more for each of six steps
+    assert [step for step in range(12) if due[step]] == [0, 1, 2, 4, 5]
+    late = recording(tiny_model, tmp_path, "--replay_span", "0.5")
+    assert torch.equal(late.before(11).retain_bank.x_t, data.retain_bank.x_t)
+    assert late.model_calls == gradual.model_calls
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--replay_span", "0"),
+        ("--replay_span", "0.5", "--trainable", "full"),
+        ("--replay_span", "0.5", "--objective", "erase_diff"),
+    ],
+    ids=["no span", "weights that train themselves", "samples"],
+)
+def test_all_are_there_before_the_first_step(flags: tuple[str, ...], tiny_model: Path, tmp_path: Path) -> None:
+    whole = recording(tiny_model, tmp_path, *flags)
+    assert len(whole.before(0).retain_samples) == 9
+    assert not whole.is_due(11)
+
+
+def test_the_first_trajectories_show_prompts_of_the_whole_file(tiny_model: Path, tmp_path: Path) -> None:
+    gradual = recording(tiny_model, tmp_path, "--replay_span", "1", "--replay_batch_size", "3")
+    assert sorted(gradual.before(0).retain_samples.prompt.tolist()) == [0, 1, 2]

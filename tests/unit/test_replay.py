@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
-from safemax_sd.replay import MEMORY, ReplayBank, Storage, bank_bytes, record, spread
+from safemax_sd.replay import MEMORY, Recorder, ReplayBank, Storage, bank_bytes, dispersed, spread
 
 STEPS, TRAJECTORIES = 4, 6
 
@@ -23,18 +25,18 @@ def conditioning(family: ModelFamily) -> Conditioning:
     return family.encode_prompts(["apple", "plum"])
 
 
-def bank(
+def recorder(
     family: ModelFamily,
     *,
     batch_size: int = 4,
     perturbation: float = 0.0,
     keep_steps: bool = True,
     storage: Storage = MEMORY,
-) -> ReplayBank:
-    return record(
-        family,
-        conditioning(family),
-        spread(TRAJECTORIES, 2),
+) -> Recorder:
+    return Recorder(
+        family=family,
+        conditioning=conditioning(family),
+        prompts=spread(TRAJECTORIES, 2),
         guidance_scale=3.0,
         num_inference_steps=STEPS,
         resolution=None,
@@ -45,6 +47,10 @@ def bank(
         perturbation=perturbation,
         storage=storage,
     )
+
+
+def bank(family: ModelFamily, **changes: Any) -> ReplayBank:
+    return recorder(family, **changes).record()
 
 
 @pytest.mark.parametrize("perturbation", [0.0, 0.5])
@@ -116,3 +122,33 @@ def test_a_bank_on_disk_is_the_one_in_memory(family: ModelFamily, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
     large = (memory.x_t, memory.conditional, memory.unconditional, memory.samples.x0)
     assert bank_bytes(family.latent_shape(None), TRAJECTORIES, STEPS) == sum(tensor.nbytes for tensor in large)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_bit_by_bit_is_the_same_as_all_at_once(family: ModelFamily, on_disk: bool, tmp_path: Path) -> None:
+    whole = bank(family, batch_size=2, perturbation=0.5)
+    storage = Storage(tmp_path / "bank") if on_disk else MEMORY
+    parts = recorder(family, batch_size=2, perturbation=0.5, storage=storage)
+    family.denoiser.train()
+    for asked, trajectories in ((1, 2), (2, 2), (3, 4), (TRAJECTORIES, TRAJECTORIES)):
+        assert parts.lacks(asked) == (asked != 2)
+        part = parts.record(asked)
+        assert not parts.lacks(asked)
+        rows = trajectories * STEPS
+        assert (len(part), len(part.samples)) == (rows, trajectories)
+        for name in ("x_t", "t", "prompt", "conditional", "unconditional"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[:rows])
+        assert torch.equal(part.samples.x0, whole.samples.x0[:trajectories])
+        assert part.model_calls == parts.model_calls
+    assert parts.model_calls == whole.model_calls
+    assert family.denoiser.training
+
+
+@pytest.mark.parametrize("count", [1, 2, 6, 32, 256, 500])
+def test_every_beginning_of_a_dispersed_order_is_even(count: int) -> None:
+    order = dispersed(count)
+    assert sorted(order.tolist()) == list(range(count))
+    for first in range(2, count):
+        places = sorted(order[:first].tolist())
+        gaps = [after - before for before, after in itertools.pairwise([*places, places[0] + count])]
+        assert max(gaps) <= 3 * count / first + 1
