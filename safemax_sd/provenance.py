@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -93,6 +94,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most bytes allocated on a CUDA device, elsewhere the process's largest resident size."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "linux":
+        # Not getrusage's: there a new process begins with the most that the one that started it has held.
+        status = Path("/proc/self/status").read_text(encoding="utf8")
+        return 1024 * int(re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[0])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,0 +1,46 @@
+"""Seconds by phase, and a process's own peak of memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from safemax_sd import provenance
+from safemax_sd.provenance import Stopwatch, peak_memory_bytes
+
+MIB = 2**20
+PRINT_PEAK = """
+import torch
+from safemax_sd.provenance import peak_memory_bytes
+before = peak_memory_bytes(torch.device("cpu"))
+held = torch.ones(64, 2**20)
+del held
+print(before, peak_memory_bytes(torch.device("cpu")))
+"""
+
+
+def test_a_phase_within_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 3.0, 4.0, 9.0, 10.0, 20.0, 21.0])
+    monkeypatch.setattr(provenance.time, "monotonic", lambda: next(times))
+    clock = Stopwatch()
+    with clock.phase("train"):  # from 0 to 10
+        with clock.phase("replay"):  # from 1 to 3
+            pass
+        with clock.phase("replay"):  # from 4 to 9
+            pass
+    with clock.phase("train"):  # from 20 to 21
+        pass
+    assert clock.seconds == {"train": 4.0, "replay": 7.0}
+
+
+def test_peak_memory_is_the_process_s_own() -> None:
+    held = torch.ones(1024, 2**18)  # 1 GiB here is none of the other process's
+    ours = peak_memory_bytes(torch.device("cpu"))
+    assert ours > held.nbytes
+    done = subprocess.run([sys.executable, "-c", PRINT_PEAK], check=True, capture_output=True, text=True)
+    before, after = map(int, done.stdout.split())
+    assert before < ours - 512 * MIB
+    assert 200 * MIB < after - before < 400 * MIB
