@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,10 +161,15 @@ def _cell(value: str, more: str, *, best: bool = False) -> str:
     return f"{start}{marked}<small>{html.escape(more)}</small></td>"
 
 
+def _name(text: str) -> str:
+    """A label or a task's name, which may break where its parts end."""
+    return re.sub("([/_])", r"\1<wbr>", html.escape(text))
+
+
 def _with_head(head: Sequence[str], lines: Sequence[tuple[str, str]]) -> str:
     """A table of labels with their cells."""
-    top = "".join(f"<th>{html.escape(heading)}</th>" for heading in head)
-    body = "".join(f"<tr><th>{html.escape(label)}</th>{cells}</tr>" for label, cells in lines)
+    top = "".join(f"<th>{_name(heading)}</th>" for heading in head)
+    body = "".join(f"<tr><th>{_name(label)}</th>{cells}</tr>" for label, cells in lines)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -199,7 +205,7 @@ def _gallery(task: str, gallery: Gallery) -> str:
         for subset, prompt in zip(gallery.subsets, gallery.prompts, strict=True)
     )
     rows = "".join(
-        f'<tr><th>{html.escape(label)}</th><td><img src="{data_uri(path)}" '
+        f'<tr><th>{_name(label)}</th><td><img src="{data_uri(path)}" '
         f'alt="Pictures of {html.escape(label)} on {html.escape(task)}"></td></tr>'
         for label, path in gallery.rows.items()
     )
