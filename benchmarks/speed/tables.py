@@ -155,8 +155,8 @@ def until_table(rows: Sequence[Row]) -> str:
                 *(row["model_calls"][kind] for kind in kinds),
                 sum(row["model_calls"].values()),
                 *(f"{row['seconds'][kind]:.1f}" for kind in ("replay", "prepare", "train", "total")),
-                f"{row['peak_memory_bytes'] / MIB:.0f}",
-                # Older rows do not say what was kept.
+                # Older rows do not say what was kept, and some have no peak of their own.
+                "–" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / MIB:.0f}",
                 *(f"{row['kept'][subset]:.1f}" if "kept" in row else "–" for subset in ("retain", "neighbours")),
             ]
             for row in rows
