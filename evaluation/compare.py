@@ -16,7 +16,7 @@ from PIL import Image
 from safemax_sd.evaluation.compare_config import BASE, CACHE, Comparison, read_comparison
 from safemax_sd.evaluation.compare_methods import Erasure, Method
 from safemax_sd.evaluation.compare_page import Gallery, write_comparison_page
-from safemax_sd.evaluation.compare_tables import by_task, latex, markdown, summaries
+from safemax_sd.evaluation.compare_tables import by_task, latex, markdown, summaries, summary_grid, task_grid
 from safemax_sd.evaluation.run import CACHE as OWN_CACHE
 from safemax_sd.evaluation.run import EvaluateOptions, Evaluation, Shown, load_real, run_and_write
 from safemax_sd.prompts import Suite
@@ -306,8 +306,8 @@ def write_results(comparison: Comparison, done: Sequence[Cell], states: Sequence
     """Write compare.json, compare.md, compare.tex and index.html."""
     folder, rows = comparison.folder, collect(done)
     planned = len(comparison.tasks) * len(comparison.seeds)
-    table, tasks = summaries(rows, [BASE, *comparison.methods], planned), list(comparison.tasks)
-    scores = by_task(rows, list(comparison.methods))
+    table = summaries(rows, [BASE, *comparison.methods], planned)
+    grids = summary_grid(table), task_grid(by_task(rows, list(comparison.methods)), list(comparison.tasks))
     content = {
         "format_version": FORMAT_VERSION,
         "settings": asdict(comparison.settings),
@@ -330,9 +330,9 @@ def write_results(comparison: Comparison, done: Sequence[Cell], states: Sequence
         "rows": rows,
     }
     write_json_atomic(folder / "compare.json", content)
-    atomic_write_text(folder / "compare.md", markdown(table, scores, tasks))
-    atomic_write_text(folder / "compare.tex", latex(table, scores, tasks))
-    write_comparison_page(content, table, scores, galleries(done), folder)
+    atomic_write_text(folder / "compare.md", markdown(grids))
+    atomic_write_text(folder / "compare.tex", latex(grids))
+    write_comparison_page(content, table, grids, galleries(done), folder)
 
 
 def _described(suite: Suite) -> dict[str, Any]:

@@ -11,20 +11,14 @@ from typing import Any
 
 from safemax_sd.evaluation.compare_tables import (
     CALLS,
-    COLUMNS,
     HARMONIC,
     MEMORY,
-    NOTE,
     RATES,
     SECONDS,
-    TASKS_NOTE,
     Column,
+    Entry,
+    Grid,
     Summary,
-    TaskScore,
-    cell_texts,
-    headings,
-    leaders,
-    score_texts,
 )
 from safemax_sd.evaluation.plots import Point, trade_off_plot
 from safemax_sd.evaluation.report import STYLE_SHEET, data_uri
@@ -85,7 +79,7 @@ class Gallery:
 def write_comparison_page(
     content: Mapping[str, Any],
     table: Sequence[Summary],
-    scores: Mapping[str, Mapping[str, TaskScore]],
+    grids: tuple[Grid, Grid],
     galleries: Mapping[str, Gallery],
     folder: Path,
 ) -> Path:
@@ -93,20 +87,20 @@ def write_comparison_page(
 
     Args:
         content: Of `compare.json`.
-        table: Its lines.
-        scores: By label and task.
+        table: Its lines, for the plots.
+        grids: The table, and that by task.
         galleries: By task.
         folder: Where to.
     """
-    made = content["provenance"]
+    made, (whole, tasks) = content["provenance"], grids
     page = PAGE.format(
         title=html.escape(f"{len(content['methods'])} methods on {content['settings']['base_model']}"),
         style=STYLE_SHEET.read_text(encoding="utf8"),
         lead=html.escape(_lead(content)),
-        table=_table(table),
-        note=html.escape(NOTE),
-        tasks=_tasks_table(scores, list(content["tasks"])),
-        tasks_note=html.escape(TASKS_NOTE),
+        table=_table(whole),
+        note=html.escape(whole.note),
+        tasks=_table(tasks),
+        tasks_note=html.escape(tasks.note),
         failed=_failed(content["cells"]),
         plots="".join(_plot(table, number) for number in range(len(PLOTS))),
         galleries="".join(_gallery(task, gallery) for task, gallery in galleries.items()),
@@ -138,39 +132,20 @@ def _flags(flags: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in flags.items())
 
 
-def _table(table: Sequence[Summary]) -> str:
-    best = leaders(table)
-    lines = []
-    for summary in table:
-        texts = zip(COLUMNS, cell_texts(summary), strict=True)
-        cells = "".join(_cell(*text, best=(summary.label, column.name) in best) for column, text in texts)
-        lines.append((summary.label, f"{cells}{_cell(f'{summary.runs}/{summary.planned}', '')}"))
-    return _with_head(headings(), lines)
+def _table(grid: Grid) -> str:
+    head = "".join(f"<th>{_name(heading)}</th>" for heading in grid.head)
+    body = "".join(f"<tr><th>{_name(label)}</th>{''.join(map(_cell, line))}</tr>" for label, line in grid.lines)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _tasks_table(scores: Mapping[str, Mapping[str, TaskScore]], tasks: Sequence[str]) -> str:
-    lines = []
-    for label, found in scores.items():
-        cells = (_cell(*score_texts(found.get(task)), best=task in found and found[task].best) for task in tasks)
-        lines.append((label, "".join(cells)))
-    return _with_head(["method", *tasks], lines)
-
-
-def _cell(value: str, more: str, *, best: bool = False) -> str:
-    start, marked = ('<td class="best">', f"<b>{value}</b>") if best else ("<td>", value)
-    return f"{start}{marked}<small>{html.escape(more)}</small></td>"
+def _cell(entry: Entry) -> str:
+    start, value = ('<td class="best">', f"<b>{entry.value}</b>") if entry.best else ("<td>", entry.value)
+    return f"{start}{value}<small>{html.escape(entry.more)}</small></td>"
 
 
 def _name(text: str) -> str:
     """A label or a task's name, which may break where its parts end."""
     return re.sub("([/_])", r"\1<wbr>", html.escape(text))
-
-
-def _with_head(head: Sequence[str], lines: Sequence[tuple[str, str]]) -> str:
-    """A table of labels with their cells."""
-    top = "".join(f"<th>{_name(heading)}</th>" for heading in head)
-    body = "".join(f"<tr><th>{_name(label)}</th>{cells}</tr>" for label, cells in lines)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _failed(cells: Sequence[Mapping[str, Any]]) -> str:

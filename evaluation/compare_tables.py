@@ -188,7 +188,9 @@ def _value(rows: Sequence[Row], column: Column) -> Measurement | None:
         value = readers[column.name](run)
         if value is not None:
             tasks.setdefault(task, []).append(value)
-    return over_tasks([statistics.fmean(values) for values in tasks.values()], most=100 if column.unit == "%" else None)
+    return over_tasks(
+        [statistics.fmean(values) for values in tasks.values()], most=100 if column.unit == "%" else math.inf
+    )
 
 
 def _runs(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
@@ -224,7 +226,7 @@ def pooled(rows: Sequence[Row]) -> Measurement | None:
     return Measurement(result.value, result.interval, result.n)
 
 
-def over_tasks(values: Sequence[float], *, most: float | None = None) -> Measurement | None:
+def over_tasks(values: Sequence[float], *, most: float = math.inf) -> Measurement | None:
     """The mean of one value a task, with Student's interval where they differ; n counts tasks.
 
     Args:
@@ -237,86 +239,93 @@ def over_tasks(values: Sequence[float], *, most: float | None = None) -> Measure
     if min(values) == max(values):
         return Measurement(mean, None, n)
     half = float(student_t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-    return Measurement(mean, (max(0.0, mean - half), min(mean + half, math.inf if most is None else most)), n)
+    return Measurement(mean, (max(0.0, mean - half), min(mean + half, most)), n)
 
 
-def cell_texts(summary: Summary) -> list[tuple[str, str]]:
-    """Of each column its value and its interval as texts; the interval's is empty where there is none."""
-    texts = []
-    for column in COLUMNS:
-        value = summary.values[column.name]
-        if value is None:
-            texts.append((DASH, ""))
-            continue
-        interval = "" if value.interval is None else format_interval(value.interval, column.unit)
-        texts.append((format_value(value.value, column.unit, with_unit=False), interval))
-    return texts
+@dataclass(frozen=True)
+class Entry:
+    """A place of a table as texts: a value, what stands beside it, and whether it is marked as best."""
+
+    value: str
+    more: str = ""
+    best: bool = False
 
 
-def score_texts(score: TaskScore | None) -> tuple[str, str]:
-    """A score and its lowest part as texts; the part's is empty where all are 100 %."""
-    if score is None:
-        return DASH, ""
-    part = "" if score.part >= 100 else f"{score.lowest.name} {format_value(score.part, '%', with_unit=False)}"
-    return format_value(score.value, "%", with_unit=False), part
+@dataclass(frozen=True)
+class Grid:
+    """A table as texts, for any format.
+
+    Attributes:
+        head: Of the labels' column and of each entry's.
+        lines: Labels with their entries.
+        note: How to read it.
+        more: How plain text sets off what stands beside a value.
+    """
+
+    head: list[str]
+    lines: list[tuple[str, list[Entry]]]
+    note: str
+    more: str = "{}"
+
+    def texts(self, bold: str) -> list[list[str]]:
+        """Head and lines in plain text; `bold` is how the best values are set."""
+        return [self.head, *([label, *(self._text(entry, bold) for entry in line)] for label, line in self.lines)]
+
+    def _text(self, entry: Entry, bold: str) -> str:
+        value = bold.format(entry.value) if entry.best else entry.value
+        return f"{value} {self.more.format(entry.more)}" if entry.more else value
 
 
-def headings() -> list[str]:
-    return ["method", *(column.heading for column in COLUMNS), "runs"]
-
-
-def _lines(table: Sequence[Summary], bold: Callable[[str], str]) -> list[list[str]]:
+def summary_grid(table: Sequence[Summary]) -> Grid:
+    """The lines of the table, with what leads marked."""
     best = leaders(table)
-    lines = [headings()]
+    lines = []
     for summary in table:
-        texts = [
-            f"{bold(value) if (summary.label, column.name) in best else value} {interval}".strip()
-            for column, (value, interval) in zip(COLUMNS, cell_texts(summary), strict=True)
-        ]
-        lines.append([summary.label, *texts, f"{summary.runs}/{summary.planned}"])
-    return lines
+        entries = [_entry(summary.values[c.name], c.unit, best=(summary.label, c.name) in best) for c in COLUMNS]
+        lines.append((summary.label, [*entries, Entry(f"{summary.runs}/{summary.planned}")]))
+    return Grid(["method", *(column.heading for column in COLUMNS), "runs"], lines, NOTE)
 
 
-def _task_lines(
-    scores: Mapping[str, Mapping[str, TaskScore]], tasks: Sequence[str], bold: Callable[[str], str]
-) -> list[list[str]]:
-    lines = [["method", *tasks]]
-    for label, found in scores.items():
-        line = [label]
-        for task in tasks:
-            value, part = score_texts(found.get(task))
-            marked = bold(value) if task in found and found[task].best else value
-            line.append(f"{marked} ({part})" if part else marked)
-        lines.append(line)
-    return lines
+def _entry(measured: Measurement | None, unit: str, *, best: bool) -> Entry:
+    if measured is None:
+        return Entry(DASH)
+    interval = "" if measured.interval is None else format_interval(measured.interval, unit)
+    return Entry(format_value(measured.value, unit, with_unit=False), interval, best)
 
 
-def markdown(table: Sequence[Summary], scores: Mapping[str, Mapping[str, TaskScore]], tasks: Sequence[str]) -> str:
-    """Both tables and how to read them."""
-
-    def rendered(lines: list[list[str]]) -> str:
-        return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
-
-    def bold(text: str) -> str:
-        return f"**{text}**"
-
-    whole, parts = rendered(_lines(table, bold)), rendered(_task_lines(scores, tasks, bold))
-    return f"{whole}\n\n{NOTE}\n\n{parts}\n\n{TASKS_NOTE}\n"
+def task_grid(scores: Mapping[str, Mapping[str, TaskScore]], tasks: Sequence[str]) -> Grid:
+    """Scores by label and task, with the highest of each task marked."""
+    lines = [(label, [_score_entry(found.get(task)) for task in tasks]) for label, found in scores.items()]
+    return Grid(["method", *tasks], lines, TASKS_NOTE, more="({})")
 
 
-def latex(table: Sequence[Summary], scores: Mapping[str, Mapping[str, TaskScore]], tasks: Sequence[str]) -> str:
-    """Both tables as a `tabular` each, which need no package."""
+def _score_entry(score: TaskScore | None) -> Entry:
+    """A score, and its lowest part unless all are 100 %."""
+    if score is None:
+        return Entry(DASH)
+    part = "" if score.part >= 100 else f"{score.lowest.name} {format_value(score.part, '%', with_unit=False)}"
+    return Entry(format_value(score.value, "%", with_unit=False), part, score.best)
 
-    def rendered(note: str, lines: list[list[str]]) -> str:
-        rows = [" & ".join(_escaped(cell) for cell in line) + r" \\" for line in lines]
-        body = "\n".join([rows[0], r"\hline", *rows[1:]])
-        columns = "l" + "r" * (len(lines[0]) - 1)
-        return f"% {note}\n\\begin{{tabular}}{{{columns}}}\n\\hline\n{body}\n\\hline\n\\end{{tabular}}\n"
 
-    def bold(text: str) -> str:
-        return rf"\textbf{{{text}}}"
+def markdown(grids: Sequence[Grid]) -> str:
+    """The tables and how to read them."""
+    parts = []
+    for grid in grids:
+        head, *lines = grid.texts(bold="**{}**")
+        parts += ["\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]), grid.note]
+    return "\n\n".join(parts) + "\n"
 
-    return rendered(NOTE, _lines(table, bold)) + "\n" + rendered(TASKS_NOTE, _task_lines(scores, tasks, bold))
+
+def latex(grids: Sequence[Grid]) -> str:
+    """A `tabular` for each table, which needs no package."""
+    return "\n".join(_tabular(grid) for grid in grids)
+
+
+def _tabular(grid: Grid) -> str:
+    rows = [" & ".join(_escaped(cell) for cell in line) + r" \\" for line in grid.texts(bold=r"\textbf{{{}}}")]
+    body = "\n".join([rows[0], r"\hline", *rows[1:]])
+    columns = "l" + "r" * (len(grid.head) - 1)
+    return f"% {grid.note}\n\\begin{{tabular}}{{{columns}}}\n\\hline\n{body}\n\\hline\n\\end{{tabular}}\n"
 
 
 def _escaped(text: str) -> str:

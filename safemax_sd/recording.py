@@ -46,7 +46,8 @@ class Recording:
         objective = OBJECTIVES.get(config.objective)
         replays = objective.replays(config)
         # Where samples are replayed, priors ask for all of them; weights that train themselves are the base's no more.
-        gradual = replays == "steps" and config.trainable == "lora"
+        keep_steps = replays == "steps"
+        gradual = keep_steps and config.trainable == "lora"
         self._last_step = config.replay_span * config.max_train_steps if gradual else 0.0
         prompts = {"forget": forget, "retain": retain}
         conditioning = {
@@ -61,15 +62,11 @@ class Recording:
         }
         self._recorders: dict[str, Recorder] = {}
         # Real pictures stand in place of recorded samples.
-        if replays == "steps" or (replays == "samples" and not self._pictures):
-            for name, rows in trajectory_prompts(config, conditioning, near=replays == "steps").items():
+        if keep_steps or (replays == "samples" and not self._pictures):
+            for name, rows in trajectory_prompts(config, conditioning, near=keep_steps).items():
                 # The first ones of those that come bit by bit are to show the whole file already.
-                order = dispersed(len(rows)) if self._last_step else torch.arange(len(rows))
-                self._recorders[name] = recorder(
-                    config, family, name, conditioning[name], rows[order], keep_steps=replays == "steps"
-                )
-        extra = record_extra(config, family, objective.extra_prompts(config, forget))
-        self._extra_calls = 0 if extra is None else extra.model_calls
+                shown = rows[dispersed(len(rows))] if self._last_step else rows
+                self._recorders[name] = recorder(config, family, name, conditioning[name], shown, keep_steps=keep_steps)
         nothing = ReplayBank.empty(family.latent_shape(config.resolution))
         self._data = ErasureData(
             process=family.process,
@@ -83,13 +80,14 @@ class Recording:
             retain_bank=nothing,
             forget_samples=self._pictures.get("forget", nothing.samples),
             retain_samples=self._pictures.get("retain", nothing.samples),
-            extra=extra,
+            extra=record_extra(config, family, objective.extra_prompts(config, forget)),
         )
 
     @property
     def model_calls(self) -> int:
         """Network evaluations of one sample so far."""
-        return self._extra_calls + sum(recorder.model_calls for recorder in self._recorders.values())
+        extra = 0 if self._data.extra is None else self._data.extra.model_calls
+        return extra + sum(recorder.model_calls for recorder in self._recorders.values())
 
     def is_due(self, step: int) -> bool:
         """Whether something is to be recorded before a step, counted from 0."""

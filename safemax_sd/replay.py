@@ -152,10 +152,10 @@ def spread(trajectories: int, prompts: int) -> Tensor:
 
 def dispersed(count: int) -> Tensor:
     """An order of so many things in which every beginning is spread evenly over them, int64 [count]."""
-    stride = max(1, round(count * GOLDEN_RATIO))
+    stride = round(count * GOLDEN_RATIO)
     while math.gcd(stride, count) > 1:
         stride += 1
-    return torch.arange(count) * stride % max(1, count)
+    return torch.arange(count) * stride % count
 
 
 @dataclass(kw_only=True)
@@ -201,6 +201,8 @@ class Recorder:
     def __post_init__(self) -> None:
         self._state = PartialState()
         self._shared = self.storage.folder is not None
+        self._processes: int = self._state.num_processes if self._shared else 1
+        self._process: int = self._state.process_index if self._shared else 0
         self._rows_each = self.num_inference_steps if self.keep_steps else 0
         count, latent = len(self.prompts), self.family.latent_shape(self.resolution)
         self._bank = _room(self.storage, self.family, latent, count, count * self._rows_each)
@@ -214,7 +216,7 @@ class Recorder:
         return self._bank.model_calls
 
     def lacks(self, trajectories: int) -> bool:
-        """Whether `record` has returned fewer so far."""
+        """Whether `record` has returned fewer the last time."""
         return self._handed_out < self._batches_of(trajectories)
 
     def record(self, trajectories: int | None = None) -> ReplayBank:
@@ -224,20 +226,20 @@ class Recorder:
         """
         wanted = self._batches_of(len(self.prompts) if trajectories is None else trajectories)
         if wanted > self._recorded:
-            processes = self._state.num_processes if self._shared else 1
-            end = min(-(-wanted // processes) * processes, self._batches_of(len(self.prompts)))  # one for each of them
+            rounds = -(-wanted // self._processes)  # in each of which every process has a batch
+            end = min(rounds * self._processes, self._batches_of(len(self.prompts)))
             calls = self._record_batches(range(self._recorded, end))
             self._bank = replace(self._bank, model_calls=self._bank.model_calls + calls)
             self._recorded = end
-        self._handed_out = max(wanted, self._handed_out)
-        return self._bank.first(min(self._handed_out * self.batch_size, len(self.prompts)), self._rows_each)
+        self._handed_out = wanted
+        return self._bank.first(min(wanted * self.batch_size, len(self.prompts)), self._rows_each)
 
     def _batches_of(self, trajectories: int) -> int:
         return -(-trajectories // self.batch_size)
 
     def _record_batches(self, numbers: range) -> int:
         """Record what this process has to of these batches; the network evaluations of all processes."""
-        own = numbers[self._state.process_index :: self._state.num_processes] if self._shared else numbers
+        own = numbers[self._process :: self._processes]
         # What is recorded later is a batch or two at a time, below the progress bar of the training.
         silent = self._recorded > 0 or not self._state.is_local_main_process
         training, calls = self.family.denoiser.training, 0

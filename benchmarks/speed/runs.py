@@ -17,6 +17,7 @@ import torch
 from safemax_sd.evaluation.run import EvaluateOptions, evaluate
 from safemax_sd.prompts import load_suite
 
+from benchmarks.erasure_variants import find
 from benchmarks.halting_anchor import COUNTS, ERASED, suite
 from benchmarks.speed.contest import Row, clock, contest, ratios
 from benchmarks.speed.models import SUITE
@@ -65,11 +66,8 @@ def kept(adapter: Path) -> dict[str, float]:
     """Percentages of pictures of prompts to keep, and of look-alikes, that the judge names rightly."""
     options = EvaluateOptions(adapter=str(adapter), suite=SUITE, num_images=KEPT_IMAGES, num_sweep_images=0)
     report = json.loads((evaluate(options) / "report.json").read_text(encoding="utf8"))
-    return {
-        row["subset"]: row["value"]
-        for row in report["metrics"]
-        if (row["metric"], row["model"]) == ("clip_accuracy", "erased") and row["subset"] in ("retain", "neighbours")
-    }
+    wanted = ({"metric": "clip_accuracy", "subset": subset} for subset in ("retain", "neighbours"))
+    return {measured["subset"]: find(report, "metrics", measured) for measured in wanted}
 
 
 def is_probed(row: Row) -> bool:

@@ -137,7 +137,7 @@ class Safemax(Objective):
         self.extend(data)
 
     def extend(self, data: ErasureData) -> None:
-        self.data = data
+        super().extend(data)
         levels = data.process.noise_level(data.forget_bank.t)
         self.high_rows = torch.nonzero(levels >= self.config.halt_below).flatten()
         banks = (data.forget_bank, data.retain_bank)
