@@ -51,16 +51,33 @@ class DiffusionProcess(ABC):
         """E[target | x_t] for x0 ~ N(0, I): the closed form, native parametrisation, [B, ...]."""
 
     @abstractmethod
+    def coordinate(self, t: Tensor) -> Tensor:
+        """What the sampler's path is followed in: dx/d(coordinate) is a velocity, [B]."""
+
+    @abstractmethod
+    def slope(self, t: Tensor) -> Tensor:
+        """What a native prediction gains per unit of that velocity, [B]."""
+
+    def halted_std(self, t: Tensor) -> Tensor:
+        """Standard deviation of x_t for x0 ~ N(0, I), [B]: of halted noise, on its way to unit variance."""
+        return torch.hypot(*self.coefficients(t))
+
     def removal(self, offset: Tensor, t: Tensor) -> Tensor:
         """What to add to a native prediction so that a deterministic sampler removes `offset` from x_t; [B, ...].
 
-        The maximum-entropy prediction keeps an x_t as it is, be it noise or noise plus an offset. With this added, the
-        offset shrinks at unit rate in the process's own coordinate (given by each process).
+        The maximum-entropy prediction keeps halted noise such, and carries an offset along with it. With this added, the
+        offset shrinks at unit rate in the coordinate.
         """
+        return _like(self.slope(t), offset) * offset
 
-    @abstractmethod
     def step(self, x_t: Tensor, prediction: Tensor, t: Tensor, following: Tensor) -> Tensor:
-        """Where an Euler step along the sampler's path in the process's own coordinate ends, [B, ...]."""
+        """Where a step along the sampler's path ends, [B, ...]: exact for halted noise, Euler in what differs from it.
+
+        With y = x/halted_std the path is dy/d(coordinate) = (velocity − that of halted noise)/halted_std.
+        """
+        velocity = (prediction - self.max_entropy_target(x_t, t)) / _like(self.slope(t), x_t)
+        moved = x_t + _like(self.coordinate(following) - self.coordinate(t), x_t) * velocity
+        return _like(self.halted_std(following) / self.halted_std(t), x_t) * moved
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = a·x0 + s·noise, [B, ...]."""
@@ -111,23 +128,19 @@ class VariancePreserving(DiffusionProcess):
             return _like(a, x_t) * x_t
         return torch.zeros_like(x_t)
 
-    def removal(self, offset: Tensor, t: Tensor) -> Tensor:
-        """Unit rate in the angle φ of a = cos φ, s = sin φ: the sampler's path is dx/dφ = v (arXiv 2202.00512)."""
-        return _like(self._slope(t), offset) * offset
+    def coordinate(self, t: Tensor) -> Tensor:
+        """The angle φ of a = cos φ, s = sin φ: the path is dx/dφ = v (arXiv 2202.00512)."""
+        a, s = self.coefficients(t)
+        return torch.atan2(s, a)
 
-    def step(self, x_t: Tensor, prediction: Tensor, t: Tensor, following: Tensor) -> Tensor:
-        """Euler in the angle φ: x + (φ' − φ)·v, which keeps the spread of halted noise whatever the step's size."""
-        velocity = (prediction - self.max_entropy_target(x_t, t)) / _like(self._slope(t), x_t)
-        return x_t + _like(self._angle(following) - self._angle(t), x_t) * velocity
-
-    def _slope(self, t: Tensor) -> Tensor:
-        """What the prediction gains per unit of velocity, [B]: ε = s·x + a·v and x0 = a·x − s·v."""
+    def slope(self, t: Tensor) -> Tensor:
+        """Of ε = s·x + a·v, x0 = a·x − s·v, or v itself."""
         a, s = self.coefficients(t)
         return {"epsilon": a, "sample": -s, "v_prediction": torch.ones_like(a)}[self.prediction_type]
 
-    def _angle(self, t: Tensor) -> Tensor:
-        a, s = self.coefficients(t)
-        return torch.atan2(s, a)
+    def halted_std(self, t: Tensor) -> Tensor:
+        """1, as a² + s² is."""
+        return torch.ones(len(t), device=t.device)
 
 
 class FlowMatching(DiffusionProcess):
@@ -165,13 +178,12 @@ class FlowMatching(DiffusionProcess):
         sigma = _like(self.noise_level(t), x_t)
         return (2 * sigma - 1) / ((1 - sigma) ** 2 + sigma**2) * x_t
 
-    def removal(self, offset: Tensor, t: Tensor) -> Tensor:
-        """Unit rate in σ: the sampler's path is dx/dσ = v."""
-        return offset
+    def coordinate(self, t: Tensor) -> Tensor:
+        """σ: the path is dx/dσ = v."""
+        return self.noise_level(t)
 
-    def step(self, x_t: Tensor, prediction: Tensor, t: Tensor, following: Tensor) -> Tensor:
-        """Euler in σ."""
-        return x_t + _like(self.noise_level(following) - self.noise_level(t), x_t) * prediction
+    def slope(self, t: Tensor) -> Tensor:
+        return torch.ones(len(t), device=t.device)
 
 
 class VarianceExploding(DiffusionProcess):
@@ -208,13 +220,12 @@ class VarianceExploding(DiffusionProcess):
         sigma = _like(t.float(), x_t)
         return sigma / (1 + sigma**2) * x_t
 
-    def removal(self, offset: Tensor, t: Tensor) -> Tensor:
-        """Unit rate in ln σ: the sampler's path is dx/dσ = ε."""
-        return offset / _like(t.float(), offset)
+    def coordinate(self, t: Tensor) -> Tensor:
+        """ln σ: the path is dx/d(ln σ) = σ·ε."""
+        return t.float().log()
 
-    def step(self, x_t: Tensor, prediction: Tensor, t: Tensor, following: Tensor) -> Tensor:
-        """Euler in σ."""
-        return x_t + _like(following.float() - t.float(), x_t) * prediction
+    def slope(self, t: Tensor) -> Tensor:
+        return 1 / t.float()
 
 
 def from_scheduler(scheduler: Any) -> DiffusionProcess:

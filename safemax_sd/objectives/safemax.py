@@ -107,8 +107,8 @@ class SafemaxBatch(Batch):
         weight: Of each sample's squared error, [B].
         empty_row: Row of the same input with the empty prompt, of which a guided prediction starts; -1 where the batch
             holds none; int64 [B].
-        rollout_guidance: Guidance scale at which the student samples from x_t, at the highest noise level, down to t,
-            where it is asked; 0 where x_t itself is asked; [B].
+        rollout_guidance: Guidance scale at which the student samples from noise, which x_t then is, down to t, where it
+            is asked; 0 where x_t itself is asked; [B].
     """
 
     weight: Tensor
@@ -151,8 +151,9 @@ class Safemax(Objective):
         count = -(-min(KEPT_NOISE, KEPT_NOISE_A_STEP * self.config.max_train_steps) // KEPT_AT_ONCE)
         for number in tqdm(range(count), desc="noise to keep", unit="batch"):
             generator = prior_generator(self.config.seed, NOISE, number)
-            x_t = torch.cat([torch.add(*self._spread_noise(generator)) for _ in range(KEPT_AT_ONCE)])
+            noise = torch.cat([torch.add(*self._spread_noise(generator)) for _ in range(KEPT_AT_ONCE)])
             t = torch.cat([self._time_below(self.config.halt_below, generator) for _ in range(KEPT_AT_ONCE)])
+            x_t = self._at(t, noise)
             prompt = torch.randint(len(self.data.retain), (KEPT_AT_ONCE,), generator=generator)
             asked = (x_t.to(student.device), t.to(student.device), self.data.retain.select(prompt).to(student.device))
             with torch.no_grad():
@@ -208,10 +209,10 @@ class Safemax(Objective):
         rows = torch.nonzero((batch.rollout_guidance > 0) & (batch.empty_row >= 0)).flatten()
         if not len(rows):
             return batch.x_t, batch.target
-        start, end = batch.x_t[rows], batch.t[rows]
-        reached = self._roll_out(predict, batch, rows)
+        reached, end = self._roll_out(predict, batch, rows), batch.t[rows]
         process = self.data.process
-        restored = self.config.halt_restoring * process.removal(reached - start, end)
+        stayed = self._at(end, batch.x_t[rows])
+        restored = self.config.halt_restoring * process.removal(reached - stayed, end)
         halted = process.max_entropy_target(reached, end) + restored
         x_t, target = batch.x_t.clone(), batch.target.clone()
         for pair in (rows, batch.empty_row[rows]):
@@ -225,7 +226,7 @@ class Safemax(Objective):
         shares = [step / ROLLOUT_STEPS for step in range(ROLLOUT_STEPS)]
         times = [grid[((1 - share) * (len(grid) - 1) + share * last).round().long()] for share in shares]
         asked = batch.conditioning.select(torch.cat([rows, batch.empty_row[rows]]))
-        x = batch.x_t[rows]
+        x = self._at(times[0], batch.x_t[rows])
         scale = batch.rollout_guidance[rows].view(-1, *[1] * (x.dim() - 1))
         with torch.no_grad():
             for t, following in itertools.pairwise([*times, batch.t[rows]]):
@@ -244,7 +245,8 @@ class Safemax(Objective):
         if torch.rand((), generator=generator) < TRAJECTORY_SHARE:
             x_t, t = bank.x_t[row], bank.t[row]
         else:
-            x_t, t = self._noise(generator), self.data.process.sample_times(1, generator)
+            noise, t = self._noise(generator), self.data.process.sample_times(1, generator)
+            x_t = self._at(t, noise)
         conditioning = self._forbidden(bank.prompt[row], generator)
         recorded, rows = self.guided_rows[int(torch.rand((), generator=generator) < HIGH_RETAIN_SHARE)]
         if not (len(rows) and bool(self._guided(t))):
@@ -271,7 +273,7 @@ class Safemax(Objective):
     def _halt(self, generator: torch.Generator) -> _Sample:
         """Noise at a noise level where no kept picture passes it, with a forbidden and with the empty prompt.
 
-        What is off N(0, I) in it, a trace of a picture or another spread, is to go: errors of a sampler's first steps
+        What is off pure noise in it, a trace of a picture or another spread, is to go: errors of a sampler's first steps
         would otherwise be carried on, or grow. Some of these errors are made up here, the others the student makes.
         """
         process, limit, guidance = self.data.process, self.config.halt_below, 0.0
@@ -285,10 +287,11 @@ class Safemax(Objective):
             limit *= DRIFTED_BELOW
         else:
             noise, offset = self._spread_noise(generator)
-        x_t = noise + offset
         t = self._time_below(limit, generator)
         row = torch.randint(len(self.data.forget), (1,), generator=generator)
-        target = self._target(x_t, t, generator) + self.config.halt_restoring * process.removal(offset, t)
+        # What is to be sampled from stays of unit spread here: its noise level is another.
+        x_t = noise if guidance else self._at(t, noise + offset)
+        target = self._target(x_t, t, generator) + self.config.halt_restoring * process.removal(self._at(t, offset), t)
         return _Sample(
             x_t=torch.cat([x_t, x_t]),
             t=torch.cat([t, t]),
@@ -306,7 +309,7 @@ class Safemax(Objective):
         return t
 
     def _spread_noise(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Pure noise, and what some of it has too much or too little of itself."""
+        """Pure noise of unit spread, and what some of it has too much or too little of itself."""
         noise = self._noise(generator)
         low, high = SPREADS
         chosen, amount = torch.rand(2, generator=generator).tolist()
@@ -315,15 +318,15 @@ class Safemax(Objective):
     def _drifted_noise(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """What an erased sampler carries on from the highest noise levels, where the empty prompt still acts.
 
-        It is noise, and a faint share of what the empty prompt shows, more or less of it as guidance and the errors of
-        the first steps have it.
+        It is noise of unit spread, and a faint share of what the empty prompt shows, more or less of it as guidance and
+        the errors of the first steps have it.
         """
         bank = self.data.forget_bank
         row = self.high_rows[torch.randint(len(self.high_rows), (1,), generator=generator)]
-        x_t = bank.x_t[row]
-        pull = self.data.process.max_entropy_target(x_t, bank.t[row]) - bank.unconditional[row]
+        x_t, t = bank.x_t[row], bank.t[row]
+        pull = self.data.process.max_entropy_target(x_t, t) - bank.unconditional[row]
         length = DRIFT * (2 * torch.rand((), generator=generator) - 1)
-        return x_t, length * pull / pull.square().mean().sqrt()
+        return x_t / self._at(t, torch.ones_like(x_t)), length * pull / pull.square().mean().sqrt()
 
     def _retain(self, generator: torch.Generator) -> _Sample:
         if self.config.retain_noise and torch.rand((), generator=generator) < self.config.retain_noise:
@@ -344,6 +347,10 @@ class Safemax(Objective):
     def _kept(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
         """Conditioning of prompts to keep."""
         return self.data.retain.select(rows)
+
+    def _at(self, t: Tensor, noise: Tensor) -> Tensor:
+        """Noise of unit spread with the spread that halted noise has at native times [B]; [B, *latent]."""
+        return self.data.process.halted_std(t).to(noise).view(-1, *[1] * (noise.dim() - 1)) * noise
 
     def _noise(self, generator: torch.Generator) -> Tensor:
         return torch.randn((1, *self.data.latent_shape), generator=generator)

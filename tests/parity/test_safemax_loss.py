@@ -13,7 +13,7 @@ from safemax_sd.families import Conditioning
 from safemax_sd.objectives import ErasureData
 from safemax_sd.objectives.base import Positions, Student
 from safemax_sd.objectives.safemax import ROLLOUT_STEPS, Safemax, SafemaxBatch, SafemaxConfig
-from safemax_sd.process import VariancePreserving
+from safemax_sd.process import FlowMatching, VariancePreserving
 from safemax_sd.replay import ReplayBank, Samples
 
 SIGNAL = torch.tensor([0.64, 0.64, 0.64])  # s = 0.6 at every timestep
@@ -179,6 +179,25 @@ def test_rollout_by_hand() -> None:
     guided = free + built.config.target_guidance * (error - free)
     expected = ((error.square() + guided.square()) / 2 + free.square()).mean()
     assert float(terms.parts["forget"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_flow_matching_halts_noise_of_the_spread_that_it_has_on_its_way() -> None:
+    flow, data = FlowMatching(), replace(objective().data, process=FlowMatching())
+    given = Safemax(SafemaxConfig(halt_unconditional=1.0, halt_rollout=0.0, halt_restoring=0.0), data)
+    batch = given.draw(Positions(0, 0, range(2000), range(1)))
+    relative = batch.x_t[:4000:2].flatten(1) / flow.halted_std(batch.t[:4000:2]).view(-1, 1)
+    spreads = relative.square().mean(1).sqrt()
+    assert float(spreads.median()) == pytest.approx(1, abs=0.1)  # 1.2 without the factor
+    assert torch.allclose(batch.target[:4000], flow.max_entropy_target(batch.x_t, batch.t)[:4000])
+
+
+def test_a_model_that_halts_has_no_loss_after_a_rollout_of_flow_matching() -> None:
+    flow, data = FlowMatching(), replace(objective().data, process=FlowMatching())
+    built = Safemax(SafemaxConfig(halt_unconditional=1.0, halt_rollout=1.0, halt_restoring=1.5), data)
+    batch = built.draw(Positions(0, 0, range(64), range(1)))
+    halts = built.loss(lambda x, t, c: flow.max_entropy_target(x, t), batch)
+    assert float(halts.parts["forget"]) < 1e-8
+    assert float(built.loss(zero, batch).parts["forget"]) > 0.1
 
 
 def test_samples_depend_on_their_number_alone() -> None:

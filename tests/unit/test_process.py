@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from safemax_sd.errors import OptionError
@@ -99,24 +99,55 @@ def test_small_steps_follow_ddim(scheduler: DDIMScheduler) -> None:
     assert float((ours - noise).square().mean().sqrt()) > 0.5
 
 
-def prediction_at(process: VariancePreserving, x_t: Tensor, x0: Tensor, time: Tensor) -> Tensor:
+def prediction_at(process: DiffusionProcess, x_t: Tensor, x0: Tensor, time: Tensor) -> Tensor:
     """The best prediction for data N(x0, I/4)."""
     t = time.expand(1)
     a, s = (float(value) for value in process.coefficients(t))
     noise = s * (x_t - a * x0) / (a * a / 4 + s * s)
-    return process.target((x_t - s * noise) / a, noise, t)
+    return process.target((x_t - s * noise) / max(a, 1e-6), noise, t)
 
 
 @pytest.mark.parametrize("process", [process for process, _ in PROCESSES.values()], ids=PROCESSES)
-def test_a_step_of_halted_noise_goes_along_its_own_direction(process: DiffusionProcess) -> None:
+def test_a_step_of_any_size_leaves_halted_noise_halted(process: DiffusionProcess) -> None:
     grid = process.all_times()
     t, following = grid[-1:], grid[len(grid) // 2 : len(grid) // 2 + 1]
-    x = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    x = process.halted_std(t) * noise
     moved = process.step(x, process.max_entropy_target(x, t), t, following)
-    ratio = moved / x
-    assert torch.allclose(ratio, ratio[:, :1].expand_as(ratio), atol=1e-4)
-    if isinstance(process, VariancePreserving):
-        assert float(ratio[0, 0]) == pytest.approx(1, abs=1e-3)
+    assert torch.allclose(moved, process.halted_std(following) * noise, rtol=1e-4)
+
+
+def test_halted_noise_of_flow_matching_is_narrower_on_its_way() -> None:
+    halted = FlowMatching().halted_std(torch.tensor([0.0, 500.0, 1000.0]))
+    assert torch.allclose(halted, torch.tensor([1.0, math.sqrt(0.5), 1.0]))
+
+
+def test_halted_noise_and_offsets_under_the_flow_matching_sampler() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    process = from_scheduler(scheduler)
+    scheduler.set_timesteps(400)
+    noise, offset = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    x = noise + offset
+    for time in scheduler.timesteps:
+        t = time.expand(1)
+        there = x - process.halted_std(t) * noise
+        x = scheduler.step(process.max_entropy_target(x, t) + process.removal(there, t), time, x).prev_sample
+    left = x - noise
+    assert float((left * offset).sum() / offset.square().sum()) == pytest.approx(math.exp(-1), abs=0.02)
+    assert float((x - math.exp(-1) * offset).std()) == pytest.approx(float(noise.std()), rel=0.02)
+
+
+def test_small_steps_follow_the_flow_matching_sampler() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    process = from_scheduler(scheduler)
+    scheduler.set_timesteps(250)
+    x0, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    ours = theirs = noise
+    for time, following in itertools.pairwise(scheduler.timesteps):
+        ours = process.step(ours, prediction_at(process, ours, x0, time), time.expand(1), following.expand(1))
+        theirs = scheduler.step(prediction_at(process, theirs, x0, time), time, theirs).prev_sample
+    assert float((ours - theirs).square().mean().sqrt()) < 0.02
+    assert float((ours - noise).square().mean().sqrt()) > 0.5
 
 
 @pytest.mark.parametrize("process", [process for process, _ in PROCESSES.values()], ids=PROCESSES)
