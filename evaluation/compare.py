@@ -17,6 +17,7 @@ from safemax_sd.evaluation.compare_config import BASE, CACHE, Comparison, read_c
 from safemax_sd.evaluation.compare_methods import Erasure, Method
 from safemax_sd.evaluation.compare_page import Gallery, write_comparison_page
 from safemax_sd.evaluation.compare_tables import by_task, latex, markdown, summaries, summary_grid, task_grid
+from safemax_sd.evaluation.metrics import METRICS
 from safemax_sd.evaluation.run import CACHE as OWN_CACHE
 from safemax_sd.evaluation.run import EvaluateOptions, Evaluation, Shown, load_real, run_and_write
 from safemax_sd.prompts import Suite
@@ -73,6 +74,7 @@ class Cell:
             "prompts": {part: prompts.sha256 for part, prompts in self.erasure.suite.parts.items()},
             "seed": self.erasure.seed,
             "evaluation": {name: value for name, value in self.evaluation.items() if name != "batch_size"},
+            "metrics": {name: METRICS.get(name).version for name in METRICS.names()},
         }
         stored: dict[str, Any] = json.loads(json.dumps(content))
         return stored
@@ -82,6 +84,11 @@ class Cell:
         path = self.folder / STATE
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
         return content
+
+    def is_erased(self, state: dict[str, Any]) -> bool:
+        """Whether a state says that only the evaluation is left."""
+        erased = state.get("status") == "erased" or state.get("erased", False)
+        return erased and state["settings"] == self.identity()
 
     def write(self, status: str, **more: Any) -> None:
         write_json_atomic(self.folder / STATE, {"status": status, "settings": self.identity(), **more})
@@ -190,11 +197,13 @@ def claimed(cell: Cell) -> Iterator[bool]:
 
 
 def run_cell(cell: Cell, base_cache: Path) -> None:
-    """Erase and evaluate; a failure is written down with its reason."""
+    """Erase and evaluate; a failure is written down with its reason, and with whether the erasure can be kept."""
+    erased = cell.is_erased(cell.state())
     try:
-        if cell.state().get("status") != "erased":
+        if not erased:
             cell.write("started")
             cell.method.erase(cell.erasure)
+            erased = True
             cell.write("erased")
         shown = evaluate_cell(cell, base_cache)
         save_tiles(cell, shown)
@@ -202,7 +211,8 @@ def run_cell(cell: Cell, base_cache: Path) -> None:
         cell.write("done", prompts=shown.prompts, subsets=shown.subsets)
     except Exception as error:  # whatever it is, the other cells can still be run
         text = " ".join(str(error).split())[:300]
-        cell.write("failed", reason=text if isinstance(error, SafemaxError) else f"{type(error).__name__}: {text}")
+        reason = text if isinstance(error, SafemaxError) else f"{type(error).__name__}: {text}"
+        cell.write("failed", reason=reason, erased=erased)
 
 
 def _options(cell: Cell) -> EvaluateOptions:
@@ -314,7 +324,7 @@ def write_results(comparison: Comparison, done: Sequence[Cell], states: Sequence
         "judge": comparison.settings.clip_model,
         "tasks": {name: _described(suite) for name, suite in comparison.tasks.items()},
         "seeds": list(comparison.seeds),
-        "methods": {label: method.identity() for label, method in comparison.methods.items()},
+        "methods": {label: method.given for label, method in comparison.methods.items()},
         "provenance": provenance(None, torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "cells": [
             {

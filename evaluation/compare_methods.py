@@ -109,9 +109,18 @@ class Method(ABC):
         """What `erase` made, to be evaluated."""
         return Adapter(erasure.folder)
 
-    def identity(self) -> dict[str, Any]:
-        """All of the method that its result depends on."""
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the configuration says of it."""
         return {self.kind: self.name, **self.flags}
+
+    def identity(self) -> dict[str, Any]:
+        """All of the method that its result depends on, defaults included."""
+        return {self.kind: self.name, **self.settings()}
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Every flag with its value."""
 
 
 class TrainedMethod(Method):
@@ -128,6 +137,10 @@ class TrainedMethod(Method):
             if flag in GIVEN:
                 raise OptionError("--config", self.where, f"{flag} is the comparison's to give")
         return check_types(flags, objective.Config, self.where)
+
+    def settings(self) -> dict[str, Any]:
+        config: TrainConfig = OBJECTIVES.get(self.name).Config(**self.flags)
+        return {flag: value for flag, value in config.record().items() if flag not in GIVEN}
 
     def check(self, erasure: Erasure) -> None:
         config: TrainConfig = OBJECTIVES.get(self.name).Config(**self._all_flags(erasure))
@@ -199,12 +212,12 @@ class EditedMethod(Method):
                 words += [f"--{flag}", *([] if value is True else [str(value)])]
         run_apart(words, erasure.folder / OUTPUT)
 
-    def identity(self) -> dict[str, Any]:
-        identity = super().identity()
+    def settings(self) -> dict[str, Any]:
+        settings = asdict(self.known[self.name](**self.flags))
         if "anchor" in self.flags:
             record = resolve_anchor(self.flags["anchor"]) / "erasure.json"
-            identity["anchor_sha256"] = hashlib.sha256(record.read_bytes()).hexdigest()
-        return identity
+            settings["anchor_sha256"] = hashlib.sha256(record.read_bytes()).hexdigest()
+        return settings
 
 
 class UntrainedMethod(Method):
@@ -215,12 +228,16 @@ class UntrainedMethod(Method):
     def checked(self, flags: dict[str, Any]) -> dict[str, Any]:
         settings = BASELINES.get(self.name).Settings
         hints = get_type_hints(settings)
-        for name, value in check_types(flags, settings, self.where).items():
+        checked = check_types(flags, settings, self.where)
+        for name, value in checked.items():
             allowed = literals(hints[name])
             if allowed and value not in allowed:
                 text = f"{name} must be one of {', '.join(allowed)}{closest(str(value), allowed)}, not {value!r}"
                 raise OptionError("--config", self.where, text)
-        return asdict(settings(**flags))  # with its defaults: a result depends on them too
+        return checked
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(BASELINES.get(self.name).Settings(**self.flags))
 
     def check(self, erasure: Erasure) -> None:
         """A suite that can be read is enough."""

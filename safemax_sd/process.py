@@ -65,8 +65,8 @@ class DiffusionProcess(ABC):
     def removal(self, offset: Tensor, t: Tensor) -> Tensor:
         """What to add to a native prediction so that a deterministic sampler removes `offset` from x_t; [B, ...].
 
-        The maximum-entropy prediction keeps halted noise such, and carries an offset along with it. With this added, the
-        offset shrinks at unit rate in the coordinate.
+        The maximum-entropy prediction keeps halted noise such, and carries an offset along with it. With this added,
+        the offset shrinks at unit rate in the coordinate.
         """
         return _like(self.slope(t), offset) * offset
 

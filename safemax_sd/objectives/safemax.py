@@ -273,8 +273,8 @@ class Safemax(Objective):
     def _halt(self, generator: torch.Generator) -> _Sample:
         """Noise at a noise level where no kept picture passes it, with a forbidden and with the empty prompt.
 
-        What is off pure noise in it, a trace of a picture or another spread, is to go: errors of a sampler's first steps
-        would otherwise be carried on, or grow. Some of these errors are made up here, the others the student makes.
+        What is off pure noise in it, a trace of a picture or another spread, is to go: a sampler's first errors would
+        otherwise be carried on, or grow. Some of these errors are made up here, the others the student makes.
         """
         process, limit, guidance = self.data.process, self.config.halt_below, 0.0
         if torch.rand((), generator=generator) < self.config.halt_rollout:

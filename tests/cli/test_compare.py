@@ -245,7 +245,26 @@ def test_a_second_call_runs_nothing_and_a_removed_cell_is_redone_alone(
     assert values[0] == values[1]
 
 
-def test_an_erased_cell_is_only_evaluated(grid: Path, place: Path, tiny_model: Path) -> None:
+def test_a_cell_whose_evaluation_failed_is_only_evaluated(
+    grid: Path, place: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = grid / "ours" / "fruit" / "0"
+    shutil.rmtree(folder)
+
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safemax_sd.evaluation.compare.evaluate_cell", full)
+        assert compare(str(write_config(place, tiny_model)))[1] == ["ours, fruit, seed 0: OSError: the disk is full"]
+    weights = folder / "pytorch_lora_weights.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert compare(str(write_config(place, tiny_model)))[1] == []
+    assert weights.stat().st_mtime_ns == before
+    assert (folder / "evaluation" / "report.json").is_file()
+
+
+def test_a_cell_stopped_before_its_evaluation_is_only_evaluated(grid: Path, place: Path, tiny_model: Path) -> None:
     folder = grid / "ours" / "fruit" / "0"
     weights = folder / "pytorch_lora_weights.safetensors"
     before, state = weights.stat().st_mtime_ns, json.loads((folder / "cell.json").read_text())
@@ -292,6 +311,23 @@ def test_results_of_other_settings_are_left_alone(grid: Path, place: Path, tiny_
     with pytest.raises(SafemaxError, match="evaluation: num_images was 3, is 4"):
         compare(str(write_config(place, tiny_model, num_images=4)))
     assert changed(grid) == before
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "label"),
+    [("method", "lr_warmup_steps", "ours"), ("method", "uce_padding", "closed"), ("metrics", "halted", "negative")],
+)
+def test_results_of_other_defaults_or_metrics_are_left_alone(
+    grid: Path, place: Path, tiny_model: Path, part: str, name: str, label: str
+) -> None:
+    path = grid / label / "fruit" / "0" / "cell.json"
+    good = path.read_text()
+    state = json.loads(good)
+    state["settings"][part][name] = 77
+    path.write_text(json.dumps(state))
+    with pytest.raises(SafemaxError, match=f"{part}: {name} was 77, is"):
+        compare(str(write_config(place, tiny_model)))
+    path.write_text(good)
 
 
 def test_a_failing_cell_is_recorded(grid: Path, place: Path, tiny_model: Path) -> None:
