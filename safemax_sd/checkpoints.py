@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.provenance import Cost
 from safemax_sd.trainable import Trainable
 
 PATTERN = re.compile(r"checkpoint-(\d+)")
+COST = "cost.json"
 
 
 def register(accelerator: Accelerator, trainable: Trainable) -> None:
@@ -43,8 +47,15 @@ def all_checkpoints(output_dir: Path) -> list[Path]:
     return sorted((path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
 
 
-def save(accelerator: Accelerator, output_dir: Path, step: int, *, limit: int | None) -> None:
+def save(accelerator: Accelerator, output_dir: Path, step: int, *, cost: Cost, limit: int | None) -> None:
     """Write `checkpoint-{step}` and drop the oldest beyond `limit`.
+
+    Args:
+        accelerator: Whose state it is.
+        output_dir: Of the run.
+        step: How many steps were taken.
+        cost: What they took, to be counted when a run goes on from here.
+        limit: How many checkpoints to keep; None for all.
 
     Raises:
         SafemaxError: The disk is full; older checkpoints are untouched.
@@ -57,6 +68,7 @@ def save(accelerator: Accelerator, output_dir: Path, step: int, *, limit: int | 
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            (temporary / COST).write_text(json.dumps(asdict(cost)), encoding="utf8")
             if final.exists():
                 shutil.rmtree(final)
             os.replace(temporary, final)
@@ -66,10 +78,16 @@ def save(accelerator: Accelerator, output_dir: Path, step: int, *, limit: int | 
         raise SafemaxError(f"--output_dir {output_dir}: {final.name} could not be written ({error})") from error
 
 
-def load(accelerator: Accelerator, path: Path) -> int:
-    """Restore a checkpoint; returns the step to go on from."""
+def load(accelerator: Accelerator, path: Path) -> tuple[int, Cost]:
+    """Restore a checkpoint; returns the step to go on from and what it has cost to get there.
+
+    Raises:
+        OptionError: It was written by a version that did not count the cost.
+    """
+    if not (path / COST).is_file():
+        raise OptionError("--resume_from_checkpoint", path, f"lacks {COST}: it is of another version of safemax_sd")
     accelerator.load_state(str(path))
-    return step_of(path)
+    return step_of(path), Cost(**json.loads((path / COST).read_text(encoding="utf8")))
 
 
 def find(output_dir: Path, resume_from: str) -> Path:

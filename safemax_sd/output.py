@@ -17,7 +17,7 @@ from safemax_sd.errors import OptionError
 from safemax_sd.families import ModelFamily
 from safemax_sd.model_card import write_model_card
 from safemax_sd.prompts import PromptSet
-from safemax_sd.provenance import Stopwatch, peak_memory_bytes, provenance, write_json_atomic
+from safemax_sd.provenance import Cost, peak_memory_bytes, provenance, write_json_atomic
 
 FORMAT_VERSION = 1
 TRACES = ("pytorch_lora_weights.safetensors", "unet", "transformer", "erasure.json", "log.jsonl")
@@ -96,6 +96,8 @@ class RunLog:
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf8")
         os.replace(temporary, self._path)
+        if kept:
+            self._started -= json.loads(kept[-1])["seconds"]
 
     def write(self, step: int, row: dict[str, float]) -> None:
         self.accelerator.log(row, step=step)
@@ -110,8 +112,7 @@ def write_results(
     family: ModelFamily,
     forget: PromptSet | None,
     retain: PromptSet,
-    clock: Stopwatch,
-    model_calls: dict[str, int],
+    cost: Cost,
     steps: int,
     edit: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -134,9 +135,9 @@ def write_results(
         "forget": describe_prompts(forget),
         "retain": describe_prompts(retain, with_texts=False),
         "cost": {
-            "seconds": {**clock.seconds, "total": sum(clock.seconds.values())},
+            "seconds": {**cost.seconds, "total": sum(cost.seconds.values())},
             "peak_memory_bytes": peak_memory_bytes(device),
-            "model_calls": model_calls,
+            "model_calls": cost.model_calls,
             "steps": steps,
         },
         "provenance": provenance(config.seed, device),

@@ -10,8 +10,9 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -72,22 +73,54 @@ def provenance(seed: int | None, device: torch.device) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Wall-clock seconds by phase."""
+    """Wall-clock seconds by phase; time in a phase within another counts toward the inner one alone."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._inside = 0.0
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase, up to now."""
+        self._count()
+        return dict(self._seconds)
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count time that was spent before."""
+        for name, spent in seconds.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside toward `name`, but for that of phases within."""
-        started, before, self._inside = time.monotonic(), self._inside, 0.0
+        """Count the time inside toward `name`."""
+        self._count()
+        self._open.append(name)
         try:
             yield
         finally:
-            spent = time.monotonic() - started
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inside
-            self._inside = before + spent
+            self._count()
+            self._open.pop()
+
+    def _count(self) -> None:
+        """Give the time since the last call to the innermost open phase."""
+        now = time.monotonic()
+        if self._open:
+            self.add({self._open[-1]: now - self._since})
+        self._since = now
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run has taken.
+
+    Attributes:
+        seconds: By phase.
+        model_calls: Network evaluations of one sample, by phase.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    model_calls: dict[str, int] = field(default_factory=dict)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from safemax_sd.errors import OptionError
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.output import check_output_dir, write_results
 from safemax_sd.prompts import PromptSet, check_disjoint
-from safemax_sd.provenance import Stopwatch
+from safemax_sd.provenance import Cost, Stopwatch
 from safemax_sd.token_states import last_token_states
 
 
@@ -69,4 +69,4 @@ def redirect(
         max_train_steps=0,
     )
     edit = {"name": Uce.name, "settings": {**asdict(settings), "padding": padding}}
-    return write_results(config, family, forget, retain, clock, {}, 0, edit)
+    return write_results(config, family, forget, retain, Cost(clock.seconds), 0, edit)

@@ -242,10 +242,10 @@ class Recorder:
         own = numbers[self._process :: self._processes]
         # What is recorded later is a batch or two at a time, below the progress bar of the training.
         silent = self._recorded > 0 or not self._state.is_local_main_process
-        training, calls = self.family.denoiser.training, 0
-        self.family.denoiser.eval()
+        calls = 0
         with (
             self.family.base_only(),
+            self.family.evaluating(),
             torch.no_grad(),
             tqdm(total=len(own), desc=self.description, unit="batch", disable=silent) as bar,
         ):
@@ -255,7 +255,6 @@ class Recorder:
                 self._bank.put(part, row=start * self._rows_each, sample=start)
                 calls += part.model_calls
                 bar.update()
-        self.family.denoiser.train(training)
         return int(sum(gather_object([calls]))) if self._shared else calls
 
     def _record_batch(self, number: int) -> ReplayBank:

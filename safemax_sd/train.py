@@ -40,7 +40,7 @@ from safemax_sd.processes import (
     told_when_terminated,
 )
 from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_over_long
-from safemax_sd.provenance import Stopwatch
+from safemax_sd.provenance import Cost, Stopwatch
 from safemax_sd.recording import Recording
 from safemax_sd.replay import start_noise
 from safemax_sd.samples import save_samples, track_samples
@@ -70,10 +70,17 @@ class Run:
     probe: UnlearningProbe | None
     step: int = 0
     model_calls: dict[str, int] = field(default_factory=dict)
+    earlier: Cost = field(default_factory=Cost)
 
     @property
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
+
+    def cost(self) -> Cost:
+        """What the run has cost so far, with what it went on from; to be called by all processes alike."""
+        calls = {**self.model_calls, "train": sum(gather_object([self.model_calls["train"]]))}
+        before = self.earlier.model_calls
+        return Cost(self.clock.seconds, {name: count + before.get(name, 0) for name, count in calls.items()})
 
 
 def train(config: TrainConfig) -> Path:
@@ -89,17 +96,18 @@ def train(config: TrainConfig) -> Path:
     clock = Stopwatch()
     run = build_run(config, accelerator, forget, retain, clock)
     if resume_from is not None:
-        run.step = checkpoints.load(accelerator, resume_from)
+        run.step, run.earlier = checkpoints.load(accelerator, resume_from)
+        clock.add(run.earlier.seconds)
     elif accelerator.is_main_process:
         clear(run.output_dir)
     with clock.phase("train"), told_when_terminated(accelerator):
         loop(run)
-    run.model_calls["train"] = sum(gather_object([run.model_calls["train"]]))
+    cost = run.cost()
     if accelerator.is_main_process:
         run.trainable.save(run.output_dir)
         run.objective.save(run.output_dir)
         named = forget if run.objective.names_concepts else None
-        write_results(run.config, run.family, named, retain, run.clock, run.model_calls, run.step)
+        write_results(run.config, run.family, named, retain, cost, run.step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if config.push_to_hub and accelerator.is_main_process:
@@ -157,9 +165,10 @@ def build_run(
     family.free_encoders(decoder=validation is None and probe is None)
     objective = OBJECTIVES.get(config.objective)(config, data)  # type: ignore[arg-type]
     weights = trainable.attach(family, config)
-    family.denoiser.train(config.gradient_checkpointing or config.lora_dropout > 0)
+    student = Student.of(family, weights.parameters)
     with clock.phase("prepare"):
-        prior_calls = objective.prepare(Student.of(family, weights.parameters))
+        prior_calls = objective.prepare(student)
+    weights.restrict(objective.trained(student))
     optimizer = make_optimizer(config, weights.parameters, accelerator.num_processes)
     scheduler = get_scheduler(
         config.lr_scheduler,
@@ -232,7 +241,9 @@ def loop(run: Run) -> None:
             done = row["probe_unlearning_accuracy"] >= run.probe.threshold
         log.write(run.step, row)
         if run.step % config.checkpointing_steps == 0 and run.step < config.max_train_steps:
-            checkpoints.save(accelerator, run.output_dir, run.step, limit=config.checkpoints_total_limit)
+            checkpoints.save(
+                accelerator, run.output_dir, run.step, cost=run.cost(), limit=config.checkpoints_total_limit
+            )
         if run.validation is not None and (done or run.step % config.validation_steps in (0, config.max_train_steps)):
             sample_validation(run)
         if done:
@@ -293,12 +304,13 @@ def sample_validation(run: Run) -> None:
     count = config.num_validation_images
     rows = torch.arange(len(run.validation)).repeat_interleave(count)
     noise = start_noise(family.latent_shape(config.resolution), list(range(count)), run.accelerator.device)
-    latents = family.sample(
-        run.validation.select(rows),
-        noise.repeat(len(run.validation), *[1] * (noise.dim() - 1)),
-        guidance_scale=config.replay_guidance_scale,
-        num_inference_steps=config.replay_inference_steps,
-    )
+    with family.evaluating():
+        latents = family.sample(
+            run.validation.select(rows),
+            noise.repeat(len(run.validation), *[1] * (noise.dim() - 1)),
+            guidance_scale=config.replay_guidance_scale,
+            num_inference_steps=config.replay_inference_steps,
+        )
     pictures = family.decode(latents)
     save_samples(pictures, config.validation_prompt, count, run.output_dir, run.step)
     track_samples(run.accelerator.trackers, pictures, config.validation_prompt, run.step)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -27,6 +29,13 @@ class Trainable(ABC):
     """
 
     parameters: list[nn.Parameter]
+
+    def restrict(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Train only these of them: the others get no gradients, moments or part in clipping, but are saved too."""
+        trained = {id(parameter) for parameter in parameters}
+        for parameter in self.parameters:
+            parameter.requires_grad_(id(parameter) in trained)
+        self.parameters = [parameter for parameter in self.parameters if parameter.requires_grad]
 
     @abstractmethod
     def save(self, directory: Path) -> None:
@@ -60,6 +69,10 @@ class Lora(Trainable):
             seed=config.seed,
             rank_pattern=rank_pattern,
         )
+        family.denoiser.eval()
+        for module in family.denoiser.modules():
+            if isinstance(module, BaseTunerLayer):  # the base model's own dropout stays off
+                module.lora_dropout.train()
 
     def save(self, directory: Path) -> None:
         adapter.save_adapter(self.family, directory, kohya=self.kohya)

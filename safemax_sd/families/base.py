@@ -290,6 +290,17 @@ class ModelFamily(ABC):
         """
 
     @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, nothing of the denoiser drops out at random."""
+        training = [module for module in self.denoiser.modules() if module.training]
+        self.denoiser.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    @contextmanager
     def base_only(self) -> Iterator[None]:
         """Inside, an attached LoRA is off and predictions are the frozen base model's, bit for bit."""
         layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]

@@ -158,7 +158,7 @@ class Student:
 def _freeze(family: ModelFamily) -> Predict:
     """The base model's prediction: with the LoRA switched off, or of a copy where its own weights are to be trained."""
     adapted = any(isinstance(module, BaseTunerLayer) for module in family.denoiser.modules())
-    network = None if adapted else copy.deepcopy(family.denoiser).requires_grad_(False)
+    network = None if adapted else copy.deepcopy(family.denoiser).requires_grad_(False).eval()
 
     def predict(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         with torch.no_grad(), family.base_only():
@@ -221,13 +221,6 @@ def noised(
     x0 = samples.x0[row]
     noise = torch.randn(x0.shape, generator=generator)
     return x0, noise, process.sample_times(1, generator), samples.prompt[row]
-
-
-def zero_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Set the gradients of weights that a method leaves out to 0."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.zero_()
 
 
 def prior_generator(seed: int, kind: int, number: int) -> torch.Generator:
@@ -294,6 +287,14 @@ class Objective(ABC):
         Must depend on the base weights and the flags alone: a resumed run does it again.
         """
         return 0
+
+    def trained(self, student: Student) -> Sequence[nn.Parameter]:
+        """Which of the student's parameters train; asked once, after `prepare`.
+
+        Raises:
+            OptionError: The model has none of those that a flag names.
+        """
+        return student.parameters
 
     def extend(self, data: ErasureData) -> None:
         """Go on with data that holds more trajectories than before; called only where steps are replayed."""

@@ -9,6 +9,7 @@ The target is the prediction of the model under training, which the second term 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -28,7 +29,6 @@ from safemax_sd.objectives.base import (
     Replays,
     Student,
     draw_noised,
-    zero_gradients,
 )
 from safemax_sd.prompts import PromptSet
 
@@ -101,19 +101,14 @@ class ConceptAblation(Objective):
         assert isinstance(config, ConceptAblationConfig)
         return config.anchor_trajectories
 
-    def prepare(self, student: Student) -> int:
-        self.left_out = self._left_out(student)
-        return 0
-
-    def _left_out(self, student: Student) -> list[nn.Parameter]:
-        """Weights of the denoiser that do not train."""
+    def trained(self, student: Student) -> Sequence[nn.Parameter]:
         if self.config.trainable == "lora" or self.config.ablation_weights == "all":
-            return []
-        trained = {id(p) for layer in student.token_projections.values() for p in layer.parameters()}
+            return student.parameters
+        trained = [parameter for layer in student.token_projections.values() for parameter in layer.parameters()]
         if not trained:
             text = "this model has no cross-attention: use all"
             raise OptionError("--ablation_weights", self.config.ablation_weights, text)
-        return [parameter for parameter in student.parameters if id(parameter) not in trained]
+        return trained
 
     def draw(self, positions: Positions) -> ConceptAblationBatch:
         forget = [self._sample(positions.generator(FORGET, number)) for number in positions.forget]
@@ -146,9 +141,6 @@ class ConceptAblation(Objective):
             total=forget + self.config.retain_weight * anchor,
             parts={"forget": forget.detach(), "anchor": anchor.detach()},
         )
-
-    def adjust_gradients(self) -> None:
-        zero_gradients(self.left_out)
 
 
 def anchor_prompts(forget: PromptSet, text: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ with x_t from the model under training, which samples anew for every step, guide
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,7 +26,6 @@ from safemax_sd.objectives.base import (
     Predict,
     Replays,
     Student,
-    zero_gradients,
 )
 
 FORGET = 0
@@ -104,22 +104,17 @@ class Esd(Objective):
         self.student = student
         if self.config.esd_states == "sampled":
             self.frozen = student.freeze()
-        self.left_out = self._left_out(student)
         return 0
 
-    def _left_out(self, student: Student) -> list[nn.Parameter]:
-        """Weights of the denoiser that do not train."""
+    def trained(self, student: Student) -> Sequence[nn.Parameter]:
         if self.config.trainable == "lora" or self.config.esd_weights == "all":
-            return []
-        trained = self.config.esd_weights == "cross_attention"
+            return student.parameters
+        inside = self.config.esd_weights == "cross_attention"
         named = student.denoiser.named_parameters()
-        left_out = [parameter for name, parameter in named if (CROSS_ATTENTION in name) != trained]
-        if trained and len(left_out) == len(student.parameters):
+        trained = [parameter for name, parameter in named if (CROSS_ATTENTION in name) == inside]
+        if not trained:
             raise OptionError("--esd_weights", "cross_attention", "this model has none: use all")
-        return left_out
-
-    def adjust_gradients(self) -> None:
-        zero_gradients(self.left_out)
+        return trained
 
     def draw(self, positions: Positions) -> EsdBatch:
         samples = [self._sample(positions.generator(FORGET, number)) for number in positions.forget]

@@ -61,9 +61,11 @@ def config(request: Request, tmp_path: Path, objective: str, model: str, weights
 def prepare(config: TrainConfig) -> tuple[ModelFamily, list[torch.nn.Parameter], Objective]:
     family = load_family(LoadOptions(config.pretrained_model_name_or_path))
     built = OBJECTIVES.get(config.objective)(config, Recording(config, family, *read_input(config)).before(0))
-    parameters = trainable.attach(family, config).parameters
-    built.prepare(Student.of(family, parameters))
-    return family, parameters, built
+    weights = trainable.attach(family, config)
+    student = Student.of(family, weights.parameters)
+    built.prepare(student)
+    weights.restrict(built.trained(student))
+    return family, weights.parameters, built
 
 
 def stored(output: Path, config: TrainConfig) -> dict[str, Tensor]:
@@ -216,7 +218,7 @@ def test_accumulation_splits_a_batch_exactly(config: TrainConfig, tmp_path: Path
 @CASES
 def test_a_resumed_run_ends_as_an_uninterrupted_one(config: TrainConfig) -> None:
     output = train(config)
-    whole = stored(output, config)
+    whole, before = stored(output, config), read_record(output)
     for path in (output / adapter.WEIGHTS_NAME, output / "erasure.json"):  # as if killed after checkpoint-2
         path.unlink(missing_ok=True)
     for part in ("unet", "transformer"):
@@ -225,3 +227,6 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(config: TrainConfig) -> None
     resumed = stored(output, config)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert len((output / "log.jsonl").read_text().splitlines()) == config.max_train_steps
+    calls, again = before["cost"]["model_calls"], read_record(output)["cost"]["model_calls"]
+    assert again["train"] == calls["train"]  # of all steps, whichever process took them
+    assert again["replay"] >= calls["replay"]  # and what had to be recorded twice

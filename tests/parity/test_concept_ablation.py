@@ -107,11 +107,11 @@ def test_keys_and_values_alone_train(tiny_model: Path, tmp_path: Path) -> None:
     for name, tensor in wanted.tensors.items():
         assert torch.equal(recorded.extra.conditioning.tensors[name], tensor)
     method = ConceptAblation(config, recorded)
-    parameters = trainable.attach(family, config).parameters
-    method.prepare(Student.of(family, parameters))
+    weights = trainable.attach(family, config)
+    weights.restrict(method.trained(Student.of(family, weights.parameters)))
     method.loss(family.predict, method.draw(Positions(0, 0, range(4), range(4)))).total.backward()
-    method.adjust_gradients()
-    trained = {name for name, p in family.denoiser.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert all(parameter.grad is not None for parameter in weights.parameters)
+    trained = {name for name, parameter in family.denoiser.named_parameters() if parameter.grad is not None}
     expected = {n for n, _ in family.denoiser.named_parameters() if ".attn2.to_k." in n or ".attn2.to_v." in n}
     assert trained == expected
 
@@ -123,4 +123,4 @@ def test_a_model_without_cross_attention_says_which_weights_to_train(tiny_ddpm: 
     family = load_family(LoadOptions(str(tiny_ddpm)))
     method = ConceptAblation(config, Recording(config, family, *read_input(config)).before(0))
     with pytest.raises(OptionError, match=r"--ablation_weights cross_attention_kv: .* use all"):
-        method.prepare(Student.of(family, trainable.attach(family, config).parameters))
+        method.trained(Student.of(family, trainable.attach(family, config).parameters))

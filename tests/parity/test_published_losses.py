@@ -181,6 +181,17 @@ def test_masked_weights_stay(tiny_ddpm: Path, tmp_path: Path) -> None:
         assert torch.equal(start[mask == 0], parameter[mask == 0])
 
 
+@pytest.mark.parametrize(("weights", "inside"), [("cross_attention", True), ("others", False)])
+def test_esd_trains_cross_attention_or_all_else(tiny_model: Path, weights: str, inside: bool) -> None:
+    family = load_family(LoadOptions(str(tiny_model)))
+    attached = trainable.FullModel(family)
+    method = Esd(EsdConfig(esd_weights=weights), data())  # type: ignore[arg-type]
+    attached.restrict(method.trained(Student.of(family, attached.parameters)))
+    names = {name for name, parameter in family.denoiser.named_parameters() if parameter.requires_grad}
+    assert names == {name for name, _ in family.denoiser.named_parameters() if (".attn2." in name) == inside}
+    assert 0 < len(names) == len(attached.parameters)
+
+
 def test_esd_by_hand() -> None:
     network = Scale()
     asked: list[int] = []

@@ -23,17 +23,21 @@ print(before, peak_memory_bytes(torch.device("cpu")))
 
 
 def test_a_phase_within_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.0, 1.0, 3.0, 4.0, 9.0, 10.0, 20.0, 21.0])
+    times = iter([0.0, 1.0, 3.0, 3.5, 4.0, 9.0, 10.0, 20.0, 21.0, 50.0])
     monkeypatch.setattr(provenance.time, "monotonic", lambda: next(times))
     clock = Stopwatch()
     with clock.phase("train"):  # from 0 to 10
         with clock.phase("replay"):  # from 1 to 3
             pass
+        assert clock.seconds == {"train": 1.5, "replay": 2.0}  # at 3.5
         with clock.phase("replay"):  # from 4 to 9
             pass
     with clock.phase("train"):  # from 20 to 21
         pass
     assert clock.seconds == {"train": 4.0, "replay": 7.0}
+    monkeypatch.undo()
+    clock.add({"train": 6.0, "load": 2.0})
+    assert clock.seconds == {"train": 10.0, "replay": 7.0, "load": 2.0}
 
 
 def test_peak_memory_is_the_process_s_own() -> None:
