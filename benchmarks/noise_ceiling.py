@@ -1,4 +1,4 @@
-"""What the emoji benchmark's judge says of pure noise, task by task: the score of an erasure that halts completely.
+"""What the emoji benchmark's judge says of pure noise, task by task: the score of erased outputs that are N(0, I).
 
 python -m benchmarks.noise_ceiling
 
