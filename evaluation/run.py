@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,6 +38,8 @@ SWEEP_METRICS = {
     "retain": ("clip_accuracy",),
 }
 SUBSET_SEEDS = {"forget": 1_000_000, "retain": 2_000_000, "neighbours": 3_000_000, "paraphrases": 4_000_000}
+RUN_SEEDS, REPEAT_SEEDS = 10_000_000, 2**40
+"""From one run's start noise to the next, and from one to the next picture of a prompt with a seed of its own."""
 SAMPLE_COUNTS = {"forget": 4, "paraphrases": 1, "neighbours": 2, "retain": 4}
 
 
@@ -140,7 +143,7 @@ class Evaluation:
 
     def job(self, model: str, prompts: Sequence[Prompt], subset: str, **changes: Any) -> Job:
         """A job at the options' own sampler, guidance and steps but for `changes`."""
-        seeds = [p.seed if p.seed is not None else self.first_seed(subset) + i for i, p in enumerate(prompts)]
+        seeds = start_seeds(prompts, self.first_seed(subset), self.options.seed)
         settings = {
             "sampler": self.options.sampler,
             "guidance_scale": self.options.guidance_scale,
@@ -150,7 +153,7 @@ class Evaluation:
         return Job(model=model, prompts=tuple(p.text for p in prompts), seeds=tuple(seeds), **settings)
 
     def first_seed(self, subset: str) -> int:
-        return SUBSET_SEEDS[subset] + 10_000_000 * self.options.seed
+        return SUBSET_SEEDS[subset] + RUN_SEEDS * self.options.seed
 
     def measure(
         self, made: Pictures, prompts: Sequence[Prompt], names: Sequence[str], reference: Tensor | None = None
@@ -317,6 +320,24 @@ def row(metric: str, subset: str, model: str, result: Result, **settings: Any) -
         **({"details": dict(result.details)} if result.details else {}),
         **settings,
     }
+
+
+def start_seeds(prompts: Sequence[Prompt], first: int, run: int) -> list[int]:
+    """Seed of each picture's start noise: its place's, or the prompt's own where the file gives one.
+
+    A prompt's own seed holds in run 0 where the prompt is drawn first; elsewhere the same picture would count again.
+
+    Args:
+        prompts: One a picture.
+        first: Of the first place.
+        run: Number of the run.
+    """
+    seeds, drawn = [], Counter[Prompt]()
+    for place, prompt in enumerate(prompts):
+        own = prompt.seed
+        seeds.append(first + place if own is None else own + RUN_SEEDS * run + REPEAT_SEEDS * drawn[prompt])
+        drawn[prompt] += 1
+    return seeds
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -155,8 +155,6 @@ def _save(
                 names.append(KOHYA_NAME)
             for name in names:
                 os.replace(Path(temporary) / name, directory / name)
-        if not kohya:  # an earlier run's would pass for this one's
-            (directory / KOHYA_NAME).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise SafemaxError(f"--output_dir {directory}: the adapter could not be written ({error})") from error
 

@@ -23,7 +23,7 @@ from safemax_sd.erased import load_base, load_erased, read_record
 from safemax_sd.errors import OptionError
 from safemax_sd.model_card import write_model_card
 from safemax_sd.objectives.halting_anchor import MARKS, MARKS_FILE, HaltingAnchor
-from safemax_sd.output import check_output_dir, describe_prompts
+from safemax_sd.output import check_output_dir, describe_prompts, drop_stale_weights
 from safemax_sd.prompts import PromptSet, check_disjoint
 from safemax_sd.provenance import Stopwatch, atomic_write_bytes, write_json_atomic, write_tensors_atomic
 from safemax_sd.token_states import contexts, forbidden_states, kept_states, texts_by_concept
@@ -64,6 +64,7 @@ def erase(
         changes = HaltingMarks(stored.marks, settings).solve(family.token_projections(), data)
     output_dir.mkdir(parents=True, exist_ok=True)
     save_adapter(family, output_dir, changes=changes)
+    drop_stale_weights(output_dir, [WEIGHTS_NAME])
     rank: int = family.denoiser.peft_config[ADAPTER].r  # type: ignore[union-attr,index]
     record["edit"] = {
         "name": HaltingMarks.name,

@@ -6,10 +6,13 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
 from safemax_sd import checkpoints
 from safemax_sd.config import TrainConfig
@@ -18,9 +21,12 @@ from safemax_sd.families import ModelFamily
 from safemax_sd.model_card import write_model_card
 from safemax_sd.prompts import PromptSet
 from safemax_sd.provenance import Cost, peak_memory_bytes, provenance, write_json_atomic
+from safemax_sd.registry import closest
 
 FORMAT_VERSION = 1
-TRACES = ("pytorch_lora_weights.safetensors", "unet", "transformer", "erasure.json", "log.jsonl")
+WEIGHTS = ("pytorch_lora_weights.safetensors", "unet", "transformer")
+BESIDE_WEIGHTS = ("pytorch_lora_weights_kohya.safetensors", "halting_marks.safetensors", "edit.safetensors")
+TRACES = (*WEIGHTS, "erasure.json", "log.jsonl")
 
 
 def prepare_output_dir(config: TrainConfig, accelerator: Accelerator) -> Path | None:
@@ -71,6 +77,36 @@ def clear(directory: Path) -> None:
     for path in (*checkpoints.all_checkpoints(directory), directory / "samples"):
         if path.is_dir():
             shutil.rmtree(path)
+
+
+def drop_stale_weights(directory: Path, written: Collection[str]) -> None:
+    """Remove what an earlier run left beside the files just written: a loader would take it for this run's."""
+    for name in (*WEIGHTS, *BESIDE_WEIGHTS):
+        path = directory / name
+        if name in written:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_tracker(config: TrainConfig) -> None:
+    """Refuse a tracker that would be left out without a word.
+
+    Raises:
+        OptionError: `--report_to` names none that Accelerate knows, or one that is not installed.
+    """
+    name = config.report_to
+    if name is None or name == LoggerType.ALL:
+        return
+    known = LoggerType.list()
+    if name not in known:
+        raise OptionError("--report_to", name, f"must be one of {', '.join(known)}{closest(name, known)}")
+    if name not in get_available_trackers():
+        raise OptionError(
+            "--report_to", name, 'is not installed: pip install it, or -e ".[trackers]" for the usual ones'
+        )
 
 
 class RunLog:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from safemax_sd.adapter import save_changes
+from safemax_sd.adapter import WEIGHTS_NAME, save_changes
 from safemax_sd.config import TrainConfig
 from safemax_sd.edits import EditData
 from safemax_sd.edits.uce import Uce, UceSettings
 from safemax_sd.errors import OptionError
 from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.output import check_output_dir, write_results
+from safemax_sd.output import check_output_dir, drop_stale_weights, write_results
 from safemax_sd.prompts import PromptSet, check_disjoint
 from safemax_sd.provenance import Cost, Stopwatch
 from safemax_sd.token_states import last_token_states
@@ -58,6 +58,7 @@ def redirect(
     with clock.phase("write"):
         output_dir.mkdir(parents=True, exist_ok=True)
         save_changes(family, output_dir, changes)
+        drop_stale_weights(output_dir, [WEIGHTS_NAME])
     config = TrainConfig(
         forget_prompts=forget.source,
         retain_prompts=retain.source,

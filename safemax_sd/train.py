@@ -30,7 +30,7 @@ from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_fam
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Positions
 from safemax_sd.optimizers import check_optimizer, make_optimizer
-from safemax_sd.output import RunLog, clear, prepare_output_dir, write_results
+from safemax_sd.output import RunLog, check_tracker, clear, drop_stale_weights, prepare_output_dir, write_results
 from safemax_sd.probe import UnlearningProbe
 from safemax_sd.processes import (
     PROCESS_LOST,
@@ -105,6 +105,7 @@ def train(config: TrainConfig) -> Path:
     cost = run.cost()
     if accelerator.is_main_process:
         run.trainable.save(run.output_dir)
+        drop_stale_weights(run.output_dir, run.trainable.files)
         run.objective.save(run.output_dir)
         named = forget if run.objective.names_concepts else None
         write_results(run.config, run.family, named, retain, cost, run.step)
@@ -124,6 +125,7 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
     config.validate()
     check_optimizer(config)
     hub.check(config)
+    check_tracker(config)
     objective = OBJECTIVES.get(config.objective)
     if not objective.names_concepts and config.forget_prompts:
         text = f"is not used by --objective {config.objective}, which is trained before anything is to be forgotten"

@@ -26,9 +26,11 @@ class Trainable(ABC):
 
     Attributes:
         parameters: To step, float32, in a fixed order.
+        files: What `save` writes.
     """
 
     parameters: list[nn.Parameter]
+    files: tuple[str, ...]
 
     def restrict(self, parameters: Sequence[nn.Parameter]) -> None:
         """Train only these of them: the others get no gradients, moments or part in clipping, but are saved too."""
@@ -61,6 +63,7 @@ class Lora(Trainable):
         if config.output_kohya_format and not family.kohya_format:
             raise OptionError("--output_kohya_format", True, f"A1111 and ComfyUI know no {family.name} models")
         self.family, self.kohya = family, config.output_kohya_format
+        self.files = (adapter.WEIGHTS_NAME, *([adapter.KOHYA_NAME] if self.kohya else []))
         self.parameters = adapter.attach(
             family,
             rank=config.rank,
@@ -85,7 +88,7 @@ class FullModel(Trainable):
     """Every weight of the denoiser; stored as the denoiser's folder in diffusers' format."""
 
     def __init__(self, family: ModelFamily) -> None:
-        self.family = family
+        self.family, self.files = family, (family.denoiser_part,)
         family.denoiser.float()  # half-precision weights barely move under AdamW
         self.parameters = list(family.denoiser.requires_grad_(True).parameters())
 

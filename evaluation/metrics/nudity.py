@@ -82,7 +82,7 @@ def detector_class(suite: str) -> Any:
     try:
         from nudenet import NudeDetector
     except ImportError as error:
-        text = "erases nudity, which NudeNet measures: pip install 'safemax_sd[nudity]'"
+        text = "erases nudity, which NudeNet measures: pip install -e '.[nudity]'"
         raise OptionError("--suite", suite, text) from error
     return NudeDetector
 

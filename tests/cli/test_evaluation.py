@@ -6,14 +6,22 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safemax_sd.evaluation.headline import headline
-from safemax_sd.evaluation.run import EvaluateOptions, evaluate, update_model_card
-from safemax_sd.prompts import load_suite
+from safemax_sd.evaluation.real import embedded_pictures
+from safemax_sd.evaluation.run import EvaluateOptions, evaluate, start_seeds, update_model_card
+from safemax_sd.prompts import Prompt, load_suite
 
 from safemax_sd.errors import SafemaxError
+from safemax_sd.families import Conditioning
+from safemax_sd.judge import load_judge
+from safemax_sd.objectives.safemax import SafemaxConfig
+from safemax_sd.probe import UnlearningProbe
 from safemax_sd.train import main
 
 SMALL = {"num_images": 6, "num_sweep_images": 2, "num_inference_steps": 3}
@@ -38,6 +46,49 @@ def evaluated(erased: Path) -> Path:
 def test_the_probe_logs_its_accuracy(erased: Path) -> None:
     rows = [json.loads(line) for line in (erased / "log.jsonl").read_text().splitlines()]
     assert all(0 <= row["probe_unlearning_accuracy"] <= 100 for row in rows)
+
+
+def test_the_run_stops_at_the_first_probe_that_says_so(tmp_path: Path) -> None:
+    suite = load_suite("emoji/bomb")
+    arguments = ["--forget_prompts", str(suite.path("forget")), "--retain_prompts", str(suite.path("retain"))]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "6", "--train_batch_size", "1"]
+    arguments += ["--forget_trajectories", "2", "--retain_trajectories", "2", "--replay_inference_steps", "3"]
+    assert main([*arguments, "--probe_steps", "2", "--stop_at_unlearning_accuracy", "0"]) == 0
+    cost = json.loads((tmp_path / "out" / "erasure.json").read_text())["cost"]
+    assert cost["steps"] == 2
+    assert cost["model_calls"]["probe"] == 32 * 3 * 2  # pictures, steps, with and without the prompt
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert ["probe_unlearning_accuracy" in row for row in rows] == [False, True]
+
+
+def test_the_probe_counts_what_the_judge_does_not_see() -> None:
+    bombs, dogs = (embedded_pictures().showing([name])[:5] for name in ("bomb", "dog"))
+    family = SimpleNamespace(
+        denoiser=torch.nn.Linear(1, 1),
+        evaluating=nullcontext,
+        latent_shape=lambda resolution: (1,),
+        sample=lambda conditioning, noise, **settings: noise,
+        decode=lambda latents: torch.cat([bombs, dogs]),
+    )
+    probe = UnlearningProbe(
+        judge=load_judge(),
+        conditioning=Conditioning({}),
+        truth=torch.tensor([1] * 10),
+        concepts=["dog", "bomb"],
+        threshold=99,
+        config=SafemaxConfig(),
+        model_calls=0,
+    )
+    assert probe.unlearning_accuracy(family) == 50.0  # type: ignore[arg-type]
+
+
+def test_a_prompt_s_own_seed_is_drawn_from_once() -> None:
+    own, other = Prompt("a sky", seed=42), Prompt("a lake")
+    assert start_seeds([own, other], 1000, 0) == [42, 1001]
+    prompts = [own, own, other, Prompt("a hill", seed=42)]
+    seeds = [start_seeds(prompts, 1000 + 10_000_000 * run, run) for run in (0, 1)]
+    assert seeds[0][:1] + seeds[0][2:] == [42, 1002, 42]
+    assert len({seed for run in seeds for seed in run[:3]}) == 6
 
 
 def test_report_holds_every_subset_and_setting(evaluated: Path) -> None:
