@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.methods import SEARCH, trained_methods
 from safemax_sd.errors import SafemaxError
 from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.train import LOSS_NOT_FINITE
 
 RATES, LONGER = (1, 5, 25), 2
 Row = dict[str, Any]
@@ -51,13 +53,19 @@ class Trial:
         return f"{self.method}-rate{self.rate}-steps{self.steps}"
 
     def row(self, work_dir: Path) -> Row:
-        """Erase and measure."""
+        """Erase and measure; a setting that diverges has no values.
+
+        Raises:
+            SafemaxError: It failed otherwise, which says nothing of the setting, or another process is at it.
+        """
         content = {**yaml.safe_load(SEARCH.read_text(encoding="utf8")), "methods": {self.name: self.flags}}
         config = work_dir / f"{self.name}.yaml"
         config.write_text(yaml.safe_dump(content), encoding="utf8")
         folder, failed = compare(str(config), str(work_dir / self.method))
         found = json.loads((folder / "compare.json").read_text(encoding="utf8"))
         lines = [line["values"] for line in found["summary"] if line["label"] == self.name]
+        if failed and LOSS_NOT_FINITE not in failed[0]:
+            raise SafemaxError(failed[0])
         if not lines and not failed:
             raise SafemaxError(f"{self.name} is being run by another process")
         return {
@@ -137,8 +145,11 @@ def main() -> None:
         print(table(read_rows(arguments.output)))
         return
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
-    for method in arguments.methods:
-        search(method, arguments.work_dir, arguments.output)
+    try:
+        for method in arguments.methods:
+            search(method, arguments.work_dir, arguments.output)
+    except SafemaxError as error:
+        sys.exit(f"error: {error}; the same command goes on from here")
 
 
 if __name__ == "__main__":

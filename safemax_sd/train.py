@@ -47,6 +47,7 @@ from safemax_sd.samples import save_samples, track_samples
 
 logger = logging.getLogger("safemax_sd")
 
+LOSS_NOT_FINITE = "the loss became"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -280,7 +281,7 @@ def optimizer_step(run: Run) -> dict[str, float]:
     means = {name: float(accelerator.reduce(value, reduction="mean")) for name, value in sums.items()}
     if not math.isfinite(means["loss"]):
         raise SafemaxError(
-            f"the loss became {means['loss']} at step {run.step + 1}: lower --learning_rate; "
+            f"{LOSS_NOT_FINITE} {means['loss']} at step {run.step + 1}: lower --learning_rate; "
             "the last checkpoint is intact (--resume_from_checkpoint latest)"
         )
     return means

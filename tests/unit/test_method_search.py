@@ -12,6 +12,7 @@ from benchmarks import method_search
 from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.methods import COMPARISON, SEARCH, trained_methods
 from benchmarks.method_search import RATES, Trial, best, search, table, trial
+from safemax_sd.errors import SafemaxError
 from safemax_sd.objectives.esd import EsdConfig
 
 FOUND = Path(__file__).parents[2] / "docs" / "results" / "emoji_search.jsonl"
@@ -57,6 +58,17 @@ def test_the_longer_trial_is_of_the_best_rate_and_nothing_is_run_twice(
     assert ran == [(5, 1), (25, 1), (5, 2)]
     search("esd", tmp_path, output)
     assert len(ran) == 3
+
+
+def test_only_divergence_is_a_trial_s_own_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = iter(["esd: the loss became nan at step 3: lower --learning_rate", "esd: OSError: the disk is full"])
+    (tmp_path / "compare.json").write_text('{"summary": [], "provenance": {}}')
+    monkeypatch.setattr(method_search, "compare", lambda config, output_dir: (tmp_path, [next(reasons)]))
+    diverged = trial("esd", rate=25, steps=1).row(tmp_path)
+    assert diverged["values"] is None
+    assert "nan" in diverged["failed"]
+    with pytest.raises(SafemaxError, match="the disk is full"):
+        trial("esd", rate=25, steps=1).row(tmp_path)
 
 
 def test_the_comparison_runs_what_the_search_chose() -> None:
