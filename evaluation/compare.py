@@ -87,8 +87,8 @@ class Cell:
 
     def is_erased(self, state: dict[str, Any]) -> bool:
         """Whether a state says that only the evaluation is left."""
-        erased = state.get("status") == "erased" or state.get("erased", False)
-        return erased and state["settings"] == self.identity()
+        erased = state.get("status") == "erased" or bool(state.get("erased"))
+        return erased and bool(state["settings"] == self.identity())
 
     def write(self, status: str, **more: Any) -> None:
         write_json_atomic(self.folder / STATE, {"status": status, "settings": self.identity(), **more})
