@@ -98,12 +98,12 @@ def check_tracker(config: TrainConfig) -> None:
         OptionError: `--report_to` names none that Accelerate knows, or one that is not installed.
     """
     name = config.report_to
-    if name is None or name == LoggerType.ALL:
+    if name is None or name == str(LoggerType.ALL):
         return
     known = LoggerType.list()
     if name not in known:
         raise OptionError("--report_to", name, f"must be one of {', '.join(known)}{closest(name, known)}")
-    if name not in get_available_trackers():
+    if name not in map(str, get_available_trackers()):
         raise OptionError(
             "--report_to", name, 'is not installed: pip install it, or -e ".[trackers]" for the usual ones'
         )

@@ -75,7 +75,7 @@ class Lora(Trainable):
         family.denoiser.eval()
         for module in family.denoiser.modules():
             if isinstance(module, BaseTunerLayer):  # the base model's own dropout stays off
-                module.lora_dropout.train()
+                module.lora_dropout.train()  # type: ignore[union-attr]
 
     def save(self, directory: Path) -> None:
         adapter.save_adapter(self.family, directory, kohya=self.kohya)
