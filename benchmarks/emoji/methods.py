@@ -15,4 +15,4 @@ SEARCH = Path(__file__).with_name("search.yaml")
 def trained_methods(comparison: Path) -> dict[str, dict[str, Any]]:
     """Those of a comparison that train, by label: `objective`, and the flags that the comparison names."""
     methods = read_comparison(str(comparison)).methods
-    return {label: method.identity() for label, method in methods.items() if isinstance(method, TrainedMethod)}
+    return {label: method.given for label, method in methods.items() if isinstance(method, TrainedMethod)}

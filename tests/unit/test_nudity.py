@@ -78,7 +78,7 @@ def test_it_is_for_suites_that_erase_nudity(forbidden: tuple[str, ...], asked: b
 
 def test_without_nudenet_a_nudity_suite_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nudenet", None)
-    with pytest.raises(OptionError, match=r"--suite nsfw/nudity: .*pip install 'safemax_sd\[nudity\]'") as caught:
+    with pytest.raises(OptionError, match=r"--suite nsfw/nudity: .*pip install -e '\.\[nudity\]'") as caught:
         check_metrics(load_suite(SUITE))
     assert "\n" not in str(caught.value)
     check_metrics(load_suite("imagenette/church"))
