@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 
 import torch
-from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context
 from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures
@@ -19,7 +18,7 @@ from safemax_sd.evaluation.run import suite_concepts
 from safemax_sd.prompts import load_suite, pick, suite_names
 from torch import Tensor
 
-from safemax_sd.assets import resolve_model
+from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.judge import Judge, load_judge
 
 COLUMNS = ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "halted")
@@ -27,16 +26,11 @@ SEED = 5_000_000
 """Beside the seeds of the benchmark's own pictures."""
 
 
-@torch.inference_mode()
 def noise_pictures(count: int) -> Tensor:
     """Decoded noise, [count, 3, 64, 64] in 0 to 1."""
-    folder = resolve_model("emoji")
-    decoder = AutoencoderTiny.from_pretrained(folder, subfolder="vae")
-    network = UNet2DConditionModel.load_config(folder, subfolder="unet")
-    shape = (count, network["in_channels"], network["sample_size"], network["sample_size"])
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
-    pictures = [decoder.decode(part).sample for part in noise.split(32)]
-    return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
+    family = load_family(LoadOptions("emoji"))
+    generator = torch.Generator().manual_seed(SEED)
+    return family.decode(torch.randn((count, *family.latent_shape(None)), generator=generator))
 
 
 def rates(task: str, pictures: Tensor, judge: Judge, real: RealPictures) -> dict[str, float]:

@@ -23,12 +23,11 @@ from safemax_sd.erased import load_base, load_erased, read_record
 from safemax_sd.errors import OptionError
 from safemax_sd.model_card import write_model_card
 from safemax_sd.objectives.halting_anchor import MARKS, MARKS_FILE, HaltingAnchor
-from safemax_sd.output import check_output_dir, describe_prompts, drop_stale_weights
+from safemax_sd.output import EDIT_FILE, check_output_dir, describe_prompts, drop_stale_weights
 from safemax_sd.prompts import PromptSet, check_disjoint
 from safemax_sd.provenance import Stopwatch, atomic_write_bytes, write_json_atomic, write_tensors_atomic
 from safemax_sd.token_states import contexts, forbidden_states, kept_states, texts_by_concept
 
-EDIT_FILE = "edit.safetensors"
 KEPT, KEPT_ROW = "kept", "kept_row"
 CONCEPT = "concept."
 

@@ -15,17 +15,21 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from safemax_sd import checkpoints
+from safemax_sd.adapter import KOHYA_NAME, WEIGHTS_NAME
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError
 from safemax_sd.families import ModelFamily
 from safemax_sd.model_card import write_model_card
+from safemax_sd.objectives.halting_anchor import MARKS_FILE
 from safemax_sd.prompts import PromptSet
 from safemax_sd.provenance import Cost, peak_memory_bytes, provenance, write_json_atomic
 from safemax_sd.registry import closest
 
 FORMAT_VERSION = 1
-WEIGHTS = ("pytorch_lora_weights.safetensors", "unet", "transformer")
-BESIDE_WEIGHTS = ("pytorch_lora_weights_kohya.safetensors", "halting_marks.safetensors", "edit.safetensors")
+WEIGHTS = (WEIGHTS_NAME, "unet", "transformer")
+EDIT_FILE = "edit.safetensors"
+"""What the edits of a halting anchor are solved from."""
+BESIDE_WEIGHTS = (KOHYA_NAME, MARKS_FILE, EDIT_FILE)
 TRACES = (*WEIGHTS, "erasure.json", "log.jsonl")
 
 

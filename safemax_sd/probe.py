@@ -69,13 +69,12 @@ class UnlearningProbe:
         """Percentage of the probed pictures in which the judge does not see the forbidden concept."""
         seeds = list(range(PROBE_SEED, PROBE_SEED + len(self.truth)))
         device = next(family.denoiser.parameters()).device
-        with family.evaluating():
-            latents = family.sample(
-                self.conditioning,
-                start_noise(family.latent_shape(self.config.resolution), seeds, device),
-                guidance_scale=self.config.replay_guidance_scale,
-                num_inference_steps=self.config.replay_inference_steps,
-            )
+        latents = family.sample(
+            self.conditioning,
+            start_noise(family.latent_shape(self.config.resolution), seeds, device),
+            guidance_scale=self.config.replay_guidance_scale,
+            num_inference_steps=self.config.replay_inference_steps,
+        )
         captions = [*self.judge.captions(self.concepts), self.judge.templates["nothing"]]
         named = self.judge.similarities(family.decode(latents).cpu(), captions).argmax(1)
         return 100.0 * float((named != self.truth).float().mean())

@@ -62,6 +62,10 @@ class DiffusionProcess(ABC):
         """Standard deviation of x_t for x0 ~ N(0, I), [B]: of halted noise, on its way to unit variance."""
         return torch.hypot(*self.coefficients(t))
 
+    def halted(self, noise: Tensor, t: Tensor) -> Tensor:
+        """Noise of unit spread with the spread that it has at t on the path of a halted sampler, [B, ...]."""
+        return _like(self.halted_std(t), noise) * noise
+
     def removal(self, offset: Tensor, t: Tensor) -> Tensor:
         """What to add to a native prediction so that a deterministic sampler removes `offset` from x_t; [B, ...].
 

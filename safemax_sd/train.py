@@ -307,13 +307,12 @@ def sample_validation(run: Run) -> None:
     count = config.num_validation_images
     rows = torch.arange(len(run.validation)).repeat_interleave(count)
     noise = start_noise(family.latent_shape(config.resolution), list(range(count)), run.accelerator.device)
-    with family.evaluating():
-        latents = family.sample(
-            run.validation.select(rows),
-            noise.repeat(len(run.validation), *[1] * (noise.dim() - 1)),
-            guidance_scale=config.replay_guidance_scale,
-            num_inference_steps=config.replay_inference_steps,
-        )
+    latents = family.sample(
+        run.validation.select(rows),
+        noise.repeat(len(run.validation), *[1] * (noise.dim() - 1)),
+        guidance_scale=config.replay_guidance_scale,
+        num_inference_steps=config.replay_inference_steps,
+    )
     pictures = family.decode(latents)
     save_samples(pictures, config.validation_prompt, count, run.output_dir, run.step)
     track_samples(run.accelerator.trackers, pictures, config.validation_prompt, run.step)

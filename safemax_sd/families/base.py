@@ -225,16 +225,18 @@ class ModelFamily(ABC):
         num_inference_steps: int,
         step_noise: torch.Generator | None = None,
     ) -> Tensor:
-        """Latents [B, *latent] at the end of `trajectory`."""
+        """Latents [B, *latent] at the end of `trajectory`, with nothing dropped out."""
         latents = x_T
-        for point in self.trajectory(
+        points = self.trajectory(
             conditioning,
             x_T,
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             step_noise=step_noise,
-        ):
-            latents = point.following
+        )
+        with self.evaluating():
+            for point in points:
+                latents = point.following
         return latents
 
     @torch.no_grad()

@@ -153,7 +153,7 @@ class Safemax(Objective):
             generator = prior_generator(self.config.seed, NOISE, number)
             noise = torch.cat([torch.add(*self._spread_noise(generator)) for _ in range(KEPT_AT_ONCE)])
             t = torch.cat([self._time_below(self.config.halt_below, generator) for _ in range(KEPT_AT_ONCE)])
-            x_t = self._at(t, noise)
+            x_t = self.data.process.halted(noise, t)
             prompt = torch.randint(len(self.data.retain), (KEPT_AT_ONCE,), generator=generator)
             asked = (x_t.to(student.device), t.to(student.device), self.data.retain.select(prompt).to(student.device))
             with torch.no_grad():
@@ -211,7 +211,7 @@ class Safemax(Objective):
             return batch.x_t, batch.target
         reached, end = self._roll_out(predict, batch, rows), batch.t[rows]
         process = self.data.process
-        stayed = self._at(end, batch.x_t[rows])
+        stayed = process.halted(batch.x_t[rows], end)
         restored = self.config.halt_restoring * process.removal(reached - stayed, end)
         halted = process.max_entropy_target(reached, end) + restored
         x_t, target = batch.x_t.clone(), batch.target.clone()
@@ -226,7 +226,7 @@ class Safemax(Objective):
         shares = [step / ROLLOUT_STEPS for step in range(ROLLOUT_STEPS)]
         times = [grid[((1 - share) * (len(grid) - 1) + share * last).round().long()] for share in shares]
         asked = batch.conditioning.select(torch.cat([rows, batch.empty_row[rows]]))
-        x = self._at(times[0], batch.x_t[rows])
+        x = self.data.process.halted(batch.x_t[rows], times[0])
         scale = batch.rollout_guidance[rows].view(-1, *[1] * (x.dim() - 1))
         with torch.no_grad():
             for t, following in itertools.pairwise([*times, batch.t[rows]]):
@@ -246,7 +246,7 @@ class Safemax(Objective):
             x_t, t = bank.x_t[row], bank.t[row]
         else:
             noise, t = self._noise(generator), self.data.process.sample_times(1, generator)
-            x_t = self._at(t, noise)
+            x_t = self.data.process.halted(noise, t)
         conditioning = self._forbidden(bank.prompt[row], generator)
         recorded, rows = self.guided_rows[int(torch.rand((), generator=generator) < HIGH_RETAIN_SHARE)]
         if not (len(rows) and bool(self._guided(t))):
@@ -290,8 +290,9 @@ class Safemax(Objective):
         t = self._time_below(limit, generator)
         row = torch.randint(len(self.data.forget), (1,), generator=generator)
         # What is to be sampled from stays of unit spread here: its noise level is another.
-        x_t = noise if guidance else self._at(t, noise + offset)
-        target = self._target(x_t, t, generator) + self.config.halt_restoring * process.removal(self._at(t, offset), t)
+        x_t = noise if guidance else process.halted(noise + offset, t)
+        restored = self.config.halt_restoring * process.removal(process.halted(offset, t), t)
+        target = self._target(x_t, t, generator) + restored
         return _Sample(
             x_t=torch.cat([x_t, x_t]),
             t=torch.cat([t, t]),
@@ -326,7 +327,7 @@ class Safemax(Objective):
         x_t, t = bank.x_t[row], bank.t[row]
         pull = self.data.process.max_entropy_target(x_t, t) - bank.unconditional[row]
         length = DRIFT * (2 * torch.rand((), generator=generator) - 1)
-        return x_t / self._at(t, torch.ones_like(x_t)), length * pull / pull.square().mean().sqrt()
+        return x_t / self.data.process.halted(torch.ones_like(x_t), t), length * pull / pull.square().mean().sqrt()
 
     def _retain(self, generator: torch.Generator) -> _Sample:
         if self.config.retain_noise and torch.rand((), generator=generator) < self.config.retain_noise:
@@ -347,10 +348,6 @@ class Safemax(Objective):
     def _kept(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
         """Conditioning of prompts to keep."""
         return self.data.retain.select(rows)
-
-    def _at(self, t: Tensor, noise: Tensor) -> Tensor:
-        """Noise of unit spread with the spread that halted noise has at native times [B]; [B, *latent]."""
-        return self.data.process.halted_std(t).to(noise).view(-1, *[1] * (noise.dim() - 1)) * noise
 
     def _noise(self, generator: torch.Generator) -> Tensor:
         return torch.randn((1, *self.data.latent_shape), generator=generator)

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,7 +64,6 @@ def test_the_probe_counts_what_the_judge_does_not_see() -> None:
     bombs, dogs = (embedded_pictures().showing([name])[:5] for name in ("bomb", "dog"))
     family = SimpleNamespace(
         denoiser=torch.nn.Linear(1, 1),
-        evaluating=nullcontext,
         latent_shape=lambda resolution: (1,),
         sample=lambda conditioning, noise, **settings: noise,
         decode=lambda latents: torch.cat([bombs, dogs]),

@@ -1,4 +1,4 @@
-"""How a step is taken: `--optimizer`, `--torch_compile`."""
+"""How a step is taken: `--optimizer`, `--torch_compile`, `--lora_dropout`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from safemax_sd import trainable
 from safemax_sd.adapter import WEIGHTS_NAME
 from safemax_sd.command_line import parse_config
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import SafemaxError
+from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.optimizers import make_optimizer
 from safemax_sd.train import read_input, train
 from tests import tiny
@@ -91,3 +93,18 @@ def test_a_compiled_denoiser_takes_the_same_steps(config: TrainConfig, tmp_path:
     assert expected.keys() == load_file(output / "checkpoint-2" / WEIGHTS_NAME).keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_of_training_alone(config: TrainConfig) -> None:
+    family = load_family(LoadOptions(config.pretrained_model_name_or_path))
+    weights = trainable.attach(family, replace(config, lora_dropout=0.5))
+    for parameter in weights.parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+    prompts = family.encode_prompts(["a red apple"])
+    noise = torch.randn(1, *family.latent_shape(config.resolution), generator=torch.Generator().manual_seed(0))
+    once, again = (family.sample(prompts, noise, guidance_scale=3.0, num_inference_steps=2) for _ in range(2))
+    assert torch.equal(once, again)
+    t = torch.tensor([500])
+    with torch.no_grad():
+        first, second = (family.predict(noise, t, prompts) for _ in range(2))
+    assert not torch.equal(first, second)
