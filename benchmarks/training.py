@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,16 +20,29 @@ class TimedRun:
     minutes give fewer steps but still a complete schedule.
     """
 
-    def __init__(self, path: Path, minutes: float, state: dict[str, object]) -> None:
-        """Resume from `path` if it exists; `state` maps names to modules or optimizers to save."""
-        self.path, self.budget, self.state = path, 60.0 * minutes, state
+    def __init__(
+        self,
+        path: Path,
+        minutes: float,
+        state: dict[str, object],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Resume from `path` if it exists.
+
+        Args:
+            path: File that holds the run between two starts.
+            minutes: Budget, in minutes of `clock`.
+            state: Modules and optimizers to save, by name.
+            clock: Seconds passed; `time.process_time` makes the budget independent of what else the machine does.
+        """
+        self.path, self.budget, self.state, self.clock = path, 60.0 * minutes, state, clock
         self.step, self.spent, self._since_save = 0, 0.0, time.monotonic()
         if path.exists():
             stored = torch.load(path, weights_only=True)
             self.step, self.spent = stored["step"], stored["spent"]
             for name, part in state.items():
                 part.load_state_dict(stored[name])  # type: ignore[attr-defined]
-        self._last = time.monotonic()
+        self._last = clock()
 
     @property
     def share(self) -> float:
@@ -37,11 +51,11 @@ class TimedRun:
 
     def tick(self) -> bool:
         """Count one step; save every two minutes and at the end. Returns whether to go on."""
-        now = time.monotonic()
+        now = self.clock()
         self.spent, self._last, self.step = self.spent + now - self._last, now, self.step + 1
-        if now - self._since_save > 120 or self.spent >= self.budget:
+        if time.monotonic() - self._since_save > 120 or self.spent >= self.budget:
             self.save()
-            self._since_save = now
+            self._since_save = time.monotonic()
         return self.spent < self.budget
 
     def save(self) -> None:

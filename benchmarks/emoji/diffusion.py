@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -117,10 +119,16 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> torc
 class LatentBatches:
     """Endless shuffled batches of (latents, captions) from a generator seeded by the step a run starts at."""
 
-    def __init__(self, build_dir: Path, options: DiffusionSettings, start_step: int) -> None:
+    def __init__(
+        self,
+        build_dir: Path,
+        vae: AutoencoderTiny,
+        options: DiffusionSettings,
+        start_step: int,
+        without: tuple[str, ...] = (),
+    ) -> None:
         pictures = load_pictures(build_dir).concepts_only()
-        self.pictures = pictures.select(~pictures.held_out)
-        vae = AutoencoderTiny.from_pretrained(build_dir / "vae")
+        self.pictures = pictures.select(~pictures.held_out & ~np.isin(pictures.labels, without))
         self.latents = encode(vae.eval(), torch.from_numpy(self.pictures.images)).contiguous()
         names = build_dir / "npm" / settings.NAMES_PACKAGE.replace("/", "_") / "package"
         self.captioner = Captioner(
@@ -140,11 +148,29 @@ class LatentBatches:
         return self.latents[torch.from_numpy(chosen)], captions
 
 
-def train(build_dir: Path, options: DiffusionSettings) -> StableDiffusionPipeline:
-    """Train for the set minutes; returns the pipeline of the averaged models."""
+def train(
+    build_dir: Path,
+    options: DiffusionSettings,
+    *,
+    vae_dir: Path | None = None,
+    without: tuple[str, ...] = (),
+    name: str = "diffusion",
+    clock: Callable[[], float] = time.monotonic,
+) -> StableDiffusionPipeline:
+    """Train for the set minutes and return the pipeline of the averaged models.
+
+    Args:
+        build_dir: Folder of the rendered pictures; the run and its tokenizer are kept there.
+        options: Sizes, rates and minutes.
+        vae_dir: Folder of the autoencoder; `vae` in `build_dir` where None.
+        without: Concepts whose pictures and captions are left out. The vocabulary stays that of all concepts, so that
+            a prompt has the same tokens with and without them.
+        name: Name of the run's file in `build_dir`.
+        clock: Clock of the budget, as in `TimedRun`.
+    """
     torch.manual_seed(SEED)
-    vae = AutoencoderTiny.from_pretrained(build_dir / "vae")
-    batches = LatentBatches(build_dir, options, 0)
+    vae = AutoencoderTiny.from_pretrained(vae_dir or build_dir / "vae")
+    batches = LatentBatches(build_dir, vae, options, 0, without)
     tokenizer = build_tokenizer(batches.captioner.all_words(), build_dir / "tokenizer", options)
     text_encoder = build_text_encoder(tokenizer, options)
     unet = build_unet(vae.config.latent_channels, options).to(memory_format=torch.channels_last)
@@ -153,12 +179,12 @@ def train(build_dir: Path, options: DiffusionSettings) -> StableDiffusionPipelin
     ema = Ema(both, options.ema_decay)
     optimizer = torch.optim.AdamW(both.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=1e-2)
     state = {"model": both, "ema": ema.module, "optimizer": optimizer}
-    run = TimedRun(build_dir / "diffusion.pt", options.minutes, state)
+    run = TimedRun(build_dir / f"{name}.pt", options.minutes, state, clock)
     batches.generator = np.random.default_rng([SEED, run.step])
     generator = torch.Generator().manual_seed(SEED + run.step)
     signal = scheduler.alphas_cumprod
     weights = (options.snr_gamma * (1 - signal) / signal).clamp(max=1.0)  # min-SNR for ε (arXiv 2303.09556, eq. 5)
-    bar = tqdm(total=round(run.budget), initial=round(run.spent), unit="s", desc="diffusion")
+    bar = tqdm(total=round(run.budget), initial=round(run.spent), unit="s", desc=name)
     average = 1.0
     while run.share < 1:
         latents, captions = batches.next()

@@ -1,0 +1,55 @@
+"""Train the embedded model's recipe anew without the concepts that the comparison erases: the control "never known".
+
+    python -m benchmarks.emoji.retrained --build_dir emoji_build
+
+Needs `python -m benchmarks.emoji.data` first. Autoencoder and vocabulary are the embedded model's own, so that latents
+and token numbers mean the same in both; UNet and text encoder begin from nothing and see no picture and no caption of
+`ERASED`. The embedded model had 80 minutes of two threads. This run takes one thread and a budget in processor time, so
+that it can share a machine: 100 minutes give as many steps (on one machine, 5.2 a second with two threads and 4.2 with
+one). Writes `emoji_build/retrained/`, a StableDiffusionPipeline folder.
+Killed runs resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.emoji.diffusion import train
+from benchmarks.emoji.prompt_suites import OBJECTS
+from benchmarks.emoji.settings import FORBIDDEN_GROUPS, DiffusionSettings
+from safemax_sd.assets import ASSETS
+
+MINUTES = 100.0
+
+TASKS = ("bomb", "dog", "smoking", "swimwear", "weapons", "alcohol", "drugs", "gambling", "death")
+"""Tasks of `examples/compare_emoji.yaml` that erase concepts; its tenth erases a style."""
+
+ERASED: tuple[str, ...] = tuple(
+    dict.fromkeys(concept for task in TASKS for concept in ((task,) if task in OBJECTS else FORBIDDEN_GROUPS[task]))
+)
+"""Concepts that this model never learns."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build_dir", type=Path, default=Path("emoji_build"))
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    trained = train(
+        arguments.build_dir,
+        DiffusionSettings(minutes=arguments.minutes),
+        vae_dir=ASSETS / "emoji" / "vae",
+        without=ERASED,
+        name="retrained",
+        clock=time.process_time,
+    )
+    trained.save_pretrained(arguments.build_dir / "retrained", safe_serialization=True)
+
+
+if __name__ == "__main__":
+    main()
