@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,8 +22,10 @@ from safemax_sd.objectives.safemax import SafemaxConfig
 if TYPE_CHECKING:
     from safemax_sd.prompts import PromptSet
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
+UsageError: Any = typer.BadParameter.__base__
+"""Typer's error for a command line that it cannot parse, which it exports under no name of its own."""
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -306,9 +308,17 @@ def quickstart(
         console.print(usage(read_record(output_dir), str(output_dir.resolve())), soft_wrap=True, highlight=False)
 
 
-def main() -> None:
-    app()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (this process's by default) and return the exit code, 2 for an error that the user can mend."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return app(words or ["--help"], prog_name="safemax", standalone_mode=False) or 0
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "safemax"  # type: ignore[attr-defined]
+        text = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        print(f"error: {text} ({command} --help)", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from safemax_sd.cli import main
 from safemax_sd.command_line import parse_config
 from safemax_sd.train import train
 from tests import tiny
@@ -114,3 +115,27 @@ def test_diffusers_own_command_draws_with_every_adapter(
         assert finished.returncode == 0, finished.stderr
         drawn.append(picture.read_bytes())
     assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("evaluate", "--adapter", "x", "--num_images", "abc"), "'--num_images'"),
+        (("evaluate",), "'--adapter'"),
+        (("nonsense",), "'nonsense'"),
+        (("suites", "--foo"), "--foo"),
+    ],
+)
+def test_a_command_line_that_cannot_be_parsed_is_one_line(
+    words: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert reason in printed
+    assert printed.count("\n") == 1
+
+
+def test_no_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "quickstart" in capsys.readouterr().out
