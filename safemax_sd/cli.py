@@ -309,7 +309,7 @@ def quickstart(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line (this process's by default) and return the exit code, 2 for an error that the user can mend."""
+    """Run a command line (default: this process's) and return the exit code, 2 for an error that the user can mend."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return app(words or ["--help"], prog_name="safemax", standalone_mode=False) or 0

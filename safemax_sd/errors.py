@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+LONGEST_VALUE = 200
+
 
 class SafemaxError(Exception):
-    """Something the user can mend; the message is one line and says how."""
+    """Something the user can mend; the message is one line and says how.
+
+    Args:
+        message: Text; characters that do not print, such as line breaks in what a user gave, are written as escapes.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class OptionError(SafemaxError):
@@ -12,10 +21,13 @@ class OptionError(SafemaxError):
 
     Args:
         option: As typed on the command line, such as `--rank`.
-        value: What was given.
+        value: What was given; a long one is cut in the message.
         allowed: What is wrong with it or what would be allowed.
     """
 
     def __init__(self, option: str, value: object, allowed: str) -> None:
-        super().__init__(f"{option} {value}: {allowed}")
+        shown = str(value)
+        if len(shown) > LONGEST_VALUE:
+            shown = f"{shown[:LONGEST_VALUE]}…"
+        super().__init__(f"{option} {shown}: {allowed}")
         self.option, self.value = option, value
