@@ -17,6 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from safemax_sd.families import LoadOptions
+from safemax_sd.schedulers import as_scheduler
+
 
 @dataclass(frozen=True)
 class Job:
@@ -74,7 +77,7 @@ class Generator:
         self._models: dict[str, Sampler] = {"base": models.base, "erased": models.erased}
         self._caches = {"base": base_cache_dir or cache_dir, "erased": cache_dir}
         self.batch_size, self._state = batch_size, state
-        self._scheduler_config = self.pipeline.scheduler.config
+        self._base, self._settings = LoadOptions.from_record(self.record).record(family=""), models.scheduler_settings
         for folder in self._caches.values():
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -119,9 +122,8 @@ class Generator:
             **asdict(job),
             "prompts": job.prompts[part],
             "seeds": job.seeds[part],
-            "base_model": self.record["base_model"]["name_or_path"],
-            "revision": self.record["base_model"]["revision"],
-            "variant": self.record["base_model"]["variant"],
+            "base_model": self._base,
+            "scheduler": self._settings,
             "size": self._size,
             "erased": None if job.model == "base" else self.fingerprint,
         }
@@ -135,7 +137,7 @@ class Generator:
             Request(
                 prompts=job.prompts[part],
                 seeds=job.seeds[part],
-                scheduler=self.samplers[job.sampler].from_config(self._scheduler_config),
+                scheduler=as_scheduler(self.samplers[job.sampler], self._settings),
                 guidance_scale=job.guidance_scale,
                 num_inference_steps=job.num_inference_steps,
                 size=self._size,

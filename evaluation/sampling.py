@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +16,6 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from diffusers.utils import logging
 from torch import Tensor
 
 from safemax_sd.families.flux import unpack
@@ -61,17 +59,6 @@ class Request:
 
     def generators(self) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in self.seeds]
-
-
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """Inside, diffusers logs errors only."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 class Sampler(ABC):

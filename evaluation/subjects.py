@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoModel, DiffusionPipeline
-from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Sampler, StockSampler, without_warnings
+from diffusers import AutoModel
+from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Sampler, StockSampler
 
 from safemax_sd.adapter import WEIGHTS_NAME
-from safemax_sd.assets import resolve_model
-from safemax_sd.erased import read_record
+from safemax_sd.erased import load_base, read_record
 from safemax_sd.errors import OptionError
 from safemax_sd.families.base import FAMILIES
+from safemax_sd.families.folders import LOAD_ERRORS
 from safemax_sd.families.latent import LatentFamily
+from safemax_sd.quiet import quiet
 from safemax_sd.trainable import FULL_WEIGHTS
 
 ADAPTER_NAME = "safemax_erasure"
@@ -29,12 +30,14 @@ class Models:
 
     Attributes:
         pipeline: The base model's, of diffusers.
+        scheduler_settings: Settings of its noise process, for `as_scheduler`.
         base: Draws with the base model.
         erased: Draws with what is evaluated.
         fingerprint: Of `erased`, so that its pictures can be kept.
     """
 
     pipeline: Any
+    scheduler_settings: dict[str, Any]
     base: Sampler
     erased: Sampler
     fingerprint: str
@@ -81,45 +84,41 @@ class Adapter(Subject):
 
     def load(self, device: torch.device) -> Models:
         assert self.folder is not None
-        base = self.record["base_model"]
-        family = FAMILIES.get(base["family"])
-        if not issubclass(family, LatentFamily):
-            text = f"is a {base['family']} model, which no pipeline draws from; see docs/class_unlearning.md"
+        name = self.record["base_model"]["family"]
+        if not issubclass(FAMILIES.get(name), LatentFamily):
+            text = f"is a {name} model, which no pipeline draws from; see docs/class_unlearning.md"
             raise OptionError("--adapter", self.folder, text)
-        load_weights = _with_full_weights if self.record["config"]["trainable"] == "full" else _with_lora
+        family = load_base(self.record, device, dtype_on(device))
+        assert isinstance(family, LatentFamily)
         try:
-            pipeline = DiffusionPipeline.from_pretrained(
-                resolve_model(base["name_or_path"]),
-                revision=base["revision"],
-                variant=base["variant"],
-                dtype=dtype_on(device),
-                **family.pipeline_arguments,
-            ).to(device)
-            pipeline.set_progress_bar_config(disable=True)
-            return load_weights(pipeline, self.folder, family.denoiser_part)
-        except (OSError, ValueError, RuntimeError) as error:
+            with quiet():
+                full = self.record["config"]["trainable"] == "full"
+                return (_with_full_weights if full else _with_lora)(family, self.folder)
+        except LOAD_ERRORS as error:
             reason = " ".join(str(error).split())[:200]
-            text = f"cannot be loaded onto {base['name_or_path']}: {reason}"
+            text = f"cannot be loaded onto {family.options.name_or_path}: {reason}"
             raise OptionError("--adapter", self.folder, text) from error
 
 
-def _with_lora(pipeline: Any, folder: Path, part: str) -> Models:
-    """`part` is what the pipeline calls its denoiser, here and below."""
-    with without_warnings():  # of text encoders that the file has nothing for, as is meant
-        pipeline.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name=ADAPTER_NAME)
+def _with_lora(family: LatentFamily, folder: Path) -> Models:
+    pipeline = family.pipeline
+    pipeline.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name=ADAPTER_NAME)
     return Models(
         pipeline,
+        family.scheduler_settings,
         StockSampler(pipeline, switch=pipeline.disable_lora),
         StockSampler(pipeline, switch=pipeline.enable_lora),
         _sha256(folder / WEIGHTS_NAME),
     )
 
 
-def _with_full_weights(pipeline: Any, folder: Path, part: str) -> Models:
+def _with_full_weights(family: LatentFamily, folder: Path) -> Models:
+    pipeline, part = family.pipeline, family.denoiser_part
     base = getattr(pipeline, part)
     erased = AutoModel.from_pretrained(str(folder), subfolder=part, torch_dtype=base.dtype).to(base.device)
     return Models(
         pipeline,
+        family.scheduler_settings,
         StockSampler(pipeline, switch=lambda: setattr(pipeline, part, base)),
         StockSampler(pipeline, switch=lambda: setattr(pipeline, part, erased)),
         _sha256(folder / part / FULL_WEIGHTS),

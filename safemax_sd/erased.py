@@ -60,20 +60,12 @@ def load_erased(
     return family
 
 
-def load_base(record: dict[str, Any], device: str | torch.device = "cpu") -> ModelFamily:
-    """The base model that a record names.
+def load_base(
+    record: dict[str, Any], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> ModelFamily:
+    """Load the base model that a record names.
 
     Raises:
         OptionError: It cannot be loaded.
     """
-    base, config = record["base_model"], record["config"]
-    return load_family(
-        LoadOptions(
-            name_or_path=base["name_or_path"],
-            revision=base["revision"],
-            variant=base["variant"],
-            cache_dir=config["cache_dir"],
-            device=torch.device(device),
-            prediction_type=config["prediction_type"],
-        )
-    )
+    return load_family(LoadOptions.from_record(record, device, dtype))

@@ -25,7 +25,7 @@ from safemax_sd.adapter import KOHYA_NAME, WEIGHTS_NAME, layer_alpha, to_kohya
 from safemax_sd.assets import resolve_model
 from safemax_sd.erased import read_record
 from safemax_sd.errors import OptionError, SafemaxError
-from safemax_sd.families.base import FAMILIES
+from safemax_sd.families.base import FAMILIES, LoadOptions
 from safemax_sd.low_rank import LowRank
 from safemax_sd.provenance import provenance, write_json_atomic
 
@@ -53,7 +53,7 @@ class Source:
         base = self.record["base_model"]
         folder = Path(resolve_model(base["name_or_path"]))
         name = str(folder.resolve()) if folder.is_dir() else base["name_or_path"]
-        details = (base["revision"], base["variant"], self.record["config"]["prediction_type"])
+        details = (base["revision"], base["variant"], LoadOptions.from_record(self.record).prediction_type)
         return " ".join([name, *(f"({detail})" for detail in details if detail is not None)])
 
     @property
@@ -258,12 +258,12 @@ def _metadata(changes: dict[str, LowRank]) -> dict[str, Any]:
 
 def _base_folder(source: Source) -> Path:
     """The base model's folder; a model of the hub is downloaded unless it is in the cache."""
-    base, config = source.record["base_model"], source.record["config"]
-    folder = Path(resolve_model(base["name_or_path"]))
+    base = LoadOptions.from_record(source.record)
+    folder = Path(resolve_model(base.name_or_path))
     try:
         if not folder.is_dir():
-            where = {"revision": base["revision"], "variant": base["variant"], "cache_dir": config["cache_dir"]}
-            folder = Path(DiffusionPipeline.download(base["name_or_path"], **where))
+            where = {"revision": base.revision, "variant": base.variant, "cache_dir": base.cache_dir}
+            folder = Path(DiffusionPipeline.download(base.name_or_path, **where))
     except (OSError, ValueError) as error:
         raise _lost_base(source, " ".join(str(error).split())[:200]) from error
     if not (folder / "model_index.json").is_file():
@@ -313,7 +313,7 @@ def _copy_other_parts(source: Source, base: Path, folder: Path) -> None:
     for name in index:
         if name != source.part and (base / name).is_dir():
             shutil.copytree(base / name, folder / name)
-    prediction_type = source.record["config"]["prediction_type"]
+    prediction_type = LoadOptions.from_record(source.record).prediction_type
     if prediction_type is not None:  # the run's --prediction_type says that the base model's own is wrong
         path = folder / "scheduler" / "scheduler_config.json"
         config = json.loads(path.read_text(encoding="utf8"))

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from safemax_sd.assets import resolve_model
-from safemax_sd.families.base import FAMILIES
+from safemax_sd.families.base import FAMILIES, LoadOptions
 from safemax_sd.provenance import atomic_write_text
 
 TAGS = ["diffusers", "text-to-image", "lora", "concept-erasure", "unlearning", "safemax"]
@@ -42,9 +42,10 @@ def usage(record: dict[str, Any], folder: str) -> str:
     prompt = (record["forget"]["texts"] or ["a picture"])[0]
     embedded = name == "emoji"
     lines = FAMILIES.get(record["base_model"]["family"]).usage(
-        'ASSETS / "emoji"' if embedded else f'"{name}"',
+        'ASSETS / "emoji"' if embedded else repr(name),
         folder,
         prompt,
+        options=LoadOptions.from_record(record),
         full=config["trainable"] == "full",
         resolution=config["resolution"],
     )

@@ -165,12 +165,7 @@ def write_results(
     record: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "method": config.objective,
-        "base_model": {
-            "name_or_path": config.pretrained_model_name_or_path,
-            "revision": config.revision,
-            "variant": config.variant,
-            "family": family.name,
-        },
+        "base_model": family.options.record(family.name),
         "config": config.record(),
         "forget": describe_prompts(forget),
         "retain": describe_prompts(retain, with_texts=False),

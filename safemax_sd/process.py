@@ -100,6 +100,12 @@ class VariancePreserving(DiffusionProcess):
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise OptionError("--prediction_type", prediction_type, f"must be one of {', '.join(PREDICTION_TYPES)}")
+        if prediction_type == "epsilon" and float(alphas_cumprod[-1]) == 0:
+            text = (
+                "says nothing of the picture where the schedule ends in pure noise (rescale_betas_zero_snr): give "
+                "--prediction_type v_prediction if that is what the model was trained for"
+            )
+            raise OptionError("--prediction_type", prediction_type, text)
         self.alphas_cumprod = alphas_cumprod.float()
         self.prediction_type = prediction_type
 
@@ -230,6 +236,19 @@ class VarianceExploding(DiffusionProcess):
 
     def slope(self, t: Tensor) -> Tensor:
         return 1 / t.float()
+
+
+def check_variance_preserving(scheduler: Any) -> None:
+    """Check that a scheduler of diffusers stands for a discrete variance-preserving process.
+
+    Raises:
+        OptionError: EDM's and other continuous noise levels, flow matching or consistency models.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    odd = config.get("timestep_type", "discrete") != "discrete" or config.get("use_flow_sigmas")
+    if not hasattr(scheduler, "alphas_cumprod") or odd:
+        text = "stands for another noise process than Stable Diffusion's: a discrete schedule of betas is needed"
+        raise OptionError("--pretrained_model_name_or_path", f"scheduler {name}", text)
 
 
 def from_scheduler(scheduler: Any) -> DiffusionProcess:

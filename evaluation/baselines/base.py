@@ -87,8 +87,13 @@ class Baseline(Subject):
             raise OptionError("--baseline", self.name, f"needs a pipeline that draws, which {self.base} has not")
         key = json.dumps([self.name, self.concepts, asdict(self.settings)])
         fingerprint = hashlib.sha256(key.encode()).hexdigest()
+        pipeline = family.pipeline
         return Models(
-            family.pipeline, StockSampler(family.pipeline), self.sampler(family, family.pipeline), fingerprint
+            pipeline,
+            family.scheduler_settings,
+            StockSampler(pipeline),
+            self.sampler(family, pipeline),
+            fingerprint,
         )
 
 

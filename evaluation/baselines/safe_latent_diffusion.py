@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Literal
 import diffusers
 import torch
 from safemax_sd.evaluation.baselines.base import Baseline, load_lines
-from safemax_sd.evaluation.sampling import Pictures, Request, Sampler, without_warnings
+from safemax_sd.evaluation.sampling import Pictures, Request, Sampler
 from torch import Tensor
 
 from safemax_sd.errors import OptionError
 from safemax_sd.families import ModelFamily
+from safemax_sd.quiet import quiet
 
 PIPELINE = "StableDiffusionPipelineSafe"
 STRENGTHS: dict[str, dict[str, float]] = {
@@ -59,7 +60,7 @@ class SafeSampler(Sampler):
     starts_from_pictures: ClassVar[bool] = False
 
     def __init__(self, pipeline: Any, concepts: str, settings: dict[str, float]) -> None:
-        with without_warnings():  # that the class is no longer developed
+        with quiet():  # that the class is no longer developed
             parts = {**pipeline.components, "safety_checker": None}
             self.pipeline = getattr(diffusers, PIPELINE)(**parts, requires_safety_checker=False)
         self.pipeline.safety_concept = concepts

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -84,6 +84,10 @@ class LoadOptions:
         name_or_path: Folder in diffusers' format, hub id, or the name of an embedded model.
         dtype: Of the frozen weights; trainable parameters are float32 whatever this is.
         prediction_type: `epsilon` or `v_prediction` to override the scheduler's own; None keeps that.
+        revision: Revision on the hub.
+        variant: Variant of the weight files, such as `fp16`.
+        cache_dir: Folder of hub downloads.
+        device: Device of all networks.
     """
 
     name_or_path: str
@@ -93,6 +97,35 @@ class LoadOptions:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     prediction_type: str | None = None
+
+    def record(self, family: str) -> dict[str, str | None]:
+        """Return what a run's record keeps as `base_model`; `from_record` reads it back."""
+        return {
+            "name_or_path": self.name_or_path,
+            "revision": self.revision,
+            "variant": self.variant,
+            "cache_dir": self.cache_dir,
+            "prediction_type": self.prediction_type,
+            "family": family,
+        }
+
+    @classmethod
+    def from_record(
+        cls, record: dict[str, Any], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Return how the base model of a record was loaded, to load it again."""
+        base, config = record["base_model"], record["config"]
+        # The first records kept these two among the flags.
+        cache_dir, prediction_type = (base.get(key, config.get(key)) for key in ("cache_dir", "prediction_type"))
+        return cls(
+            name_or_path=base["name_or_path"],
+            revision=base["revision"],
+            variant=base["variant"],
+            cache_dir=cache_dir,
+            dtype=dtype,
+            device=torch.device(device),
+            prediction_type=prediction_type,
+        )
 
 
 class ModelFamily(ABC):
@@ -109,6 +142,7 @@ class ModelFamily(ABC):
             input of the network (see `with_guidance`) and a sampler follows the one prediction.
         denoiser_part: What the pipeline calls the denoiser (`unet`, `transformer`).
         tokenizer: Of the prompts, to tell which are too long; None where there is none.
+        options: How `load_family` loaded it.
     """
 
     name: ClassVar[str]
@@ -120,6 +154,7 @@ class ModelFamily(ABC):
     process: DiffusionProcess
     empty: Conditioning
     tokenizer: Any = None
+    options: LoadOptions
 
     @classmethod
     @abstractmethod
@@ -280,13 +315,16 @@ class ModelFamily(ABC):
 
     @classmethod
     @abstractmethod
-    def usage(cls, base: str, folder: str, prompt: str, *, full: bool, resolution: int | None) -> list[str]:
-        """Lines of Python that draw `erased.png`, of diffusers alone wherever it can.
+    def usage(
+        cls, base: str, folder: str, prompt: str, *, options: LoadOptions, full: bool, resolution: int | None
+    ) -> list[str]:
+        """Write lines of Python that draw `erased.png`, of diffusers alone wherever it can.
 
         Args:
             base: Expression for the base model's folder or hub id.
             folder: Where the run's output lies.
             prompt: What to draw.
+            options: How the base model was loaded.
             full: Whether the output is the denoiser's weights and not a LoRA.
             resolution: In pixels; None for the model's own.
         """
@@ -331,18 +369,22 @@ def load_family(options: LoadOptions) -> ModelFamily:
     path = resolve_model(options.name_or_path)
     try:
         config = DiffusionPipeline.load_config(path, revision=options.revision, cache_dir=options.cache_dir)
-    except (OSError, ValueError) as error:
+        class_name = config.get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
         raise OptionError(
             "--pretrained_model_name_or_path",
             options.name_or_path,
             "must be a diffusers model folder, a hub id or an embedded model's name (emoji)",
         ) from error
-    class_name = config.get("_class_name")
+    if isinstance(class_name, list):  # a class of one's own, with the file that defines it
+        class_name = class_name[-1]
     supported: list[str] = []
     for name in FAMILIES.names():
         family = FAMILIES.get(name)
         if class_name in family.pipeline_classes:
-            return family.load(options)
+            loaded = family.load(options)
+            loaded.options = options
+            return loaded
         supported += sorted(family.pipeline_classes)
     raise OptionError(
         "--pretrained_model_name_or_path", options.name_or_path, f"is a {class_name}; supported: {', '.join(supported)}"

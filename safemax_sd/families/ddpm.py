@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from safemax_sd.errors import OptionError
 from safemax_sd.families.base import Conditioning, LoadOptions, LoraTargets, ModelFamily
-from safemax_sd.process import from_scheduler
+from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded
+from safemax_sd.process import check_variance_preserving, from_scheduler
 from safemax_sd.provenance import write_json_atomic
+from safemax_sd.quiet import quiet
+from safemax_sd.schedulers import as_scheduler, settings_of
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"]
@@ -42,7 +45,8 @@ class ClassConditionalDDPM(ModelFamily):
             raise OptionError("--pretrained_model_name_or_path", "unet", text)
         self.unet = unet.requires_grad_(False).eval().to(device)
         self.device = device
-        self.scheduler_config = dict(scheduler.config)
+        check_variance_preserving(scheduler)
+        self.scheduler_settings = settings_of(scheduler)
         self.class_names = tuple(class_names)
         # channels_last doubles the speed of convolutions on a processor and helps tensor cores too.
         self.denoiser: nn.Module = self.unet.to(memory_format=torch.channels_last)
@@ -53,16 +57,14 @@ class ClassConditionalDDPM(ModelFamily):
     def load(cls, options: LoadOptions) -> ClassConditionalDDPM:
         where = {"revision": options.revision, "cache_dir": options.cache_dir}
         try:
-            config = DiffusionPipeline.load_config(options.name_or_path, **where)
-            scheduler = DDPMScheduler.from_pretrained(options.name_or_path, subfolder="scheduler", **where)
-            unet = UNet2DModel.from_pretrained(
-                options.name_or_path, subfolder="unet", variant=options.variant, torch_dtype=options.dtype, **where
-            )
-        except (OSError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise OptionError(
-                "--pretrained_model_name_or_path", options.name_or_path, f"cannot be loaded: {reason}"
-            ) from error
+            with quiet():
+                config = DiffusionPipeline.load_config(options.name_or_path, **where)
+                scheduler = DDPMScheduler.from_pretrained(options.name_or_path, subfolder="scheduler", **where)
+                unet = UNet2DModel.from_pretrained(
+                    options.name_or_path, subfolder="unet", variant=options.variant, torch_dtype=options.dtype, **where
+                )
+        except LOAD_ERRORS as error:
+            raise cannot_be_loaded(options.name_or_path, error) from error
         if options.prediction_type is not None:
             scheduler.register_to_config(prediction_type=options.prediction_type)
         numbered = [str(number) for number in range((unet.config.num_class_embeds or 1) - 1)]
@@ -71,7 +73,7 @@ class ClassConditionalDDPM(ModelFamily):
     def save_base(self, directory: Path) -> None:
         """Write the model as a `DDPMPipeline` folder that `load` reads."""
         self.unet.save_pretrained(directory / "unet")
-        DDPMScheduler.from_config(self.scheduler_config).save_pretrained(directory / "scheduler")
+        DDPMScheduler.from_config(self.scheduler_settings).save_pretrained(directory / "scheduler")
         index = {
             "_class_name": "DDPMPipeline",
             "scheduler": ["diffusers", "DDPMScheduler"],
@@ -107,7 +109,7 @@ class ClassConditionalDDPM(ModelFamily):
 
     def sampler(self) -> DDIMScheduler:
         # Nothing is clipped on the way, as in the published study: a forgotten class's output is not a picture.
-        return DDIMScheduler.from_config(self.scheduler_config, clip_sample=False)
+        return as_scheduler(DDIMScheduler, {**self.scheduler_settings, "clip_sample": False})
 
     def decode(self, latents: Tensor) -> Tensor:
         return (latents.float() / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
@@ -131,13 +133,15 @@ class ClassConditionalDDPM(ModelFamily):
         save_file(named, directory / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
 
     @classmethod
-    def usage(cls, base: str, folder: str, prompt: str, *, full: bool, resolution: int | None) -> list[str]:
+    def usage(
+        cls, base: str, folder: str, prompt: str, *, options: LoadOptions, full: bool, resolution: int | None
+    ) -> list[str]:
         return [  # DDPMPipeline knows neither classes nor LoRA
             "import torch",
             "from safemax_sd.erased import load_erased",
             "from safemax_sd.samples import to_pil",
-            f'family = load_erased("{folder}")',
-            f'prompt, noise = family.encode_prompts(["{prompt}"]), torch.randn(1, *family.latent_shape({resolution}))',
+            f"family = load_erased({folder!r})",
+            f"prompt, noise = family.encode_prompts([{prompt!r}]), torch.randn(1, *family.latent_shape({resolution}))",
             "latents = family.sample(prompt, noise, guidance_scale=3.0, num_inference_steps=50)",
             'to_pil(family.decode(latents))[0].save("erased.png")',
         ]

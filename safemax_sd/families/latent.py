@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from safemax_sd.assets import resolve_model
 from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.families.base import Conditioning, LoadOptions, ModelFamily
+from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, check_folder, check_tokenizers
 from safemax_sd.process import DiffusionProcess, from_scheduler
+from safemax_sd.quiet import quiet
+from safemax_sd.schedulers import settings_of
 
 POOLED = "pooled"
 """Name in `Conditioning` of a prompt's pooled text embedding, [B, D]."""
@@ -28,17 +31,20 @@ class LatentFamily(ModelFamily):
     Attributes:
         pipeline_class: Of diffusers.
         pipeline_arguments: Of its `from_pretrained`, besides those of every pipeline.
-        scheduler_config: The model's own, with `--prediction_type` in place of its prediction type if that was given.
+        scheduler_settings: The model's own, with `--prediction_type` in place of its prediction type if that was given.
+        normalises_latents: Whether the pipeline heeds an autoencoder's `latents_mean` and `latents_std`.
     """
 
+    normalises_latents: ClassVar[bool] = False
     pipeline_class: ClassVar[Any]
     pipeline_arguments: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, pipeline: Any, options: LoadOptions) -> None:
         self.pipeline, self.device = pipeline, options.device
-        self.scheduler_config = dict(pipeline.scheduler.config)
+        self._check_scheduler(pipeline.scheduler)
+        self.scheduler_settings = settings_of(pipeline.scheduler)
         if options.prediction_type is not None:
-            self.scheduler_config["prediction_type"] = options.prediction_type
+            self.scheduler_settings["prediction_type"] = options.prediction_type
         self.tokenizer = pipeline.tokenizer
         self.process = self._noise_process()
         pipeline.set_progress_bar_config(disable=True)
@@ -51,21 +57,29 @@ class LatentFamily(ModelFamily):
 
     @classmethod
     def load(cls, options: LoadOptions) -> Self:
+        check_folder(options.name_or_path, options.variant)
         try:
-            pipeline = cls.pipeline_class.from_pretrained(
-                resolve_model(options.name_or_path),
-                revision=options.revision,
-                variant=options.variant,
-                cache_dir=options.cache_dir,
-                dtype=options.dtype,
-                **cls.pipeline_arguments,
-            )
-        except (OSError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise OptionError(
-                "--pretrained_model_name_or_path", options.name_or_path, f"cannot be loaded: {reason}"
-            ) from error
+            with quiet():
+                pipeline = cls.pipeline_class.from_pretrained(
+                    resolve_model(options.name_or_path),
+                    revision=options.revision,
+                    variant=options.variant,
+                    cache_dir=options.cache_dir,
+                    dtype=options.dtype,
+                    **cls.pipeline_arguments,
+                )
+        except LOAD_ERRORS as error:
+            raise cannot_be_loaded(options.name_or_path, error) from error
+        check_tokenizers(pipeline, options.name_or_path)
         return cls(pipeline, options)
+
+    @abstractmethod
+    def _check_scheduler(self, scheduler: Any) -> None:
+        """Check that the folder's own scheduler belongs to a noise process of this family.
+
+        Raises:
+            OptionError: It does not.
+        """
 
     def _noise_process(self) -> DiffusionProcess:
         return from_scheduler(self.sampler())
@@ -102,8 +116,18 @@ class LatentFamily(ModelFamily):
 
     @property
     def _own_side(self) -> int:
-        """Side of the model's own latents."""
-        return int(self.denoiser.config.sample_size)  # type: ignore[arg-type,union-attr]
+        """Side of the model's own latents.
+
+        Raises:
+            OptionError: They are not square.
+        """
+        size: Any = self.denoiser.config.sample_size  # type: ignore[union-attr]
+        sides = set(size) if isinstance(size, list | tuple) else {size}
+        if len(sides) > 1:
+            raise OptionError(
+                "--resolution", "(not given)", f"is required: this model's own size, {size}, is not square"
+            )
+        return int(sides.pop())
 
     @property
     def _channels(self) -> int:
@@ -141,7 +165,7 @@ class LatentFamily(ModelFamily):
         vae = self._autoencoder
         parts = []
         for part in latents.split(PICTURES_AT_ONCE):
-            scaled = part / vae.config.scaling_factor + self._shift
+            scaled = self._raw_latents(part)
             pictures = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
             parts.append((pictures.float() / 2 + 0.5).clamp(0, 1))
         return torch.cat(parts)
@@ -154,13 +178,23 @@ class LatentFamily(ModelFamily):
             encoded = vae.encode((2 * part - 1).to(self.device, vae.dtype))
             # An autoencoder with a distribution gives its mode: a picture's most likely latent.
             latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-            parts.append((latents.float() - self._shift) * vae.config.scaling_factor)
+            mean, scale = self._latent_statistics(latents)
+            parts.append((latents.float() - mean) * scale)
         return torch.cat(parts)
 
-    @property
-    def _shift(self) -> float:
-        """Mean of an autoencoder's raw latents, where it is not 0."""
-        return float(self.pipeline.vae.config.get("shift_factor") or 0.0)
+    def _raw_latents(self, latents: Tensor) -> Tensor:
+        """Latents as the autoencoder decodes them, [B, *latent]."""
+        mean, scale = self._latent_statistics(latents)
+        return latents / scale + mean
+
+    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of the raw latents and the factor that brings them to unit variance, [1, C or 1, 1, 1] each."""
+        config = self.pipeline.vae.config
+        mean, scale = latents.new_zeros(1, 1, 1, 1), latents.new_full((1, 1, 1, 1), config.scaling_factor)
+        if self.normalises_latents and config.get("latents_mean") and config.get("latents_std"):
+            mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1)
+            return mean, scale / latents.new_tensor(config.latents_std).view(1, -1, 1, 1)
+        return mean + float(config.get("shift_factor") or 0.0), scale
 
     def save_adapter(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         layers = {
@@ -170,19 +204,26 @@ class LatentFamily(ModelFamily):
         self.pipeline_class.save_lora_weights(directory, safe_serialization=True, **layers)
 
     @classmethod
-    def usage(cls, base: str, folder: str, prompt: str, *, full: bool, resolution: int | None) -> list[str]:
+    def usage(
+        cls, base: str, folder: str, prompt: str, *, options: LoadOptions, full: bool, resolution: int | None
+    ) -> list[str]:
         part = cls.denoiser_part
-        options = f", {part}={part}" if full else ""
-        options += "".join(f", {name}={value!r}" for name, value in cls.pipeline_arguments.items())
-        load = f"pipe = DiffusionPipeline.from_pretrained({base}{options})"
-        weights = [load, f'pipe.load_lora_weights("{folder}")']
+        given = {name: value for name in ("revision", "variant") if (value := getattr(options, name)) is not None}
+        arguments = f", {part}={part}" if full else ""
+        arguments += "".join(f", {name}={value!r}" for name, value in {**given, **cls.pipeline_arguments}.items())
+        lines = [f"pipe = DiffusionPipeline.from_pretrained({base}{arguments})"]
+        if options.prediction_type is not None:
+            changed = f"pipe.scheduler.config, prediction_type={options.prediction_type!r}"
+            lines.append(f"pipe.scheduler = pipe.scheduler.from_config({changed})")
         if full:
-            weights = [f'{part} = AutoModel.from_pretrained("{folder}", subfolder="{part}")', load]
+            lines.insert(0, f"{part} = AutoModel.from_pretrained({folder!r}, subfolder={part!r})")
+        else:
+            lines.append(f"pipe.load_lora_weights({folder!r})")
         size = "" if resolution is None else f", height={resolution}, width={resolution}"
         return [
             f"from diffusers import {'AutoModel, ' if full else ''}DiffusionPipeline",
-            *weights,
-            f'pipe("{prompt}"{size}).images[0].save("erased.png")',
+            *lines,
+            f'pipe({prompt!r}{size}).images[0].save("erased.png")',
         ]
 
     def enable_memory_savings(self, *, gradient_checkpointing: bool, xformers: bool) -> list[str]:

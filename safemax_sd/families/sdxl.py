@@ -19,6 +19,7 @@ class StableDiffusionXL(UNetFamily):
     name: ClassVar[str] = "stable_diffusion_xl"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusionXLPipeline"})
     pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
+    normalises_latents: ClassVar[bool] = True
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         states, _, pooled, _ = self.pipeline.encode_prompt(

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from safemax_sd.errors import OptionError
 from safemax_sd.families.base import LoraTargets
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.process import FlowMatching
+from safemax_sd.schedulers import as_scheduler
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 TEXT_ATTENTION = ["add_k_proj", "add_v_proj"]
@@ -24,8 +26,14 @@ class TransformerFamily(LatentFamily):
     denoiser_part: ClassVar[str] = "transformer"
     kohya_format: ClassVar[bool] = False
 
+    def _check_scheduler(self, scheduler: Any) -> None:
+        name = type(scheduler).__name__
+        if not name.startswith("FlowMatch"):
+            text = f"is not supported with {self.name} models: use FlowMatchEulerDiscreteScheduler"
+            raise OptionError("--pretrained_model_name_or_path", f"scheduler {name}", text)
+
     def sampler(self) -> FlowMatchEulerDiscreteScheduler:
-        return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
+        return as_scheduler(FlowMatchEulerDiscreteScheduler, self.scheduler_settings)
 
     def _noise_process(self) -> FlowMatching:
         """With the shift for pictures of the model's own size; a sampler takes that of the size it is asked for."""

@@ -8,8 +8,11 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from safemax_sd.errors import OptionError
 from safemax_sd.families.base import TOKEN_STATES, Conditioning, LoadOptions, LoraTargets
 from safemax_sd.families.latent import LatentFamily
+from safemax_sd.process import check_variance_preserving
+from safemax_sd.schedulers import as_scheduler
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
@@ -20,6 +23,9 @@ class UNetFamily(LatentFamily):
     """A `UNet2DConditionModel` that attends to token states, with a variance-preserving noise process."""
 
     def __init__(self, pipeline: Any, options: LoadOptions) -> None:
+        if pipeline.unet.config.time_cond_proj_dim is not None:
+            text = "takes its guidance scale as an input (time_cond_proj_dim, models distilled like LCM): not supported"
+            raise OptionError("--pretrained_model_name_or_path", options.name_or_path, text)
         super().__init__(pipeline, options)
         # channels_last doubles the speed of convolutions on a processor and helps tensor cores too.
         self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -37,8 +43,11 @@ class UNetFamily(LatentFamily):
         """What the UNet is told besides the token states; of x_t's dtype."""
         return None
 
+    def _check_scheduler(self, scheduler: Any) -> None:
+        check_variance_preserving(scheduler)
+
     def sampler(self) -> DDIMScheduler:
-        return DDIMScheduler.from_config(self.scheduler_config)
+        return as_scheduler(DDIMScheduler, self.scheduler_settings)
 
     def lora_target_modules(self, targets: LoraTargets) -> list[str]:
         if targets == "cross_attention":

@@ -224,7 +224,7 @@ HUB = """
 import sys
 from safemax_sd.cli import main
 sys.argv = ["safemax", "export", "--adapter", sys.argv[1], "--output_dir", sys.argv[2], "--merge"]
-main()
+sys.exit(main())
 """
 
 
@@ -236,7 +236,7 @@ def test_a_base_model_of_the_hub_comes_from_its_cache(tiny_model: Path, apple: P
     shutil.copytree(apple, tmp_path / "run")
     record = json.loads((apple / "erasure.json").read_text())
     record["base_model"]["name_or_path"] = "someone/model"
-    record["config"]["cache_dir"] = str(tmp_path / "cache")
+    record["base_model"]["cache_dir"] = str(tmp_path / "cache")
     (tmp_path / "run" / "erasure.json").write_text(json.dumps(record))
     command = [sys.executable, "-c", HUB, str(tmp_path / "run"), str(tmp_path / "merged")]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -401,7 +401,7 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 from safemax_sd.cli import main
 sys.argv = ["safemax", "export", "--adapter", sys.argv[1], "--output_dir", sys.argv[2], *sys.argv[3:]]
-main()
+sys.exit(main())
 """
 
 

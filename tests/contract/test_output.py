@@ -135,7 +135,7 @@ def test_a_model_folder_that_lacks_a_part(config: TrainConfig, tmp_path: Path) -
     broken = tmp_path / "broken"
     shutil.copytree(config.pretrained_model_name_or_path, broken)
     shutil.rmtree(broken / "unet")
-    with pytest.raises(SafemaxError, match="cannot be loaded"):
+    with pytest.raises(SafemaxError, match="lacks the folder unet"):
         train(replace(config, pretrained_model_name_or_path=str(broken)))
 
 

@@ -1,0 +1,29 @@
+"""Silence libraries where what they say is nothing that a user could act on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let diffusers and transformers print errors alone inside: no warnings, no progress bars of their loading."""
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for library, (verbosity, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
