@@ -1,9 +1,11 @@
 """Prompt files: loading and checking them, and the suites that ship with the package."""
 
-from safemax_sd.prompts.loading import Prompt, PromptSet, check_disjoint, load_prompts, pick, warn_over_long
+from safemax_sd.prompts.length import warn_over_long, without_cut_text
+from safemax_sd.prompts.loading import GUIDANCE_BOUND, Prompt, PromptSet, check_disjoint, load_prompts, pick
 from safemax_sd.prompts.suites import Suite, load_suite, suite_names
 
 __all__ = [
+    "GUIDANCE_BOUND",
     "Prompt",
     "PromptSet",
     "Suite",
@@ -13,4 +15,5 @@ __all__ = [
     "pick",
     "suite_names",
     "warn_over_long",
+    "without_cut_text",
 ]

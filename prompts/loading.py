@@ -1,41 +1,44 @@
-"""Read prompt files: CSV with a `prompt` column, or text with one prompt a line."""
+"""Load prompt files and check them."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from safemax_sd.prompts.rows import PROMPT, READERS, SHOWN, BadLine, Row, Table
 
 from safemax_sd.errors import OptionError
 from safemax_sd.registry import closest
 
 logger = logging.getLogger("safemax_sd")
 
-CONCEPT_COLUMNS = ("concept", "class", "artist", "label_str", "profession", "categories")
+ARTIST, CATEGORIES = "artist", "categories"
+CONCEPT_COLUMNS = ("concept", "class", ARTIST, "label_str", "profession", CATEGORIES)
 """Columns in which the public prompt sets keep the concept, the first that is there counts."""
+LARGEST_SEED = 2**32 - 1
+GUIDANCE_BOUND = 1000
+"""Guidance scales lie above 0 and below this."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a prompt file.
+    """One prompt of a file.
 
     Attributes:
         text: The prompt.
         concept: What it shows, if the file says.
         seed: `evaluation_seed`: of the start noise, if given.
-        guidance: `evaluation_guidance`, if given.
-        case_number: The file's own number of the prompt, if given.
+        guidance: `evaluation_guidance`: the scale to draw it with, if given.
     """
 
     text: str
     concept: str | None = None
     seed: int | None = None
     guidance: float | None = None
-    case_number: int | None = None
 
     @property
     def shows(self) -> str:
@@ -48,14 +51,16 @@ class PromptSet:
     """The prompts of one file.
 
     Attributes:
-        prompts: At least one, without duplicates.
+        prompts: At least one, no two alike in text, seed and guidance.
         source: Path as given.
         sha256: Of the file's bytes.
+        concept_column: Column that the concepts come from, if there is one.
     """
 
     prompts: tuple[Prompt, ...]
     source: str
     sha256: str
+    concept_column: str | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -69,78 +74,122 @@ class PromptSet:
         """Distinct concepts in the order in which they first occur."""
         return tuple(dict.fromkeys(prompt.concept for prompt in self.prompts if prompt.concept))
 
+    @property
+    def artists(self) -> tuple[str, ...]:
+        """Those concepts that are artists: a picture shows their style, not themselves."""
+        return self.concepts if self.concept_column == ARTIST else ()
+
+    def each_text_once(self) -> PromptSet:
+        """Keep the first of the prompts that differ by seed or guidance alone, which only drawing needs."""
+        first: dict[str, Prompt] = {}
+        for prompt in self.prompts:
+            first.setdefault(prompt.text, prompt)
+        return replace(self, prompts=tuple(first.values()))
+
 
 def load_prompts(path: str | Path, *, option: str) -> PromptSet:
-    """Read a prompt file; blank lines are left out, duplicates too (with a warning).
+    """Read a prompt file; blank lines are left out, duplicates and rows without a prompt too (with a warning).
+
+    Only a line feed, a carriage return or both end a line, and in CSV and TSV only outside quotes.
 
     Args:
-        path: `.csv` (a `prompt` column; optional seed, guidance and concept columns) or any text file.
+        path: `.csv`, `.tsv` or `.jsonl` with a `prompt` column (optional seed, guidance and concept columns), or `.txt`
+            or no ending for one prompt a line; in UTF-8.
         option: Flag to name in errors.
 
     Raises:
-        OptionError: No such file, nothing in it, no `prompt` column, or a number column that holds none.
+        OptionError: No such file, nothing in it, another format, no `prompt` column, or a line that cannot be used.
     """
+    data, table = _read(Path(path), option)
+    if not table.columns:
+        raise OptionError(option, path, "is empty")
+    if PROMPT not in table.columns:
+        named = [name for name in table.columns if name]
+        near = closest(PROMPT, named)
+        raise OptionError(option, path, f"has no `prompt` column; its columns are {', '.join(named)[:SHOWN]}{near}")
+    concept_column = next((name for name in CONCEPT_COLUMNS if name in table.columns), None)
     try:
-        data = Path(path).read_bytes()
+        found = _prompts(table.rows, concept_column)
+    except BadLine as error:
+        raise OptionError(option, f"{path}, line {error.line}", error.reason) from error
+    if not found:
+        raise OptionError(option, path, "holds no prompts")
+    if len(found) < len(table.rows):
+        logger.warning("%s %s: %d rows without a prompt left out", option, path, len(table.rows) - len(found))
+    kept: dict[tuple[str, int | None, float | None], Prompt] = {}
+    for prompt in found:
+        kept.setdefault((prompt.text, prompt.seed, prompt.guidance), prompt)
+    if len(kept) < len(found):
+        logger.warning("%s %s: %d duplicate prompts left out", option, path, len(found) - len(kept))
+    return PromptSet(tuple(kept.values()), str(path), hashlib.sha256(data).hexdigest(), concept_column)
+
+
+def _read(path: Path, option: str) -> tuple[bytes, Table]:
+    ending = path.suffix.lower()
+    if ending not in READERS:
+        readable = ", ".join(name for name in READERS if name)
+        hint = "; write one JSON object a line and name it .jsonl" if ending == ".json" else ""
+        raise OptionError(option, path, f"is none of the formats that are read, {readable}{hint}")
+    try:
+        data = path.read_bytes()
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
         raise OptionError(option, path, reason) from error
-    if Path(path).suffix.lower() == ".csv":
-        found = _read_csv(text, str(path), option)
-    else:
-        found = [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
-    if not found:
-        raise OptionError(option, path, "holds no prompts")
-    kept: dict[tuple[str, int | None], Prompt] = {}
-    for prompt in found:
-        kept.setdefault((prompt.text, prompt.seed), prompt)
-    if len(kept) < len(found):
-        logger.warning("%s %s: %d duplicate prompts left out", option, path, len(found) - len(kept))
-    return PromptSet(tuple(kept.values()), str(path), hashlib.sha256(data).hexdigest())
-
-
-def _read_csv(text: str, path: str, option: str) -> list[Prompt]:
-    reader = csv.DictReader(text.splitlines(keepends=True))
-    columns = [name.strip() for name in reader.fieldnames or []]
-    reader.fieldnames = columns
-    if not columns:
-        raise OptionError(option, path, "is empty")
-    if "prompt" not in columns:
-        named = [name for name in columns if name]
-        near = closest("prompt", named)
-        raise OptionError(option, path, f"has no `prompt` column; its columns are {', '.join(named)}{near}")
-    concept_column = next((name for name in CONCEPT_COLUMNS if name in columns), None)
-    prompts = []
-    for row in reader:
-        words = (row.get("prompt") or "").strip()
-        if not words:
-            continue
-        where = f"{path}, line {reader.line_num}"
-        prompts.append(
-            Prompt(
-                text=words,
-                concept=((row.get(concept_column) or "").strip() or None) if concept_column else None,
-                seed=_integer(row.get("evaluation_seed"), "evaluation_seed", where, option),
-                guidance=_number(row.get("evaluation_guidance"), "evaluation_guidance", where, option),
-                case_number=_integer(row.get("case_number"), "case_number", where, option),
-            )
-        )
-    return prompts
-
-
-def _number(text: str | None, column: str, where: str, option: str) -> float | None:
-    if not (text or "").strip():
-        return None
+    if "\0" in text:
+        raise OptionError(option, path, "is not UTF-8 text: it holds NUL characters, as UTF-16 does")
     try:
-        return float(text)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise OptionError(option, where, f"{column} must be a number, not {text!r}") from error
+        return data, READERS[ending](text)
+    except BadLine as error:
+        raise OptionError(option, f"{path}, line {error.line}", error.reason) from error
 
 
-def _integer(text: str | None, column: str, where: str, option: str) -> int | None:
-    number = _number(text, column, where, option)
-    return None if number is None else int(number)  # public sets write 3.0 for 3
+def _prompts(rows: Sequence[Row], concept_column: str | None) -> list[Prompt]:
+    named = [row for row in rows if row.text(PROMPT)]
+    concepts = [row.text(concept_column) or None if concept_column else None for row in named]
+    if concept_column == CATEGORIES:
+        concepts = _shared_categories(concepts)
+    return [
+        Prompt(row.text(PROMPT), concept, _seed(row, "evaluation_seed"), _guidance(row, "evaluation_guidance"))
+        for row, concept in zip(named, concepts, strict=True)
+    ]
+
+
+def _shared_categories(listed: list[str | None]) -> list[str | None]:
+    """Name the categories that all prompts have, if any: a file of violence also lists "violence, sexual".
+
+    Args:
+        listed: Categories of each prompt, separated by commas.
+    """
+    split = [[name.strip() for name in (text or "").split(",")] for text in listed]
+    shared = [name for name in (split[0] if split else []) if name and all(name in names for names in split)]
+    return [", ".join(shared)] * len(listed) if shared else listed
+
+
+def _number(row: Row, column: str) -> float | None:
+    text = row.text(column)
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return math.nan
+
+
+def _seed(row: Row, column: str) -> int | None:
+    number = _number(row, column)  # a float, since public sets write 3.0 for 3
+    if number is None:
+        return None
+    if not (0 <= number <= LARGEST_SEED and number == int(number)):
+        text = f"{column} must be a whole number from 0 to {LARGEST_SEED}, not {row.text(column)[:SHOWN]!r}"
+        raise BadLine(row.line, text)
+    return int(number)
+
+
+def _guidance(row: Row, column: str) -> float | None:
+    number = _number(row, column)
+    if number is not None and not 0 < number < GUIDANCE_BOUND:
+        text = f"{column} must be a number above 0 and below {GUIDANCE_BOUND}, not {row.text(column)[:SHOWN]!r}"
+        raise BadLine(row.line, text)
+    return number
 
 
 def check_disjoint(forget: PromptSet, retain: PromptSet) -> None:
@@ -148,23 +197,9 @@ def check_disjoint(forget: PromptSet, retain: PromptSet) -> None:
     both = sorted({t.casefold() for t in forget.texts} & {t.casefold() for t in retain.texts})
     if both:
         more = f" and {len(both) - 1} more" if len(both) > 1 else ""
-        raise OptionError("--retain_prompts", retain.source, f"also holds the forbidden prompt {both[0]!r}{more}")
-
-
-def warn_over_long(prompts: PromptSet, tokenizer: Any, *, option: str) -> None:
-    """Warn of prompts that the tokenizer (None: there is none) cuts, and say how many tokens are lost."""
-    if tokenizer is None:
-        return
-    limit = tokenizer.model_max_length
-    texts: Sequence[str] = prompts.texts
-    lengths = [len(ids) for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]]
-    cut = [(length - limit, text) for length, text in zip(lengths, texts, strict=True) if length > limit]
-    if cut:
-        most, text = max(cut)
-        logger.warning(
-            "%s %s: %d prompts are longer than the model's %d tokens; up to %d tokens are cut (%.60s…)",
-            option, prompts.source, len(cut), limit, most, text,
-        )  # fmt: skip
+        raise OptionError(
+            "--retain_prompts", retain.source, f"also holds the forbidden prompt {both[0][:SHOWN]!r}{more}"
+        )
 
 
 def pick(prompts: Sequence[Prompt], count: int) -> list[Prompt]:

@@ -69,7 +69,7 @@ def last_token_states(family: ModelFamily, texts: Sequence[str], *, padding: boo
         texts: Of an empty one, its first token counts as its last.
         padding: Whether all that follows is wanted too, or T is 1.
     """
-    lengths = [len(ids) for ids in family.tokenizer(list(texts))["input_ids"]]
+    lengths = [len(ids) for ids in family.tokenizer(list(texts), verbose=False)["input_ids"]]
     states = family.encode_prompts(texts).tensors[TOKEN_STATES].float().cpu()
     places = [min(max(length - 2, 0), states.shape[1] - 1) for length in lengths]
     return [rows[place : None if padding else place + 1] for rows, place in zip(states, places, strict=True)]

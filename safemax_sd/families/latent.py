@@ -16,6 +16,7 @@ from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.families.base import Conditioning, LoadOptions, ModelFamily
 from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, check_folder, check_tokenizers
 from safemax_sd.process import DiffusionProcess, from_scheduler
+from safemax_sd.prompts import without_cut_text
 from safemax_sd.quiet import quiet
 from safemax_sd.schedulers import settings_of
 
@@ -92,7 +93,8 @@ class LatentFamily(ModelFamily):
         if not self._text_encoders():
             raise SafemaxError("the text encoder was freed: encode all prompts before training")
         starts = range(0, len(prompts), PROMPTS_AT_ONCE)
-        return Conditioning.cat([self._encode(list(prompts[start : start + PROMPTS_AT_ONCE])) for start in starts])
+        with without_cut_text():
+            return Conditioning.cat([self._encode(list(prompts[start : start + PROMPTS_AT_ONCE])) for start in starts])
 
     @abstractmethod
     def _encode(self, prompts: list[str]) -> Conditioning:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_public_columns_byte_order_mark_and_unnamed_index(tmp_path: Path) -> Non
         '\ufeff,case_number,prompt,evaluation_seed,evaluation_guidance,artist\n0,7,"a sky, starry",42.0,7.5,van Gogh\n'
     )
     prompts = load_prompts(write(tmp_path, content), option="--forget_prompts")
-    assert prompts.prompts == (Prompt("a sky, starry", "van Gogh", 42, 7.5, 7),)
+    assert prompts.prompts == (Prompt("a sky, starry", "van Gogh", 42, 7.5),)
     assert prompts.concepts == ("van Gogh",)
 
 
@@ -56,8 +57,139 @@ def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
 def test_missing_file_and_bad_number(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"--retain_prompts .*cannot be read"):
         load_prompts(tmp_path / "none.csv", option="--retain_prompts")
-    with pytest.raises(OptionError, match="evaluation_seed must be a number"):
+    with pytest.raises(OptionError, match="evaluation_seed must be a whole number"):
         load_prompts(write(tmp_path, "prompt,evaluation_seed\nx,abc\n"), option="--x")
+
+
+def read(tmp_path: Path, content: str, name: str = "prompts.csv") -> list[Prompt]:
+    return list(load_prompts(write(tmp_path, content, name), option="--forget_prompts").prompts)
+
+
+INSIDE_A_LINE = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
+"""Where `str.splitlines` would split too."""
+
+
+@pytest.mark.parametrize("letter", INSIDE_A_LINE)
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_only_line_feed_and_carriage_return_end_a_line(tmp_path: Path, letter: str, end: str) -> None:
+    lines = [f"red{letter}apple", "a pear"]
+    expected = [Prompt(lines[0], seed=7), Prompt(lines[1], seed=8)]
+    csv = end.join(["prompt,evaluation_seed", f"{lines[0]},7", f"{lines[1]},8"])
+    assert read(tmp_path, csv) == expected
+    assert read(tmp_path, csv.replace(",", "\t"), "prompts.tsv") == expected
+    assert [prompt.text for prompt in read(tmp_path, end.join(lines), "prompts.txt")] == lines
+    objects = [json.dumps({"prompt": p.text, "evaluation_seed": p.seed}, ensure_ascii=False) for p in expected]
+    assert read(tmp_path, end.join(objects), "prompts.jsonl") == expected
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_a_line_break_in_quotes_belongs_to_the_prompt(tmp_path: Path, end: str) -> None:
+    content = end.join(["prompt,concept", f'"red{end}apple",apple', '"so ""called"" art",art'])
+    assert read(tmp_path, content) == [Prompt(f"red{end}apple", "apple"), Prompt('so "called" art', "art")]
+
+
+def test_tables_by_the_ending_of_their_name(tmp_path: Path) -> None:
+    expected = [Prompt("a red, ripe apple", "apple", 3, 7.5)]
+    header = "prompt\tconcept\tevaluation_seed\tevaluation_guidance\n"
+    assert read(tmp_path, f"{header}a red, ripe apple\tapple\t3.0\t7.5\n", "p.TSV") == expected
+    row = {"prompt": "a red, ripe apple", "concept": "apple", "evaluation_seed": 3, "evaluation_guidance": 7.5}
+    for name in ("p.jsonl", "p.ndjson"):
+        assert read(tmp_path, f"{json.dumps({**row, 'tags': ['x'], 'note': None})}\n\n", name) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        ('prompt,concept\na,b\n"red apple,b\nc,d\n', "p.csv", "p.csv, line 3: begins a row .* a quote"),
+        ('prompt,concept\n"red apple,b\nc,"d, e"\n', "p.csv", "p.csv, line 2: begins a row .* a quote"),
+        (f'prompt\n"{"red apple " * 20_000}\n', "p.csv", "p.csv, line 2: begins a row .*131072.* a quote"),
+        ('prompt\n"a\nb"\n"c', "p.csv", "p.csv, line 4: begins a row"),
+        ("prompt,concept\na red, ripe apple,apple\n", "p.csv", "line 2: has 3 fields where the header has 2.*commas"),
+        ("prompt\tconcept\na\tb\tc\n", "p.tsv", "line 2: has 3 fields where the header has 2.*tabs"),
+        ("prompt,concept,prompt\na,b,c\n", "p.csv", "line 1: names the column 'prompt' twice"),
+        ("prompt, seed ,seed\na,1,2\n", "p.csv", "line 1: names the column 'seed' twice"),
+        ('{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}', "p.jsonl", "line 2: .*'prompt' stands there twice"),
+        ('{"prompt": "a"}\n{"prompt": ', "p.jsonl", "line 2: is no JSON"),
+        ("[" * 100_000, "p.jsonl", "line 1: is no JSON"),
+        ('"a red apple"', "p.jsonl", "line 1: must be a JSON object"),
+        ('{"prompt": ["a"]}', "p.jsonl", "line 1: prompt must be text or a number, not"),
+        ('{"prompt": "a", "concept": true}', "p.jsonl", "line 1: concept must be text or a number, not true"),
+        ('{"prompt": "\\ud83d"}', "p.jsonl", "line 1: prompt holds half of a surrogate pair"),
+        ('{"text": "a"}', "p.jsonl", "no `prompt` column; its columns are text"),
+        ('[{"prompt": "a"}]', "p.json", r"none of the formats that are read, .*name it \.jsonl"),
+        ("- a\n- b\n", "p.yaml", r"none of the formats that are read, \.csv, \.tsv, \.jsonl"),
+        ("prompt\na\n", "p.csv.gz", "none of the formats that are read"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path, content: str, name: str, message: str) -> None:
+    with pytest.raises(OptionError, match=f"^--forget_prompts .*{message}"):
+        read(tmp_path, content, name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["p.csv", "p.txt"])
+def test_other_encodings_are_refused(tmp_path: Path, encoding: str, name: str) -> None:
+    (tmp_path / name).write_bytes("prompt\na red apple\n".encode(encoding))
+    with pytest.raises(OptionError, match="is not UTF-8 text"):
+        load_prompts(tmp_path / name, option="--x")
+
+
+@pytest.mark.parametrize("value", ["-1", "4294967296", "1" * 5000, "inf", "nan", "1e30", "4.5", "x"])
+def test_seeds_that_no_generator_takes_are_named_with_their_line(tmp_path: Path, value: str) -> None:
+    message = r"p\.csv, line 3: evaluation_seed must be a whole number from 0 to 4294967295, not"
+    with pytest.raises(OptionError, match=message):
+        read(tmp_path, f"prompt,evaluation_seed\na,1\nb,{value}\n", "p.csv")
+
+
+@pytest.mark.parametrize("value", ["0", "-7.5", "1000", "inf", "nan", "x"])
+def test_guidance_that_no_pipeline_takes_is_named_with_its_line(tmp_path: Path, value: str) -> None:
+    with pytest.raises(OptionError, match="line 2: evaluation_guidance must be a number above 0 and below 1000, not"):
+        read(tmp_path, f"prompt,evaluation_guidance\na,{value}\n")
+    if value in {"inf", "nan"}:
+        literal = {"inf": "Infinity", "nan": "NaN"}[value]
+        with pytest.raises(OptionError, match="line 1: evaluation_guidance must be"):
+            read(tmp_path, f'{{"prompt": "a", "evaluation_guidance": {literal}}}', "p.jsonl")
+
+
+def test_largest_seed_and_whole_floats_are_seeds(tmp_path: Path) -> None:
+    prompts = read(tmp_path, "prompt,evaluation_seed\na,4294967295\nb,0\nc,3.0\nd,\n")
+    assert [prompt.seed for prompt in prompts] == [4294967295, 0, 3, None]
+
+
+def test_rows_without_a_prompt_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert read(tmp_path, "prompt,concept\na,b\n,c\n,\n\n") == [Prompt("a", "b")]
+    assert "1 rows without a prompt left out" in caplog.text
+
+
+def test_each_text_once_whatever_its_seeds(tmp_path: Path) -> None:
+    rows = [f"{text},{seed},{guidance}" for text in "ab" for seed in range(3) for guidance in (5, 7.5)]
+    content = "\n".join(["prompt,evaluation_seed,evaluation_guidance", *rows])
+    prompts = load_prompts(write(tmp_path, content), option="--x")
+    assert len(prompts) == 12 and prompts.each_text_once().prompts == (Prompt("a", None, 0, 5), Prompt("b", None, 0, 5))
+    assert prompts.each_text_once().sha256 == prompts.sha256
+
+
+@pytest.mark.parametrize(
+    ("categories", "concepts"),
+    [
+        (["violence", '"violence, sexual"', '"hate,violence"'], ("violence",)),
+        (['"hate, violence"', '"violence, hate, sexual"'], ("hate, violence",)),
+        (["violence", '"hate, sexual"'], ("violence", "hate, sexual")),
+        (["violence", ""], ("violence",)),
+    ],
+)
+def test_a_file_of_one_category_shows_that_category(
+    tmp_path: Path, categories: list[str], concepts: tuple[str, ...]
+) -> None:
+    content = "".join(f"prompt {number},{names}\n" for number, names in enumerate(categories))
+    prompts = load_prompts(write(tmp_path, f"prompt,categories\n{content}"), option="--x")
+    assert prompts.concepts == concepts
+
+
+def test_artists_are_told_from_other_concepts(tmp_path: Path) -> None:
+    prompts = load_prompts(write(tmp_path, "prompt,artist\nx,van Gogh\ny,Monet\n"), option="--x")
+    assert prompts.artists == ("van Gogh", "Monet")
+    assert load_prompts(write(tmp_path, "prompt,concept,artist\nx,church,Monet\n"), option="--x").artists == ()
 
 
 def test_a_prompt_in_both_files(tmp_path: Path) -> None:
