@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from accelerate import PartialState
 from safemax_sd.evaluation.sampling import Pictures, Request, Sampler
 from safemax_sd.evaluation.subjects import Subject
+from safemax_sd.prompts import without_cut_text
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +32,7 @@ class Job:
         prompts: One a picture.
         seeds: Of the start noise, one a picture.
         sampler: A key of `Generator.samplers`.
-        guidance_scale: As the pipeline takes it.
+        guidance_scales: As the pipeline takes it, one a picture.
         num_inference_steps: Sampling steps.
         strength: Of image-to-image, 0 to 1; None for text-to-image.
     """
@@ -39,9 +41,23 @@ class Job:
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     sampler: str
-    guidance_scale: float
+    guidance_scales: tuple[float, ...]
     num_inference_steps: int
     strength: float | None = None
+
+    def batches(self, size: int) -> list[list[int]]:
+        """Split into the pictures of each call of a pipeline, which takes one guidance scale for all of them.
+
+        Args:
+            size: Most pictures a call.
+
+        Returns:
+            Places of each batch's pictures, in ascending order.
+        """
+        by_scale: dict[float, list[int]] = {}
+        for place, scale in enumerate(self.guidance_scales):
+            by_scale.setdefault(scale, []).append(place)
+        return [places[start : start + size] for places in by_scale.values() for start in range(0, len(places), size)]
 
 
 class Generator:
@@ -82,6 +98,13 @@ class Generator:
             folder.mkdir(parents=True, exist_ok=True)
 
     @property
+    def tokenizer(self) -> Any:
+        """The pipeline's tokenizer that reads the most tokens: what it cuts, no text encoder sees."""
+        parts = self.pipeline.components
+        tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
+        return max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length)
+
+    @property
     def _size(self) -> dict[str, int]:
         """Of the pictures, where it is not the model's own, in the pipeline's arguments."""
         resolution = self.record["config"]["resolution"]
@@ -95,53 +118,58 @@ class Generator:
             description: Label of the progress bar.
             sources: Pictures [N, 3, H, W] in 0 to 1 that image-to-image starts from.
         """
-        slices = [slice(start, start + self.batch_size) for start in range(0, len(job.prompts), self.batch_size)]
-        own = slices[self._state.process_index :: self._state.num_processes]
+        batches = job.batches(self.batch_size)
+        own = range(self._state.process_index, len(batches), self._state.num_processes)
         drawn: dict[int, Pictures] = {}
-        for part in tqdm(own, desc=description, unit="batch", leave=False):
-            drawn[part.start] = self._batch(job, part, sources)
+        for number in tqdm(own, desc=description, unit="batch", leave=False):
+            drawn[number] = self._batch(job, batches[number], sources)
         self._state.wait_for_everyone()
-        parts = [drawn.get(part.start) or self._batch(job, part, sources) for part in slices]
-        return Pictures(torch.cat([p.pictures for p in parts]), torch.cat([p.latents for p in parts]))
+        parts = [drawn.get(number) or self._batch(job, places, sources) for number, places in enumerate(batches)]
+        order = torch.tensor([place for places in batches for place in places]).argsort()
+        pictures, latents = torch.cat([p.pictures for p in parts]), torch.cat([p.latents for p in parts])
+        return Pictures(pictures[order], latents[order])
 
-    def _batch(self, job: Job, part: slice, sources: Tensor | None) -> Pictures:
-        if sources is not None:
-            sources = sources[part]
-        path = self._path(job, part, sources)
+    def _batch(self, job: Job, places: Sequence[int], sources: Tensor | None) -> Pictures:
+        request = self._request(job, places, sources)
+        path = self._path(job, request)
         if path.exists():
             return Pictures(**load_file(path))
-        made = self._draw(job, part, sources)
+        with without_cut_text():
+            made = self._models[job.model].draw(request)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         save_file({"pictures": made.pictures, "latents": made.latents}, temporary)
         os.replace(temporary, path)
         return made
 
-    def _path(self, job: Job, part: slice, sources: Tensor | None) -> Path:
+    def _path(self, job: Job, request: Request) -> Path:
         """Where a batch is kept, named by all that it depends on."""
         key: dict[str, Any] = {
-            **asdict(job),
-            "prompts": job.prompts[part],
-            "seeds": job.seeds[part],
+            "model": job.model,
+            "prompts": request.prompts,
+            "seeds": request.seeds,
+            "sampler": job.sampler,
+            "guidance_scale": request.guidance_scale,
+            "num_inference_steps": request.num_inference_steps,
+            "strength": request.strength,
             "base_model": self._base,
             "scheduler": self._settings,
-            "size": self._size,
+            "size": request.size,
             "erased": None if job.model == "base" else self.fingerprint,
         }
-        if sources is not None:
-            key["sources"] = hashlib.sha256(sources.numpy().tobytes()).hexdigest()
+        if request.sources is not None:
+            key["sources"] = hashlib.sha256(request.sources.numpy().tobytes()).hexdigest()
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         return self._caches[job.model] / f"{name}.safetensors"
 
-    def _draw(self, job: Job, part: slice, sources: Tensor | None) -> Pictures:
-        return self._models[job.model].draw(
-            Request(
-                prompts=job.prompts[part],
-                seeds=job.seeds[part],
-                scheduler=as_scheduler(self.samplers[job.sampler], self._settings),
-                guidance_scale=job.guidance_scale,
-                num_inference_steps=job.num_inference_steps,
-                size=self._size,
-                sources=sources,
-                strength=job.strength,
-            )
+    def _request(self, job: Job, places: Sequence[int], sources: Tensor | None) -> Request:
+        """Batch of a job's pictures, all of one guidance scale, at the given places."""
+        return Request(
+            prompts=[job.prompts[place] for place in places],
+            seeds=[job.seeds[place] for place in places],
+            scheduler=as_scheduler(self.samplers[job.sampler], self._settings),
+            guidance_scale=job.guidance_scales[places[0]],
+            num_inference_steps=job.num_inference_steps,
+            size=self._size,
+            sources=None if sources is None else sources[places],
+            strength=job.strength,
         )

@@ -224,7 +224,9 @@ def measured_markdown(report: Report) -> str:
         report: Content of `report.json`.
     """
     settings, made = report["settings"], report["provenance"]
-    guided = f"guidance scale {settings['guidance_scale']:g}, {settings['num_inference_steps']} steps"
+    own = ", ".join(settings.get("prompt_guidance_scales", {}))
+    scale = f"{settings['guidance_scale']:g}{f' (the prompts’ own where a file gives it: {own})' if own else ''}"
+    guided = f"guidance scale {scale}, {settings['num_inference_steps']} steps"
     commit = f", commit {made['commit'][:12]}" if made["commit"] else ""
     how = (
         f"Measured by `safemax evaluate` on the prompts of {suite_of(report)}: judge {report['judge']}, "

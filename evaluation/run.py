@@ -19,7 +19,15 @@ from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_fol
 from safemax_sd.evaluation.report import read_log, write_page
 from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Pictures
 from safemax_sd.evaluation.subjects import Adapter, Subject
-from safemax_sd.prompts import Prompt, Suite, load_suite, pick, suite_names
+from safemax_sd.prompts import (
+    GUIDANCE_BOUND,
+    Prompt,
+    Suite,
+    load_suite,
+    pick,
+    suite_names,
+    warn_over_long,
+)
 from torch import Tensor
 
 from safemax_sd.errors import OptionError
@@ -72,8 +80,8 @@ class EvaluateOptions:
         if self.num_sweep_images < 0:
             raise OptionError("--num_sweep_images", self.num_sweep_images, "must be 0 (no sweep) or more")
         for scale in (self.guidance_scale, *self.sweep_guidance_scales):
-            if not 0 < scale < 1000:
-                raise OptionError("--guidance_scale", scale, "must be more than 0 and below 1000")
+            if not 0 < scale < GUIDANCE_BOUND:
+                raise OptionError("--guidance_scale", scale, f"must be more than 0 and below {GUIDANCE_BOUND}")
 
 
 def check_samplers(options: EvaluateOptions, allowed: Iterable[str]) -> None:
@@ -123,6 +131,8 @@ class Evaluation:
             batch_size=options.batch_size,
             base_cache_dir=base_cache_dir,
         )
+        for prompts in self.suite.parts.values():
+            warn_over_long(prompts, self.generator.tokenizer, option="--suite")
         samplers = tuple(self.generator.samplers)
         check_samplers(options, samplers)
         self.options = replace(
@@ -141,16 +151,37 @@ class Evaluation:
     def judge(self) -> Judge:
         return self.context.judge
 
-    def job(self, model: str, prompts: Sequence[Prompt], subset: str, **changes: Any) -> Job:
-        """A job at the options' own sampler, guidance and steps but for `changes`."""
-        seeds = start_seeds(prompts, self.first_seed(subset), self.options.seed)
-        settings = {
-            "sampler": self.options.sampler,
-            "guidance_scale": self.options.guidance_scale,
-            "num_inference_steps": self.options.num_inference_steps,
-            **changes,
-        }
-        return Job(model=model, prompts=tuple(p.text for p in prompts), seeds=tuple(seeds), **settings)
+    def job(
+        self,
+        model: str,
+        prompts: Sequence[Prompt],
+        subset: str,
+        *,
+        sampler: str | None = None,
+        guidance_scale: float | None = None,
+        strength: float | None = None,
+    ) -> Job:
+        """Describe pictures to draw, one a prompt.
+
+        Args:
+            model: `base` or `erased`.
+            prompts: One a picture.
+            subset: Decides on the seeds.
+            sampler: The options' own if not given.
+            guidance_scale: Of all pictures; if not given, each prompt's own, or the options' where it has none.
+            strength: Of image-to-image.
+        """
+        return Job(
+            model=model,
+            prompts=tuple(prompt.text for prompt in prompts),
+            seeds=tuple(start_seeds(prompts, self.first_seed(subset), self.options.seed)),
+            sampler=sampler or self.options.sampler or "",
+            guidance_scales=guidance_scales(prompts, self.options.guidance_scale)
+            if guidance_scale is None
+            else (guidance_scale,) * len(prompts),
+            num_inference_steps=self.options.num_inference_steps,
+            strength=strength,
+        )
 
     def first_seed(self, subset: str) -> int:
         return SUBSET_SEEDS[subset] + RUN_SEEDS * self.options.seed
@@ -235,7 +266,11 @@ class Evaluation:
                 label = f"{model} image-to-image, strength {strength:g}"
                 made = self.generator.run(job, description=label, sources=torch.stack(sources))
                 results = self.measure(made, prompts, names)
-                settings = {"sampler": job.sampler, "guidance_scale": job.guidance_scale, "strength": strength}
+                settings = {
+                    "sampler": job.sampler,
+                    "guidance_scale": self.options.guidance_scale,
+                    "strength": strength,
+                }
                 rows += [row(name, "image_to_image", model, result, **settings) for name, result in results.items()]
         return rows
 
@@ -273,7 +308,7 @@ def run_and_write(evaluation: Evaluation, clock: Stopwatch) -> tuple[dict[str, A
         "suite": evaluation.suite.name,
         "suite_version": evaluation.suite.version,
         "judge": evaluation.judge.name,
-        "settings": asdict(evaluation.options),
+        "settings": {**asdict(evaluation.options), **own_guidance(evaluation.suite)},
         "metrics": rows,
         "sweep": sweep,
         "seconds": clock.seconds,
@@ -338,6 +373,21 @@ def start_seeds(prompts: Sequence[Prompt], first: int, run: int) -> list[int]:
         seeds.append(first + place if own is None else own + RUN_SEEDS * run + REPEAT_SEEDS * drawn[prompt])
         drawn[prompt] += 1
     return seeds
+
+
+def guidance_scales(prompts: Sequence[Prompt], otherwise: float) -> tuple[float, ...]:
+    """Guidance scale of each prompt: its own (`evaluation_guidance`), or the given one."""
+    return tuple(otherwise if prompt.guidance is None else prompt.guidance for prompt in prompts)
+
+
+def own_guidance(suite: Suite) -> dict[str, dict[str, list[float]]]:
+    """Report the guidance scales that prompts bring along, by subset; empty where none does."""
+    scales = {
+        part: sorted({prompt.guidance for prompt in prompts.prompts if prompt.guidance is not None})
+        for part, prompts in suite.parts.items()
+    }
+    found = {part: values for part, values in scales.items() if values}
+    return {"prompt_guidance_scales": found} if found else {}
 
 
 def spread(total: int, count: int) -> list[int]:

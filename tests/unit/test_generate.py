@@ -1,0 +1,127 @@
+"""Jobs are drawn as the stock pipeline draws them, whatever their batches."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from diffusers import DDIMScheduler, DiffusionPipeline
+from safemax_sd.evaluation.baselines import BASELINES
+from safemax_sd.evaluation.baselines.base import Baseline
+from safemax_sd.evaluation.generate import Generator, Job
+from safemax_sd.evaluation.headline import measured_markdown
+from safemax_sd.evaluation.run import EvaluateOptions, Evaluation, guidance_scales, own_guidance
+from safemax_sd.prompts import Prompt, load_prompts, load_suite
+from safemax_sd.prompts.length import LIBRARIES
+
+from safemax_sd.families import LoadOptions, load_family
+from tests import tiny
+
+STEPS = 2
+SCALES = (3.0, 7.5, 3.0, 3.0, 7.5)
+CUT = "b" * 200
+
+
+def subject(model: Path, folder: Path) -> Baseline:
+    """The base model with a negative prompt: nothing needs training."""
+    forget, retain = (load_prompts(path, option="--suite") for path in tiny.write_prompts(model, folder))
+    baseline = BASELINES.get("negative_prompt")
+    return baseline(str(model), forget, retain, baseline.Settings())
+
+
+def suite_with_guidance(model: Path, folder: Path) -> Path:
+    tiny.write_prompts(model, folder)
+    rows = [f"{text},{concept},{scale}" for (text, concept), scale in zip(tiny.RETAIN, ("7.5", "", "2"), strict=True)]
+    (folder / "retain.csv").write_text("\n".join(["prompt,concept,evaluation_guidance", *rows]))
+    return folder
+
+
+def job(prompts: tuple[str, ...], scales: tuple[float, ...]) -> Job:
+    return Job("base", prompts, tuple(range(len(prompts))), "ddim", scales, STEPS)
+
+
+def test_a_batch_is_of_one_guidance_scale() -> None:
+    assert job(("x",) * 5, SCALES).batches(2) == [[0, 2], [3], [1, 4]]
+    assert job(("x",) * 5, (4.0,) * 5).batches(2) == [[0, 1], [2, 3], [4]]
+
+
+def test_pictures_stay_in_order_at_each_prompt_s_own_guidance(tiny_model: Path, tmp_path: Path) -> None:
+    generator = Generator(subject(tiny_model, tmp_path), tmp_path / "cache", state=PartialState(), batch_size=2)
+    prompts = ("a red apple", "a blue plum", "a pear", "a plum", "an apple")
+    for _ in range(2):  # the second time from the cache
+        made = generator.run(job(prompts, SCALES), description="")
+        assert len(list((tmp_path / "cache").iterdir())) == 3
+    pipeline = DiffusionPipeline.from_pretrained(str(tiny_model))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    for place, (prompt, scale) in enumerate(zip(prompts, SCALES, strict=True)):
+        noise = torch.Generator().manual_seed(place)
+        settings = {"guidance_scale": scale, "num_inference_steps": STEPS, "output_type": "pt"}
+        stock = pipeline(prompt, generator=noise, **settings).images
+        torch.testing.assert_close(made.pictures[place], stock[0], rtol=0, atol=1e-4)
+
+
+def test_a_prompt_s_own_guidance_holds_but_in_the_sweep(tiny_model: Path, tmp_path: Path) -> None:
+    folder = suite_with_guidance(tiny_model, tmp_path / "suite")
+    options = EvaluateOptions(adapter="", suite=str(folder), output_dir=str(tmp_path / "out"), guidance_scale=4.0)
+    evaluation = Evaluation(options, subject(tiny_model, tmp_path / "own"))
+    prompts = evaluation.suite.parts["retain"].prompts
+    assert evaluation.job("base", prompts, "retain").guidance_scales == (7.5, 4.0, 2.0)
+    assert evaluation.job("base", prompts, "retain", strength=0.5).guidance_scales == (7.5, 4.0, 2.0)
+    assert evaluation.job("erased", prompts, "retain", guidance_scale=3.0).guidance_scales == (3.0, 3.0, 3.0)
+
+
+def test_the_report_says_which_guidance_was_used(tiny_model: Path, tmp_path: Path) -> None:
+    suite = load_suite(str(suite_with_guidance(tiny_model, tmp_path)))
+    assert own_guidance(suite) == {"prompt_guidance_scales": {"retain": [2.0, 7.5]}}
+    assert own_guidance(load_suite("emoji/bomb")) == {}
+    assert guidance_scales([Prompt("x"), Prompt("y", guidance=9.0)], 5.0) == (5.0, 9.0)
+    settings = {"guidance_scale": 4.0, "num_inference_steps": 2, "sampler": "ddim", "seed": 0}
+    made = {"commit": None, "device": "cpu", "versions": {"safemax_sd": "0"}}
+    report = {"metrics": [], "suite": "x", "judge": "y", "provenance": made, "settings": settings}
+    assert "guidance scale 4, 2 steps" in measured_markdown(report)
+    report["settings"] = {**settings, **own_guidance(suite)}
+    assert "guidance scale 4 (the prompts’ own where a file gives it: retain), 2 steps" in measured_markdown(report)
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What diffusers and transformers print."""
+    stream = io.StringIO()
+    for handler in [handler for name in LIBRARIES for handler in logging.getLogger(name).handlers]:
+        if type(handler) is logging.StreamHandler:
+            monkeypatch.setattr(handler, "stream", stream)
+    return stream
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
+def test_what_is_cut_off_a_prompt_is_not_printed(
+    model: str, request: pytest.FixtureRequest, tmp_path: Path, printed: io.StringIO
+) -> None:
+    path: Path = request.getfixturevalue(model)
+    text = f"red apple {CUT}"
+    family = load_family(LoadOptions(str(path)))
+    family.encode_prompts([text])
+    if family.classifier_free:
+        generator = Generator(subject(path, tmp_path), tmp_path / "cache", state=PartialState(), batch_size=2)
+        sampler = next(iter(generator.samplers))
+        generator.run(Job("base", (text,), (0,), sampler, (3.0,), STEPS), description="")
+    assert CUT[:20] not in printed.getvalue() and "longer than the specified" not in printed.getvalue()
+    family.pipeline(prompt=[text], num_inference_steps=1, output_type="pt")  # type: ignore[attr-defined]
+    assert CUT[:20] in printed.getvalue()  # the user's own calls still say what is cut
+
+
+def test_evaluation_says_once_a_file_that_prompts_are_cut(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = subject(tiny_model, tmp_path)
+    (tmp_path / "forget.csv").write_text(f"prompt,concept\nred apple {CUT},apple\n")
+    options = EvaluateOptions(adapter="", suite=str(tmp_path), output_dir=str(tmp_path / "out"))
+    Evaluation(options, own)
+    (message,) = [record.getMessage() for record in caplog.records if "longer than" in record.getMessage()]
+    assert message.startswith(f"--suite {tmp_path / 'forget.csv'}: 1 prompts are longer than the model's 24 tokens")
+    assert CUT not in message
