@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageColor
 from safemax_sd.prompts import load_prompts
 
 from safemax_sd.command_line import parse_config
-from safemax_sd.errors import SafemaxError
+from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.picture_folder import encode_samples, load_picture_folder
 from safemax_sd.train import train
@@ -22,6 +25,105 @@ def test_pictures_are_cropped_to_one_size_and_named_by_their_folder(tmp_path: Pa
     assert pictures.shape == (6, 3, 8, 8)
     assert names == ["apple", "apple", "pear", "pear", "plum", "plum"]
     assert pictures[3, :, 0, 0].mul(255).round().tolist() == [60, 40, 90]
+
+
+def one(folder: Path, image: Image.Image, name: str = "0.png", **options: Any) -> list[int]:
+    """Colour of the top left corner of a picture of 8 pixels a side, as it is read from a folder of its own."""
+    (folder / "apple").mkdir(parents=True, exist_ok=True)
+    image.save(folder / "apple" / name, **options)
+    pictures, names = load_picture_folder(str(folder), option="--x")
+    assert names == ["apple"] and pictures.dtype == torch.float32
+    return [int(level) for level in pictures[0, :, 0, 0].mul(255).round()]
+
+
+def test_hidden_files_are_left_out(tmp_path: Path) -> None:
+    pictures = tiny.write_pictures(tmp_path)
+    for path in ("apple/._0.png", "._apple/0.png", ".ipynb_checkpoints/0-checkpoint.png", ".DS_Store"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(b"no picture")
+    (tmp_path / "README.txt").write_text("of the pictures")
+    assert load_picture_folder(str(pictures), option="--x")[1] == [name for name in tiny.CONCEPTS for _ in range(2)]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("damage", ["half", "empty", "text", "header"])
+def test_a_file_that_is_no_whole_picture_is_named(tmp_path: Path, ending: str, damage: str) -> None:
+    pictures = tiny.write_pictures(tmp_path)
+    path = pictures / "pear" / f"broken.{ending}"
+    noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save(path)
+    whole = path.read_bytes()
+    broken = {"half": whole[: len(whole) // 2], "empty": b"", "text": b"a pear", "header": whole[:40]}[damage]
+    path.write_bytes(broken)
+    with pytest.raises(OptionError, match=rf"--real_images .*broken\.{ending}: cannot be read as a picture") as caught:
+        load_picture_folder(str(pictures), option="--real_images")
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_without_pictures_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OptionError, match=r"--x .*empty: must hold subfolders, named by concept"):
+        load_picture_folder(str(tmp_path / "empty"), option="--x")
+    pictures = tiny.write_pictures(tmp_path / "pictures")
+    (pictures / "fig").mkdir()
+    (pictures / "fig" / "._0.png").write_bytes(b"")
+    with pytest.raises(OptionError, match=r"--x .*fig: holds no png, jpg or webp files"):
+        load_picture_folder(str(pictures), option="--x")
+
+
+@pytest.mark.parametrize(("orientation", "corner"), [(1, "red"), (3, "blue"), (6, "green"), (8, "white"), (2, "white")])
+def test_pictures_stand_as_their_exif_says(tmp_path: Path, orientation: int, corner: str) -> None:
+    image = Image.new("RGB", (8, 8))
+    for place, colour in (((0, 0), "red"), ((4, 0), "white"), ((4, 4), "blue"), ((0, 4), "green")):
+        image.paste(colour, (*place, place[0] + 4, place[1] + 4))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert one(tmp_path, image, exif=exif) == list(ImageColor.getrgb(corner))
+
+
+def palette(transparent: bool) -> Image.Image:
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    if transparent:
+        image.info["transparency"] = 1
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "colour"),
+    [
+        (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), [255, 255, 255]),
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 51)), [255, 204, 204]),
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 255)), [255, 0, 0]),
+        (Image.new("LA", (8, 8), (0, 0)), [255, 255, 255]),
+        (palette(transparent=True), [255, 255, 255]),
+        (palette(transparent=False), [0, 0, 255]),
+        (Image.new("L", (8, 8), 70), [70, 70, 70]),
+        (Image.new("1", (8, 8), 1), [255, 255, 255]),
+    ],
+    ids=["clear", "a fifth", "opaque", "grey and clear", "clear palette", "palette", "grey", "bits"],
+)
+def test_what_is_transparent_lies_on_white(tmp_path: Path, image: Image.Image, colour: list[int]) -> None:
+    assert one(tmp_path, image) == colour
+
+
+@pytest.mark.parametrize(("level", "expected"), [(0, 0), (257, 1), (32896, 128), (65535, 255)])
+def test_16_bit_grey_keeps_its_levels(tmp_path: Path, level: int, expected: int) -> None:
+    assert one(tmp_path, Image.fromarray(np.full((8, 8), level, dtype=np.uint16))) == [expected] * 3
+
+
+def test_other_modes_of_files_are_read_as_rgb(tmp_path: Path) -> None:
+    colour = one(tmp_path, Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "0.jpg", quality=100)
+    assert colour[0] > 200 and max(colour[1:]) < 50
+    assert one(tmp_path / "webp", Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "0.webp", lossless=True) == [255] * 3
+
+
+def test_the_shortest_side_of_all_is_that_of_all(tmp_path: Path) -> None:
+    for name, shape in (("0", (64, 48)), ("1", (20, 90)), ("2", (32, 32))):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", shape).save(tmp_path / name / "x.png")
+    assert load_picture_folder(str(tmp_path), option="--x")[0].shape == (3, 3, 20, 20)
+    assert load_picture_folder(str(tmp_path), option="--x", size=16)[0].shape == (3, 3, 16, 16)
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_ddpm"])
