@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -103,22 +104,23 @@ def _wrap(text: str, width: float) -> list[str]:
     font = _font()
     lines: list[str] = []
     for word in text.split():
+        word = _shorten(word, width, font)
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] = f"{lines[-1]} {word}"
-        else:
+        elif len(lines) < MAX_LINES:
             lines.append(word)
-    if len(lines) > MAX_LINES:
-        lines = [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1] + "…"]
-    return [_shorten(line, width) for line in lines]
+        else:
+            return [*lines[:-1], _shorten(f"{lines[-1]}…", width, font)]
+    return lines
 
 
-def _shorten(line: str, width: float) -> str:
-    font = _font()
-    if font.getlength(line) <= width:
+def _shorten(line: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Cut a line that is wider than `width` pixels, to at least one letter and an ellipsis."""
+    head = line[: max(1, int(width))]  # as many letters of a pixel each; a line of millions is not measured
+    if len(head) == len(line) and font.getlength(line) <= width:
         return line
-    while len(line) > 1 and font.getlength(line + "…") > width:
-        line = line[:-1]
-    return line.rstrip("…") + "…"
+    fitting = bisect_right(range(1, len(head) + 1), width, key=lambda count: font.getlength(head[:count] + "…"))
+    return head[: max(1, fitting)].rstrip("…") + "…"
 
 
 def _write_centred(draw: ImageDraw.ImageDraw, lines: Sequence[str], middle: float, top: float) -> None:
