@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from safemax_sd.families import TOKEN_STATES, Conditioning
 
+BLOCK = 256
+"""Prompts whose token states are compared at a time, which bounds what is held besides the states themselves."""
 
-def likeness(first: Conditioning, second: Conditioning) -> Tensor:
-    """Cosine of the angle between the token states of prompts, taken as one vector each.
+
+def likeness(first: Conditioning, second: Conditioning, origin: Tensor | None = None) -> Tensor:
+    """Compute the cosine of the angle between the token states of prompts, taken as one vector each.
 
     Args:
-        first: A rows.
+        first: A rows, few enough for a matrix of A x B.
         second: B rows.
+        origin: States that all are measured from, [L, D]; 0 if not given.
 
     Returns:
         float32 [A, B]; 0 where prompts have no token states, as the classes of a class-conditional model.
     """
     if TOKEN_STATES not in first.tensors:
         return torch.zeros(len(first), len(second))
-    one, other = (normalize(rows.tensors[TOKEN_STATES].float().flatten(1)) for rows in (first, second))
-    return one @ other.T
+
+    def directions(rows: Conditioning) -> Tensor:
+        states = rows.tensors[TOKEN_STATES].float()
+        return normalize((states if origin is None else states - origin).flatten(1))
+
+    one = directions(first)
+    return torch.cat([one @ directions(block).T for block in _blocks(second)], dim=1)
 
 
 def nearest(prompts: Conditioning, others: Conditioning) -> Tensor:
-    """Rows of prompts, int64 [N], those first that are most like one of some others.
+    """Order prompts by their likeness to the one of some others that is most like them.
 
     What all of the prompts have in common counts for nothing: it is the mean of their token states, from which all are
     measured.
+
+    Returns:
+        Rows of `prompts`, int64 [N], the most alike first.
     """
     mean = prompts.tensors[TOKEN_STATES].float().mean(0)
-    moved = [rows.with_token_states(rows.tensors[TOKEN_STATES].float() - mean) for rows in (prompts, others)]
-    return likeness(*moved).amax(1).argsort(descending=True).cpu()
+    most = torch.cat([likeness(block, others, mean).amax(1) for block in _blocks(prompts)])
+    return most.argsort(descending=True).cpu()
+
+
+def _blocks(rows: Conditioning) -> Iterator[Conditioning]:
+    return (rows.select(block) for block in torch.arange(len(rows)).split(BLOCK))

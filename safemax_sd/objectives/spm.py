@@ -101,6 +101,7 @@ class Spm(Objective):
 
     def __init__(self, config: SpmConfig, data: ErasureData) -> None:
         self.config, self.data = config, data
+        self._weights: dict[int, Tensor] = {}
 
     @classmethod
     def replays(cls, config: TrainConfig) -> Replays:
@@ -110,7 +111,6 @@ class Spm(Objective):
         if self.config.spm_anchors == "latent" and TOKEN_STATES not in self.data.forget.tensors:
             raise OptionError("--spm_anchors", "latent", "this model's prompts have no token states: use prompts")
         self.student, self.frozen = student, student.freeze()
-        self.weights = (1 - likeness(self.data.forget, self.data.retain)).clamp(SMALLEST_WEIGHT, 1)
         self._initialise(student.denoiser)
         return 0
 
@@ -155,7 +155,15 @@ class Spm(Objective):
         """Conditioning of one anchor for the forbidden prompt of that row."""
         if self.config.spm_anchors == "latent":
             return latent_anchor(self.data.forget.select(prompt), generator)
-        return self.data.retain.select(torch.multinomial(self.weights[prompt][0], 1, generator=generator))
+        return self.data.retain.select(torch.multinomial(self._anchor_weights(prompt), 1, generator=generator))
+
+    def _anchor_weights(self, prompt: Tensor) -> Tensor:
+        """Weight of each prompt to keep as an anchor of a forbidden one, [N]; kept once it was asked for."""
+        row = int(prompt)
+        if row not in self._weights:
+            cosines = likeness(self.data.forget.select(prompt), self.data.retain)[0]
+            self._weights[row] = (1 - cosines).clamp(SMALLEST_WEIGHT, 1)
+        return self._weights[row]
 
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
         assert isinstance(batch, SpmBatch)

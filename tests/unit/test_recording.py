@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from safemax_sd.command_line import parse_config
 from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_family
-from safemax_sd.likeness import likeness
+from safemax_sd.likeness import likeness, nearest
 from safemax_sd.recording import Recording, with_nearest
 from safemax_sd.replay import spread
 from safemax_sd.train import read_input
@@ -103,3 +105,34 @@ def test_all_are_there_before_the_first_step(flags: tuple[str, ...], tiny_model:
 def test_the_first_trajectories_show_prompts_of_the_whole_file(tiny_model: Path, tmp_path: Path) -> None:
     gradual = recording(tiny_model, tmp_path, "--replay_span", "1", "--replay_batch_size", "3")
     assert sorted(gradual.before(0).retain_samples.prompt.tolist()) == [0, 1, 2]
+
+
+def test_prompts_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    many, few = (Conditioning({TOKEN_STATES: torch.randn(n, 3, 4, generator=generator)}) for n in (11, 7))
+    whole, order = likeness(many, few), nearest(many, few)
+    moved = [rows.tensors[TOKEN_STATES] - many.tensors[TOKEN_STATES].mean(0) for rows in (many, few)]
+    cosines = torch.nn.functional.cosine_similarity(*(moved[0].flatten(1)[:, None], moved[1].flatten(1)[None]), dim=2)
+    assert torch.equal(order, cosines.amax(1).argsort(descending=True))
+    monkeypatch.setattr("safemax_sd.likeness.BLOCK", 2)
+    assert torch.allclose(likeness(many, few), whole) and torch.equal(nearest(many, few), order)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.count = max(self.count, made.numel())
+        return made
+
+
+def test_what_is_held_to_compare_prompts_grows_with_their_number_alone() -> None:
+    count = 10_000
+    many = Conditioning({TOKEN_STATES: torch.randn(count, 1, 2, generator=torch.Generator().manual_seed(0))})
+    with Largest() as largest:
+        assert len(nearest(many, many)) == count
+    assert 0 < largest.count <= 256 * count  # of 100 million in one matrix
