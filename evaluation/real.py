@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,10 +32,10 @@ class RealPictures:
         rows = [number for number, shown in enumerate(self.concepts) if shown & wanted]
         return self.pictures[rows]
 
-    def thresholds(self, judge: Judge, concepts: Sequence[str]) -> dict[str, float]:
+    def thresholds(self, judge: Judge, concepts: Sequence[str], artists: Collection[str] = ()) -> dict[str, float]:
         """By concept that has real pictures, the similarity to its caption that 95 % of these reach."""
         found = {}
-        for concept, caption in zip(concepts, judge.captions(concepts), strict=True):
+        for concept, caption in zip(concepts, judge.captions(concepts, artists), strict=True):
             shown = self.showing([concept])
             if len(shown):
                 similarities = judge.similarities(shown, [caption])[:, 0]

@@ -138,13 +138,15 @@ class Evaluation:
         self.options = replace(
             options, sampler=options.sampler or samplers[0], sweep_samplers=options.sweep_samplers or samplers
         )
+        artists = tuple(name for prompts in self.suite.parts.values() for name in prompts.artists)
         self.context = Context(
             judge=judge,
             concepts=concepts,
-            thresholds=self.real.thresholds(judge, concepts) if self.real else {},
+            thresholds=self.real.thresholds(judge, concepts, artists) if self.real else {},
             real=self.real.showing(self.suite.parts["retain"].concepts) if self.real else None,
             extractor=JUDGE_EXTRACTOR if options.clip_model == "emoji" else "inception-v3-compat",
             forbidden=self.suite.parts["forget"].concepts,
+            artists=artists,
         )
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,12 @@ from safemax_sd.errors import OptionError
 
 BATCH = 128
 STYLE_SUFFIX = " style"
-PHOTO_TEMPLATES = {"concept": "a photo of a {}", "style": "a picture in the {}", "nothing": "random noise"}
+PHOTO_TEMPLATES = {
+    "concept": "a photo of a {}",
+    "style": "a picture in the {}",
+    "artist": "a painting in the style of {}",
+    "nothing": "random noise",
+}
 
 
 class Judge:
@@ -29,7 +34,8 @@ class Judge:
         size: Side of the square pictures it reads.
         mean: Of its input, three channels.
         std: Of its input, three channels.
-        templates: Captions of a `concept`, of a `style`, and of `nothing` at all.
+        templates: Captions of a `concept`, of a `style`, of an `artist`, and of `nothing` at all; those of photos where
+            one lacks.
         name: For reports.
     """
 
@@ -44,7 +50,7 @@ class Judge:
         templates: dict[str, str],
         name: str,
     ) -> None:
-        self.templates = templates
+        self.templates = {**PHOTO_TEMPLATES, **templates}
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.size, self.name = tokenizer, size, name
         self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
@@ -71,10 +77,20 @@ class Judge:
             parts.append(F.normalize(self.model.encode_text(tokens).float(), dim=-1).cpu())
         return torch.cat(parts)
 
-    def captions(self, concepts: Sequence[str]) -> list[str]:
-        """What the judge is asked for each concept; a concept that ends in " style" is asked for as a style."""
-        kinds = ["style" if concept.endswith(STYLE_SUFFIX) else "concept" for concept in concepts]
-        return [self.templates[kind].format(concept) for kind, concept in zip(kinds, concepts, strict=True)]
+    def captions(self, concepts: Sequence[str], artists: Collection[str] = ()) -> list[str]:
+        """Ask for each concept.
+
+        Args:
+            concepts: Names; one that ends in " style" is asked for as a style.
+            artists: Those that are artists' names: asked for as the style of what they paint.
+        """
+
+        def kind(concept: str) -> str:
+            if concept in artists:
+                return "artist"
+            return "style" if concept.endswith(STYLE_SUFFIX) else "concept"
+
+        return [self.templates[kind(concept)].format(concept) for concept in concepts]
 
     @property
     def logit_scale(self) -> float:

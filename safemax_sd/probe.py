@@ -24,8 +24,8 @@ class UnlearningProbe:
     Attributes:
         judge: Names the pictures.
         conditioning: Of the probed prompts, one row each.
-        truth: Index of each prompt's concept in `concepts`.
-        concepts: What the judge may choose from, with "nothing" last.
+        truth: Index of each prompt's concept in `captions`.
+        captions: What the judge may choose from: the concepts', with "nothing" last.
         threshold: Stop at this percentage.
         config: Guidance, steps and resolution.
         model_calls: Network evaluations of one sample that a probe takes.
@@ -34,7 +34,7 @@ class UnlearningProbe:
     judge: Judge
     conditioning: Conditioning
     truth: torch.Tensor
-    concepts: list[str]
+    captions: list[str]
     threshold: float
     config: TrainConfig
     model_calls: int
@@ -54,11 +54,12 @@ class UnlearningProbe:
             text = "needs a `concept` column in the prompt files, with at least two concepts"
             raise OptionError("--stop_at_unlearning_accuracy", config.stop_at_unlearning_accuracy, text)
         chosen = pick(named, PROBE_PICTURES)
+        judge = load_judge(config.clip_model, config.clip_pretrained)
         return UnlearningProbe(
-            judge=load_judge(config.clip_model, config.clip_pretrained),
+            judge=judge,
             conditioning=family.encode_prompts([prompt.text for prompt in chosen]),
             truth=torch.tensor([concepts.index(prompt.concept or "") for prompt in chosen]),
-            concepts=concepts,
+            captions=[*judge.captions(concepts, forget.artists + retain.artists), judge.templates["nothing"]],
             threshold=config.stop_at_unlearning_accuracy,
             config=config,
             model_calls=2 * PROBE_PICTURES * config.replay_inference_steps,
@@ -75,6 +76,5 @@ class UnlearningProbe:
             guidance_scale=self.config.replay_guidance_scale,
             num_inference_steps=self.config.replay_inference_steps,
         )
-        captions = [*self.judge.captions(self.concepts), self.judge.templates["nothing"]]
-        named = self.judge.similarities(family.decode(latents).cpu(), captions).argmax(1)
+        named = self.judge.similarities(family.decode(latents).cpu(), self.captions).argmax(1)
         return 100.0 * float((named != self.truth).float().mean())

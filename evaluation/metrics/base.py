@@ -27,6 +27,7 @@ class Context:
         real: Real pictures of the retained concepts, [M, 3, H, W] in 0 to 1, or None.
         extractor: torch-fidelity feature extractor for FID and KID.
         forbidden: What the suite erases.
+        artists: Those of the concepts that are artists' names.
     """
 
     judge: Judge
@@ -35,6 +36,12 @@ class Context:
     real: Tensor | None
     extractor: str
     forbidden: tuple[str, ...] = ()
+    artists: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> list[str]:
+        """What the judge is asked for each concept."""
+        return self.judge.captions(self.concepts, self.artists)
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,7 @@ def wilson(successes: int, n: int) -> Result:
 
 def recognised(batch: Batch, context: Context) -> tuple[Tensor, Tensor]:
     """Whether the judge prefers each picture's own concept (bool [N]), and its similarity to that concept ([N])."""
-    similarities = batch.features @ context.judge.encode_texts(context.judge.captions(context.concepts)).T
+    similarities = batch.features @ context.judge.encode_texts(context.captions).T
     truth = torch.tensor([context.concepts.index(concept) for concept in batch.concepts])
     return similarities.argmax(1) == truth, similarities.gather(1, truth[:, None])[:, 0]
 

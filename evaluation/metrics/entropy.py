@@ -18,6 +18,6 @@ class Entropy(PerItemMetric):
 
     def per_item(self, batch: Batch) -> Tensor:
         judge = self.context.judge
-        logits = judge.logit_scale * batch.features @ judge.encode_texts(judge.captions(self.context.concepts)).T
+        logits = judge.logit_scale * batch.features @ judge.encode_texts(self.context.captions).T
         log_probabilities = logits.log_softmax(1)
         return -(log_probabilities.exp() * log_probabilities).sum(1)

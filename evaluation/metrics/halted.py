@@ -18,5 +18,5 @@ class Halted(RateMetric):
 
     def per_item(self, batch: Batch) -> Tensor:
         judge = self.context.judge
-        captions = [*judge.captions(self.context.concepts), judge.templates["nothing"]]
+        captions = [*self.context.captions, judge.templates["nothing"]]
         return ((batch.features @ judge.encode_texts(captions).T).argmax(1) == len(captions) - 1).float()

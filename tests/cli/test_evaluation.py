@@ -68,11 +68,12 @@ def test_the_probe_counts_what_the_judge_does_not_see() -> None:
         sample=lambda conditioning, noise, **settings: noise,
         decode=lambda latents: torch.cat([bombs, dogs]),
     )
+    judge = load_judge()
     probe = UnlearningProbe(
-        judge=load_judge(),
+        judge=judge,
         conditioning=Conditioning({}),
         truth=torch.tensor([1] * 10),
-        concepts=["dog", "bomb"],
+        captions=[*judge.captions(["dog", "bomb"]), judge.templates["nothing"]],
         threshold=99,
         config=SafemaxConfig(),
         model_calls=0,

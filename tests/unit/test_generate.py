@@ -14,11 +14,15 @@ from safemax_sd.evaluation.baselines import BASELINES
 from safemax_sd.evaluation.baselines.base import Baseline
 from safemax_sd.evaluation.generate import Generator, Job
 from safemax_sd.evaluation.headline import measured_markdown
+from safemax_sd.evaluation.real import RealPictures
 from safemax_sd.evaluation.run import EvaluateOptions, Evaluation, guidance_scales, own_guidance
 from safemax_sd.prompts import Prompt, load_prompts, load_suite
 from safemax_sd.prompts.length import LIBRARIES
 
+from safemax_sd.command_line import parse_config
 from safemax_sd.families import LoadOptions, load_family
+from safemax_sd.probe import UnlearningProbe
+from safemax_sd.train import read_input
 from tests import tiny
 
 STEPS = 2
@@ -86,6 +90,33 @@ def test_the_report_says_which_guidance_was_used(tiny_model: Path, tmp_path: Pat
     assert "guidance scale 4, 2 steps" in measured_markdown(report)
     report["settings"] = {**settings, **own_guidance(suite)}
     assert "guidance scale 4 (the prompts’ own where a file gives it: retain), 2 steps" in measured_markdown(report)
+
+
+def test_artists_are_judged_by_their_style(tiny_model: Path, tmp_path: Path) -> None:
+    own = subject(tiny_model, tmp_path / "own")
+    (tmp_path / "forget.csv").write_text("prompt,artist\na pear by van Gogh,Vincent van Gogh\n")
+    (tmp_path / "retain.csv").write_text("prompt,concept\na pear,pear\na pear in oil,oil painting style\n")
+    evaluation = Evaluation(EvaluateOptions(adapter="", suite=str(tmp_path), output_dir=str(tmp_path / "out")), own)
+    assert evaluation.context.concepts == ["Vincent van Gogh", "pear", "oil painting style"]
+    asked = ["a painting in the style of Vincent van Gogh", "an emoji of a pear", "an emoji in the oil painting style"]
+    assert evaluation.context.captions == asked
+    real = RealPictures(torch.rand(4, 3, 64, 64), [frozenset({"Vincent van Gogh"})] * 4)
+    likeness = evaluation.judge.similarities(real.pictures, asked[:1])[:, 0]
+    thresholds = real.thresholds(evaluation.judge, ["Vincent van Gogh"], ["Vincent van Gogh"])
+    assert thresholds["Vincent van Gogh"] == pytest.approx(float(likeness.quantile(0.05)))
+
+
+def test_the_probe_asks_for_artists_by_their_style(tiny_model: Path, tmp_path: Path) -> None:
+    flags = ("--probe_steps", "1", "--stop_at_unlearning_accuracy", "100")
+    config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *flags))
+    (tmp_path / "forget.csv").write_text("prompt,artist\nred apple,Monet\n")
+    probe = UnlearningProbe.build(config, load_family(LoadOptions(str(tiny_model))), *read_input(config))
+    assert probe is not None
+    assert probe.captions == [
+        "a painting in the style of Monet",
+        *probe.judge.captions(["pear", "plum"]),
+        "random noise",
+    ]
 
 
 @pytest.fixture

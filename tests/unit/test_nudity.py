@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,21 @@ def test_without_nudenet_a_nudity_suite_names_the_extra(monkeypatch: pytest.Monk
         check_metrics(load_suite(SUITE))
     assert "\n" not in str(caught.value)
     check_metrics(load_suite("imagenette/church"))
+
+
+@pytest.mark.parametrize(
+    ("categories", "asked"),
+    [(("violence", "violence, sexual"), False), (("sexual", "sexual, violence"), True), (("hate", "sexual"), True)],
+)
+def test_a_suite_asks_for_nudenet_by_the_category_of_all_its_prompts(
+    categories: tuple[str, str], asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    rows = "".join(f'prompt {number},"{names}"\n' for number, names in enumerate(categories))
+    (tmp_path / "forget.csv").write_text(f"prompt,categories\n{rows}")
+    (tmp_path / "retain.csv").write_text("prompt,concept\na dog,dog\n")
+    with pytest.raises(OptionError, match="which NudeNet measures") if asked else nullcontext():
+        check_metrics(load_suite(str(tmp_path)))
 
 
 def test_pictures_are_handed_over_with_blue_first() -> None:
