@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoModel
+from peft.utils import get_peft_model_state_dict
 from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Sampler, StockSampler
 
-from safemax_sd.adapter import WEIGHTS_NAME
+from safemax_sd.adapter import WEIGHTS_NAME, read_weights
 from safemax_sd.erased import load_base, read_record
 from safemax_sd.errors import OptionError
 from safemax_sd.families.base import FAMILIES
@@ -102,7 +103,13 @@ class Adapter(Subject):
 
 def _with_lora(family: LatentFamily, folder: Path) -> Models:
     pipeline = family.pipeline
+    named = read_weights(folder / WEIGHTS_NAME)
     pipeline.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name=ADAPTER_NAME)
+    landed = get_peft_model_state_dict(family.denoiser, adapter_name=ADAPTER_NAME)
+    # diffusers only warns of tensors that it has no place for, and of layers that lack one of their two.
+    odd = sorted({f"{family.denoiser_part}.{name}" for name in landed} ^ set(named))
+    if odd:
+        raise ValueError(f"{len(odd)} tensors of the file and of the model do not match, such as {odd[0]}")
     return Models(
         pipeline,
         family.scheduler_settings,
@@ -115,6 +122,7 @@ def _with_lora(family: LatentFamily, folder: Path) -> Models:
 def _with_full_weights(family: LatentFamily, folder: Path) -> Models:
     pipeline, part = family.pipeline, family.denoiser_part
     base = getattr(pipeline, part)
+    read_weights(folder / part / FULL_WEIGHTS)
     erased = AutoModel.from_pretrained(str(folder), subfolder=part, torch_dtype=base.dtype).to(base.device)
     return Models(
         pipeline,

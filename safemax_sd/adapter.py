@@ -195,6 +195,22 @@ def _of_rank(rank: int, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return down, torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of weights.
+
+    Raises:
+        SafemaxError: It cannot be read, or holds values that are not finite.
+    """
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SafemaxError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise SafemaxError(f"{path}: {name} is not finite: the run that wrote it has failed")
+    return state
+
+
 def load_adapter(family: ModelFamily, directory: Path) -> None:
     """Copy a saved adapter's values into the attached one, in place, bit for bit.
 
@@ -205,7 +221,7 @@ def load_adapter(family: ModelFamily, directory: Path) -> None:
     if not path.exists():
         raise SafemaxError(f"{directory} holds no {WEIGHTS_NAME}")
     prefix = f"{family.denoiser_part}."
-    state = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+    state = {name.removeprefix(prefix): tensor for name, tensor in read_weights(path).items()}
     expected = adapter_state(family.denoiser)
     if {n: t.shape for n, t in expected.items()} != {n: t.shape for n, t in state.items()}:
         raise SafemaxError(f"{path} does not fit this base model with these --rank and --lora_targets")

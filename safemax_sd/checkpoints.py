@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.provenance import Cost
+from safemax_sd.resume import CONDITIONS
 from safemax_sd.trainable import Trainable
 
 PATTERN = re.compile(r"checkpoint-(\d+)")
@@ -47,7 +48,15 @@ def all_checkpoints(output_dir: Path) -> list[Path]:
     return sorted((path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
 
 
-def save(accelerator: Accelerator, output_dir: Path, step: int, *, cost: Cost, limit: int | None) -> None:
+def save(
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    *,
+    cost: Cost,
+    conditions: dict[str, Any],
+    limit: int | None,
+) -> None:
     """Write `checkpoint-{step}` and drop the oldest beyond `limit`.
 
     Args:
@@ -55,6 +64,7 @@ def save(accelerator: Accelerator, output_dir: Path, step: int, *, cost: Cost, l
         output_dir: Of the run.
         step: How many steps were taken.
         cost: What they took, to be counted when a run goes on from here.
+        conditions: What the steps depend on, from `resume.conditions`.
         limit: How many checkpoints to keep; None for all.
 
     Raises:
@@ -69,6 +79,7 @@ def save(accelerator: Accelerator, output_dir: Path, step: int, *, cost: Cost, l
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (temporary / COST).write_text(json.dumps(asdict(cost)), encoding="utf8")
+            (temporary / CONDITIONS).write_text(json.dumps(conditions), encoding="utf8")
             if final.exists():
                 shutil.rmtree(final)
             os.replace(temporary, final)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from safemax_sd.errors import OptionError
+from safemax_sd.provenance import public_path
 from safemax_sd.registry import closest
 
 
@@ -120,6 +121,7 @@ class TrainConfig:
     output_kohya_format: bool = option(False, "Also write the adapter for A1111 and ComfyUI.")
     push_to_hub: bool = option(False, "Upload the finished adapter to the Hugging Face hub.")
     hub_model_id: str | None = option(None, "Repository on the hub; named like --output_dir if not given.")
+    hub_private: bool = option(False, "Make the repository private if it is not there yet.")
     hub_token: str | None = option(None, "Token of the hub; that of `hf auth login` or HF_TOKEN if not given.")
 
     required: ClassVar[tuple[str, ...]] = ("forget_prompts", "retain_prompts", "output_dir")
@@ -145,10 +147,15 @@ class TrainConfig:
     }  # fmt: skip
 
     secret: ClassVar[tuple[str, ...]] = ("hub_token",)
+    paths: ClassVar[tuple[str, ...]] = (
+        *("forget_prompts", "retain_prompts", "output_dir", "train_data_dir", "config", "resume_from_checkpoint"),
+        *("logging_dir", "cache_dir", "pretrained_model_name_or_path", "clip_pretrained", "clip_model"),
+    )
 
     def record(self) -> dict[str, Any]:
-        """Every flag that may be written down: all but secrets."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in self.secret}
+        """Return every flag that may be written down: no secrets, and no folders of this machine."""
+        flags = {name: value for name, value in dataclasses.asdict(self).items() if name not in self.secret}
+        return flags | {name: public_path(flags[name]) for name in self.paths if flags[name] is not None}
 
     @property
     def retain_samples(self) -> int:

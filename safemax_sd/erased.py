@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,28 +11,82 @@ import torch
 
 from safemax_sd import trainable
 from safemax_sd.adapter import WEIGHTS_NAME
-from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.errors import OptionError
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES
 
+FORMAT_VERSION = 1
+MISSING = object()
+NUMBER, TEXT, LIST, MAP, NONE = (int, float), (str,), (list,), (dict,), (type(None),)
+SHAPE: dict[str, tuple[type, ...]] = {
+    "method": TEXT,
+    "base_model.name_or_path": TEXT,
+    "base_model.revision": TEXT + NONE,
+    "base_model.variant": TEXT + NONE,
+    "base_model.family": TEXT,
+    "config.trainable": TEXT,
+    "config.rank": NUMBER,
+    "config.lora_targets": TEXT,
+    "config.resolution": NUMBER + NONE,
+    "forget.count": NUMBER,
+    "forget.sha256": TEXT + NONE,
+    "forget.concepts": LIST,
+    "forget.texts": LIST,
+    "retain.count": NUMBER,
+    "cost.seconds.total": NUMBER,
+    "cost.model_calls": MAP,
+    "cost.peak_memory_bytes": NUMBER + NONE,
+    "cost.steps": NUMBER,
+    "provenance": MAP,
+}
+"""Entries of a record that others rely on, with their types."""
+EDIT_SHAPE: dict[str, tuple[type, ...]] = {"edit.name": TEXT, "edit.settings": MAP}
+MARKS_SHAPE: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("edit.rank_pattern", "edit.texts"), MAP),
+    **dict.fromkeys(("edit.contexts", "edit.kept_concepts"), LIST),
+    **dict.fromkeys(("config.mark_least", "config.mark_kept"), NUMBER),
+}
+"""Entries of the record of a halting anchor's edit."""
+
 
 def read_record(directory: Path, option: str = "--adapter") -> dict[str, Any]:
-    """`erasure.json` of an output folder, which `option` named.
+    """Read `erasure.json` of an output folder, which `option` named.
 
     Raises:
-        OptionError: The folder is not a finished training's.
-        SafemaxError: The record cannot be read.
+        OptionError: The folder is not a finished run's, or its record is damaged.
     """
     path = directory / "erasure.json"
     if not path.is_file():
         raise OptionError(option, directory, "must be a finished run's folder (erasure.json and the weights)")
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
-    except json.JSONDecodeError as error:
-        raise SafemaxError(f"{path} is not valid JSON: {error}") from error
+        record = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(option, directory, f"has a damaged record: erasure.json: {error}") from error
+    check_record(record, directory, option)
     if record["config"]["trainable"] == "lora" and not (directory / WEIGHTS_NAME).is_file():
         raise OptionError(option, directory, f"must be a finished run's folder (it lacks {WEIGHTS_NAME})")
     return record
+
+
+def check_record(record: Any, directory: Path, option: str) -> None:
+    """Check that a record has every entry that others rely on.
+
+    Raises:
+        OptionError: It is of an unknown version, or an entry is missing or of another type.
+    """
+    version = record.get("format_version") if isinstance(record, dict) else None
+    if version != FORMAT_VERSION:
+        text = f"has a record of format version {version}, of which this safemax_sd knows {FORMAT_VERSION}"
+        raise OptionError(option, directory, text)
+    shape = {**SHAPE, **(EDIT_SHAPE if "edit" in record else {})}
+    if "edit" in record and record.get("method") == "halting_anchor":
+        shape |= MARKS_SHAPE
+    for name, allowed in shape.items():
+        value: Any = record
+        for key in name.split("."):
+            value = value.get(key, MISSING) if isinstance(value, dict) else MISSING
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise OptionError(option, directory, f"has a damaged record: {name} in erasure.json is missing or odd")
 
 
 def load_erased(
@@ -52,7 +107,9 @@ def load_erased(
     if record["method"] not in OBJECTIVES.names():
         text = f"was written by {record['method']}, which trains nothing: load it with diffusers"
         raise OptionError("--adapter", directory, text)
-    config = OBJECTIVES.get(record["method"]).Config(**record["config"])
+    config_class = OBJECTIVES.get(record["method"]).Config
+    known = {entry.name for entry in dataclasses.fields(config_class)}
+    config = config_class(**{name: value for name, value in record["config"].items() if name in known})
     family = load_base(record, device)
     ranks = record.get("edit", {}).get("rank_pattern")
     trainable.attach(family, config, ranks).load(weights or Path(directory))

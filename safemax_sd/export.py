@@ -21,13 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from safemax_sd.adapter import KOHYA_NAME, WEIGHTS_NAME, layer_alpha, to_kohya
+from safemax_sd.adapter import KOHYA_NAME, WEIGHTS_NAME, layer_alpha, read_weights, to_kohya
 from safemax_sd.assets import resolve_model
 from safemax_sd.erased import read_record
 from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.families.base import FAMILIES, LoadOptions
 from safemax_sd.low_rank import LowRank
-from safemax_sd.provenance import provenance, write_json_atomic
+from safemax_sd.provenance import provenance, public_path, write_json_atomic
 
 EXPORT_FILE = "export.json"
 FORMAT_VERSION = 1
@@ -184,12 +184,9 @@ def read_lora(source: Source) -> dict[str, LowRank]:
         SafemaxError: The file cannot be read or is more than a plain LoRA.
     """
     path, prefix = source.directory / WEIGHTS_NAME, f"{source.part}."
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name.removeprefix(prefix): file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-            stored = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    except (OSError, SafetensorError) as error:
-        raise SafemaxError(f"{path} cannot be read: {error}") from error
+    state = {name.removeprefix(prefix): tensor.float() for name, tensor in read_weights(path).items()}
+    with safe_open(path, "pt") as file:
+        stored = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
     metadata = {name.removeprefix(prefix): value for name, value in stored.items()}
     changes = {}
     for name, down in state.items():
@@ -197,8 +194,9 @@ def read_lora(source: Source) -> dict[str, LowRank]:
         if is_down:
             # A file says nothing of alpha where it equals the rank.
             alpha = layer_alpha(metadata, layer) if metadata else len(down)
-            changes[layer] = LowRank(up=state[f"{layer}.lora_B.weight"] * (alpha / len(down)), down=down)
-    if len(state) != 2 * len(changes):
+            up = state.get(f"{layer}.lora_B.weight", down.new_zeros(0))
+            changes[layer] = LowRank(up=up * (alpha / len(down)), down=down)
+    if any(f"{layer}.lora_B.weight" not in state for layer in changes) or len(state) != 2 * len(changes):
         raise SafemaxError(f"{path} holds more than the two matrices a layer of a LoRA: it cannot be exported")
     return changes
 
@@ -328,7 +326,7 @@ def _record(sources: Sequence[Source], kind: str) -> dict[str, Any]:
         "base_model": sources[0].record["base_model"],
         "sources": [
             {
-                "directory": str(source.directory),
+                "directory": public_path(str(source.directory)),
                 "weight": source.weight,
                 "method": source.record["method"],
                 "concepts": source.record["forget"]["concepts"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token, is_offline_mode
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -13,6 +13,8 @@ from safemax_sd.errors import OptionError, SafemaxError
 
 FILES = ("*.safetensors", "erasure.json", "README.md", "samples/*.png", "unet/*", "transformer/*")
 """What makes up a run's output; in the output folder, not below it."""
+
+TEXTS = ("erasure.json", "README.md")
 
 TOKEN_SAFE_TRACKERS = (None, "tensorboard")
 
@@ -25,8 +27,8 @@ def check(config: TrainConfig) -> None:
             a tracker might show.
     """
     if not config.push_to_hub:
-        for name in ("hub_model_id", "hub_token"):
-            if getattr(config, name) is not None:
+        for name in ("hub_model_id", "hub_private", "hub_token"):
+            if getattr(config, name):
                 raise OptionError(f"--{name}", _shown(config, name), "needs --push_to_hub")
         return
     if config.hub_token is not None and config.report_to not in TOKEN_SAFE_TRACKERS:
@@ -59,6 +61,14 @@ def output_files(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in paths if not path.name.startswith("."))
 
 
+def published(path: Path, base_model: str) -> bytes | Path:
+    """Return what is uploaded of a file: in texts, a base model's folder of this machine is named by its last part."""
+    if path.name not in TEXTS or not Path(base_model).is_dir():
+        return path
+    shown = Path(base_model).resolve().name
+    return path.read_text(encoding="utf8").replace(base_model, shown).encode("utf8")
+
+
 def push(config: TrainConfig) -> str:
     """Upload a finished run in one commit; returns the repository's address.
 
@@ -67,13 +77,10 @@ def push(config: TrainConfig) -> str:
     """
     directory, api = Path(config.output_dir), HfApi(token=config.hub_token)
     try:
-        repository = api.create_repo(repo_id(config), exist_ok=True)
-        api.upload_folder(
-            repo_id=repository.repo_id,
-            folder_path=directory,
-            commit_message=f"Erased by safemax_sd, {config.objective}",
-            allow_patterns=output_files(directory),
-        )
+        repository = api.create_repo(repo_id(config), exist_ok=True, private=config.hub_private or None)
+        base = config.pretrained_model_name_or_path
+        operations = [CommitOperationAdd(name, published(directory / name, base)) for name in output_files(directory)]
+        api.create_commit(repository.repo_id, operations, commit_message=f"Erased by safemax_sd, {config.objective}")
     except Exception as error:  # the hub's client lets those of its HTTP library through, which differs by release
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise SafemaxError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.families.base import FAMILIES, LoadOptions
-from safemax_sd.provenance import atomic_write_text
+from safemax_sd.provenance import atomic_write_text, public_path
 
+SHOWN_NAMES, LONGEST_NAME = 10, 60
+"""Of concepts, in a card's text."""
 TAGS = ["diffusers", "text-to-image", "lora", "concept-erasure", "unlearning", "safemax"]
 
 
@@ -52,6 +56,18 @@ def usage(record: dict[str, Any], folder: str) -> str:
     return "\n".join([*(["from safemax_sd.assets import ASSETS"] if embedded else []), *lines])
 
 
+def named(names: Sequence[str]) -> list[str]:
+    """Return names for a heading: the first few, each one line of plain text, and how many are left out."""
+    shown = [_plain(name) for name in names[:SHOWN_NAMES]]
+    return [*shown, *([f"{len(names) - SHOWN_NAMES} more"] if len(names) > SHOWN_NAMES else [])]
+
+
+def _plain(name: str) -> str:
+    """A name without line breaks and Markdown's marks, cut where it is long."""
+    text = re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(name.split()))
+    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME].rstrip(chr(92))}…"
+
+
 def _trained(config: dict[str, Any]) -> str:
     if config["trainable"] == "full":
         return "all weights"
@@ -66,8 +82,8 @@ def describe(record: dict[str, Any], picture: Picture | None, measured: str = ""
         picture: To show below the title.
         measured: Markdown of an evaluation's results; may be empty.
     """
-    base = record["base_model"]["name_or_path"]
-    concepts = record["forget"]["concepts"] or record["forget"]["texts"][:10]
+    base = public_path(record["base_model"]["name_or_path"])
+    concepts = named(record["forget"]["concepts"] or record["forget"]["texts"])
     cost, config = record["cost"], record["config"]
     what = "This LoRA makes" if config["trainable"] == "lora" else "These weights make"
     if concepts:

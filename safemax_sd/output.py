@@ -17,15 +17,15 @@ from accelerate.utils import LoggerType
 from safemax_sd import checkpoints
 from safemax_sd.adapter import KOHYA_NAME, WEIGHTS_NAME
 from safemax_sd.config import TrainConfig
+from safemax_sd.erased import FORMAT_VERSION
 from safemax_sd.errors import OptionError
 from safemax_sd.families import ModelFamily
 from safemax_sd.model_card import write_model_card
 from safemax_sd.objectives.halting_anchor import MARKS_FILE
 from safemax_sd.prompts import PromptSet
-from safemax_sd.provenance import Cost, peak_memory_bytes, provenance, write_json_atomic
+from safemax_sd.provenance import Cost, peak_memory_bytes, provenance, public_path, write_json_atomic
 from safemax_sd.registry import closest
 
-FORMAT_VERSION = 1
 WEIGHTS = (WEIGHTS_NAME, "unet", "transformer")
 EDIT_FILE = "edit.safetensors"
 """What the edits of a halting anchor are solved from."""
@@ -190,7 +190,7 @@ def describe_prompts(prompts: PromptSet | None, *, with_texts: bool = True) -> d
     if prompts is None:
         return {"path": None, "sha256": None, "count": 0, "concepts": [], "texts": []}
     described = {
-        "path": prompts.source,
+        "path": public_path(prompts.source),
         "sha256": prompts.sha256,
         "count": len(prompts),
         "concepts": list(prompts.concepts),

@@ -45,15 +45,26 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
+def public_path(path: str) -> str:
+    """Return a path without the folders of this machine: as it is where it is relative, else what others know of it.
+
+    An absolute path into the working folder is given from there; of any other its last part is left.
+    """
+    if not Path(path).is_absolute():
+        return path
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else Path(path).name
+
+
 def _command() -> list[str]:
-    """The command line of this process, but for secrets."""
+    """The command line of this process, without secrets and without this machine's folders."""
     words = [Path(sys.argv[0]).name]
     for before, word in pairwise(sys.argv):
-        flag, equals, _ = word.partition("=")
-        if before in SECRET_FLAGS:
-            words.append("***")
+        flag, equals, value = word.partition("=")
+        if before in SECRET_FLAGS or (equals and flag in SECRET_FLAGS):
+            words.append(f"{flag}=***" if equals and before not in SECRET_FLAGS else "***")
         else:
-            words.append(f"{flag}=***" if equals and flag in SECRET_FLAGS else word)
+            words.append(f"{flag}={public_path(value)}" if equals else public_path(word))
     return words
 
 

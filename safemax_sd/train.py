@@ -43,6 +43,7 @@ from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_ove
 from safemax_sd.provenance import Cost, Stopwatch
 from safemax_sd.recording import Recording
 from safemax_sd.replay import start_noise
+from safemax_sd.resume import check_conditions, conditions
 from safemax_sd.samples import save_samples, track_samples
 
 logger = logging.getLogger("safemax_sd")
@@ -71,6 +72,7 @@ class Run:
     probe: UnlearningProbe | None
     step: int = 0
     model_calls: dict[str, int] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)
     earlier: Cost = field(default_factory=Cost)
 
     @property
@@ -93,9 +95,13 @@ def train(config: TrainConfig) -> Path:
     forget, retain = read_input(config)
     accelerator = make_accelerator(config)
     resume_from = prepare_output_dir(config, accelerator)
+    under = conditions(config, forget, retain, accelerator.num_processes)
+    if resume_from is not None:
+        check_conditions(resume_from, under)
     set_seed(config.seed)  # samples are drawn by number: processes need no seeds of their own
     clock = Stopwatch()
     run = build_run(config, accelerator, forget, retain, clock)
+    run.conditions = under
     if resume_from is not None:
         run.step, run.earlier = checkpoints.load(accelerator, resume_from)
         clock.add(run.earlier.seconds)
@@ -245,7 +251,12 @@ def loop(run: Run) -> None:
         log.write(run.step, row)
         if run.step % config.checkpointing_steps == 0 and run.step < config.max_train_steps:
             checkpoints.save(
-                accelerator, run.output_dir, run.step, cost=run.cost(), limit=config.checkpoints_total_limit
+                accelerator,
+                run.output_dir,
+                run.step,
+                cost=run.cost(),
+                conditions=run.conditions,
+                limit=config.checkpoints_total_limit,
             )
         if run.validation is not None and (done or run.step % config.validation_steps in (0, config.max_train_steps)):
             sample_validation(run)

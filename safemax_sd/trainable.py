@@ -10,7 +10,6 @@ from pathlib import Path
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from safemax_sd import adapter
@@ -109,7 +108,7 @@ class FullModel(Trainable):
         path = directory / self.family.denoiser_part / FULL_WEIGHTS
         if not path.exists():
             raise SafemaxError(f"{directory} holds no {self.family.denoiser_part}/{FULL_WEIGHTS}")
-        stored = load_file(path)
+        stored = adapter.read_weights(path)
         own: dict[str, Tensor] = self.family.denoiser.state_dict()
         if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in stored.items()}:
             raise SafemaxError(f"{path} does not fit this base model")

@@ -20,7 +20,8 @@ def latents(base: str, output: Path, x_T: Tensor, *, full: bool, weight_name: st
     else:
         pipeline.load_lora_weights(output, weight_name=weight_name)
     if not hasattr(pipeline, "transformer"):  # a flow model's own sampler is deterministic already
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        # Stated as the folder's own sampler has it: DDIM would clip latents unless told otherwise.
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     packed = "Flux" in type(pipeline).__name__
     height, width = (8 * side for side in x_T.shape[-2:])
     made: Tensor = pipeline(

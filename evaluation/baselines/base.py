@@ -15,10 +15,11 @@ from safemax_sd.evaluation.subjects import Models, Subject, dtype_on
 from safemax_sd.prompts import PromptSet
 
 from safemax_sd.assets import resolve_model
+from safemax_sd.erased import FORMAT_VERSION
 from safemax_sd.errors import OptionError
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.families.latent import LatentFamily
-from safemax_sd.output import FORMAT_VERSION, describe_prompts
+from safemax_sd.output import describe_prompts
 from safemax_sd.provenance import provenance
 from safemax_sd.registry import Registry
 

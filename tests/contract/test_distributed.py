@@ -25,6 +25,9 @@ from safemax_sd.processes import check_distribution
 from safemax_sd.train import train
 from tests import tiny
 
+STEADY = ("--lr_scheduler", "constant", "--replay_span", "0")
+"""Flags with which a run may go on to another number of steps."""
+
 
 def launch(arguments: list[str], module: str = "safemax_sd.train") -> subprocess.Popen[str]:
     """Two gloo processes of a module on the processor."""
@@ -111,7 +114,7 @@ def test_two_processes_evaluate_what_one_does(two: tuple[list[str], Path]) -> No
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["dies", "is_told_to_end"])
 def test_a_killed_process_ends_the_run_with_a_message(number: int, tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    arguments = tiny.train_arguments(tiny_model, tmp_path, output, "--max_train_steps", "100000")
+    arguments = tiny.train_arguments(tiny_model, tmp_path, output, "--max_train_steps", "100000", *STEADY)
     process = launch(arguments)
     deadline = time.monotonic() + 120
     while not (output / "checkpoint-4").exists():

@@ -12,7 +12,7 @@ import pytest
 from safemax_sd import adapter
 from safemax_sd.command_line import parse_config
 from safemax_sd.config import TrainConfig
-from safemax_sd.errors import SafemaxError
+from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.output import BESIDE_WEIGHTS, WEIGHTS
 from safemax_sd.train import main, train
 from tests import tiny
@@ -84,10 +84,48 @@ def test_nothing_to_resume(config: TrainConfig) -> None:
         train(replace(config, resume_from_checkpoint="latest"))
 
 
-def test_an_adapter_that_does_not_fit(config: TrainConfig) -> None:
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"rank": 3}, "--rank was 2 and is 3"),
+        ({"seed": 4}, "--seed was 0 and is 4"),
+        ({"learning_rate": 0.01}, "--learning_rate was 0.002 and is 0.01"),
+        ({"max_train_steps": 5}, "--max_train_steps was 4 and is 5"),
+        ({"target_guidance": 3.0}, "--target_guidance was 4.0 and is 3.0"),
+        ({"prediction_type": "v_prediction"}, "--prediction_type was None and is v_prediction"),
+    ],
+)
+def test_a_run_goes_on_under_the_same_conditions_or_not_at_all(
+    config: TrainConfig, changes: dict[str, object], difference: str
+) -> None:
+    output = train(config)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(OptionError, match=f"checkpoint-2: was written under other conditions .{difference}"):
+        train(replace(config, resume_from_checkpoint="latest", **changes))  # type: ignore[arg-type]
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_other_prompts_or_another_base_are_other_conditions(config: TrainConfig, tiny_v_model: Path) -> None:
     train(config)
-    with pytest.raises(SafemaxError, match="does not fit this base model"):
-        train(replace(config, rank=3, resume_from_checkpoint="latest"))
+    resumed = replace(config, resume_from_checkpoint="latest")
+    with pytest.raises(OptionError, match="--pretrained_model_name_or_path was"):
+        train(replace(resumed, pretrained_model_name_or_path=str(tiny_v_model)))
+    Path(config.forget_prompts).write_text("prompt\nanother apple\n")
+    with pytest.raises(OptionError, match="--forget_prompts was another file's content"):
+        train(resumed)
+
+
+def test_what_changes_no_step_may_differ(config: TrainConfig) -> None:
+    train(config)
+    free = {"checkpointing_steps": 3, "validation_prompt": ["a red apple"], "gradient_checkpointing": True}
+    train(replace(config, resume_from_checkpoint="latest", **free))  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_unknown_conditions_is_refused(config: TrainConfig) -> None:
+    output = train(config)
+    (output / "checkpoint-2" / "conditions.json").unlink()
+    with pytest.raises(OptionError, match=r"has no readable conditions\.json: start the run anew"):
+        train(replace(config, resume_from_checkpoint="latest"))
 
 
 @pytest.mark.parametrize(
