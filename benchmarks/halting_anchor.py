@@ -51,8 +51,8 @@ RESTORED = "restored"
 """The prompts to forget of a concept that was taken out of an erasure again."""
 ONLY_MAIN = ("neighbours", "paraphrases", RESTORED)
 METRICS = {
-    "forget": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "halted", "latent_std"),
-    "paraphrases": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "halted"),
+    "forget": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "neither", "halted", "latent_std"),
+    "paraphrases": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "neither", "halted"),
     "retain": ("clip_accuracy",),
     "neighbours": ("clip_accuracy",),
     RESTORED: ("clip_accuracy",),

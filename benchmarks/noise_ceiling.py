@@ -21,7 +21,7 @@ from torch import Tensor
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.judge import Judge, load_judge
 
-COLUMNS = ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "halted")
+COLUMNS = ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "neither", "halted")
 SEED = 5_000_000
 """Beside the seeds of the benchmark's own pictures."""
 

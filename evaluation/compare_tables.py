@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from safemax_sd.evaluation.compare_config import BASE
-from safemax_sd.evaluation.headline import DASH, Measurement, format_interval, format_value
+from safemax_sd.evaluation.headline import DASH, NEITHER, Measurement, format_interval, format_value
 from safemax_sd.evaluation.metrics.base import wilson
 from scipy.stats import t as student_t
 
@@ -25,7 +25,8 @@ class Column:
         name: In `compare.json`.
         heading: With its unit.
         unit: For formatting.
-        higher_is_better: None for a cost, which is not judged apart from what it buys.
+        higher_is_better: None for a cost, which is not judged apart from what it buys, and where neither direction is
+            better.
     """
 
     name: str
@@ -35,11 +36,13 @@ class Column:
 
 
 RATES: dict[str, tuple[Column, tuple[str, str]]] = {
-    name: (Column(name, heading, "%", higher_is_better=True), source)
+    name: (Column(name, heading, "%", higher_is_better=None if source[0] == NEITHER else True), source)
     for name, heading, source in (
         ("ua", "UA %", ("unlearning_accuracy", "forget")),
         ("ua_rejection", "UA with rejection %", ("unlearning_accuracy_with_rejection", "forget")),
+        ("neither", "neither %", (NEITHER, "forget")),
         ("paraphrases", "UA on paraphrases %", ("unlearning_accuracy", "paraphrases")),
+        ("paraphrases_neither", "neither on paraphrases %", (NEITHER, "paraphrases")),
         ("halted", "called noise %", ("halted", "forget")),
         ("retained", "retained %", ("clip_accuracy", "retain")),
         ("neighbours", "neighbours %", ("clip_accuracy", "neighbours")),
@@ -61,8 +64,10 @@ NOTE = (
     "over the tasks' means, cut at 0 and at 100 %. Bold: the best method's value, and every value "
     "whose interval holds that one or that lies in its interval. "
     "UA: forbidden prompts that the judge does not recognise; called noise: those that it takes for noise rather than "
-    "for a picture of anything; the harmonic mean is that of UA, retained, neighbours and UA on paraphrases, run by "
-    "run. Seconds, model calls and peak memory are of the erasure; those of an edit are without its anchor's training. "
+    "for a picture of anything; neither: those that it neither recognises, with rejection, nor calls noise, which show "
+    "something else or a concept half erased (–: not measured); the harmonic mean is that of "
+    "UA, retained, neighbours and UA on paraphrases, run by run. Seconds, model calls and peak memory are of the "
+    "erasure; those of an edit are without its anchor's training. "
     "Runs: done of planned."
 )
 TASKS_NOTE = (

@@ -62,14 +62,25 @@ class HeadlineRow:
 
 @dataclass(frozen=True)
 class _Wanted:
+    """A row of the table.
+
+    Attributes:
+        beside: Metric that is not shown without this one: where it was measured and this one was not, the row is there
+            with dashes.
+    """
+
     group: str
     label: str
     metric: str
     subset: str
     note: str = ""
+    beside: str = ""
 
 
 FORGOTTEN, KEPT, HALTED = "Forgotten", "Kept", "Halted: forbidden outputs against Gaussian noise"
+
+UA, NEITHER = "unlearning_accuracy", "neither"
+HALF = "something else, or half erased; the rest is noise. Needs real pictures"
 
 WANTED = (
     _Wanted(FORGOTTEN, "Unlearning accuracy", "unlearning_accuracy", "forget", "forbidden prompts not recognised"),
@@ -80,6 +91,7 @@ WANTED = (
         "forget",
         "the judge may answer “none of these”",
     ),
+    _Wanted(FORGOTTEN, "Neither recognised nor noise", NEITHER, "forget", HALF, beside=UA),
     _Wanted(FORGOTTEN, "… on paraphrases", "unlearning_accuracy", "paraphrases", "wordings the erasure never saw"),
     _Wanted(
         FORGOTTEN,
@@ -87,7 +99,9 @@ WANTED = (
         "unlearning_accuracy_with_rejection",
         "paraphrases",
     ),
+    _Wanted(FORGOTTEN, "… on paraphrases, neither", NEITHER, "paraphrases", beside=UA),
     _Wanted(FORGOTTEN, "… from a picture", "unlearning_accuracy", "image_to_image", "image-to-image"),
+    _Wanted(FORGOTTEN, "… from a picture, neither", NEITHER, "image_to_image", beside=UA),
     _Wanted(FORGOTTEN, "Nudity detected", "nudity_rate", "forget", "by NudeNet"),
     _Wanted(FORGOTTEN, "… on paraphrases", "nudity_rate", "paraphrases"),
     _Wanted(KEPT, "Retained prompts recognised", "clip_accuracy", "retain"),
@@ -121,12 +135,17 @@ def headline(report: Report) -> list[HeadlineRow]:
     measured = [row for row in report.get("metrics", []) if _at_headline_setting(row, report.get("settings", {}))]
     rows = []
     for wanted in WANTED:
-        matching = [row for row in measured if (row["metric"], row["subset"]) == (wanted.metric, wanted.subset)]
-        variants = dict.fromkeys((row.get("column"), row.get("strength")) for row in matching)
+        matching = _measured(measured, wanted.metric, wanted.subset)
+        asked = matching or _measured(measured, wanted.beside, wanted.subset)
+        variants = dict.fromkeys((row.get("column"), row.get("strength")) for row in asked)
         for column, strength in variants:
             pair = [row for row in matching if (row.get("column"), row.get("strength")) == (column, strength)]
             rows.append(_row(wanted, pair, _variant_suffix(column, strength, several=len(variants) > 1)))
     return rows
+
+
+def _measured(rows: Iterable[Report], metric: str, subset: str) -> list[Report]:
+    return [row for row in rows if (row["metric"], row["subset"]) == (metric, subset)]
 
 
 def _at_headline_setting(row: Report, settings: Report) -> bool:
@@ -144,7 +163,7 @@ def _variant_suffix(column: str | None, strength: float | None, *, several: bool
 
 def _row(wanted: _Wanted, pair: list[Report], suffix: str) -> HeadlineRow:
     by_model = {row.get("model") or "erased": row for row in pair}
-    first = pair[0]
+    first = pair[0] if pair else {}
     return HeadlineRow(
         group=wanted.group,
         label=wanted.label + suffix,

@@ -29,6 +29,7 @@ GAUSSIAN_BAND = (0.9, 1.3)
 
 SWEEPS = (
     ("unlearning_accuracy", "forget", "unlearning accuracy (%)", "Forbidden prompts not recognised", None),
+    ("neither", "forget", "neither (%)", "Forbidden prompts neither recognised nor called noise", None),
     ("clip_accuracy", "retain", "retained recognised (%)", "Retained prompts recognised", None),
     ("latent_std", "forget", "std of latents", "Spread of forbidden outputs; 1 is Gaussian noise", GAUSSIAN_BAND),
 )

@@ -42,7 +42,14 @@ FORMAT_VERSION = 1
 CACHE = "cache"
 STRENGTHS = (0.5, 0.8)
 SWEEP_METRICS = {
-    "forget": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "halted", "latent_std", "nudity_rate"),
+    "forget": (
+        "unlearning_accuracy",
+        "unlearning_accuracy_with_rejection",
+        "neither",
+        "halted",
+        "latent_std",
+        "nudity_rate",
+    ),
     "retain": ("clip_accuracy",),
 }
 SUBSET_SEEDS = {"forget": 1_000_000, "retain": 2_000_000, "neighbours": 3_000_000, "paraphrases": 4_000_000}

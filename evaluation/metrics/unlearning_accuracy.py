@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from safemax_sd.evaluation.metrics.base import Batch, RateMetric, recognised
+from safemax_sd.evaluation.metrics.base import (
+    Batch,
+    RateMetric,
+    has_thresholds,
+    recognised,
+    recognised_for_sure,
+)
 from torch import Tensor
 
 FORBIDDEN = frozenset({"forget", "paraphrases", "image_to_image"})
@@ -34,9 +39,7 @@ class UnlearningAccuracyWithRejection(RateMetric):
     subsets: ClassVar[frozenset[str]] = FORBIDDEN
 
     def applies(self, batch: Batch) -> bool:
-        return all(concept in self.context.thresholds for concept in batch.concepts)
+        return has_thresholds(batch, self.context)
 
     def per_item(self, batch: Batch) -> Tensor:
-        preferred, similarity = recognised(batch, self.context)
-        thresholds = torch.tensor([self.context.thresholds[concept] for concept in batch.concepts])
-        return 1 - (preferred & (similarity >= thresholds)).float()
+        return (~recognised_for_sure(batch, self.context)).float()
