@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 
 from safemax_sd.families import TOKEN_STATES, Conditioning
 
-BLOCK = 256
-"""Prompts whose token states are compared at a time, which bounds what is held besides the states themselves."""
+BLOCK, ELEMENTS = 2048, 2**24
+"""Most prompts that are compared at a time, and most numbers in their token states: what is held besides all states."""
 
 
 def likeness(first: Conditioning, second: Conditioning, origin: Tensor | None = None) -> Tensor:
@@ -46,9 +46,13 @@ def nearest(prompts: Conditioning, others: Conditioning) -> Tensor:
         Rows of `prompts`, int64 [N], the most alike first.
     """
     mean = prompts.tensors[TOKEN_STATES].float().mean(0)
-    most = torch.cat([likeness(block, others, mean).amax(1) for block in _blocks(prompts)])
-    return most.argsort(descending=True).cpu()
+    most = [
+        torch.stack([likeness(block, other, mean).amax(1) for other in _blocks(others)]).amax(0)
+        for block in _blocks(prompts)
+    ]
+    return torch.cat(most).argsort(descending=True).cpu()
 
 
 def _blocks(rows: Conditioning) -> Iterator[Conditioning]:
-    return (rows.select(block) for block in torch.arange(len(rows)).split(BLOCK))
+    size = max(1, min(BLOCK, ELEMENTS // rows.tensors[TOKEN_STATES][0].numel()))
+    return (rows.select(block) for block in torch.arange(len(rows)).split(size))

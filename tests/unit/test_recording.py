@@ -114,8 +114,9 @@ def test_prompts_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None
     moved = [rows.tensors[TOKEN_STATES] - many.tensors[TOKEN_STATES].mean(0) for rows in (many, few)]
     cosines = torch.nn.functional.cosine_similarity(*(moved[0].flatten(1)[:, None], moved[1].flatten(1)[None]), dim=2)
     assert torch.equal(order, cosines.amax(1).argsort(descending=True))
-    monkeypatch.setattr("safemax_sd.likeness.BLOCK", 2)
-    assert torch.allclose(likeness(many, few), whole) and torch.equal(nearest(many, few), order)
+    for bound, value in (("BLOCK", 2), ("ELEMENTS", 3 * 3 * 4), ("ELEMENTS", 1)):
+        monkeypatch.setattr(f"safemax_sd.likeness.{bound}", value)
+        assert torch.allclose(likeness(many, few), whole) and torch.equal(nearest(many, few), order)
 
 
 class Largest(TorchDispatchMode):
@@ -135,4 +136,4 @@ def test_what_is_held_to_compare_prompts_grows_with_their_number_alone() -> None
     many = Conditioning({TOKEN_STATES: torch.randn(count, 1, 2, generator=torch.Generator().manual_seed(0))})
     with Largest() as largest:
         assert len(nearest(many, many)) == count
-    assert 0 < largest.count <= 256 * count  # of 100 million in one matrix
+    assert 0 < largest.count <= 2**24  # of 100 million in one matrix
