@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import random
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,60 @@ def test_artists_are_told_from_other_concepts(tmp_path: Path) -> None:
     prompts = load_prompts(write(tmp_path, "prompt,artist\nx,van Gogh\ny,Monet\n"), option="--x")
     assert prompts.artists == ("van Gogh", "Monet")
     assert load_prompts(write(tmp_path, "prompt,concept,artist\nx,church,Monet\n"), option="--x").artists == ()
+
+
+PIECES = [
+    *(
+        "\0",
+        "\r",
+        "\n",
+        "\r\n",
+        '"',
+        '""',
+        ",",
+        "\t",
+        "\u2028",
+        "\x85",
+        "{",
+        "}",
+        "[",
+        " ",
+        '"prompt":',
+        "\\ud800",
+        "\ufeff",
+    ),
+    *("prompt", "concept", "evaluation_seed", "nan", "1e999", "-1", "a red apple", "爆", "x" * 200_000),
+]
+HEADERS = {
+    ".csv": "prompt,evaluation_seed\n",
+    ".tsv": "prompt\tconcept\n",
+    ".jsonl": '{"prompt": "a"}\n',
+    ".txt": "",
+    ".json": "",
+}
+
+
+@pytest.mark.parametrize("ending", HEADERS)
+def test_any_file_is_read_or_refused_in_one_line(tmp_path: Path, ending: str) -> None:
+    draw = random.Random(ending)
+    refused = 0
+    for number in range(150):
+        text = "".join(draw.choices(PIECES, k=draw.randrange(30)))
+        data = (HEADERS[ending] * draw.randrange(2) + text).encode()
+        if number % 3 == 0 and data:
+            place = draw.randrange(len(data))
+            data = data[:place] + draw.randbytes(draw.randrange(4)) + data[place + 1 :]
+        path = tmp_path / f"{number}{ending}"
+        path.write_bytes(data)
+        try:
+            prompts = load_prompts(path, option="--forget_prompts")
+        except OptionError as error:
+            refused += 1
+            assert str(error).startswith(f"--forget_prompts {path}") and len(str(error)) < 1000
+            assert all(letter.isprintable() for letter in str(error))
+        else:
+            assert all(prompt.text for prompt in prompts.prompts) and "\0" not in "".join(prompts.texts)
+    assert refused
 
 
 def test_a_prompt_in_both_files(tmp_path: Path) -> None:
