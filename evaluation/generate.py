@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from safemax_sd.evaluation.sampling import Pictures, Request, Sampler
 from safemax_sd.evaluation.subjects import Subject
@@ -110,14 +111,25 @@ class Generator:
         resolution = self.record["config"]["resolution"]
         return {} if resolution is None else {"height": resolution, "width": resolution}
 
+    @property
+    def _side(self) -> int:
+        """Of the pictures that the pipeline draws, in pixels."""
+        if self._size:
+            return self._size["height"]
+        own = getattr(self.pipeline, "default_sample_size", None) or self.pipeline.unet.config.sample_size
+        return int(own[0] if isinstance(own, list | tuple) else own) * int(self.pipeline.vae_scale_factor)
+
     def run(self, job: Job, *, description: str, sources: Tensor | None = None) -> Pictures:
         """Make or read back a job's pictures, a batch at a time.
 
         Args:
             job: What to make.
             description: Label of the progress bar.
-            sources: Pictures [N, 3, H, W] in 0 to 1 that image-to-image starts from.
+            sources: Square pictures [N, 3, S, S] in 0 to 1 that image-to-image starts from, resized to the side that
+                the model draws: a pipeline would draw at theirs, for which the model was not trained.
         """
+        if sources is not None and sources.shape[-1] != self._side:
+            sources = F.interpolate(sources, (self._side, self._side), mode="bicubic", antialias=True).clamp(0, 1)
         batches = job.batches(self.batch_size)
         own = range(self._state.process_index, len(batches), self._state.num_processes)
         drawn: dict[int, Pictures] = {}

@@ -92,6 +92,24 @@ def test_the_report_says_which_guidance_was_used(tiny_model: Path, tmp_path: Pat
     assert "guidance scale 4 (the prompts’ own where a file gives it: retain), 2 steps" in measured_markdown(report)
 
 
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_sdxl", "tiny_sd3"])
+@pytest.mark.parametrize("side", [20, 64, 130])
+def test_image_to_image_is_drawn_at_the_models_side(
+    model: str, side: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    path: Path = request.getfixturevalue(model)
+    generator = Generator(subject(path, tmp_path), tmp_path / "cache", state=PartialState(), batch_size=2)
+    sampler = next(iter(generator.samplers))
+    settings = {"prompts": ("an apple",), "seeds": (0,), "sampler": sampler, "num_inference_steps": 4}
+    whole = generator.run(Job("base", guidance_scales=(3.0,), **settings), description="")
+    started = Job("base", guidance_scales=(3.0,), strength=0.5, **settings)
+    source = torch.full((1, 3, side, side), 0.25)
+    made = generator.run(started, description="", sources=source)
+    assert made.pictures.shape == whole.pictures.shape and made.latents.shape == whole.latents.shape
+    same = generator.run(started, description="", sources=torch.full((1, 3, *whole.pictures.shape[2:]), 0.25))
+    torch.testing.assert_close(made.pictures, same.pictures, rtol=0, atol=1e-3)
+
+
 def test_artists_are_judged_by_their_style(tiny_model: Path, tmp_path: Path) -> None:
     own = subject(tiny_model, tmp_path / "own")
     (tmp_path / "forget.csv").write_text("prompt,artist\na pear by van Gogh,Vincent van Gogh\n")
