@@ -19,7 +19,7 @@ from safemax_sd.evaluation.compare_page import Gallery, write_comparison_page
 from safemax_sd.evaluation.compare_tables import by_task, latex, markdown, summaries, summary_grid, task_grid
 from safemax_sd.evaluation.metrics import METRICS
 from safemax_sd.evaluation.run import CACHE as OWN_CACHE
-from safemax_sd.evaluation.run import EvaluateOptions, Evaluation, Shown, load_real, run_and_write
+from safemax_sd.evaluation.run import EvaluateOptions, Evaluation, Shown, load_real, own_guidance, run_and_write
 from safemax_sd.prompts import Suite
 from tqdm import tqdm
 
@@ -346,7 +346,8 @@ def write_results(comparison: Comparison, done: Sequence[Cell], states: Sequence
 
 
 def _described(suite: Suite) -> dict[str, Any]:
-    return {"version": suite.version, "prompts": {part: prompts.sha256 for part, prompts in suite.parts.items()}}
+    hashes = {part: prompts.sha256 for part, prompts in suite.parts.items()}
+    return {"version": suite.version, "prompts": hashes, **own_guidance(suite)}
 
 
 def galleries(done: Sequence[Cell]) -> dict[str, Gallery]:

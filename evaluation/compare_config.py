@@ -99,8 +99,12 @@ def read_comparison(path: str, output_dir: str | None = None) -> Comparison:
 def _check(comparison: Comparison, path: str) -> None:
     settings = comparison.settings
     EvaluateOptions(adapter="", **settings.evaluation()).validate()
-    if settings.guidance_scale <= 1 and any(isinstance(m, UntrainedMethod) for m in comparison.methods.values()):
-        raise OptionError("--config", path, "guidance_scale must be more than 1: baselines change guidance alone")
+    parts = [part for suite in comparison.tasks.values() for part in suite.parts.values()]
+    own = [prompt.guidance for part in parts for prompt in part.prompts if prompt.guidance is not None]
+    lowest = min([settings.guidance_scale, *own])
+    if lowest <= 1 and any(isinstance(m, UntrainedMethod) for m in comparison.methods.values()):
+        text = "guidance_scale must be more than 1, a prompt's own too: baselines change guidance alone"
+        raise OptionError("--config", path, text)
     for suite in comparison.tasks.values():
         suite_concepts(suite)
         check_metrics(suite)

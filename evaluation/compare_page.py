@@ -20,6 +20,7 @@ from safemax_sd.evaluation.compare_tables import (
     Grid,
     Summary,
 )
+from safemax_sd.evaluation.headline import described_guidance
 from safemax_sd.evaluation.plots import Point, trade_off_plot
 from safemax_sd.evaluation.report import STYLE_SHEET, data_uri
 
@@ -116,10 +117,11 @@ def _lead(content: Mapping[str, Any]) -> str:
     settings = content["settings"]
     versions = dict.fromkeys(task["version"] for task in content["tasks"].values() if task["version"] is not None)
     version = f" (version {_listed(versions)})" if versions else ""
+    own = [name for name, task in content["tasks"].items() if "prompt_guidance_scales" in task]
     return (
         f"Tasks: {_listed(content['tasks'])}{version}. Seeds: {_listed(content['seeds'])}. "
         f"{settings['num_images']} pictures of each prompt subset, guidance scale "
-        f"{settings['guidance_scale']:g}, {settings['num_inference_steps']} "
+        f"{described_guidance(settings['guidance_scale'], own)}, {settings['num_inference_steps']} "
         f"sampling steps. Judge: {content['judge']}."
     )
 

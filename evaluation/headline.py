@@ -243,8 +243,7 @@ def measured_markdown(report: Report) -> str:
         report: Content of `report.json`.
     """
     settings, made = report["settings"], report["provenance"]
-    own = ", ".join(settings.get("prompt_guidance_scales", {}))
-    scale = f"{settings['guidance_scale']:g}{f' (the prompts’ own where a file gives it: {own})' if own else ''}"
+    scale = described_guidance(settings["guidance_scale"], settings.get("prompt_guidance_scales", ()))
     guided = f"guidance scale {scale}, {settings['num_inference_steps']} steps"
     commit = f", commit {made['commit'][:12]}" if made["commit"] else ""
     how = (
@@ -253,6 +252,12 @@ def measured_markdown(report: Report) -> str:
         f"{made['versions']['safemax_sd']}{commit}. In brackets: 95 % intervals; n: pictures."
     )
     return f"{headline_markdown(headline(report))}\n\n{how}"
+
+
+def described_guidance(scale: float, own: Iterable[str]) -> str:
+    """Write a guidance scale, and which subsets or tasks (`own`) have prompts that bring along one of their own."""
+    named = ", ".join(own)
+    return f"{scale:g} (the prompts’ own where a file gives it: {named})" if named else f"{scale:g}"
 
 
 def print_headline(report: Report, console: Console | None = None) -> None:

@@ -345,6 +345,23 @@ def test_a_failing_cell_is_recorded(grid: Path, place: Path, tiny_model: Path) -
     assert "the loss became" in (grid / "index.html").read_text()
 
 
+def test_a_prompt_s_own_guidance_is_told_and_must_guide(tiny_model: Path, tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "fruit")
+    config = str(write_config(tmp_path, tiny_model, methods={"negative": METHODS["negative"]}, real_images=None))
+    rows = "prompt,concept,evaluation_guidance\na yellow plum,plum,{}\n"
+    (folder / "neighbours.csv").write_text(rows.format(0.5))
+    with pytest.raises(SafemaxError, match="guidance_scale must be more than 1, a prompt's own too"):
+        compare(config)
+    assert not (tmp_path / "grid").exists()
+    (folder / "neighbours.csv").write_text(rows.format(7.5))
+    grid, failed = compare(config)
+    assert failed == []
+    assert read(grid)["tasks"]["fruit"]["prompt_guidance_scales"] == {"neighbours": [7.5]}
+    assert "guidance scale 4 (the prompts’ own where a file gives it: fruit), 2 sampling steps" in (
+        grid / "index.html"
+    ).read_text(encoding="utf8")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
