@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,21 +16,33 @@ from safemax_sd.evaluation.compare_config import BASE, CACHE, Comparison, read_c
 from safemax_sd.evaluation.compare_methods import Erasure, Method
 from safemax_sd.evaluation.compare_page import Gallery, write_comparison_page
 from safemax_sd.evaluation.compare_tables import by_task, latex, markdown, summaries, summary_grid, task_grid
+from safemax_sd.evaluation.generate import clear_cache
 from safemax_sd.evaluation.metrics import METRICS
+from safemax_sd.evaluation.report import REPORT, read_report
 from safemax_sd.evaluation.run import CACHE as OWN_CACHE
-from safemax_sd.evaluation.run import EvaluateOptions, Evaluation, Shown, load_real, own_guidance, run_and_write
+from safemax_sd.evaluation.run import (
+    EvaluateOptions,
+    Evaluation,
+    Shown,
+    evaluation_folder,
+    load_real,
+    own_guidance,
+    run_and_write,
+)
 from safemax_sd.prompts import Suite
 from tqdm import tqdm
 
-from safemax_sd.checkpoints import all_checkpoints
-from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.checkpoints import all_checkpoints, discard
+from safemax_sd.errors import OptionError, SafemaxError, path_errors
 from safemax_sd.judge import load_judge
 from safemax_sd.provenance import Stopwatch, atomic_write_text, provenance, write_json_atomic
+from safemax_sd.result_folder import claimed, foreign, not_ours, replacing, sweep
 
 FORMAT_VERSION = 1
 TILES_QUALITY = 85
 """Lossy: noise does not compress, and a page has hundreds of these pictures."""
-STATE, REPORT, LOCK = "cell.json", "report.json", ".lock"
+STATE, LOCK = "cell.json", ".lock"
+RESULTS = ("compare.json", "compare.md", "compare.tex", "index.html")
 ANCHOR = "anchor"
 """What a record names the cost of an anchor, which is trained once for all that it erases."""
 
@@ -82,7 +93,16 @@ class Cell:
     def state(self) -> dict[str, Any]:
         """What the folder says of itself; empty where there is nothing."""
         path = self.folder / STATE
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+        with path_errors("--output_dir", self.folder):
+            if not path.is_file():
+                return {}
+            text = path.read_text(encoding="utf8")
+        try:
+            content: Any = json.loads(text)
+        except ValueError:
+            content = None
+        if not (isinstance(content, dict) and {"status", "settings"} <= content.keys()):
+            raise OptionError("--output_dir", path, "is damaged: remove its folder, which is then run again")
         return content
 
     def is_erased(self, state: dict[str, Any]) -> bool:
@@ -91,11 +111,11 @@ class Cell:
         return erased and bool(state["settings"] == self.identity())
 
     def write(self, status: str, **more: Any) -> None:
-        write_json_atomic(self.folder / STATE, {"status": status, "settings": self.identity(), **more})
+        with path_errors("--output_dir", self.folder):
+            write_json_atomic(self.folder / STATE, {"status": status, "settings": self.identity(), **more})
 
     def report(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.evaluated / REPORT).read_text(encoding="utf8"))
-        return content
+        return read_report(self.evaluated / REPORT, "--output_dir")
 
 
 def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]]:
@@ -118,20 +138,37 @@ def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]
     comparison = read_comparison(config, output_dir)
     cells = make_cells(comparison)
     check(comparison, cells)
-    comparison.folder.mkdir(parents=True, exist_ok=True)
+    with results_folder(comparison.folder):
+        for name in RESULTS:
+            if foreign(comparison.folder, name, RESULTS[0]):
+                raise not_ours(comparison.folder, name)
     waiting = [(cell, state) for cell in cells if (state := cell.state()).get("status") != "done"]
     bar = tqdm(waiting, desc="compare", unit="cell", initial=len(cells) - len(waiting), total=len(cells))
     for cell, before in bar:
         bar.set_description(cell.name)
-        with claimed(cell) as ours:
+        with taken(cell) as ours:
             if ours and cell.state() == before:  # else another process has been at it
                 run_cell(cell, comparison.folder / CACHE)
-    with FileLock(comparison.folder / LOCK):  # else a process could write down what it saw before another one's end
+    with results_folder(comparison.folder):  # else a process could write down what it saw before another one's end
         states = [(cell, cell.state()) for cell in cells]
         write_results(comparison, [cell for cell, state in states if state.get("status") == "done"], states)
     return comparison.folder, [
         f"{cell.name}: {state['reason']}" for cell, state in states if state.get("status") == "failed"
     ]
+
+
+@contextmanager
+def results_folder(folder: Path) -> Iterator[None]:
+    """Claim the comparison's folder, once the other processes at it have let it go."""
+    with path_errors("--output_dir", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        lock.acquire()
+    try:
+        with claimed(folder):
+            yield
+    finally:
+        lock.release()
 
 
 def make_cells(comparison: Comparison) -> list[Cell]:
@@ -181,13 +218,16 @@ def _first_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 @contextmanager
-def claimed(cell: Cell) -> Iterator[bool]:
-    """Whether the cell is this process's to run: no other is at it. A process that dies gives it back."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(cell.folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
+def taken(cell: Cell) -> Iterator[bool]:
+    """Take the cell for this process; yields False where another is at it. A process that dies gives it back."""
+    with path_errors("--output_dir", cell.folder):
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(cell.folder / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            lock = None
+    if lock is None:
         yield False
         return
     try:
@@ -226,10 +266,12 @@ def _options(cell: Cell) -> EvaluateOptions:
 
 def evaluate_cell(cell: Cell, base_cache: Path) -> Shown:
     clock = Stopwatch()
-    with clock.phase("load"):
-        subject = cell.method.subject(cell.erasure)
-        evaluation = Evaluation(_options(cell), subject, base_cache_dir=base_cache)
-    return run_and_write(evaluation, clock)[1]
+    options = _options(cell)
+    with evaluation_folder(options):
+        with clock.phase("load"):
+            subject = cell.method.subject(cell.erasure)
+            evaluation = Evaluation(options, subject, base_cache_dir=base_cache)
+        return run_and_write(evaluation, clock)[1]
 
 
 def tiles_path(cell: Cell, model: str) -> Path:
@@ -248,9 +290,9 @@ def save_tiles(cell: Cell, shown: Shown) -> None:
 
 def clean(cell: Cell) -> None:
     """Remove what a done cell needs no more: its pictures and checkpoints would fill the disk."""
-    shutil.rmtree(cell.evaluated / OWN_CACHE)
+    clear_cache(cell.evaluated / OWN_CACHE)
     for checkpoint in all_checkpoints(cell.folder):
-        shutil.rmtree(checkpoint)
+        discard(checkpoint)
 
 
 def cost_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -339,10 +381,13 @@ def write_results(comparison: Comparison, done: Sequence[Cell], states: Sequence
         "summary": [summary.plain() for summary in table],
         "rows": rows,
     }
-    write_json_atomic(folder / "compare.json", content)
-    atomic_write_text(folder / "compare.md", markdown(grids))
-    atomic_write_text(folder / "compare.tex", latex(grids))
-    write_comparison_page(content, table, grids, galleries(done), folder)
+    with replacing(folder, RESULTS[0]) as new:
+        for name, text in zip(RESULTS[1:], (markdown(grids), latex(grids)), strict=False):
+            atomic_write_text(new / name, text)
+        write_comparison_page(content, table, grids, galleries(done), new)
+        write_json_atomic(new / RESULTS[0], content)
+    if all(state.get("status") in ("done", "failed") for _, state in states):  # else a process may be writing there
+        sweep(folder / CACHE)
 
 
 def _described(suite: Suite) -> dict[str, Any]:

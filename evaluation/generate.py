@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,20 @@ from accelerate import PartialState
 from safemax_sd.evaluation.sampling import Pictures, Request, Sampler
 from safemax_sd.evaluation.subjects import Subject
 from safemax_sd.prompts import without_cut_text
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from safemax_sd.errors import path_errors
 from safemax_sd.families import LoadOptions
+from safemax_sd.provenance import write_tensors_atomic
 from safemax_sd.schedulers import as_scheduler
+
+logger = logging.getLogger("safemax_sd")
+
+BATCH_FILE = re.compile(r"\.?[0-9a-f]{32}\.safetensors(\.\d+\.safemax-tmp)?")
+"""A kept batch, or what a process that was killed left of one."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,26 @@ class Job:
         return [places[start : start + size] for places in by_scale.values() for start in range(0, len(places), size)]
 
 
+def _read(path: Path) -> Pictures | None:
+    """A batch that was kept; None where there is none, or only a damaged file, which is then to be drawn again."""
+    try:
+        return Pictures(**load_file(path))
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, TypeError) as error:
+        logger.warning("%s is damaged (%s): it is drawn again", path, " ".join(str(error).split())[:100])
+        return None
+
+
+def clear_cache(folder: Path) -> None:
+    """Remove kept batches, and their folder if nothing else is in it."""
+    for path in folder.iterdir():
+        if BATCH_FILE.fullmatch(path.name):
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 class Generator:
     """A base model, what is evaluated and a cache of what they drew.
 
@@ -96,7 +125,8 @@ class Generator:
         self.batch_size, self._state = batch_size, state
         self._base, self._settings = LoadOptions.from_record(self.record).record(family=""), models.scheduler_settings
         for folder in self._caches.values():
-            folder.mkdir(parents=True, exist_ok=True)
+            with path_errors("--output_dir", folder):
+                folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def tokenizer(self) -> Any:
@@ -144,13 +174,13 @@ class Generator:
     def _batch(self, job: Job, places: Sequence[int], sources: Tensor | None) -> Pictures:
         request = self._request(job, places, sources)
         path = self._path(job, request)
-        if path.exists():
-            return Pictures(**load_file(path))
+        kept = _read(path)
+        if kept is not None:
+            return kept
         with without_cut_text():
             made = self._models[job.model].draw(request)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"pictures": made.pictures, "latents": made.latents}, temporary)
-        os.replace(temporary, path)
+        with path_errors("--output_dir", path.parent):
+            write_tensors_atomic(path, {"pictures": made.pictures, "latents": made.latents})
         return made
 
     def _path(self, job: Job, request: Request) -> Path:

@@ -20,10 +20,15 @@ from safemax_sd.evaluation.headline import (
 )
 from safemax_sd.evaluation.plots import Line, loss_plot, probe_plot, sweep_plot
 
-from safemax_sd.errors import OptionError
+from safemax_sd.errors import OptionError, path_errors
 from safemax_sd.model_card import usage
+from safemax_sd.output import LOG, read_log
 from safemax_sd.provenance import atomic_write_text
+from safemax_sd.result_folder import claimed, finish, foreign, not_ours
 
+REPORT, PAGE_FILE, SAMPLES = "report.json", "index.html", "samples.png"
+KEYS = ("adapter", "erased", "suite", "judge", "settings", "metrics", "sweep", "provenance")
+"""Of a `report.json`; what its page shows."""
 STYLE_SHEET = Path(__file__).with_name("report.css")
 GAUSSIAN_BAND = (0.9, 1.3)
 
@@ -68,7 +73,7 @@ def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]
         title=html.escape(title(report)),
         style=STYLE_SHEET.read_text(encoding="utf8"),
         lead=html.escape(_lead(report)),
-        samples=data_uri(folder / "samples.png"),
+        samples=data_uri(folder / SAMPLES),
         headline=_headline_table(report),
         sweeps=_sweeps(report),
         training=_training(log),
@@ -78,8 +83,8 @@ def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]
         settings=_pairs({"suite": suite_of(report), "judge": report["judge"], **report["settings"]}),
         versions=_pairs({**report["provenance"]["versions"], **_plain(report["provenance"])}),
     )
-    atomic_write_text(folder / "index.html", page)
-    return folder / "index.html"
+    atomic_write_text(folder / PAGE_FILE, page)
+    return folder / PAGE_FILE
 
 
 def data_uri(picture: Path) -> str:
@@ -87,22 +92,38 @@ def data_uri(picture: Path) -> str:
     return f"data:image/{picture.suffix[1:]};base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
-def read_log(adapter_dir: Path) -> list[dict[str, Any]]:
-    """The training's log, empty where an adapter was passed on without it."""
-    path = adapter_dir / "log.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()] if path.exists() else []
-
-
 def render(folder: Path) -> Path:
     """Write the page again from a finished evaluation's folder.
 
     Raises:
-        OptionError: The folder holds no `report.json`.
+        OptionError: The folder holds no `report.json` of an evaluation, or the page cannot be written.
     """
-    path = folder / "report.json"
-    if not path.is_file():
-        raise OptionError("REPORT_DIR", folder, "holds no report.json: run safemax evaluate first")
-    return write_page(json.loads(path.read_text(encoding="utf8")), folder, log=read_log(folder.parent))
+    option = "REPORT_DIR"
+    finish(folder, option)
+    path = folder / REPORT
+    with path_errors(option, folder):
+        if not path.is_file():
+            raise OptionError(option, folder, "holds no report.json: run safemax evaluate first")
+        with claimed(folder, option):
+            if foreign(folder, PAGE_FILE, REPORT):
+                raise not_ours(folder, PAGE_FILE, option)
+            return write_page(read_report(path, option), folder, log=read_log(folder.parent / LOG))
+
+
+def read_report(path: Path, option: str) -> dict[str, Any]:
+    """Content of a `report.json`, in a folder that `option` named.
+
+    Raises:
+        OptionError: It is damaged.
+    """
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise OptionError(option, path, f"is damaged ({error}): run safemax evaluate again") from error
+    missing = [name for name in KEYS if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise OptionError(option, path, f"lacks {missing[0]}: run safemax evaluate again")
+    return content
 
 
 def _lead(report: Report) -> str:

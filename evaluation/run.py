@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from safemax_sd.evaluation.headline import measured_markdown
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
 from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
-from safemax_sd.evaluation.report import read_log, write_page
+from safemax_sd.evaluation.report import PAGE_FILE, REPORT, SAMPLES, write_page
 from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Pictures
 from safemax_sd.evaluation.subjects import Adapter, Subject
 from safemax_sd.prompts import (
@@ -30,13 +32,19 @@ from safemax_sd.prompts import (
 )
 from torch import Tensor
 
-from safemax_sd.errors import OptionError
+from safemax_sd.erased import read_record
+from safemax_sd.errors import OptionError, path_errors
 from safemax_sd.judge import Judge, load_judge
 from safemax_sd.model_card import Picture, write_model_card
+from safemax_sd.output import CARD, LOG, RECORD, read_log
 from safemax_sd.pictures import before_after
+from safemax_sd.processes import claimed_by_main, from_main
 from safemax_sd.provenance import Stopwatch, provenance, write_json_atomic
 from safemax_sd.registry import closest
+from safemax_sd.result_folder import check_no_model, claimed, foreign, not_ours, replacing, sweep
 from safemax_sd.samples import SMALL, to_pil
+
+logger = logging.getLogger("safemax_sd")
 
 FORMAT_VERSION = 1
 CACHE = "cache"
@@ -130,7 +138,6 @@ class Evaluation:
         self.real = load_real(options, record)
         concepts = suite_concepts(self.suite)
         check_metrics(self.suite)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         self.generator = Generator(
             self.subject,
             self.output_dir / CACHE,
@@ -291,10 +298,37 @@ def evaluate(options: EvaluateOptions) -> Path:
         OptionError: Something asked for cannot be found or used.
     """
     clock = Stopwatch()
-    with clock.phase("load"):
-        evaluation = Evaluation(options)
-    run_and_write(evaluation, clock)
-    return evaluation.output_dir
+    options.validate()
+    subject = Adapter(Path(options.adapter))
+    with evaluation_folder(options) as folder:
+        with clock.phase("load"):
+            evaluation = Evaluation(options, subject)
+        run_and_write(evaluation, clock)
+    return folder
+
+
+@contextmanager
+def evaluation_folder(options: EvaluateOptions) -> Iterator[Path]:
+    """Claim the output folder of an evaluation.
+
+    Raises:
+        OptionError: It cannot be written to, another process has claimed it, or files of others are in the way.
+    """
+    folder = Path(options.output_dir or Path(options.adapter) / "evaluation")
+
+    def check() -> None:
+        check_no_model(folder)
+        for name in (REPORT, SAMPLES, PAGE_FILE):
+            if foreign(folder, name, REPORT):
+                raise not_ours(folder, name)
+        if (folder / CACHE).exists() and not (folder / CACHE).is_dir():
+            raise OptionError("--output_dir", folder / CACHE, "is a file")
+        sweep(folder / CACHE)
+
+    state = PartialState()
+    with claimed_by_main(folder, state):
+        from_main(state, check)
+        yield folder
 
 
 def run_and_write(evaluation: Evaluation, clock: Stopwatch) -> tuple[dict[str, Any], Shown]:
@@ -331,21 +365,32 @@ def run_and_write(evaluation: Evaluation, clock: Stopwatch) -> tuple[dict[str, A
 def write_report(report: dict[str, Any], shown: Shown, folder: Path, adapter_dir: Path | None) -> None:
     """Write report.json, samples.png and index.html, and the model card of the adapter, if there is one."""
     scale = 2 if shown.base[0].width < SMALL else 0.5
-    before_after(shown.base, shown.erased, shown.prompts, scale=scale).save(folder / "samples.png")
-    write_json_atomic(folder / "report.json", report)
-    write_page(report, folder, log=[] if adapter_dir is None else read_log(adapter_dir))
+    log = [] if adapter_dir is None else read_log(adapter_dir / LOG)
+    with replacing(folder, REPORT) as new:
+        before_after(shown.base, shown.erased, shown.prompts, scale=scale).save(new / SAMPLES)
+        write_json_atomic(new / REPORT, report)
+        write_page(report, new, log=log)
     if adapter_dir is not None:
         update_model_card(adapter_dir, report, folder)
 
 
 def update_model_card(adapter_dir: Path, report: dict[str, Any], folder: Path) -> None:
-    """Put an evaluation into the adapter's model card, if it lies in the adapter's folder and so goes along with it."""
+    """Put an evaluation into the adapter's model card, if it lies in the adapter's folder and so goes along with it.
+
+    A card that is not ours stays, as does that of an adapter that has changed since it was read or is being changed.
+    """
     inside, adapter_dir = folder.resolve(), adapter_dir.resolve()
     if not inside.is_relative_to(adapter_dir):
         return
-    path = (inside / "samples.png").relative_to(adapter_dir).as_posix()
+    path = (inside / SAMPLES).relative_to(adapter_dir).as_posix()
     picture = Picture(path, "The base model above, the erased model below: same prompts, same start noise")
-    write_model_card(adapter_dir, report["adapter"], measured=measured_markdown(report), picture=picture)
+    try:
+        with claimed(adapter_dir, "--adapter"), path_errors("--adapter", adapter_dir):
+            if read_record(adapter_dir) != report["adapter"] or foreign(adapter_dir, CARD, RECORD):
+                raise OptionError("--adapter", adapter_dir, f"{CARD} is of another adapter")
+            write_model_card(adapter_dir, report["adapter"], measured=measured_markdown(report), picture=picture)
+    except OptionError as error:  # the evaluation itself is complete
+        logger.warning("%s; it is left as it is", error)
 
 
 def row(metric: str, subset: str, model: str, result: Result, **settings: Any) -> dict[str, Any]:

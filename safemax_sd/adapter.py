@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +117,7 @@ def rank_pattern(rank: int, changes: dict[str, LowRank]) -> dict[str, int]:
 def save_adapter(
     family: ModelFamily, directory: Path, *, kohya: bool = False, changes: dict[str, LowRank] | None = None
 ) -> None:
-    """Write the adapter, with `changes` on top, into `directory`, each file whole or not at all.
-
-    Raises:
-        SafemaxError: The disk is full; the files that were there before are untouched.
-    """
+    """Write the adapter, with `changes` on top, into a folder; see `result_folder.replacing`."""
     changes = changes or {}
     state = widened(adapter_state(family.denoiser), changes)
     ranks = rank_pattern(family.denoiser.peft_config[ADAPTER].r, changes)  # type: ignore[union-attr,index]
@@ -145,18 +139,9 @@ def save_changes(family: ModelFamily, directory: Path, changes: dict[str, LowRan
 def _save(
     family: ModelFamily, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any], *, kohya: bool
 ) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
-            family.save_adapter(Path(temporary), state, metadata)
-            names = [WEIGHTS_NAME]
-            if kohya:
-                save_file(to_kohya(state, metadata), Path(temporary) / KOHYA_NAME, metadata={"format": "pt"})
-                names.append(KOHYA_NAME)
-            for name in names:
-                os.replace(Path(temporary) / name, directory / name)
-    except (OSError, SafetensorError) as error:
-        raise SafemaxError(f"--output_dir {directory}: the adapter could not be written ({error})") from error
+    family.save_adapter(directory, state, metadata)
+    if kohya:
+        save_file(to_kohya(state, metadata), directory / KOHYA_NAME, metadata={"format": "pt"})
 
 
 def layer_alpha(metadata: dict[str, Any], layer: str) -> float:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from safemax_sd.errors import OptionError, SafemaxError
-from safemax_sd.provenance import Cost
+from safemax_sd.errors import OptionError, path_errors
+from safemax_sd.provenance import Cost, write_json_atomic
+from safemax_sd.result_folder import files_in, remove
 from safemax_sd.resume import CONDITIONS
 from safemax_sd.trainable import Trainable
 
+logger = logging.getLogger("safemax_sd")
+
 PATTERN = re.compile(r"checkpoint-(\d+)")
 COST = "cost.json"
+MANIFEST = "manifest.json"
+"""Sizes of all other files of a checkpoint, in bytes."""
 
 
 def register(accelerator: Accelerator, trainable: Trainable) -> None:
@@ -43,9 +50,15 @@ def step_of(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a `checkpoint-N` folder was written by this package: other training scripts name theirs alike."""
+    return (path / MANIFEST).is_file()
+
+
 def all_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted((path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+    """The checkpoints of a run, oldest first."""
+    paths = (path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0)
+    return sorted(filter(is_ours, paths), key=step_of)
 
 
 def save(
@@ -68,35 +81,54 @@ def save(
         limit: How many checkpoints to keep; None for all.
 
     Raises:
-        SafemaxError: The disk is full; older checkpoints are untouched.
+        OptionError: The disk is full; older checkpoints are untouched.
     """
     temporary, final = output_dir / f".checkpoint-{step}", output_dir / f"checkpoint-{step}"
+    with path_errors("--output_dir", final):
+        try:
+            accelerator.save_state(str(temporary))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                write_json_atomic(temporary / COST, asdict(cost))
+                write_json_atomic(temporary / CONDITIONS, conditions)
+                sizes = {name: (temporary / name).stat().st_size for name in files_in(temporary)}
+                write_json_atomic(temporary / MANIFEST, sizes)
+                if final.exists():
+                    discard(final)
+                os.replace(temporary, final)
+                for old in all_checkpoints(output_dir)[: -limit if limit else 0]:
+                    discard(old)
+        finally:
+            if accelerator.is_main_process:
+                remove(temporary)
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint, whole or not at all: half of one is never seen under its name."""
+    gone = path.with_name(f".{path.name}.old")
+    os.replace(path, gone)
+    shutil.rmtree(gone)
+
+
+def damage(path: Path) -> str | None:
+    """What a checkpoint lacks of what was written; None if it is whole."""
     try:
-        if accelerator.is_main_process and temporary.exists():
-            shutil.rmtree(temporary)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (temporary / COST).write_text(json.dumps(asdict(cost)), encoding="utf8")
-            (temporary / CONDITIONS).write_text(json.dumps(conditions), encoding="utf8")
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            for old in all_checkpoints(output_dir)[: -limit if limit else 0]:
-                shutil.rmtree(old)
-    except OSError as error:
-        raise SafemaxError(f"--output_dir {output_dir}: {final.name} could not be written ({error})") from error
+        sizes: dict[str, int] = json.loads((path / MANIFEST).read_text(encoding="utf8"))
+        for name, size in sizes.items():
+            file = path / name
+            if not file.is_file():
+                return f"it lacks {name}"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} of {size} bytes"
+            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip() is not None:
+                return f"{name} is damaged"
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        return f"{MANIFEST} does not describe it ({type(error).__name__})"
+    return None
 
 
 def load(accelerator: Accelerator, path: Path) -> tuple[int, Cost]:
-    """Restore a checkpoint; returns the step to go on from and what it has cost to get there.
-
-    Raises:
-        OptionError: It was written by a version that did not count the cost.
-    """
-    if not (path / COST).is_file():
-        raise OptionError("--resume_from_checkpoint", path, f"lacks {COST}: it is of another version of safemax_sd")
+    """Restore a checkpoint that `find` returned; returns the step to go on from and what it has cost to get there."""
     accelerator.load_state(str(path))
     return step_of(path), Cost(**json.loads((path / COST).read_text(encoding="utf8")))
 
@@ -104,15 +136,32 @@ def load(accelerator: Accelerator, path: Path) -> tuple[int, Cost]:
 def find(output_dir: Path, resume_from: str) -> Path:
     """The folder that `--resume_from_checkpoint` names: `latest`, a name in the output folder, or a path.
 
+    `latest` passes over damaged checkpoints, with a warning.
+
     Raises:
-        OptionError: There is none.
+        OptionError: There is none, or none that is whole.
     """
     if resume_from == "latest":
-        found = all_checkpoints(output_dir)
-        if found:
-            return found[-1]
-        raise OptionError("--resume_from_checkpoint", "latest", f"{output_dir} holds no checkpoint-N folder")
+        return _latest(output_dir)
     for path in (output_dir / resume_from, Path(resume_from)):
         if path.is_dir() and step_of(path) >= 0:
+            reason = damage(path)
+            if reason is not None:
+                raise OptionError("--resume_from_checkpoint", path, f"is damaged or of another version: {reason}")
             return path
     raise OptionError("--resume_from_checkpoint", resume_from, "is not a checkpoint-N folder")
+
+
+def _latest(output_dir: Path) -> Path:
+    found = all_checkpoints(output_dir)
+    if not found:
+        raise OptionError("--resume_from_checkpoint", "latest", f"{output_dir} holds no checkpoint-N folder")
+    damaged: list[str] = []
+    for path in reversed(found):
+        reason = damage(path)
+        if reason is None:
+            if damaged:
+                logger.warning("%s: going on from %s", "; ".join(damaged), path.name)
+            return path
+        damaged.append(f"{path.name} is damaged ({reason})")
+    raise OptionError("--resume_from_checkpoint", "latest", f"{output_dir}: {'; '.join(damaged)}")

@@ -288,10 +288,12 @@ def quickstart(
     from safemax_sd.model_card import usage
     from safemax_sd.output import check_output_dir
     from safemax_sd.prompts import load_suite
+    from safemax_sd.result_folder import claimed
 
     with one_line_errors():
         prompts = load_suite(suite)
-        check_output_dir(output_dir, overwrite=overwrite_output_dir, instead="or name a new one")
+        with claimed(output_dir):
+            check_output_dir(output_dir, overwrite=overwrite_output_dir, instead="or name a new one")
         started = time.monotonic()
         arguments = ["--forget_prompts", str(prompts.path("forget")), "--retain_prompts", str(prompts.path("retain"))]
         arguments += ["--output_dir", str(output_dir), "--max_train_steps", str(max_train_steps)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,12 +21,13 @@ from safemax_sd.adapter import ADAPTER, WEIGHTS_NAME, rank_pattern, save_adapter
 from safemax_sd.edits import EditData
 from safemax_sd.edits.halting_marks import HaltingMarks, HaltingMarksSettings, strength
 from safemax_sd.erased import load_base, load_erased, read_record
-from safemax_sd.errors import OptionError
+from safemax_sd.errors import OptionError, path_errors
 from safemax_sd.model_card import write_model_card
 from safemax_sd.objectives.halting_anchor import MARKS, MARKS_FILE, HaltingAnchor
-from safemax_sd.output import EDIT_FILE, check_output_dir, describe_prompts, drop_stale_weights
+from safemax_sd.output import EDIT_FILE, RECORD, check_output_dir, describe_prompts
 from safemax_sd.prompts import PromptSet, check_disjoint
-from safemax_sd.provenance import Stopwatch, atomic_write_bytes, write_json_atomic, write_tensors_atomic
+from safemax_sd.provenance import Stopwatch, write_json_atomic, write_tensors_atomic
+from safemax_sd.result_folder import claimed, replacing
 from safemax_sd.token_states import contexts, forbidden_states, kept_states, texts_by_concept
 
 KEPT, KEPT_ROW = "kept", "kept_row"
@@ -46,10 +48,24 @@ def erase(
     Raises:
         OptionError: No anchor, a prompt that is both forbidden and kept, or an output folder in use.
     """
-    clock = Stopwatch()
     record = _anchor_record(anchor)
     check_disjoint(forget, retain)
-    check_output_dir(output_dir, overwrite=overwrite, instead="or use --add and --remove to change its concepts")
+    with claimed(output_dir):
+        if output_dir.samefile(anchor):
+            raise OptionError("--output_dir", output_dir, "is the anchor's own folder: name another one")
+        check_output_dir(output_dir, overwrite=overwrite, instead="or use --add and --remove to change its concepts")
+        return _erase(anchor, record, forget, retain, output_dir, settings)
+
+
+def _erase(
+    anchor: Path,
+    record: dict[str, Any],
+    forget: PromptSet,
+    retain: PromptSet,
+    output_dir: Path,
+    settings: HaltingMarksSettings,
+) -> dict[str, Any]:
+    clock = Stopwatch()
     with clock.phase("load"):
         family = load_erased(anchor)
     with clock.phase("encode"):
@@ -61,9 +77,6 @@ def erase(
     with clock.phase("solve"):
         data = stored.data(texts)
         changes = HaltingMarks(stored.marks, settings).solve(family.token_projections(), data)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    save_adapter(family, output_dir, changes=changes)
-    drop_stale_weights(output_dir, [WEIGHTS_NAME])
     rank: int = family.denoiser.peft_config[ADAPTER].r  # type: ignore[union-attr,index]
     record["edit"] = {
         "name": HaltingMarks.name,
@@ -74,7 +87,9 @@ def erase(
         "texts": texts,
     }
     record["retain"] = describe_prompts(retain, with_texts=False)
-    return _write(output_dir, record, stored, data, next(iter(changes.values())).down, clock)
+    with replacing(output_dir, RECORD) as folder:
+        save_adapter(family, folder, changes=changes)
+        return _write(folder, record, stored, data, next(iter(changes.values())).down, clock)
 
 
 def change_concepts(output_dir: Path, *, add: PromptSet | None, remove: Sequence[str]) -> dict[str, Any]:
@@ -85,6 +100,12 @@ def change_concepts(output_dir: Path, *, add: PromptSet | None, remove: Sequence
     Raises:
         OptionError: No erased adapter, a concept that is not in it, or none would be left.
     """
+    read_record(output_dir, "--output_dir")  # before a folder that is not there is created
+    with claimed(output_dir):
+        return _change(output_dir, add, remove)
+
+
+def _change(output_dir: Path, add: PromptSet | None, remove: Sequence[str]) -> dict[str, Any]:
     clock = Stopwatch()
     record = read_record(output_dir, "--output_dir")
     if "edit" not in record:
@@ -112,8 +133,12 @@ def change_concepts(output_dir: Path, *, add: PromptSet | None, remove: Sequence
     with clock.phase("solve"):
         data = stored.data(erased)
         readouts = edit_of.readouts(data).float()
-    _replace_readouts(output_dir / WEIGHTS_NAME, list(edit["rank_pattern"]), readouts)
-    return _write(output_dir, record, stored, data, readouts, clock)
+    with replacing(output_dir, RECORD) as folder:
+        with path_errors("--output_dir", output_dir / WEIGHTS_NAME), safe_open(output_dir / WEIGHTS_NAME, "pt"):
+            content = (output_dir / WEIGHTS_NAME).read_bytes()  # opened first: that finds a file that was cut
+        content = with_readouts(content, list(edit["rank_pattern"]), readouts)
+        (folder / WEIGHTS_NAME).write_bytes(content)
+        return _write(folder, record, stored, data, readouts, clock)
 
 
 @dataclass(frozen=True)
@@ -136,7 +161,11 @@ class _Stored:
 
     @classmethod
     def load(cls, path: Path, kept_concepts: list[str]) -> _Stored:
-        tensors = load_file(path)
+        with path_errors("--output_dir", path):
+            tensors = load_file(path)
+        for name in (MARKS, KEPT, KEPT_ROW):
+            if name not in tensors:
+                raise OptionError("--output_dir", path, f"lacks {name}: it is damaged, or of another version")
         known = {name.removeprefix(CONCEPT): value for name, value in tensors.items() if name.startswith(CONCEPT)}
         return cls(tensors[MARKS], tensors[KEPT], tensors[KEPT_ROW], kept_concepts, known)
 
@@ -161,25 +190,25 @@ def _anchor_record(anchor: Path) -> dict[str, Any]:
     return record
 
 
-def _replace_readouts(path: Path, layers: Sequence[str], readouts: Tensor) -> None:
-    """Write the last rows of the edited layers' down-projections anew; every other byte of the file stays.
+def with_readouts(weights: bytes, layers: Sequence[str], readouts: Tensor) -> bytes:
+    """A file of weights with other last rows in the edited layers' down-projections; every other byte is the same.
 
     The library that wrote it orders its metadata at random, so that the same tensors saved again are another file.
     """
-    content = bytearray(path.read_bytes())
+    content = bytearray(weights)
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     rows = readouts.contiguous().numpy().tobytes()
     for layer in layers:
         end = start + header[f"unet.{layer}.lora_A.weight"]["data_offsets"][1]
         content[end - len(rows) : end] = rows
-    atomic_write_bytes(path, bytes(content))
+    return bytes(content)
 
 
 def _write(
-    output_dir: Path, record: dict[str, Any], stored: _Stored, data: EditData, readouts: Tensor, clock: Stopwatch
+    folder: Path, record: dict[str, Any], stored: _Stored, data: EditData, readouts: Tensor, clock: Stopwatch
 ) -> dict[str, Any]:
-    """Write everything but the weights."""
+    """Write everything but the weights into a folder of new files."""
     edit = record["edit"]
     strengths = {concept: strength(states, readouts) for concept, states in data.forbidden.items()}
     edit["marks"] = {concept: {"least": float(s.min()), "mean": float(s.mean())} for concept, s in strengths.items()}
@@ -194,8 +223,8 @@ def _write(
         "texts": texts,
     }
     with clock.phase("write"):
-        stored.save(output_dir / EDIT_FILE)
+        stored.save(folder / EDIT_FILE)
     edit["seconds"] = {**clock.seconds, "total": sum(clock.seconds.values())}
-    write_json_atomic(output_dir / "erasure.json", record)
-    write_model_card(output_dir, record)
+    write_json_atomic(folder / RECORD, record)
+    write_model_card(folder, record)
     return record

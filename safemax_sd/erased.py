@@ -14,6 +14,7 @@ from safemax_sd.adapter import WEIGHTS_NAME
 from safemax_sd.errors import OptionError
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.result_folder import finish
 
 FORMAT_VERSION = 1
 MISSING = object()
@@ -55,6 +56,7 @@ def read_record(directory: Path, option: str = "--adapter") -> dict[str, Any]:
     Raises:
         OptionError: The folder is not a finished run's, or its record is damaged.
     """
+    finish(directory, option)
     path = directory / "erasure.json"
     if not path.is_file():
         raise OptionError(option, directory, "must be a finished run's folder (erasure.json and the weights)")

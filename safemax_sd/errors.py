@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+TORCH_FILE_ERRORS = ("inline_container", "PytorchStreamWriter", "Parent directory ")
+"""What `torch.save` says in a RuntimeError where the file system refuses."""
 LONGEST_VALUE = 200
 
 
@@ -31,3 +38,25 @@ class OptionError(SafemaxError):
             shown = f"{shown[:LONGEST_VALUE]}…"
         super().__init__(f"{option} {shown}: {allowed}")
         self.option, self.value = option, value
+
+
+@contextmanager
+def path_errors(option: str, path: object) -> Iterator[None]:
+    """Name the option, the path and the reason where the file system refuses to read or write.
+
+    Args:
+        option: As typed on the command line, such as `--output_dir`.
+        path: File or folder.
+
+    Raises:
+        OptionError: No permission, no space, a name that is too long, a file in place of a folder ….
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:150]
+        raise OptionError(option, path, f"cannot be used ({reason})") from error
+    except RuntimeError as error:
+        if not any(text in str(error) for text in TORCH_FILE_ERRORS):
+            raise
+        raise OptionError(option, path, "cannot be used (a file could not be written whole: no space?)") from error

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.families.base import FAMILIES, LoadOptions
 from safemax_sd.low_rank import LowRank
 from safemax_sd.provenance import provenance, public_path, write_json_atomic
+from safemax_sd.result_folder import LOCK, claimed, listed_files, replacing
 
 EXPORT_FILE = "export.json"
 FORMAT_VERSION = 1
@@ -78,22 +78,19 @@ def export_pipeline(
         SafemaxError: The disk is full.
     """
     sources = read_sources(adapters, weights)
-    check_output_dir(output_dir, overwrite=overwrite)
     full = next((source for source in sources if source.full), None)
     if full is not None and (len(sources) > 1 or full.weight != 1):
         text = "holds all weights of the denoiser: it can only be exported alone and with weight 1"
         raise OptionError("--adapter", full.directory, text)
-    base = _base_folder(sources[0])
-    denoiser, variant = _load_denoiser(sources[0], base)
-    if full is None:
-        fuse(denoiser, weighted_sum(sources), sources[0].base)
-
-    def write(folder: Path) -> None:
-        _copy_other_parts(sources[0], base, folder)
-        denoiser.save_pretrained(folder / sources[0].part, variant=variant)  # type: ignore[operator]
-        write_json_atomic(folder / EXPORT_FILE, _record(sources, "pipeline"))
-
-    _write_folder(output_dir, write)
+    with _claimed_for_export(output_dir, overwrite=overwrite):
+        base = _base_folder(sources[0])
+        denoiser, variant = _load_denoiser(sources[0], base)
+        if full is None:
+            fuse(denoiser, weighted_sum(sources), sources[0].base)
+        with replacing(output_dir, EXPORT_FILE) as folder:
+            _copy_other_parts(sources[0], base, folder)
+            denoiser.save_pretrained(folder / sources[0].part, variant=variant)  # type: ignore[operator]
+            write_json_atomic(folder / EXPORT_FILE, _record(sources, "pipeline"))
 
 
 def export_lora(
@@ -114,28 +111,25 @@ def export_lora(
         SafemaxError: The disk is full.
     """
     sources = read_sources(adapters, weights)
-    check_output_dir(output_dir, overwrite=overwrite)
     for source in sources:
         if source.full:
             raise OptionError("--adapter", source.directory, "holds all weights of the denoiser: add --merge")
     family = FAMILIES.get(sources[0].record["base_model"]["family"])
     if kohya and not family.kohya_format:
         raise OptionError("--output_kohya_format", True, f"A1111 and ComfyUI know no {family.name} models")
-    changes = weighted_sum(sources)
-    metadata = _metadata(changes)
-    state = {}
-    for layer, change in changes.items():
-        state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = change.down, change.up
-
-    def write(folder: Path) -> None:
+    with _claimed_for_export(output_dir, overwrite=overwrite):
+        changes = weighted_sum(sources)
+        metadata = _metadata(changes)
+        state = {}
+        for layer, change in changes.items():
+            state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = change.down, change.up
         named = {f"{family.denoiser_part}.{name}": tensor for name, tensor in state.items()}
         stored = json.dumps({f"{family.denoiser_part}.{key}": value for key, value in metadata.items()})
-        save_file(named, folder / WEIGHTS_NAME, {"format": "pt", LORA_ADAPTER_METADATA_KEY: stored})
-        if kohya:
-            save_file(to_kohya(state, metadata), folder / KOHYA_NAME, {"format": "pt"})
-        write_json_atomic(folder / EXPORT_FILE, _record(sources, "lora"))
-
-    _write_folder(output_dir, write)
+        with replacing(output_dir, EXPORT_FILE) as folder:
+            save_file(named, folder / WEIGHTS_NAME, {"format": "pt", LORA_ADAPTER_METADATA_KEY: stored})
+            if kohya:
+                save_file(to_kohya(state, metadata), folder / KOHYA_NAME, {"format": "pt"})
+            write_json_atomic(folder / EXPORT_FILE, _record(sources, "lora"))
 
 
 def read_sources(adapters: Sequence[Path], weights: Sequence[float]) -> list[Source]:
@@ -161,20 +155,21 @@ def read_sources(adapters: Sequence[Path], weights: Sequence[float]) -> list[Sou
     return sources
 
 
-def check_output_dir(directory: Path, *, overwrite: bool) -> None:
-    """Whether an export may be written there: nothing but an earlier export is ever replaced.
+@contextmanager
+def _claimed_for_export(directory: Path, *, overwrite: bool) -> Iterator[None]:
+    """Claim a folder for an export: it is empty, or holds an earlier export and may be overwritten.
 
     Raises:
-        OptionError: It may not.
+        OptionError: It is neither, or cannot be written to.
     """
-    if directory.exists() and not directory.is_dir():
-        raise OptionError("--output_dir", directory, "is a file")
-    if not directory.is_dir() or not any(directory.iterdir()):
-        return
-    if not (directory / EXPORT_FILE).is_file():
-        raise OptionError("--output_dir", directory, "holds something else than an export: name a new folder")
-    if not overwrite:
-        raise OptionError("--output_dir", directory, "is in use: add --overwrite_output_dir or name a new folder")
+    with claimed(directory):
+        if any(path.name != LOCK for path in directory.iterdir()):
+            if not listed_files(directory, EXPORT_FILE):
+                raise OptionError("--output_dir", directory, "holds something else than an export: name a new folder")
+            if not overwrite:
+                text = "is in use: add --overwrite_output_dir or name a new folder"
+                raise OptionError("--output_dir", directory, text)
+        yield
 
 
 def read_lora(source: Source) -> dict[str, LowRank]:
@@ -335,20 +330,3 @@ def _record(sources: Sequence[Source], kind: str) -> dict[str, Any]:
         ],
         "provenance": provenance(None, torch.device("cpu")),
     }
-
-
-def _write_folder(directory: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `directory`, then put it in that place."""
-    target = directory.resolve()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as temporary:
-            new, old = Path(temporary) / "new", Path(temporary) / "old"
-            new.mkdir()
-            write(new)
-            if target.exists():
-                os.replace(target, old)
-            os.replace(new, target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise SafemaxError(f"--output_dir {directory}: the export could not be written ({reason})") from error

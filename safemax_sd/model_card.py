@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safemax_sd.assets import resolve_model
 from safemax_sd.families.base import FAMILIES, LoadOptions
 from safemax_sd.provenance import atomic_write_text, public_path
+from safemax_sd.samples import own_samples
 
 SHOWN_NAMES, LONGEST_NAME = 10, 60
 """Of concepts, in a card's text."""
@@ -134,6 +135,12 @@ def hub_id(name_or_path: str) -> str | None:
     return name_or_path
 
 
+def last_sample(directory: Path) -> Picture | None:
+    """The last picture that the training of an adapter drew."""
+    drawn = own_samples(directory)
+    return Picture(drawn[-1].relative_to(directory).as_posix(), drawn[-1].stem) if drawn else None
+
+
 def write_model_card(
     directory: Path, record: dict[str, Any], *, measured: str = "", picture: Picture | None = None
 ) -> None:
@@ -143,14 +150,8 @@ def write_model_card(
         directory: The adapter's folder.
         record: Content of its `erasure.json`.
         measured: Markdown of an evaluation's results; may be empty.
-        picture: To show; by default the last of those drawn during training.
-
-    Raises:
-        SafemaxError: The disk is full.
+        picture: To show.
     """
-    if picture is None:
-        drawn = sorted((directory / "samples").glob("*.png"))
-        picture = Picture(drawn[-1].relative_to(directory).as_posix(), drawn[-1].stem) if drawn else None
     # Not through diffusers' load_or_create_model_card: it asks the hub for a repository of the folder's name first.
     data = ModelCardData(
         base_model=hub_id(record["base_model"]["name_or_path"]),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import logging
 import time
-from collections.abc import Collection
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,59 +18,104 @@ from safemax_sd import checkpoints
 from safemax_sd.adapter import KOHYA_NAME, WEIGHTS_NAME
 from safemax_sd.config import TrainConfig
 from safemax_sd.erased import FORMAT_VERSION
-from safemax_sd.errors import OptionError
+from safemax_sd.errors import OptionError, path_errors
 from safemax_sd.families import ModelFamily
-from safemax_sd.model_card import write_model_card
+from safemax_sd.model_card import last_sample, write_model_card
 from safemax_sd.objectives.halting_anchor import MARKS_FILE
+from safemax_sd.processes import claimed_by_main, from_main
 from safemax_sd.prompts import PromptSet
-from safemax_sd.provenance import Cost, peak_memory_bytes, provenance, public_path, write_json_atomic
+from safemax_sd.provenance import (
+    Cost,
+    atomic_write_text,
+    peak_memory_bytes,
+    provenance,
+    public_path,
+    write_json_atomic,
+)
 from safemax_sd.registry import closest
+from safemax_sd.result_folder import check_no_model, foreign, not_ours
+from safemax_sd.samples import SAMPLES, is_ours, remove_samples
 
+logger = logging.getLogger("safemax_sd")
+
+RECORD = "erasure.json"
+CARD = "README.md"
+LOG = "log.jsonl"
 WEIGHTS = (WEIGHTS_NAME, "unet", "transformer")
 EDIT_FILE = "edit.safetensors"
 """What the edits of a halting anchor are solved from."""
 BESIDE_WEIGHTS = (KOHYA_NAME, MARKS_FILE, EDIT_FILE)
-TRACES = (*WEIGHTS, "erasure.json", "log.jsonl")
+LOG_BEGINS = b'{"step": '
+TRACES = (*WEIGHTS, RECORD, LOG)
 
 
-def prepare_output_dir(config: TrainConfig, accelerator: Accelerator) -> Path | None:
-    """Create the output folder or check the one that is there; returns the checkpoint to resume from, if any.
+@contextmanager
+def run_folder(config: TrainConfig, accelerator: Accelerator) -> Iterator[Path | None]:
+    """Claim the output folder for a run, to be called by all its processes; yields the checkpoint to resume from.
 
     Raises:
-        OptionError: The folder holds another run and neither `--overwrite_output_dir` nor a resume was asked for, or
-            there is nothing to resume.
+        OptionError: The folder is another process's, holds another run and neither `--overwrite_output_dir` nor a
+            resume was asked for, holds files of others in the way, or there is nothing to resume.
     """
     directory = Path(config.output_dir)
-    checkpoint = config.resume_from_checkpoint
+    with claimed_by_main(directory, accelerator.state):
+        yield from_main(accelerator.state, lambda: checkpoint_to_resume(config))
+
+
+def checkpoint_to_resume(config: TrainConfig) -> Path | None:
+    """See that the run may write to its claimed output folder, and find what it resumes from, if anything.
+
+    Raises:
+        OptionError: As of `run_folder`.
+    """
+    directory = Path(config.output_dir)
+    asked = config.resume_from_checkpoint
+    resume_from = None if asked is None else checkpoints.find(directory, asked)
     check_output_dir(
         directory,
-        overwrite=config.overwrite_output_dir or checkpoint is not None,
+        # A checkpoint from elsewhere does not make this folder its run's.
+        overwrite=config.overwrite_output_dir or (resume_from is not None and resume_from.parent.samefile(directory)),
         instead="or --resume_from_checkpoint latest, or name a new one",
     )
-    resume_from = None if checkpoint is None else checkpoints.find(directory, checkpoint)
-    if accelerator.is_main_process:
-        directory.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
     return resume_from
 
 
 def check_output_dir(directory: Path, *, overwrite: bool, instead: str) -> None:
-    """See that a folder may be written to.
+    """See that a claimed folder may be written to.
 
     Args:
-        directory: What `--output_dir` named; need not be there.
-        overwrite: Another run in it does not matter.
+        directory: Named by `--output_dir`.
+        overwrite: Whether another run in it does not matter.
         instead: What else than overwriting may be done.
 
     Raises:
-        OptionError: It is a file or holds another run.
+        OptionError: It is a model's, holds files of others in the way, or another run.
     """
-    if directory.exists() and not directory.is_dir():
-        raise OptionError("--output_dir", directory, "is a file")
+    check_no_model(directory)
+    for name in (*WEIGHTS, *BESIDE_WEIGHTS, RECORD, CARD):
+        if foreign(directory, name, RECORD):
+            raise not_ours(directory, name)
+    log = directory / LOG
+    with path_errors("--output_dir", directory):
+        if log.exists() and not _is_log(log):
+            raise not_ours(directory, LOG)
+        for path in (*directory.glob("checkpoint-*"), *directory.glob(f"{SAMPLES}/step-*.png")):
+            if checkpoints.step_of(path) >= 0 and not checkpoints.is_ours(path):
+                raise not_ours(directory, path.name)
+            if path.suffix == ".png" and not is_ours(path):
+                raise not_ours(directory, f"{SAMPLES}/{path.name}")
     if overwrite:
         return
     if any((directory / name).exists() for name in TRACES) or checkpoints.all_checkpoints(directory):
         raise OptionError("--output_dir", directory, f"holds another run: add --overwrite_output_dir {instead}")
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file is a run's log, as far as its beginning tells; an empty one may become one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(LOG_BEGINS)) in (LOG_BEGINS, b"")
 
 
 def clear(directory: Path) -> None:
@@ -78,21 +123,10 @@ def clear(directory: Path) -> None:
 
     To be called when the run is about to step: bad input must have lost nothing by then.
     """
-    for path in (*checkpoints.all_checkpoints(directory), directory / "samples"):
-        if path.is_dir():
-            shutil.rmtree(path)
-
-
-def drop_stale_weights(directory: Path, written: Collection[str]) -> None:
-    """Remove what an earlier run left beside the files just written: a loader would take it for this run's."""
-    for name in (*WEIGHTS, *BESIDE_WEIGHTS):
-        path = directory / name
-        if name in written:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    with path_errors("--output_dir", directory):
+        for checkpoint in checkpoints.all_checkpoints(directory):
+            checkpoints.discard(checkpoint)
+        remove_samples(directory)
 
 
 def check_tracker(config: TrainConfig) -> None:
@@ -122,32 +156,49 @@ class RunLog:
         self._started = time.monotonic()
         if config.report_to is not None:
             plain = {k: v for k, v in config.record().items() if isinstance(v, int | float | str | bool)}
-            accelerator.init_trackers("safemax_sd", config=plain)
+            with path_errors("--logging_dir", config.logging_dir):
+                accelerator.init_trackers("safemax_sd", config=plain)
         if self._path is not None:
             self._keep_until(resume_step)
 
     def _keep_until(self, step: int) -> None:
         """Drop the lines after the step that a resumed run goes on from (all of them in a new run)."""
         assert self._path is not None
-        kept = []
-        if self._path.exists():
-            lines = self._path.read_text(encoding="utf8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf8")
-        os.replace(temporary, self._path)
+        with path_errors("--output_dir", self._path):
+            kept = [row for row in read_log(self._path) if row["step"] <= step] if step else []
+            atomic_write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         if kept:
-            self._started -= json.loads(kept[-1])["seconds"]
+            self._started -= kept[-1]["seconds"]
 
     def write(self, step: int, row: dict[str, float]) -> None:
         self.accelerator.log(row, step=step)
         if self._path is not None:
             seconds = round(time.monotonic() - self._started, 3)
-            with self._path.open("a", encoding="utf8") as file:
+            with path_errors("--output_dir", self._path), self._path.open("a", encoding="utf8") as file:
                 file.write(json.dumps({"step": step, **row, "seconds": seconds}) + "\n")
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Rows of a run's log; none where there is no file. Lines that cannot be read are left out, with a warning."""
+    if not path.exists():
+        return []
+    rows, broken = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and {"step", "seconds"} <= row.keys():
+            rows.append(row)
+        else:
+            broken.append(number)
+    if broken:
+        logger.warning("%s: left out %d damaged lines, the first of them line %d", path, len(broken), broken[0])
+    return rows
+
+
 def write_results(
+    folder: Path,
     config: TrainConfig,
     family: ModelFamily,
     forget: PromptSet | None,
@@ -156,10 +207,20 @@ def write_results(
     steps: int,
     edit: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write `erasure.json` and the model card; returns the record. `edit`: of a closed form, its name and settings.
+    """Write `erasure.json` and the model card into a folder of new files (see `result_folder.replacing`).
 
-    Raises:
-        SafemaxError: The disk is full.
+    Args:
+        folder: To write to.
+        config: Of the run.
+        family: Its model.
+        forget: Prompts to forget, where the run names any.
+        retain: Prompts to keep.
+        cost: Of the run.
+        steps: Taken.
+        edit: Name and settings of a closed form.
+
+    Returns:
+        The record.
     """
     device = next(family.denoiser.parameters()).device
     record: dict[str, Any] = {
@@ -179,9 +240,8 @@ def write_results(
     }
     if edit is not None:
         record["edit"] = edit
-    directory = Path(config.output_dir)
-    write_json_atomic(directory / "erasure.json", record)
-    write_model_card(directory, record)
+    write_json_atomic(folder / RECORD, record)
+    write_model_card(folder, record, picture=last_sample(Path(config.output_dir)))
     return record
 
 

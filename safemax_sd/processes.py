@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import SafemaxError
+from safemax_sd.result_folder import claimed
+
+T = TypeVar("T")
 
 SPLITS_THE_MODEL = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -45,6 +49,35 @@ def check_distribution(kind: DistributedType) -> None:
     """
     if kind in SPLITS_THE_MODEL:
         raise SafemaxError(f"accelerate launch: {kind.value} is not supported; use --multi_gpu (data parallelism)")
+
+
+def from_main(state: PartialState, call: Callable[[], T]) -> T:
+    """What a function returns in the main process, for all processes; its error too.
+
+    Raises:
+        SafemaxError: It was raised there.
+    """
+    outcome: list[Any] = [None, None]
+    failed: SafemaxError | None = None
+    if state.is_main_process:
+        try:
+            outcome[0] = call()
+        except SafemaxError as error:
+            failed, outcome[1] = error, str(error)
+    broadcast_object_list(outcome)
+    if failed is not None:
+        raise failed
+    if outcome[1] is not None:
+        raise SafemaxError(outcome[1])
+    return outcome[0]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def claimed_by_main(directory: Path, state: PartialState) -> Iterator[None]:
+    """Claim a folder for all processes of a run; see `result_folder.claimed`."""
+    with ExitStack() as stack:
+        from_main(state, lambda: stack.enter_context(claimed(directory)))
+        yield
 
 
 def mean_over_processes(accelerator: Accelerator, value: float) -> float:

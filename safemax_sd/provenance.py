@@ -22,8 +22,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from safemax_sd.errors import SafemaxError
-
 PACKAGES = ("safemax_sd", "torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")
 SECRET_FLAGS = ("--hub_token", "--hub-token")
 
@@ -150,15 +148,15 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
-        SafemaxError: It cannot be written; what was there before is untouched.
+        OSError: It cannot be written; what was there before is untouched. See `errors.path_errors`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.safemax-tmp")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    except OSError as error:
+    except OSError:
         temporary.unlink(missing_ok=True)
-        raise SafemaxError(f"{path} could not be written ({error.strerror})") from error
+        raise
 
 
 def atomic_write_text(path: Path, text: str) -> None:

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 
-from safemax_sd.adapter import WEIGHTS_NAME, save_changes
+from safemax_sd.adapter import save_changes
 from safemax_sd.config import TrainConfig
 from safemax_sd.edits import EditData
 from safemax_sd.edits.uce import Uce, UceSettings
 from safemax_sd.errors import OptionError
-from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.output import check_output_dir, drop_stale_weights, write_results
+from safemax_sd.families import LoadOptions, ModelFamily, load_family
+from safemax_sd.low_rank import LowRank
+from safemax_sd.output import RECORD, check_output_dir, write_results
 from safemax_sd.prompts import PromptSet, check_disjoint
 from safemax_sd.provenance import Cost, Stopwatch
+from safemax_sd.result_folder import claimed, replacing
 from safemax_sd.token_states import last_token_states
 
 
@@ -39,9 +41,32 @@ def redirect(
         OptionError: A prompt that is both forbidden and kept, an output folder in use, or a model without
             cross-attention.
     """
-    clock = Stopwatch()
     check_disjoint(forget, retain)
-    check_output_dir(output_dir, overwrite=overwrite, instead="or name a new one")
+    with claimed(output_dir):
+        check_output_dir(output_dir, overwrite=overwrite, instead="or name a new one")
+        clock = Stopwatch()
+        family, changes = _solve(base, forget, retain, settings, padding=padding, clock=clock)
+        config = TrainConfig(
+            forget_prompts=forget.source,
+            retain_prompts=retain.source,
+            output_dir=str(output_dir),
+            pretrained_model_name_or_path=base,
+            rank=len(next(iter(changes.values())).down),
+            lora_targets="cross_attention",
+            objective=Uce.name,
+            max_train_steps=0,
+        )
+        edit = {"name": Uce.name, "settings": {**asdict(settings), "padding": padding}}
+        with replacing(output_dir, RECORD) as folder:
+            with clock.phase("write"):
+                save_changes(family, folder, changes)
+            return write_results(folder, config, family, forget, retain, Cost(clock.seconds), 0, edit)
+
+
+def _solve(
+    base: str, forget: PromptSet, retain: PromptSet, settings: UceSettings, *, padding: bool, clock: Stopwatch
+) -> tuple[ModelFamily, dict[str, LowRank]]:
+    """The base model and what the edit adds to its keys and values."""
     with clock.phase("load"):
         family = load_family(LoadOptions(base))
     layers = family.token_projections()
@@ -54,20 +79,4 @@ def redirect(
         named = {concept: tokens[None] for concept, tokens in zip(concepts, states, strict=False)}
         data = EditData(named, torch.cat(states[len(concepts) :]))
     with clock.phase("solve"):
-        changes = Uce(guide, settings).solve(layers, data)
-    with clock.phase("write"):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        save_changes(family, output_dir, changes)
-        drop_stale_weights(output_dir, [WEIGHTS_NAME])
-    config = TrainConfig(
-        forget_prompts=forget.source,
-        retain_prompts=retain.source,
-        output_dir=str(output_dir),
-        pretrained_model_name_or_path=base,
-        rank=len(next(iter(changes.values())).down),
-        lora_targets="cross_attention",
-        objective=Uce.name,
-        max_train_steps=0,
-    )
-    edit = {"name": Uce.name, "settings": {**asdict(settings), "padding": padding}}
-    return write_results(config, family, forget, retain, Cost(clock.seconds), 0, edit)
+        return family, Uce(guide, settings).solve(layers, data)

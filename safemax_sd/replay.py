@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from safemax_sd.errors import SafemaxError
+from safemax_sd.errors import path_errors
 from safemax_sd.families import Conditioning, ModelFamily, TrajectoryPoint
 
 PERTURBED_SHARE = 0.5
@@ -110,19 +110,15 @@ class Storage:
         """Room for a tensor; what is written to it on disk is seen by all processes.
 
         Raises:
-            SafemaxError: The disk is full.
+            OptionError: The disk is full.
         """
         if self.folder is None or not math.prod(shape):
             return torch.empty(*shape, dtype=dtype)
         path = self.folder / f"{name}.bin"
-        try:
+        with path_errors("--output_dir", path):
             self.folder.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:  # before anything is written: a mapped file that finds no space is a crash
                 os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)
-        except OSError as error:
-            raise SafemaxError(
-                f"--output_dir: no room for the replay bank in {self.folder} ({error.strerror})"
-            ) from error
         return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
 
     def forget_names(self, state: PartialState) -> None:

@@ -30,7 +30,7 @@ from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_fam
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Positions
 from safemax_sd.optimizers import check_optimizer, make_optimizer
-from safemax_sd.output import RunLog, check_tracker, clear, drop_stale_weights, prepare_output_dir, write_results
+from safemax_sd.output import RECORD, RunLog, check_tracker, clear, run_folder, write_results
 from safemax_sd.probe import UnlearningProbe
 from safemax_sd.processes import (
     PROCESS_LOST,
@@ -43,6 +43,7 @@ from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_ove
 from safemax_sd.provenance import Cost, Stopwatch
 from safemax_sd.recording import Recording
 from safemax_sd.replay import start_noise
+from safemax_sd.result_folder import replacing
 from safemax_sd.resume import check_conditions, conditions
 from safemax_sd.samples import save_samples, track_samples
 
@@ -94,7 +95,19 @@ def train(config: TrainConfig) -> Path:
     """
     forget, retain = read_input(config)
     accelerator = make_accelerator(config)
-    resume_from = prepare_output_dir(config, accelerator)
+    with run_folder(config, accelerator) as resume_from:
+        run = train_in(config, accelerator, forget, retain, resume_from)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if config.push_to_hub and accelerator.is_main_process:
+        print(f"uploaded: {hub.push(config)}")
+    return run.output_dir
+
+
+def train_in(
+    config: TrainConfig, accelerator: Accelerator, forget: PromptSet, retain: PromptSet, resume_from: Path | None
+) -> Run:
+    """Train in a claimed output folder and write the results."""
     under = conditions(config, forget, retain, accelerator.num_processes)
     if resume_from is not None:
         check_conditions(resume_from, under)
@@ -111,16 +124,21 @@ def train(config: TrainConfig) -> Path:
         loop(run)
     cost = run.cost()
     if accelerator.is_main_process:
-        run.trainable.save(run.output_dir)
-        drop_stale_weights(run.output_dir, run.trainable.files)
-        run.objective.save(run.output_dir)
-        named = forget if run.objective.names_concepts else None
-        write_results(run.config, run.family, named, retain, cost, run.step)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if config.push_to_hub and accelerator.is_main_process:
-        print(f"uploaded: {hub.push(config)}")
-    return run.output_dir
+        save_results(run, cost)
+    return run
+
+
+def save_results(run: Run, cost: Cost) -> None:
+    """Write weights, record and model card into the claimed output folder, as one.
+
+    Raises:
+        OptionError: The disk is full; what was there before stays.
+    """
+    named = run.forget if run.objective.names_concepts else None
+    with replacing(run.output_dir, RECORD) as folder:
+        run.trainable.save(folder)
+        run.objective.save(folder)
+        write_results(folder, run.config, run.family, named, run.retain, cost, run.step)
 
 
 def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from safemax_sd import adapter
@@ -25,11 +22,9 @@ class Trainable(ABC):
 
     Attributes:
         parameters: To step, float32, in a fixed order.
-        files: What `save` writes.
     """
 
     parameters: list[nn.Parameter]
-    files: tuple[str, ...]
 
     def restrict(self, parameters: Sequence[nn.Parameter]) -> None:
         """Train only these of them: the others get no gradients, moments or part in clipping, but are saved too."""
@@ -40,11 +35,7 @@ class Trainable(ABC):
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Write them into `directory`, whole or not at all.
-
-        Raises:
-            SafemaxError: The disk is full; what was there before is untouched.
-        """
+        """Write them into a folder that takes its place, or gives its files theirs, when all of it is written."""
 
     @abstractmethod
     def load(self, directory: Path) -> None:
@@ -62,7 +53,6 @@ class Lora(Trainable):
         if config.output_kohya_format and not family.kohya_format:
             raise OptionError("--output_kohya_format", True, f"A1111 and ComfyUI know no {family.name} models")
         self.family, self.kohya = family, config.output_kohya_format
-        self.files = (adapter.WEIGHTS_NAME, *([adapter.KOHYA_NAME] if self.kohya else []))
         self.parameters = adapter.attach(
             family,
             rank=config.rank,
@@ -87,22 +77,12 @@ class FullModel(Trainable):
     """Every weight of the denoiser; stored as the denoiser's folder in diffusers' format."""
 
     def __init__(self, family: ModelFamily) -> None:
-        self.family, self.files = family, (family.denoiser_part,)
+        self.family = family
         family.denoiser.float()  # half-precision weights barely move under AdamW
         self.parameters = list(family.denoiser.requires_grad_(True).parameters())
 
     def save(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        final = directory / self.family.denoiser_part
-        try:
-            with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
-                written = Path(temporary) / "new"
-                self.family.denoiser.save_pretrained(written)  # type: ignore[operator]
-                if final.exists():
-                    os.replace(final, Path(temporary) / "old")
-                os.replace(written, final)
-        except (OSError, SafetensorError) as error:
-            raise SafemaxError(f"--output_dir {directory}: the model could not be written ({error})") from error
+        self.family.denoiser.save_pretrained(directory / self.family.denoiser_part)  # type: ignore[operator]
 
     def load(self, directory: Path) -> None:
         path = directory / self.family.denoiser_part / FULL_WEIGHTS

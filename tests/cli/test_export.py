@@ -413,7 +413,7 @@ def test_a_full_disk_leaves_what_was_there(apple: Path, tmp_path: Path, more: li
     command = [sys.executable, "-c", FULL_DISK, str(apple), str(output), "--overwrite_output_dir", *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert f"error: --output_dir {output}: the export could not be written (" in done.stderr
+    assert f"error: --output_dir {output}: cannot be used (" in done.stderr
     assert "Traceback" not in done.stderr
     assert files(output) == before
     assert not [path for path in tmp_path.iterdir() if path != output]

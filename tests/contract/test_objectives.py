@@ -219,7 +219,11 @@ def test_accumulation_splits_a_batch_exactly(config: TrainConfig, tmp_path: Path
 def test_a_resumed_run_ends_as_an_uninterrupted_one(config: TrainConfig) -> None:
     output = train(config)
     whole, before = stored(output, config), read_record(output)
-    for path in (output / adapter.WEIGHTS_NAME, output / "erasure.json"):  # as if killed after checkpoint-2
+    for path in (
+        output / adapter.WEIGHTS_NAME,
+        output / "erasure.json",
+        output / "README.md",
+    ):  # as if killed after checkpoint-2
         path.unlink(missing_ok=True)
     for part in ("unet", "transformer"):
         shutil.rmtree(output / part, ignore_errors=True)

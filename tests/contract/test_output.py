@@ -13,9 +13,14 @@ from safemax_sd import adapter
 from safemax_sd.command_line import parse_config
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.objectives.halting_anchor import MARKS_FILE
 from safemax_sd.output import BESIDE_WEIGHTS, WEIGHTS
 from safemax_sd.train import main, train
 from tests import tiny
+
+FEW = {"practice_edits": 4, "max_train_steps": 1, "train_batch_size": 2, "replay_inference_steps": 3, "rank": 2}
+FEW |= {"forget_trajectories": 2, "retain_trajectories": 4}
 
 
 @pytest.fixture
@@ -56,8 +61,9 @@ def test_a_used_folder_is_refused_and_kept(config: TrainConfig) -> None:
 
 
 def test_another_kind_of_weights_takes_the_place_of_the_first(config: TrainConfig) -> None:
-    output = train(config)
-    (output / "halting_marks.safetensors").touch()
+    anchor = {name: getattr(config, name) for name in ("pretrained_model_name_or_path", "retain_prompts", "output_dir")}
+    output = train(OBJECTIVES.get("halting_anchor").Config(**FEW, **anchor, objective="halting_anchor"))
+    assert {path.name for path in output.iterdir()} & {*WEIGHTS, *BESIDE_WEIGHTS} == {adapter.WEIGHTS_NAME, MARKS_FILE}
     train(replace(config, trainable="full", overwrite_output_dir=True))
     assert {path.name for path in output.iterdir()} & {*WEIGHTS, *BESIDE_WEIGHTS} == {"unet"}
     train(replace(config, overwrite_output_dir=True))
