@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from safemax_sd.errors import SafemaxError
 from safemax_sd.families import LoadOptions
 from safemax_sd.schedulers import as_scheduler
 
@@ -148,6 +149,10 @@ class Generator:
             return Pictures(**load_file(path))
         with without_cut_text():
             made = self._models[job.model].draw(request)
+        for kind, values in (("pictures", made.pictures), ("latents", made.latents)):
+            if not values.isfinite().all():
+                setting = f"{job.sampler}, guidance scale {request.guidance_scale:g}"
+                raise SafemaxError(f"{kind} that the {job.model} model drew ({setting}) are not finite")
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         save_file({"pictures": made.pictures, "latents": made.latents}, temporary)
         os.replace(temporary, path)

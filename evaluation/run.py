@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,7 +31,7 @@ from safemax_sd.prompts import (
 )
 from torch import Tensor
 
-from safemax_sd.errors import OptionError
+from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.judge import Judge, load_judge
 from safemax_sd.model_card import Picture, write_model_card
 from safemax_sd.pictures import before_after
@@ -57,6 +58,15 @@ RUN_SEEDS, REPEAT_SEEDS = 10_000_000, 2**40
 """From one run's start noise to the next, and from one to the next picture of a prompt with a seed of its own."""
 SAMPLE_COUNTS = {"forget": 4, "paraphrases": 1, "neighbours": 2, "retain": 4}
 
+LIMITS = {
+    "num_images": (1, 1_000_000),
+    "num_sweep_images": (0, 1_000_000),
+    "num_inference_steps": (1, 1000),
+    "batch_size": (1, 100_000),
+    "seed": (0, 2**32 - 1),
+}
+"""Least and greatest values of flags; more pictures of a subset would draw from another one's start noise."""
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -81,11 +91,9 @@ class EvaluateOptions:
     def validate(self) -> None:
         """Raises OptionError for the first value that cannot be used."""
         check_samplers(self, dict.fromkeys([*SAMPLERS, *FLOW_SAMPLERS]))
-        for name in ("num_images", "num_inference_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"--{name}", getattr(self, name), "must be at least 1")
-        if self.num_sweep_images < 0:
-            raise OptionError("--num_sweep_images", self.num_sweep_images, "must be 0 (no sweep) or more")
+        for name, (least, most) in LIMITS.items():
+            if not least <= getattr(self, name) <= most:
+                raise OptionError(f"--{name}", getattr(self, name), f"must be in {least:,} to {most:,}")
         for scale in (self.guidance_scale, *self.sweep_guidance_scales):
             if not 0 < scale < GUIDANCE_BOUND:
                 raise OptionError("--guidance_scale", scale, f"must be more than 0 and below {GUIDANCE_BOUND}")
@@ -142,6 +150,10 @@ class Evaluation:
             warn_over_long(prompts, self.generator.tokenizer, option="--suite")
         samplers = tuple(self.generator.samplers)
         check_samplers(options, samplers)
+        most = self.generator.pipeline.scheduler.config.num_train_timesteps
+        if options.num_inference_steps > most:
+            text = f"must be at most {most}, the timesteps of this model's schedule"
+            raise OptionError("--num_inference_steps", options.num_inference_steps, text)
         self.options = replace(
             options, sampler=options.sampler or samplers[0], sweep_samplers=options.sweep_samplers or samplers
         )
@@ -213,6 +225,8 @@ class Evaluation:
             if metric.applies(batch):
                 metric.update(batch)
                 results[name] = metric.compute()
+                if not math.isfinite(results[name].value):
+                    raise SafemaxError(f"{name} of {len(prompts)} pictures, such as {prompts[0].text!r}, is not finite")
         return results
 
     def main_rows(self) -> tuple[list[dict[str, Any]], Shown]:
@@ -245,7 +259,7 @@ class Evaluation:
             for scale in self.options.sweep_guidance_scales:
                 for subset, names in SWEEP_METRICS.items():
                     prompts = pick(self.suite.parts[subset].prompts, self.options.num_sweep_images)
-                    settings = {"sampler": sampler, "guidance_scale": scale}
+                    settings: dict[str, Any] = {"sampler": sampler, "guidance_scale": scale}
                     job = self.job("erased", prompts, subset, **settings)
                     made = self.generator.run(job, description=f"{sampler}, guidance {scale:g}, {subset}")
                     results = self.measure(made, prompts, names)

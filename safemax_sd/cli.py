@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
+from safemax_sd.children import run_launched
 from safemax_sd.command_line import parse_config
 from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.objectives.safemax import SafemaxConfig
@@ -41,19 +41,21 @@ def one_line_errors() -> Iterator[None]:
 
 def launch_training(arguments: list[str]) -> None:
     """Run `safemax_sd.train` through Accelerate's launcher; its exit code becomes ours if it fails."""
+    from accelerate.commands.config.config_args import default_config_file
+
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    config = Path.home() / ".cache" / "huggingface" / "accelerate" / "default_config.yaml"
-    if not config.exists():  # spelled out, the launcher's defaults need no warning
+    if not Path(default_config_file).exists():  # spelled out, the launcher's defaults need no warning
         processes = max(1, torch.cuda.device_count())
         command += ["--num_processes", str(processes), "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        command += ["--mixed_precision", precision, "--dynamo_backend", "no"]
         command += ["--multi_gpu"] if processes > 1 else []
         # Left alone, the launcher counts physical cores, and a process on two virtual ones gets one thread.
         threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // processes)
         command += ["--num_cpu_threads_per_process", str(threads)]
-    finished = subprocess.run([*command, "-m", "safemax_sd.train", *arguments], check=False)
-    if finished.returncode:
-        raise typer.Exit(finished.returncode)
+    code = run_launched([*command, "-m", "safemax_sd.train", *arguments])
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command(context_settings=PASS_THROUGH)

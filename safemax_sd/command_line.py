@@ -16,6 +16,8 @@ from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.registry import closest
 
+MERGE = "tag:yaml.org,2002:merge"
+
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The flags of a command line (default: this process's), of which those in a `--config` file are the defaults.
@@ -71,12 +73,25 @@ def read_yaml(path: str) -> dict[str, Any]:
         OptionError: No such file, or not a mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(Path(path).read_text(encoding="utf8"), Loader=_UniqueKeys)
+    except (OSError, ValueError, yaml.YAMLError) as error:  # (ValueError: bytes that are no text, dates that are none)
         raise OptionError("--config", path, f"cannot be read: {' '.join(str(error).split())[:150]}") from error
     if not isinstance(content, dict):
         raise OptionError("--config", path, "must map flag names to values")
     return content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses a key that stands twice where PyYAML lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def check_types(content: dict[str, Any], config_class: type[Any], path: str) -> dict[str, Any]:
@@ -106,8 +121,11 @@ def _checked(path: str, key: str, value: Any, hint: Any) -> Any:
         raise OptionError("--config", path, f"{key} must be a number, not {value!r}") from error
     if bool in kinds and isinstance(value, bool):
         return value
-    if getattr(hint, "__origin__", None) is list and isinstance(value, list):
-        return [str(part) for part in value]
+    if getattr(hint, "__origin__", None) is list:
+        parts = value if isinstance(value, list) else [value]
+        if all(isinstance(part, str | int | float) for part in parts):
+            return [str(part) for part in parts]
+        raise OptionError("--config", path, f"{key} must be a text or a list of texts, not {value!r}")
     if isinstance(value, str) and (str in kinds or any(literals(kind) for kind in kinds)):
         return value
     raise OptionError("--config", path, f"{key} cannot be {value!r}")

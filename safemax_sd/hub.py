@@ -31,7 +31,7 @@ def check(config: TrainConfig) -> None:
             if getattr(config, name):
                 raise OptionError(f"--{name}", _shown(config, name), "needs --push_to_hub")
         return
-    if config.hub_token is not None and config.report_to not in TOKEN_SAFE_TRACKERS:
+    if config.hub_token is not None and config.tracker not in TOKEN_SAFE_TRACKERS:
         # wandb and others keep the command line with the run.
         text = f"may be published by --report_to {config.report_to}: leave it out and run `hf auth login`"
         raise OptionError("--hub_token", _shown(config, "hub_token"), text)

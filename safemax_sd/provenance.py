@@ -172,5 +172,13 @@ def write_tensors_atomic(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_json_atomic(path: Path, content: Any) -> None:
-    """`atomic_write_text` of indented JSON."""
-    atomic_write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write indented JSON by `atomic_write_text`.
+
+    Raises:
+        SafemaxError: It holds a number that is not finite, which JSON cannot, or cannot be written.
+    """
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise SafemaxError(f"{path} was not written: a value in it is not finite") from error
+    atomic_write_text(path, text + "\n")

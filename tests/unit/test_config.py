@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from safemax_sd.evaluation.compare_config import read_comparison
 
 from safemax_sd.command_line import parse_config
-from safemax_sd.errors import SafemaxError
+from safemax_sd.config import TrainConfig
+from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.objectives.safemax import SafemaxConfig
 from safemax_sd.objectives.salun import SalunConfig
 
+OBJECTIVE_NAMES = OBJECTIVES.names()
 REQUIRED = ["--forget_prompts", "f", "--retain_prompts", "r", "--output_dir", "o"]
 
 
@@ -105,3 +110,72 @@ def test_the_comparison_names_methods_and_tasks_that_there_are() -> None:
     assert len(comparison.methods) >= 9
     assert len(comparison.tasks) >= 10
     assert len(comparison.seeds) >= 2
+
+
+def numeric(config: type[TrainConfig]) -> list[str]:
+    hints = get_type_hints(config)
+    kinds = {entry.name: {hints[entry.name], *get_args(hints[entry.name])} for entry in dataclasses.fields(config)}
+    return [name for name, found in kinds.items() if {int, float} & found]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
+def test_every_number_has_a_range_that_holds_its_default(objective: str) -> None:
+    config = OBJECTIVES.get(objective).Config
+    assert set(numeric(config)) <= set(config.ranges)
+    with pytest.raises(OptionError, match="is required"):
+        config().validate()
+    config(forget_prompts="f", retain_prompts="r", output_dir="o").validate()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("seed", value) for value in ("-1", "4294967296", "99999999999999999999")),
+        *(("adam_beta1", value) for value in ("1", "-0.1", "nan")),
+        *(("adam_epsilon", value) for value in ("0", "-1", "inf")),
+        *(("forget_trajectories", value) for value in ("0", "1000000000000")),
+        *(("retain_trajectories", "1000000000000"), ("replay_inference_steps", "1001"), ("adam_weight_decay", "-1")),
+        *(("replay_guidance_scale", value) for value in ("0", "nan", "1e9")),
+        *(("lr_warmup_steps", "-1"), ("rank", "1000000"), ("resolution", "1000000000"), ("max_train_steps", "0")),
+        *(("lr_scheduler", value) for value in ("piecewise_constant", "cosin", "")),
+        ("learning_rate", "inf"),
+    ],
+)
+def test_numbers_are_refused_before_anything_is_read(flag: str, value: str) -> None:
+    with pytest.raises(SafemaxError, match=f"--{flag}"):
+        parse_config([*REQUIRED, f"--{flag}={value}"]).validate()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("seed: 1\nrank: 2\nseed: 3\n", "key 'seed' stands twice"),
+        ("validation_prompt: {a: 1}\n", "must be a text or a list of texts"),
+        ("validation_prompt: [[a]]\n", "must be a text or a list of texts"),
+        ("seed: 2001-99-99\n", "cannot be read"),
+        ("rank: [1]\n", "rank cannot be"),
+        ("rank: yes\n", "rank cannot be True"),
+        ("objective: 3\n", "no such objective"),
+        ("output_dir: {a: b}\n", "output_dir cannot be"),
+    ],
+)
+def test_yaml_that_means_something_else_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SafemaxError, match=reason):
+        parse_config([*REQUIRED, "--config", str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize("text", ["validation_prompt: an emoji", "validation_prompt: [an emoji]"])
+def test_one_prompt_is_a_list_of_one(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    assert parse_config([*REQUIRED, "--config", str(tmp_path / "run.yaml")]).validation_prompt == ["an emoji"]
+
+
+def test_a_merged_key_may_be_overridden(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("seed: 1\n<<: {seed: 2, rank: 3}\n")
+    config = parse_config([*REQUIRED, "--config", str(tmp_path / "run.yaml")])
+    assert (config.seed, config.rank) == (1, 3)
+
+
+def test_no_tracker_may_be_asked_for() -> None:
+    assert parse_config([*REQUIRED, "--report_to", "none"]).tracker is None
