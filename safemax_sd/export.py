@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 from safemax_sd.adapter import KOHYA_NAME, WEIGHTS_NAME, layer_alpha, read_weights, to_kohya
@@ -27,7 +27,7 @@ from safemax_sd.erased import read_record
 from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.families.base import FAMILIES, LoadOptions
 from safemax_sd.low_rank import LowRank
-from safemax_sd.provenance import provenance, public_path, write_json_atomic
+from safemax_sd.provenance import provenance, public_path, sorted_metadata, write_json_atomic
 
 EXPORT_FILE = "export.json"
 FORMAT_VERSION = 1
@@ -130,7 +130,8 @@ def export_lora(
     def write(folder: Path) -> None:
         named = {f"{family.denoiser_part}.{name}": tensor for name, tensor in state.items()}
         stored = json.dumps({f"{family.denoiser_part}.{key}": value for key, value in metadata.items()})
-        save_file(named, folder / WEIGHTS_NAME, {"format": "pt", LORA_ADAPTER_METADATA_KEY: stored})
+        content = save(named, {"format": "pt", LORA_ADAPTER_METADATA_KEY: stored})
+        (folder / WEIGHTS_NAME).write_bytes(sorted_metadata(content))
         if kohya:
             save_file(to_kohya(state, metadata), folder / KOHYA_NAME, {"format": "pt"})
         write_json_atomic(folder / EXPORT_FILE, _record(sources, "lora"))

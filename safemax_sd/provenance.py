@@ -171,6 +171,20 @@ def write_tensors_atomic(path: Path, tensors: dict[str, Tensor]) -> None:
     atomic_write_bytes(path, save(tensors))
 
 
+def sorted_metadata(content: bytes) -> bytes:
+    """The same safetensors file with the entries of its metadata in order.
+
+    The library orders them at random in each process, so that the same tensors saved again would be another file.
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf8")
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes, as the library has it
+    return len(text).to_bytes(8, "little") + text + content[start:]
+
+
 def write_json_atomic(path: Path, content: Any) -> None:
     """Write indented JSON by `atomic_write_text`.
 
