@@ -8,8 +8,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from safemax_sd.errors import SafemaxError
+from safemax_sd.escaping import markdown_text, printable
 
 Report = Mapping[str, Any]
 
@@ -225,7 +227,11 @@ def headline_markdown(rows: Iterable[HeadlineRow]) -> str:
     """The headline table in Markdown, for the model card."""
     lines = ["| | base | erased |", "|---|---|---|"]
     for row in rows:
-        cells = (row.label, format_measurement(row.base, row.unit), format_measurement(row.erased, row.unit))
+        cells = (
+            markdown_text(row.label),
+            format_measurement(row.base, row.unit),
+            format_measurement(row.erased, row.unit),
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -246,9 +252,10 @@ def measured_markdown(report: Report) -> str:
     scale = described_guidance(settings["guidance_scale"], settings.get("prompt_guidance_scales", ()))
     guided = f"guidance scale {scale}, {settings['num_inference_steps']} steps"
     commit = f", commit {made['commit'][:12]}" if made["commit"] else ""
+    judge, suite = markdown_text(report["judge"]), markdown_text(suite_of(report))
     how = (
-        f"Measured by `safemax evaluate` on the prompts of {suite_of(report)}: judge {report['judge']}, "
-        f"sampler {settings['sampler']}, {guided}, seed {settings['seed']}, on {made['device']} with safemax_sd "
+        f"Measured by `safemax evaluate` on the prompts of {suite}: judge {judge}, sampler {settings['sampler']}, "
+        f"{guided}, seed {settings['seed']}, on {made['device']} with safemax_sd "
         f"{made['versions']['safemax_sd']}{commit}. In brackets: 95 % intervals; n: pictures."
     )
     return f"{headline_markdown(headline(report))}\n\n{how}"
@@ -260,14 +267,9 @@ def described_guidance(scale: float, own: Iterable[str]) -> str:
     return f"{scale:g} (the prompts’ own where a file gives it: {named})" if named else f"{scale:g}"
 
 
-def print_headline(report: Report, console: Console | None = None) -> None:
-    """Print the headline table to the terminal.
-
-    Args:
-        report: Content of `report.json`.
-        console: Where to; standard output by default.
-    """
-    table = Table(title=title(report), title_justify="left", header_style="bold", expand=False)
+def print_headline(report: Report, console: Console) -> None:
+    """Print the headline table to the terminal."""
+    table = Table(title=Text(printable(title(report))), title_justify="left", header_style="bold", expand=False)
     table.add_column("")
     table.add_column("base", justify="right", style="dim")
     table.add_column("erased", justify="right", style="bold")
@@ -276,10 +278,11 @@ def print_headline(report: Report, console: Console | None = None) -> None:
         if row.group != group:
             if group is not None:
                 table.add_section()
-            table.add_row(f"[italic]{row.group}[/italic]")
+            table.add_row(Text(row.group, style="italic"))
             group = row.group
-        table.add_row(row.label, format_measurement(row.base, row.unit), format_measurement(row.erased, row.unit))
-    (console or Console()).print(table)
+        values = (format_measurement(row.base, row.unit), format_measurement(row.erased, row.unit))
+        table.add_row(*(Text(cell) for cell in (printable(row.label), *values)))
+    console.print(table)
 
 
 def title(report: Report) -> str:

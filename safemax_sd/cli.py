@@ -17,13 +17,14 @@ from rich.console import Console
 from safemax_sd.children import run_launched
 from safemax_sd.command_line import parse_config
 from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.escaping import printable
 from safemax_sd.objectives.safemax import SafemaxConfig
 
 if TYPE_CHECKING:
     from safemax_sd.prompts import PromptSet
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
+console = Console(markup=False, emoji=False, highlight=False)
 UsageError: Any = typer.BadParameter.__base__
 """Typer's error for a command line that it cannot parse, which it exports under no name of its own."""
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -37,6 +38,11 @@ def one_line_errors() -> Iterator[None]:
     except SafemaxError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
+
+
+def say(text: str) -> None:
+    """Print one line, however long it is; names in it may hold anything."""
+    console.print(printable(text), soft_wrap=True)
 
 
 def launch_training(arguments: list[str]) -> None:
@@ -140,8 +146,9 @@ def both_prompt_files(forget: str | None, retain: str | None) -> tuple[PromptSet
 
 def report_redirection(record: dict[str, Any], output_dir: Path) -> None:
     """Say what was redirected and how long that took."""
-    solved = record["cost"]["seconds"]["solve"]
-    console.print(f"{', '.join(record['forget']['concepts'])}: solved in {solved:.2f} s: {output_dir}")
+    solved, forget = record["cost"]["seconds"]["solve"], record["forget"]
+    prompts = f"{forget['count']} prompt{'' if forget['count'] == 1 else 's'}"
+    say(f"{', '.join(forget['concepts']) or prompts}: solved in {solved:.2f} s: {output_dir}")
 
 
 def report_marks(record: dict[str, Any], output_dir: Path) -> None:
@@ -149,15 +156,14 @@ def report_marks(record: dict[str, Any], output_dir: Path) -> None:
     edit, halts, keeps = record["edit"], record["config"]["mark_least"], record["config"]["mark_kept"]
     for concept, mark in edit["marks"].items():
         weak = f"; halts from {halts:g}: some prompts may survive" if mark["least"] < halts else ""
-        console.print(f"{concept}: marked {mark['mean']:.2f}, {mark['least']:.2f} at least{weak}")
+        say(f"{concept}: marked {mark['mean']:.2f}, {mark['least']:.2f} at least{weak}")
     kept = edit["kept_marks"]
     strong = f"; up to {keeps:g} changes nothing: some kept prompts may halt" if kept["largest"] > keeps else ""
-    console.print(f"kept tokens: marked {kept['largest']:.2f} at most, 99 % below {kept['q99']:.2f}{strong}")
+    say(f"kept tokens: marked {kept['largest']:.2f} at most, 99 % below {kept['q99']:.2f}{strong}")
     seconds, noun = edit["seconds"], "concept" if len(edit["marks"]) == 1 else "concepts"
-    console.print(
+    say(
         f"erased {len(edit['marks'])} {noun} in {seconds['total']:.2f} s, {seconds['solve']:.2f} s of it the edit: "
-        f"{output_dir}",
-        soft_wrap=True,
+        f"{output_dir}"
     )
 
 
@@ -180,7 +186,7 @@ def export(
             raise OptionError("--output_kohya_format", True, "is for a LoRA: leave it or --merge out")
         else:
             export_pipeline(adapter, weight or [], output_dir, overwrite=overwrite_output_dir)
-        console.print(f"{'pipeline' if merge else 'LoRA'}: {output_dir}", soft_wrap=True)
+        say(f"{'pipeline' if merge else 'LoRA'}: {output_dir}")
 
 
 @app.command()
@@ -237,7 +243,7 @@ def run_evaluation(options: object) -> None:
     if not PartialState().is_main_process:
         return
     print_headline(json.loads((folder / "report.json").read_text(encoding="utf8")), console)
-    console.print(f"page: {folder / 'index.html'}", soft_wrap=True)
+    say(f"page: {folder / 'index.html'}")
 
 
 @app.command()
@@ -250,8 +256,8 @@ def compare(
 
     with one_line_errors():
         folder, failed = compare_methods(config, output_dir)
-        console.print((folder / "compare.md").read_text(encoding="utf8"), soft_wrap=True, markup=False)
-        console.print(f"page: {folder / 'index.html'}", soft_wrap=True)
+        console.print((folder / "compare.md").read_text(encoding="utf8"), soft_wrap=True)
+        say(f"page: {folder / 'index.html'}")
         if failed:
             raise SafemaxError(f"{len(failed)} failed, which the same command tries again: {'; '.join(failed)}")
 
@@ -262,7 +268,7 @@ def report(report_dir: Annotated[Path, typer.Argument(help="Folder with report.j
     from safemax_sd.evaluation.report import render
 
     with one_line_errors():
-        console.print(f"page: {render(report_dir)}", soft_wrap=True)
+        say(f"page: {render(report_dir)}")
 
 
 @app.command()
@@ -272,7 +278,7 @@ def suites() -> None:
 
     for name in suite_names():
         parts = load_suite(name).parts
-        console.print(f"{name}: " + ", ".join(f"{len(prompts)} {part}" for part, prompts in parts.items()))
+        say(f"{name}: " + ", ".join(f"{len(prompts)} {part}" for part, prompts in parts.items()))
 
 
 @app.command()
@@ -305,9 +311,10 @@ def quickstart(
             )
         )
         finished = time.monotonic()
-        console.print(f"training {trained - started:.0f} s, evaluation {finished - trained:.0f} s")
-        console.print("use it:\n")
-        console.print(usage(read_record(output_dir), str(output_dir.resolve())), soft_wrap=True, highlight=False)
+        say(f"training {trained - started:.0f} s, evaluation {finished - trained:.0f} s")
+        say("use it:")
+        console.print()
+        console.print(usage(read_record(output_dir), str(output_dir.resolve())), soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from safemax_sd.escaping import printable
+
 LONGEST_VALUE = 200
 
 
@@ -13,7 +15,7 @@ class SafemaxError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__(printable(message))
 
 
 class OptionError(SafemaxError):
