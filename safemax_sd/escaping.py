@@ -82,7 +82,8 @@ def _latex_character(character: str) -> str:
         return LATEX_SPECIAL[character]
     if character.isascii():
         return character
-    letter, *accents = unicodedata.normalize("NFD", character)
-    if letter.isascii() and len(accents) == 1 and accents[0] in LATEX_ACCENTS:
-        return f"\\{LATEX_ACCENTS[accents[0]]}{{{letter}}}"
+    decomposed = unicodedata.normalize("NFD", character)
+    letter, accent = decomposed[0], decomposed[1:]
+    if letter.isascii() and accent in LATEX_ACCENTS:
+        return f"\\{LATEX_ACCENTS[accent]}{{{letter}}}"
     return f"(U+{ord(character):04X})"
