@@ -19,7 +19,15 @@ from safemax_sd.evaluation.compare_page import Gallery, write_comparison_page
 from safemax_sd.evaluation.compare_tables import by_task, latex, markdown, summaries, summary_grid, task_grid
 from safemax_sd.evaluation.metrics import METRICS
 from safemax_sd.evaluation.run import CACHE as OWN_CACHE
-from safemax_sd.evaluation.run import EvaluateOptions, Evaluation, Shown, load_real, own_guidance, run_and_write
+from safemax_sd.evaluation.run import (
+    EvaluateOptions,
+    Evaluation,
+    Shown,
+    kept_pictures,
+    load_real,
+    own_guidance,
+    run_and_write,
+)
 from safemax_sd.prompts import Suite
 from tqdm import tqdm
 
@@ -158,7 +166,10 @@ def check(comparison: Comparison, cells: Sequence[Cell]) -> None:
     """
     settings = comparison.settings
     load_judge(settings.clip_model, settings.clip_pretrained)
-    load_real(_options(cells[0]), {"base_model": {"name_or_path": settings.base_model}})
+    options = _options(cells[0])
+    real = load_real(options, {"base_model": {"name_or_path": settings.base_model}})
+    for suite in comparison.tasks.values():
+        kept_pictures(options, suite, real)
     for cell in cells:
         cell.method.check(cell.erasure)
         state = cell.state()

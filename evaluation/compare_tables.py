@@ -71,7 +71,7 @@ NOTE = (
     "something else or a concept half erased (–: not measured); the harmonic mean is that of "
     "UA, retained, neighbours and UA on paraphrases, run by run. Seconds, model calls and peak memory are of the "
     "erasure; those of an edit are without its anchor's training. "
-    "Runs: done of planned."
+    "FID by Inception from fewer than 2,048 pictures is too large: compare it within the table. Runs: done of planned."
 )
 TASKS_NOTE = (
     "Harmonic mean % of each task, the mean over its seeds, with the lowest of its four parts; bold: the highest."

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from safemax_sd.evaluation.metrics.base import WARNING
 
 from safemax_sd.errors import SafemaxError
 from safemax_sd.escaping import markdown_text, printable
@@ -168,7 +169,7 @@ def _row(wanted: _Wanted, pair: list[Report], suffix: str) -> HeadlineRow:
     first = pair[0] if pair else {}
     return HeadlineRow(
         group=wanted.group,
-        label=wanted.label + suffix,
+        label=wanted.label + suffix + _warning(pair),
         metric=wanted.metric,
         subset=wanted.subset,
         unit=first.get("unit") or "",
@@ -177,6 +178,12 @@ def _row(wanted: _Wanted, pair: list[Report], suffix: str) -> HeadlineRow:
         base=measurement(by_model["base"]) if "base" in by_model else None,
         erased=measurement(by_model["erased"]) if "erased" in by_model else None,
     )
+
+
+def _warning(pair: list[Report]) -> str:
+    """What the rows warn of, as it stands behind the label."""
+    found = dict.fromkeys(text for row in pair if (text := (row.get("details") or {}).get(WARNING)))
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def measurement(row: Report) -> Measurement:

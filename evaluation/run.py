@@ -15,7 +15,7 @@ from PIL import Image
 from safemax_sd.evaluation.generate import Generator, Job
 from safemax_sd.evaluation.headline import measured_markdown
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
-from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
+from safemax_sd.evaluation.metrics.distribution import INCEPTION, JUDGE_EXTRACTOR, check_distribution
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
 from safemax_sd.evaluation.report import read_log, write_page
 from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Pictures
@@ -138,6 +138,16 @@ class Evaluation:
         self.real = load_real(options, record)
         concepts = suite_concepts(self.suite)
         check_metrics(self.suite)
+        artists = tuple(name for prompts in self.suite.parts.values() for name in prompts.artists)
+        self.context = Context(
+            judge=judge,
+            concepts=concepts,
+            thresholds=self.real.thresholds(judge, concepts, artists) if self.real else {},
+            real=kept_pictures(options, self.suite, self.real),
+            extractor=extractor_of(options),
+            forbidden=self.suite.parts["forget"].concepts,
+            artists=artists,
+        )
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.generator = Generator(
             self.subject,
@@ -156,16 +166,6 @@ class Evaluation:
             raise OptionError("--num_inference_steps", options.num_inference_steps, text)
         self.options = replace(
             options, sampler=options.sampler or samplers[0], sweep_samplers=options.sweep_samplers or samplers
-        )
-        artists = tuple(name for prompts in self.suite.parts.values() for name in prompts.artists)
-        self.context = Context(
-            judge=judge,
-            concepts=concepts,
-            thresholds=self.real.thresholds(judge, concepts, artists) if self.real else {},
-            real=self.real.showing(self.suite.parts["retain"].concepts) if self.real else None,
-            extractor=JUDGE_EXTRACTOR if options.clip_model == "emoji" else "inception-v3-compat",
-            forbidden=self.suite.parts["forget"].concepts,
-            artists=artists,
         )
 
     @property
@@ -462,3 +462,20 @@ def load_real(options: EvaluateOptions, record: dict[str, Any]) -> RealPictures 
     if options.real_images is not None:
         return load_folder(options.real_images)
     return embedded_pictures() if record["base_model"]["name_or_path"] == "emoji" else None
+
+
+def extractor_of(options: EvaluateOptions) -> str:
+    """Name what FID and KID take features of: the embedded judge, or Inception with any other judge."""
+    return JUDGE_EXTRACTOR if options.clip_model == "emoji" else INCEPTION
+
+
+def kept_pictures(options: EvaluateOptions, suite: Suite, real: RealPictures | None) -> Tensor | None:
+    """Real pictures of what a suite keeps, for FID and KID; None where these are not measured.
+
+    Raises:
+        SafemaxError: Real pictures, drawn ones or weights that these need are too few or missing.
+    """
+    kept = None if real is None else real.kept_by(suite, options.real_images)
+    if kept is not None:
+        check_distribution(extractor_of(options), options.num_images)
+    return kept

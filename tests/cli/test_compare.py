@@ -367,6 +367,7 @@ def test_a_prompt_s_own_guidance_is_told_and_must_guide(tiny_model: Path, tmp_pa
     [
         ({"num_imagse": 3}, "unknown key 'num_imagse' .did you mean 'num_images'"),
         ({"num_images": 0}, "--num_images 0"),
+        ({"num_images": 1}, "--num_images 1: must be at least 2 for FID"),
         ({"tasks": ["emoji/bom"]}, "did you mean 'emoji/bomb'"),
         ({"seeds": [0, 0]}, "seeds must list different"),
         ({"guidance_scale": 1.0}, "guidance_scale must be more than 1"),
