@@ -33,12 +33,16 @@ from tqdm import tqdm
 
 from safemax_sd.checkpoints import all_checkpoints
 from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.escaping import printable
 from safemax_sd.judge import load_judge
 from safemax_sd.provenance import Stopwatch, atomic_write_text, provenance, write_json_atomic
 
 FORMAT_VERSION = 1
 TILES_QUALITY = 85
 """Lossy: noise does not compress, and a page has hundreds of these pictures."""
+HELD = {"started": set[str](), "erased": set[str](), "failed": {"reason"}, "done": {"prompts", "subsets"}}
+"""What a state holds beside its settings, by status."""
+DAMAGED = "is missing or damaged: remove the cell's folder, and it is run again"
 STATE, REPORT, LOCK = "cell.json", "report.json", ".lock"
 ANCHOR = "anchor"
 """What a record names the cost of an anchor, which is trained once for all that it erases."""
@@ -88,10 +92,42 @@ class Cell:
         return stored
 
     def state(self) -> dict[str, Any]:
-        """What the folder says of itself; empty where there is nothing."""
+        """What the folder says of itself; empty where there is nothing.
+
+        Raises:
+            OptionError: It says nothing that can be read.
+        """
         path = self.folder / STATE
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+        if not path.exists():
+            return {}
+        content = self._read(path)
+        status = content.get("status")
+        needed = HELD.get(status) if isinstance(status, str) else None
+        if needed is None or not needed | {"settings"} <= content.keys():
+            raise OptionError("--output_dir", path, DAMAGED)
         return content
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            content = json.loads(path.read_text(encoding="utf8"))
+        except (OSError, ValueError) as error:
+            raise OptionError("--output_dir", path, DAMAGED) from error
+        if not isinstance(content, dict):
+            raise OptionError("--output_dir", path, DAMAGED)
+        return content
+
+    def check_results(self) -> None:
+        """See whether all that a done cell's tables and page are made of is there.
+
+        Raises:
+            OptionError: A file is missing or damaged.
+        """
+        report = self.report()
+        if not {"metrics", "adapter", "provenance"} <= report.keys():
+            raise OptionError("--output_dir", self.evaluated / REPORT, DAMAGED)
+        for path in (tiles_path(self, BASE), tiles_path(self, "erased")):
+            if not path.is_file():
+                raise OptionError("--output_dir", path, DAMAGED)
 
     def is_erased(self, state: dict[str, Any]) -> bool:
         """Whether a state says that only the evaluation is left."""
@@ -102,8 +138,7 @@ class Cell:
         write_json_atomic(self.folder / STATE, {"status": status, "settings": self.identity(), **more})
 
     def report(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.evaluated / REPORT).read_text(encoding="utf8"))
-        return content
+        return self._read(self.evaluated / REPORT)
 
 
 def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]]:
@@ -130,7 +165,7 @@ def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]
     waiting = [(cell, state) for cell in cells if (state := cell.state()).get("status") != "done"]
     bar = tqdm(waiting, desc="compare", unit="cell", initial=len(cells) - len(waiting), total=len(cells))
     for cell, before in bar:
-        bar.set_description(cell.name)
+        bar.set_description(printable(cell.name))
         with claimed(cell) as ours:
             if ours and cell.state() == before:  # else another process has been at it
                 run_cell(cell, comparison.folder / CACHE)
@@ -177,6 +212,8 @@ def check(comparison: Comparison, cells: Sequence[Cell]) -> None:
             other = _first_difference(state["settings"], cell.identity())
             text = f"holds results of other settings ({other}): remove the folder, or name another --output_dir"
             raise OptionError("--output_dir", cell.folder, text)
+        if state.get("status") == "done":
+            cell.check_results()
 
 
 def _first_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:

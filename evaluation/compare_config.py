@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from safemax_sd.registry import closest
 BASE, CACHE = "base", "cache"
 RESERVED = (BASE, CACHE)
 """Labels that would be taken for the base model's row or its folder of pictures."""
+LABEL = re.compile(r"[^\W_][\w-]{0,63}")
+"""A folder's name; one that began with an underscore would be missing in a plot's legend."""
 LISTS = ("tasks", "seeds", "methods")
 
 
@@ -120,9 +123,9 @@ def _methods(content: dict[str, Any], path: str) -> dict[str, Method]:
     if not isinstance(methods, dict) or not methods:
         raise OptionError("--config", path, "methods must map labels to flags")
     for label in methods:
-        if label in RESERVED or not str(label).replace("-", "").replace("_", "").isalnum():
-            text = f"label {label!r} must be letters, digits, - and _, and not {' or '.join(RESERVED)}"
-            raise OptionError("--config", path, text)
+        if label in RESERVED or not LABEL.fullmatch(str(label)):
+            allowed = "must be letters, digits, - and _ (not the first), 64 at most"
+            raise OptionError("--config", path, f"label {label!r} {allowed}, and not {' or '.join(RESERVED)}")
     return {str(label): read_method(str(label), flags, path) for label, flags in methods.items()}
 
 
