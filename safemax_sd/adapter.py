@@ -151,7 +151,9 @@ def _save(
             family.save_adapter(Path(temporary), state, metadata)
             names = [WEIGHTS_NAME]
             if kohya:
-                save_file(to_kohya(state, metadata), Path(temporary) / KOHYA_NAME, metadata={"format": "pt"})
+                save_file(
+                    to_kohya(state, metadata, type(family)), Path(temporary) / KOHYA_NAME, metadata={"format": "pt"}
+                )
                 names.append(KOHYA_NAME)
             for name in names:
                 os.replace(Path(temporary) / name, directory / name)
@@ -165,15 +167,17 @@ def layer_alpha(metadata: dict[str, Any], layer: str) -> float:
     return float(pattern.get(get_pattern_key(list(pattern), layer), metadata["lora_alpha"]))
 
 
-def to_kohya(state: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, Tensor]:
+def to_kohya(state: dict[str, Tensor], metadata: dict[str, Any], family: type[ModelFamily]) -> dict[str, Tensor]:
     """The adapter in the naming of kohya's scripts, A1111 and ComfyUI, with one alpha that is true of every layer.
 
     Args:
         state: Its tensors in peft's names.
         metadata: Its `METADATA_KEYS`.
+        family: Of the model that it belongs to.
     """
     alphas = {layer: layer_alpha(metadata, layer) for layer in {name.rsplit(".", 2)[0] for name in state}}
     largest = max(len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight"))
+    names = family.kohya_names(alphas)
     converted = {}
     for layer, alpha in sorted(alphas.items()):
         down, up = state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"]
@@ -181,7 +185,7 @@ def to_kohya(state: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, Te
         # up to one rank, alpha is that rank everywhere.
         if len(set(alphas.values())) > 1:
             down, up, alpha = *_of_rank(largest, down, up * (alpha / len(down))), float(largest)
-        name = f"lora_unet_{layer.replace('.', '_')}"
+        name = f"lora_unet_{names[layer].replace('.', '_')}"
         converted[f"{name}.lora_down.weight"] = down.contiguous()
         converted[f"{name}.lora_up.weight"] = up.contiguous()
         converted[f"{name}.alpha"] = torch.tensor(alpha)

@@ -133,7 +133,7 @@ def export_lora(
         content = save(named, {"format": "pt", LORA_ADAPTER_METADATA_KEY: stored})
         (folder / WEIGHTS_NAME).write_bytes(sorted_metadata(content))
         if kohya:
-            save_file(to_kohya(state, metadata), folder / KOHYA_NAME, {"format": "pt"})
+            save_file(to_kohya(state, metadata, family), folder / KOHYA_NAME, {"format": "pt"})
         write_json_atomic(folder / EXPORT_FILE, _record(sources, "lora"))
 
     _write_folder(output_dir, write)
