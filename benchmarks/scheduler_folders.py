@@ -2,9 +2,9 @@
 
     python -m benchmarks.scheduler_folders --output docs/results/NAME.json
 
-Gives copies of the embedded model other schedulers, draws the same kept prompts from the same noise with the stock pipeline as
-it loads, with the sampler that replay uses and with `safemax evaluate`'s default one, and prints how many the judge recognises and
-the latents' standard deviation.
+Gives copies of the embedded model other schedulers, draws the same kept prompts from the same noise with the stock
+pipeline as it loads, with the sampler that replay uses and with `safemax evaluate`'s default one, and prints how many
+the judge recognises and the latents' standard deviation.
 """
 
 from __future__ import annotations
