@@ -37,6 +37,8 @@ GIVEN = (
     "pretrained_model_name_or_path",
     "revision",
     "variant",
+    "cache_dir",
+    "prediction_type",
     "seed",
     "objective",
     "overwrite_output_dir",

@@ -22,7 +22,7 @@ from safemax_sd.evaluation.plots import Line, loss_plot, probe_plot, sweep_plot
 
 from safemax_sd.errors import OptionError
 from safemax_sd.model_card import usage
-from safemax_sd.provenance import atomic_write_text
+from safemax_sd.provenance import atomic_write_text, public_record
 
 STYLE_SHEET = Path(__file__).with_name("report.css")
 GAUSSIAN_BAND = (0.9, 1.3)
@@ -117,7 +117,7 @@ def _lead(report: Report) -> str:
 def _usage(record: Mapping[str, Any]) -> str:
     if "baseline" in record:
         return str(record["baseline"]["usage"])
-    return usage(dict(record), "path/to/this/adapter")
+    return usage(public_record(record), "path/to/this/adapter")
 
 
 def _headline_table(report: Report) -> str:

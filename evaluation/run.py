@@ -35,7 +35,7 @@ from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.judge import Judge, load_judge
 from safemax_sd.model_card import Picture, write_model_card
 from safemax_sd.pictures import before_after
-from safemax_sd.provenance import Stopwatch, provenance, write_json_atomic
+from safemax_sd.provenance import Stopwatch, provenance, public_path, public_record, write_json_atomic
 from safemax_sd.registry import closest
 from safemax_sd.samples import SMALL, to_pil
 
@@ -87,6 +87,12 @@ class EvaluateOptions:
     real_images: str | None = None
     batch_size: int = 32
     seed: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """Return every flag as it may be written down: without the folders of this machine."""
+        paths = ("adapter", "suite", "output_dir", "clip_model", "clip_pretrained", "real_images")
+        flags = asdict(self)
+        return flags | {name: public_path(flags[name]) for name in paths if flags[name] is not None}
 
     def validate(self) -> None:
         """Raises OptionError for the first value that cannot be used."""
@@ -328,10 +334,10 @@ def run_and_write(evaluation: Evaluation, clock: Stopwatch) -> tuple[dict[str, A
         "format_version": FORMAT_VERSION,
         "adapter": evaluation.generator.record,
         "erased": list(evaluation.suite.parts["forget"].concepts),
-        "suite": evaluation.suite.name,
+        "suite": public_path(evaluation.suite.name),
         "suite_version": evaluation.suite.version,
         "judge": evaluation.judge.name,
-        "settings": {**asdict(evaluation.options), **own_guidance(evaluation.suite)},
+        "settings": {**evaluation.options.record(), **own_guidance(evaluation.suite)},
         "metrics": rows,
         "sweep": sweep,
         "seconds": clock.seconds,
@@ -346,7 +352,7 @@ def write_report(report: dict[str, Any], shown: Shown, folder: Path, adapter_dir
     """Write report.json, samples.png and index.html, and the model card of the adapter, if there is one."""
     scale = 2 if shown.base[0].width < SMALL else 0.5
     before_after(shown.base, shown.erased, shown.prompts, scale=scale).save(folder / "samples.png")
-    write_json_atomic(folder / "report.json", report)
+    write_json_atomic(folder / "report.json", {**report, "adapter": public_record(report["adapter"])})
     write_page(report, folder, log=[] if adapter_dir is None else read_log(adapter_dir))
     if adapter_dir is not None:
         update_model_card(adapter_dir, report, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,12 @@ def attach(
     for parameter in parameters:
         parameter.data = parameter.data.float()  # half-precision LoRA weights barely move under AdamW
     return parameters
+
+
+def lora_layers(family: ModelFamily, targets: LoraTargets) -> set[str]:
+    """Return the names of the layers that `attach` gives a LoRA."""
+    endings = tuple(f".{ending}" for ending in family.lora_target_modules(targets))
+    return {name for name, _ in family.denoiser.named_modules() if f".{name}".endswith(endings)}
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
@@ -215,6 +222,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def check_fit(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> None:
+    """Check that a file's tensors are a model's, by name and shape.
+
+    Raises:
+        SafemaxError: One is missing, unknown or of another shape; the message names it.
+    """
+    for name in sorted({*state, *expected}):
+        if name not in state:
+            raise SafemaxError(f"{path} does not fit {model}: it lacks {name}")
+        if name not in expected:
+            raise SafemaxError(f"{path} does not fit {model}, which has no {name}")
+        if state[name].shape != expected[name].shape:
+            sizes = f"{tuple(state[name].shape)} in place of {tuple(expected[name].shape)}"
+            raise SafemaxError(f"{path} does not fit {model}: {name} is {sizes}")
+
+
 def load_adapter(family: ModelFamily, directory: Path) -> None:
     """Copy a saved adapter's values into the attached one, in place, bit for bit.
 
@@ -226,7 +249,6 @@ def load_adapter(family: ModelFamily, directory: Path) -> None:
         raise SafemaxError(f"{directory} holds no {WEIGHTS_NAME}")
     prefix = f"{family.denoiser_part}."
     state = {name.removeprefix(prefix): tensor for name, tensor in read_weights(path).items()}
-    expected = adapter_state(family.denoiser)
-    if {n: t.shape for n, t in expected.items()} != {n: t.shape for n, t in state.items()}:
-        raise SafemaxError(f"{path} does not fit this base model with these --rank and --lora_targets")
+    model = "this base model with these --rank and --lora_targets"
+    check_fit(path, state, adapter_state(family.denoiser), model)
     set_peft_model_state_dict(family.denoiser, state)

@@ -84,8 +84,15 @@ def erase(
         str, typer.Option("--edit", help="halting_marks, or uce, which needs no anchor.")
     ] = "halting_marks",
     pretrained_model_name_or_path: Annotated[
-        str, typer.Option("--pretrained_model_name_or_path", help="Base model of --edit uce.")
-    ] = "emoji",
+        str | None,
+        typer.Option("--pretrained_model_name_or_path", help="Base model of --edit uce; emoji if not given."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Its revision on the hub.")] = None,
+    variant: Annotated[str | None, typer.Option("--variant", help="Of its weight files, such as fp16.")] = None,
+    cache_dir: Annotated[str | None, typer.Option("--cache_dir", help="Where hub downloads are kept.")] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option("--prediction_type", help="epsilon or v_prediction: override the scheduler's own.")
+    ] = None,
     forget_prompts: Annotated[str | None, typer.Option("--forget_prompts", help="What to erase.")] = None,
     retain_prompts: Annotated[str | None, typer.Option("--retain_prompts", help="What to keep.")] = None,
     add: Annotated[str | None, typer.Option("--add", help="Prompts of more concepts for --output_dir.")] = None,
@@ -103,20 +110,33 @@ def erase(
     from safemax_sd.edits.uce import Uce, UceSettings
     from safemax_sd.erase import change_concepts
     from safemax_sd.erase import erase as erase_concepts
+    from safemax_sd.families import LoadOptions
     from safemax_sd.prompts import load_prompts
     from safemax_sd.redirect import redirect
 
+    loading = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "prediction_type": prediction_type}
     with one_line_errors():
+        if prediction_type not in (None, "epsilon", "v_prediction"):
+            raise OptionError("--prediction_type", prediction_type, "must be one of epsilon, v_prediction")
         if EDITS.get(edit) is Uce:
             if anchor is not None or add is not None or remove:
                 raise OptionError("--edit", edit, "takes no --anchor, --add or --remove")
             prompts = both_prompt_files(forget_prompts, retain_prompts)
-            base = pretrained_model_name_or_path
+            base = LoadOptions(
+                pretrained_model_name_or_path or "emoji",
+                revision=revision,
+                variant=variant,
+                cache_dir=cache_dir,
+                prediction_type=prediction_type,
+            )
             record = redirect(
                 base, *prompts, output_dir, UceSettings(), padding=uce_padding, overwrite=overwrite_output_dir
             )
             report_redirection(record, output_dir)
             return
+        for name, value in {"pretrained_model_name_or_path": pretrained_model_name_or_path, **loading}.items():
+            if value is not None:
+                raise OptionError(f"--{name}", value, "goes with --edit uce: an anchor's record names its base model")
         if anchor is None:
             if add is None and not remove:
                 raise OptionError("--anchor", "(not given)", "is required, or --add or --remove for an erased adapter")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from safemax_sd.adapter import ADAPTER, WEIGHTS_NAME, rank_pattern, save_adapter
+from safemax_sd.adapter import ADAPTER, WEIGHTS_NAME, rank_pattern, read_weights, save_adapter
 from safemax_sd.edits import EditData
 from safemax_sd.edits.halting_marks import HaltingMarks, HaltingMarksSettings, strength
 from safemax_sd.erased import load_base, load_erased, read_record
@@ -56,7 +56,7 @@ def erase(
         texts, templates = texts_by_concept(forget), contexts(retain)
         kept, kept_row = kept_states(family, retain)
         concepts = [prompt.shows for prompt in retain.prompts]
-        marks = load_file(anchor / MARKS_FILE)[MARKS]
+        marks = read_weights(anchor / MARKS_FILE)[MARKS]
         stored = _Stored(marks, kept, kept_row, concepts, forbidden_states(family, texts, templates))
     with clock.phase("solve"):
         data = stored.data(texts)
@@ -89,6 +89,7 @@ def change_concepts(output_dir: Path, *, add: PromptSet | None, remove: Sequence
     record = read_record(output_dir, "--output_dir")
     if "edit" not in record:
         raise OptionError("--output_dir", output_dir, "was not written by safemax erase --anchor")
+    _check_weights(output_dir, record["edit"]["rank_pattern"])
     edit, erased = record["edit"], list(record["forget"]["concepts"])
     stored = _Stored.load(output_dir / EDIT_FILE, edit["kept_concepts"])
     for concept in remove:
@@ -159,6 +160,21 @@ def _anchor_record(anchor: Path) -> dict[str, Any]:
         text = f"must be the output folder of safemax train --objective {HaltingAnchor.name}"
         raise OptionError("--anchor", anchor, text)
     return record
+
+
+def _check_weights(output_dir: Path, ranks: dict[str, int]) -> None:
+    """Check that an adapter's weights are whole and have the layers that an edit is to change.
+
+    Raises:
+        OptionError: They lack a layer, or have it of another rank.
+        SafemaxError: They cannot be read or are not finite.
+    """
+    weights = read_weights(output_dir / WEIGHTS_NAME)
+    for layer, rank in ranks.items():
+        down = weights.get(f"unet.{layer}.lora_A.weight")
+        if down is None or len(down) != rank or down.dtype != torch.float32:
+            text = f"holds other weights than its record says ({WEIGHTS_NAME} has no {layer} of rank {rank})"
+            raise OptionError("--output_dir", output_dir, text)
 
 
 def _replace_readouts(path: Path, layers: Sequence[str], readouts: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from safemax_sd.assets import EVALUATOR
 from safemax_sd.errors import OptionError
+from safemax_sd.provenance import public_path
 
 BATCH = 128
 STYLE_SUFFIX = " style"
@@ -127,7 +128,7 @@ def load_judge(
     mean = visual.image_mean or open_clip.OPENAI_DATASET_MEAN
     std = visual.image_std or open_clip.OPENAI_DATASET_STD
     tokenizer = open_clip.get_tokenizer(clip_model)
-    name = f"{clip_model} ({clip_pretrained})"
+    name = f"{clip_model} ({public_path(clip_pretrained)})"
     return Judge(model, tokenizer, size=size, mean=mean, std=std, templates=PHOTO_TEMPLATES, name=name)
 
 

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safemax_sd.assets import resolve_model
 from safemax_sd.escaping import markdown_code, markdown_text
 from safemax_sd.families.base import FAMILIES, LoadOptions
-from safemax_sd.provenance import atomic_write_text, public_path
+from safemax_sd.provenance import atomic_write_text, public_record
 
 SHOWN_NAMES, LONGEST_NAME = 10, 60
 """Of concepts, in a card's text."""
@@ -82,7 +82,8 @@ def describe(record: dict[str, Any], picture: Picture | None, measured: str = ""
         picture: To show below the title.
         measured: Markdown of an evaluation's results; may be empty.
     """
-    base = public_path(record["base_model"]["name_or_path"])
+    record = public_record(record)
+    base = record["base_model"]["name_or_path"]
     concepts = named(record["forget"]["concepts"] or record["forget"]["texts"])
     cost, config = record["cost"], record["config"]
     what = "This LoRA makes" if config["trainable"] == "lora" else "These weights make"

@@ -56,6 +56,17 @@ def public_path(path: str) -> str:
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else Path(path).name
 
 
+def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of an `erasure.json` as others may see it: a base model's folder by its last part alone."""
+    base = record["base_model"]
+    name = base["name_or_path"]
+    shown = f"path/to/{Path(name).name}" if Path(name).is_absolute() else name
+    return {
+        **record,
+        "base_model": {**base, "name_or_path": shown, **({"cache_dir": None} if "cache_dir" in base else {})},
+    }
+
+
 def _command() -> list[str]:
     """The command line of this process, without secrets and without this machine's folders."""
     words = [Path(sys.argv[0]).name]

@@ -100,7 +100,7 @@ def train(config: TrainConfig) -> Path:
     accelerator = make_accelerator(config)
     config = replace(config, mixed_precision=accelerator.mixed_precision)
     resume_from = prepare_output_dir(config, accelerator)
-    under = conditions(config, forget, retain, accelerator.num_processes)
+    under = conditions(config, forget, retain, accelerator)
     if resume_from is not None:
         check_conditions(resume_from, under)
     set_seed(config.seed)  # samples are drawn by number: processes need no seeds of their own

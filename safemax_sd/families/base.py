@@ -98,7 +98,7 @@ class LoadOptions:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     prediction_type: str | None = None
 
-    def record(self, family: str) -> dict[str, str | None]:
+    def record(self, family: str | None) -> dict[str, str | None]:
         """Return what a run's record keeps as `base_model`; `from_record` reads it back."""
         return {
             "name_or_path": self.name_or_path,

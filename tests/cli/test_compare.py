@@ -429,6 +429,10 @@ def test_a_prompt_s_own_guidance_is_told_and_must_guide(tiny_model: Path, tmp_pa
         ),
         ({"methods": {"a": {"objective": "safemax", "rank": 0}}}, "--rank 0"),
         ({"methods": {"a": {"objective": "safemax", "seed": 3}}}, "seed is the comparison's to give"),
+        (
+            {"methods": {"a": {"objective": "safemax", "prediction_type": "epsilon"}}},
+            "prediction_type is the comparison's to give",
+        ),
         ({"methods": {"a": {"objectve": "safemax"}}}, "did you mean 'objective'"),
         ({"methods": {"a": {"objective": "halting_anchor"}}}, "erases nothing by itself"),
         ({"methods": {"a": {"edit": "uec"}}}, "did you mean 'uce'"),

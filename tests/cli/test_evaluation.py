@@ -106,6 +106,11 @@ def test_report_holds_every_subset_and_setting(evaluated: Path) -> None:
     assert "FID of retained pictures" in labels
 
 
+def test_what_is_written_names_no_folder_of_this_machine(evaluated: Path) -> None:
+    for name in ("report.json", "index.html"):
+        assert str(evaluated.parent.parent) not in (evaluated / name).read_text()
+
+
 def test_page_is_self_contained(evaluated: Path) -> None:
     page = (evaluated / "index.html").read_text()
     assert page.count("<svg") >= 4
