@@ -89,7 +89,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config: TrainConfig) -> None:
 @pytest.mark.parametrize("step", [3, 4])
 def test_weights_that_are_not_finite_are_saved_by_no_step(config: TrainConfig, step: int, capsys: Any) -> None:
     class Breaking(Safemax):
-        name = "breaking"
+        name = f"breaking_{step}"
 
         def adjust_gradients(self) -> None:
             self.steps = getattr(self, "steps", 0) + 1
@@ -100,7 +100,7 @@ def test_weights_that_are_not_finite_are_saved_by_no_step(config: TrainConfig, s
             self.weights = student.parameters
             return super().prepare(student)
 
-    config = replace(config, objective="breaking", checkpointing_steps=1)
+    config = replace(config, objective=Breaking.name, checkpointing_steps=1)
     with pytest.raises(SafemaxError, match=f"checkpoint-{step - 1} is intact"):
         train(config)
     output = Path(config.output_dir)
