@@ -185,7 +185,9 @@ class EditedMethod(Method):
         if self.name not in self.known:
             text = f"no such edit {self.name!r}{closest(self.name, self.known)}; there are: {', '.join(self.known)}"
             raise OptionError("--config", self.where, text)
-        return check_types(flags, self.known[self.name], self.where)
+        checked = check_types(flags, self.known[self.name], self.where)
+        self.known[self.name](**checked)  # refuses numbers out of their ranges
+        return checked
 
     def check(self, erasure: Erasure) -> None:
         check_disjoint(erasure.suite.parts["forget"], erasure.suite.parts["retain"])

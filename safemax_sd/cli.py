@@ -317,7 +317,11 @@ def quickstart(
     from safemax_sd.output import check_output_dir
     from safemax_sd.prompts import load_suite
 
+    options = EvaluateOptions(
+        adapter=str(output_dir), suite=suite, num_images=num_images, num_sweep_images=num_sweep_images
+    )
     with one_line_errors():
+        options.validate()  # before the training, which takes minutes
         prompts = load_suite(suite)
         check_output_dir(output_dir, overwrite=overwrite_output_dir, instead="or name a new one")
         started = time.monotonic()
@@ -325,11 +329,7 @@ def quickstart(
         arguments += ["--output_dir", str(output_dir), "--max_train_steps", str(max_train_steps)]
         launch_training([*arguments, "--overwrite_output_dir"])
         trained = time.monotonic()
-        run_evaluation(
-            EvaluateOptions(
-                adapter=str(output_dir), suite=suite, num_images=num_images, num_sweep_images=num_sweep_images
-            )
-        )
+        run_evaluation(options)
         finished = time.monotonic()
         say(f"training {trained - started:.0f} s, evaluation {finished - trained:.0f} s")
         say("use it:")

@@ -74,6 +74,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf8"), Loader=_UniqueKeys)
+    except RecursionError as error:
+        raise OptionError("--config", path, "cannot be read: nested too deeply") from error
     except (OSError, ValueError, yaml.YAMLError) as error:  # (ValueError: bytes that are no text, dates that are none)
         raise OptionError("--config", path, f"cannot be read: {' '.join(str(error).split())[:150]}") from error
     if not isinstance(content, dict):
@@ -117,15 +119,27 @@ def _checked(path: str, key: str, value: Any, hint: Any) -> Any:
             return float(value)
         if int in kinds and isinstance(value, int) and not isinstance(value, bool):
             return value
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise OptionError("--config", path, f"{key} must be a number, not {value!r}") from error
     if bool in kinds and isinstance(value, bool):
         return value
     if getattr(hint, "__origin__", None) is list:
         parts = value if isinstance(value, list) else [value]
-        if all(isinstance(part, str | int | float) for part in parts):
-            return [str(part) for part in parts]
-        raise OptionError("--config", path, f"{key} must be a text or a list of texts, not {value!r}")
-    if isinstance(value, str) and (str in kinds or any(literals(kind) for kind in kinds)):
-        return value
+        return check_texts(parts, key, path)
+    if str in kinds or any(literals(kind) for kind in kinds):
+        return check_texts([value], key, path)[0]
     raise OptionError("--config", path, f"{key} cannot be {value!r}")
+
+
+def check_texts(values: Sequence[Any], key: str, path: str) -> list[str]:
+    """Return texts of a YAML file, and refuse what YAML has made of one: `no` is False, 007 is 7, 2001-01-01 a date.
+
+    Raises:
+        OptionError: One is no text.
+    """
+    for value in values:
+        if not isinstance(value, str):
+            scalar = not (value is None or isinstance(value, list | dict))
+            hint = "; YAML takes it for that unless it is in quotes" if scalar else ""
+            raise OptionError("--config", path, f"{key} must be text, not {value!r}{hint}")
+    return list(values)

@@ -32,6 +32,10 @@ class Range:
     text: str
     holds: Callable[[float], bool]
 
+    def allows(self, value: float) -> bool:
+        """Tell whether a number is finite and in the range; whole numbers may be too large for a float."""
+        return (isinstance(value, int) or math.isfinite(value)) and self.holds(value)
+
 
 POSITIVE = Range("must be more than 0", lambda value: value > 0)
 NOT_NEGATIVE = Range("must be 0 or more", lambda value: value >= 0)
@@ -133,10 +137,7 @@ class TrainConfig:
 
     required: ClassVar[tuple[str, ...]] = ("forget_prompts", "retain_prompts", "output_dir")
     ranges: ClassVar[dict[str, Range]] = {
-        **dict.fromkeys(
-            ("learning_rate", "max_grad_norm"),
-            POSITIVE,
-        ),
+        **dict.fromkeys(("learning_rate", "max_grad_norm", "adam_epsilon"), POSITIVE),
         **dict.fromkeys(
             (
                 *("train_batch_size", "retain_batch_size", "gradient_accumulation_steps", "replay_batch_size"),
@@ -155,10 +156,9 @@ class TrainConfig:
         "seed": Range("must be in 0 to 4,294,967,295", lambda value: 0 <= value < 2**32),
         "rank": Range("must be in 1 to 4,096", lambda value: 1 <= value <= 4096),
         "replay_inference_steps": Range("must be in 1 to 1,000", lambda value: 1 <= value <= 1000),
-        "lr_warmup_steps": NOT_NEGATIVE,
+        "lr_warmup_steps": Range("must be in 0 to 1,000,000,000", lambda value: 0 <= value <= 1_000_000_000),
         "adam_beta1": MOMENT,
         "adam_beta2": MOMENT,
-        "adam_epsilon": POSITIVE,
         "adam_weight_decay": NOT_NEGATIVE,
         "replay_guidance_scale": Range("must be more than 0 and below 1000", lambda value: 0 < value < 1000),
         "resolution": Range(
@@ -204,10 +204,7 @@ class TrainConfig:
         for name in self.required:
             if not getattr(self, name):
                 raise OptionError(f"--{name}", "(not given)", "is required")
-        for name, allowed in self.ranges.items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and allowed.holds(value)):
-                raise OptionError(f"--{name}", value, allowed.text)
+        check_ranges(self, self.ranges)
         self._validate_choices()
 
     def _validate_choices(self) -> None:
@@ -218,6 +215,18 @@ class TrainConfig:
             if allowed and value is not None and value not in allowed:
                 text = f"must be one of {', '.join(map(str, allowed))}{closest(str(value), allowed)}"
                 raise OptionError(f"--{entry.name}", value, text)
+
+
+def check_ranges(flags: object, ranges: dict[str, Range]) -> None:
+    """Check numbers that may also be None.
+
+    Raises:
+        OptionError: The first that is out of its range.
+    """
+    for name, allowed in ranges.items():
+        value = getattr(flags, name)
+        if value is not None and not allowed.allows(value):
+            raise OptionError(f"--{name}", value, allowed.text)
 
 
 def literals(hint: Any) -> tuple[Any, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from safemax_sd import checkpoints, hub, trainable
-from safemax_sd.children import EXIT_CODE_FILE, end_with_parent, told_to_launcher
+from safemax_sd.children import end_with_starter, told_to_launcher
 from safemax_sd.command_line import parse_config
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError, SafemaxError
@@ -388,6 +387,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if EXIT_CODE_FILE in os.environ:  # a launcher of ours stands before this process, and does not forward signals
-        end_with_parent()
+    end_with_starter()
     sys.exit(told_to_launcher(main()))
