@@ -33,6 +33,7 @@ from safemax_sd.edits.halting_marks import HaltingMarksSettings
 from safemax_sd.edits.uce import UceSettings
 from safemax_sd.erase import change_concepts, erase
 from safemax_sd.erased import read_record
+from safemax_sd.families import LoadOptions
 from safemax_sd.objectives.halting_anchor import MARKS_FILE, HaltingAnchorConfig
 from safemax_sd.objectives.safemax import SafemaxConfig
 from safemax_sd.provenance import provenance, write_json_atomic
@@ -164,7 +165,9 @@ def adapter(method: str, count: int, synonyms: bool, work_dir: Path) -> Path:
             erase(train_anchor(work_dir), *prompts, output, HaltingMarksSettings(), overwrite=True)
         elif method in ("uce", "uce_padding"):
             prompts = [load_prompts(path, option=f"--{name}_prompts") for name, path in files.items()]
-            redirect("emoji", *prompts, output, UceSettings(), padding=method == "uce_padding", overwrite=True)
+            redirect(
+                LoadOptions("emoji"), *prompts, output, UceSettings(), padding=method == "uce_padding", overwrite=True
+            )
         else:
             train(
                 SafemaxConfig(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from safemax_sd.evaluation.compare_page import Gallery, write_comparison_page
 from safemax_sd.evaluation.compare_tables import by_task, latex, markdown, summaries, summary_grid, task_grid
 from safemax_sd.evaluation.generate import clear_cache
 from safemax_sd.evaluation.metrics import METRICS
-from safemax_sd.evaluation.report import REPORT, read_report
+from safemax_sd.evaluation.report import REPORT
 from safemax_sd.evaluation.run import CACHE as OWN_CACHE
 from safemax_sd.evaluation.run import (
     EvaluateOptions,
     Evaluation,
     Shown,
     evaluation_folder,
+    kept_pictures,
     load_real,
     own_guidance,
     run_and_write,
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 from safemax_sd.checkpoints import all_checkpoints, discard
 from safemax_sd.errors import OptionError, SafemaxError, path_errors
+from safemax_sd.escaping import printable
 from safemax_sd.judge import load_judge
 from safemax_sd.provenance import Stopwatch, atomic_write_text, provenance, write_json_atomic
 from safemax_sd.result_folder import claimed, foreign, not_ours, replacing, sweep
@@ -41,6 +43,9 @@ from safemax_sd.result_folder import claimed, foreign, not_ours, replacing, swee
 FORMAT_VERSION = 1
 TILES_QUALITY = 85
 """Lossy: noise does not compress, and a page has hundreds of these pictures."""
+HELD = {"started": set[str](), "erased": set[str](), "failed": {"reason"}, "done": {"prompts", "subsets"}}
+"""What a state holds beside its settings, by status."""
+DAMAGED = "is missing or damaged: remove the cell's folder, and it is run again"
 STATE, LOCK = "cell.json", ".lock"
 RESULTS = ("compare.json", "compare.md", "compare.tex", "index.html")
 ANCHOR = "anchor"
@@ -91,19 +96,43 @@ class Cell:
         return stored
 
     def state(self) -> dict[str, Any]:
-        """What the folder says of itself; empty where there is nothing."""
+        """What the folder says of itself; empty where there is nothing.
+
+        Raises:
+            OptionError: It says nothing that can be read.
+        """
         path = self.folder / STATE
         with path_errors("--output_dir", self.folder):
-            if not path.is_file():
+            if not path.exists():
                 return {}
-            text = path.read_text(encoding="utf8")
-        try:
-            content: Any = json.loads(text)
-        except ValueError:
-            content = None
-        if not (isinstance(content, dict) and {"status", "settings"} <= content.keys()):
-            raise OptionError("--output_dir", path, "is damaged: remove its folder, which is then run again")
+        content = self._read(path)
+        status = content.get("status")
+        needed = HELD.get(status) if isinstance(status, str) else None
+        if needed is None or not needed | {"settings"} <= content.keys():
+            raise OptionError("--output_dir", path, DAMAGED)
         return content
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            content = json.loads(path.read_text(encoding="utf8"))
+        except (OSError, ValueError) as error:
+            raise OptionError("--output_dir", path, DAMAGED) from error
+        if not isinstance(content, dict):
+            raise OptionError("--output_dir", path, DAMAGED)
+        return content
+
+    def check_results(self) -> None:
+        """See whether all that a done cell's tables and page are made of is there.
+
+        Raises:
+            OptionError: A file is missing or damaged.
+        """
+        report = self.report()
+        if not {"metrics", "adapter", "provenance"} <= report.keys():
+            raise OptionError("--output_dir", self.evaluated / REPORT, DAMAGED)
+        for path in (tiles_path(self, BASE), tiles_path(self, "erased")):
+            if not path.is_file():
+                raise OptionError("--output_dir", path, DAMAGED)
 
     def is_erased(self, state: dict[str, Any]) -> bool:
         """Whether a state says that only the evaluation is left."""
@@ -115,7 +144,7 @@ class Cell:
             write_json_atomic(self.folder / STATE, {"status": status, "settings": self.identity(), **more})
 
     def report(self) -> dict[str, Any]:
-        return read_report(self.evaluated / REPORT, "--output_dir")
+        return self._read(self.evaluated / REPORT)
 
 
 def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]]:
@@ -145,7 +174,7 @@ def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]
     waiting = [(cell, state) for cell in cells if (state := cell.state()).get("status") != "done"]
     bar = tqdm(waiting, desc="compare", unit="cell", initial=len(cells) - len(waiting), total=len(cells))
     for cell, before in bar:
-        bar.set_description(cell.name)
+        bar.set_description(printable(cell.name))
         with taken(cell) as ours:
             if ours and cell.state() == before:  # else another process has been at it
                 run_cell(cell, comparison.folder / CACHE)
@@ -195,7 +224,10 @@ def check(comparison: Comparison, cells: Sequence[Cell]) -> None:
     """
     settings = comparison.settings
     load_judge(settings.clip_model, settings.clip_pretrained)
-    load_real(_options(cells[0]), {"base_model": {"name_or_path": settings.base_model}})
+    options = _options(cells[0])
+    real = load_real(options, {"base_model": {"name_or_path": settings.base_model}})
+    for suite in comparison.tasks.values():
+        kept_pictures(options, suite, real)
     for cell in cells:
         cell.method.check(cell.erasure)
         state = cell.state()
@@ -203,6 +235,8 @@ def check(comparison: Comparison, cells: Sequence[Cell]) -> None:
             other = _first_difference(state["settings"], cell.identity())
             text = f"holds results of other settings ({other}): remove the folder, or name another --output_dir"
             raise OptionError("--output_dir", cell.folder, text)
+        if state.get("status") == "done":
+            cell.check_results()
 
 
 def _first_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -223,15 +257,10 @@ def taken(cell: Cell) -> Iterator[bool]:
     with path_errors("--output_dir", cell.folder):
         cell.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cell.folder / LOCK)
-        try:
+        with suppress(Timeout):
             lock.acquire(blocking=False)
-        except Timeout:
-            lock = None
-    if lock is None:
-        yield False
-        return
     try:
-        yield True
+        yield lock.is_locked
     finally:
         lock.release()
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from safemax_sd.evaluation.compare_methods import Method, UntrainedMethod, read_method
-from safemax_sd.evaluation.run import EvaluateOptions, check_metrics, suite_concepts
+from safemax_sd.evaluation.run import LIMITS, EvaluateOptions, check_metrics, suite_concepts
 from safemax_sd.prompts import Suite, load_suite, suite_names
 
 from safemax_sd.assets import resolve_model
-from safemax_sd.command_line import check_types, read_yaml
+from safemax_sd.command_line import check_texts, check_types, read_yaml
 from safemax_sd.errors import OptionError
 from safemax_sd.registry import closest
 
 BASE, CACHE = "base", "cache"
 RESERVED = (BASE, CACHE)
 """Labels that would be taken for the base model's row or its folder of pictures."""
+LABEL = re.compile(r"[^\W_][\w-]{0,63}")
+"""A folder's name; one that began with an underscore would be missing in a plot's legend."""
 LISTS = ("tasks", "seeds", "methods")
 
 
@@ -120,10 +123,10 @@ def _methods(content: dict[str, Any], path: str) -> dict[str, Method]:
     if not isinstance(methods, dict) or not methods:
         raise OptionError("--config", path, "methods must map labels to flags")
     for label in methods:
-        if label in RESERVED or not str(label).replace("-", "").replace("_", "").isalnum():
-            text = f"label {label!r} must be letters, digits, - and _, and not {' or '.join(RESERVED)}"
-            raise OptionError("--config", path, text)
-    return {str(label): read_method(str(label), flags, path) for label, flags in methods.items()}
+        if label in RESERVED or not (isinstance(label, str) and LABEL.fullmatch(label)):
+            allowed = "must be text of letters, digits, - and _ (not the first), 64 at most"
+            raise OptionError("--config", path, f"label {label!r} {allowed}, and not {' or '.join(RESERVED)}")
+    return {label: read_method(label, flags, path) for label, flags in methods.items()}
 
 
 def _tasks(content: dict[str, Any], path: str) -> dict[str, Suite]:
@@ -131,7 +134,7 @@ def _tasks(content: dict[str, Any], path: str) -> dict[str, Suite]:
     if not isinstance(listed, list) or not listed:
         raise OptionError("--config", path, "tasks must list suites, by name or folder")
     tasks: dict[str, Suite] = {}
-    for entry in map(str, listed):
+    for entry in check_texts(listed, "tasks", path):
         name = entry if entry in suite_names() else Path(entry).resolve().name
         if name in tasks:
             raise OptionError("--config", path, f"two tasks are named {name}")
@@ -141,7 +144,8 @@ def _tasks(content: dict[str, Any], path: str) -> dict[str, Suite]:
 
 def _seeds(content: dict[str, Any], path: str) -> tuple[int, ...]:
     seeds = content.get("seeds")
-    whole = isinstance(seeds, list) and all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds)
+    least, most = LIMITS["seed"]
+    whole = isinstance(seeds, list) and all(type(seed) is int and least <= seed <= most for seed in seeds)
     if not seeds or not whole or len(set(seeds)) < len(seeds):
-        raise OptionError("--config", path, "seeds must list different whole numbers of 0 or more")
+        raise OptionError("--config", path, f"seeds must list different whole numbers in {least:,} to {most:,}")
     return tuple(seeds)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import re
-import signal
-import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
@@ -21,6 +17,7 @@ from safemax_sd.evaluation.subjects import Adapter, Subject
 from safemax_sd.prompts import Suite, check_disjoint
 
 from safemax_sd.assets import resolve_anchor
+from safemax_sd.children import run_child
 from safemax_sd.command_line import check_types
 from safemax_sd.config import TrainConfig, literals
 from safemax_sd.edits.halting_marks import HaltingMarks, HaltingMarksSettings
@@ -33,8 +30,6 @@ from safemax_sd.train import read_input
 
 OUTPUT = "output.txt"
 FLAGS = "train.yaml"
-PR_SET_PDEATHSIG = 1
-"""Of prctl(2)."""
 GIVEN = (
     "forget_prompts",
     "retain_prompts",
@@ -42,6 +37,8 @@ GIVEN = (
     "pretrained_model_name_or_path",
     "revision",
     "variant",
+    "cache_dir",
+    "prediction_type",
     "seed",
     "objective",
     "overwrite_output_dir",
@@ -188,7 +185,9 @@ class EditedMethod(Method):
         if self.name not in self.known:
             text = f"no such edit {self.name!r}{closest(self.name, self.known)}; there are: {', '.join(self.known)}"
             raise OptionError("--config", self.where, text)
-        return check_types(flags, self.known[self.name], self.where)
+        checked = check_types(flags, self.known[self.name], self.where)
+        self.known[self.name](**checked)  # refuses numbers out of their ranges
+        return checked
 
     def check(self, erasure: Erasure) -> None:
         check_disjoint(erasure.suite.parts["forget"], erasure.suite.parts["retain"])
@@ -281,13 +280,10 @@ def run_apart(words: Sequence[str], output: Path) -> None:
     Raises:
         SafemaxError: It failed; the message is its own, or the last line that it printed.
     """
-    command, prepare = [sys.executable, "-m", *words], None
-    if sys.platform == "linux":  # ends it with this process, however that does: it would run on where no one claims it
-        prepare = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
     with output.open("wb") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False, preexec_fn=prepare)
-    if done.returncode:
+        code = run_child([sys.executable, "-m", *words], output=file)
+    if code:
         printed = output.read_text(encoding="utf8", errors="replace").strip()
         own = re.findall(r"\berror: ([^\r\n]+)", printed)  # it may stand behind a progress bar
         last = re.split(r"[\r\n]+", printed)[-1][:200]
-        raise SafemaxError(own[-1] if own else f"exit code {done.returncode}: {last}")
+        raise SafemaxError(own[-1] if own else f"exit code {code}: {last}")

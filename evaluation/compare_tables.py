@@ -13,7 +13,10 @@ from safemax_sd.evaluation.headline import DASH, NEITHER, Measurement, format_in
 from safemax_sd.evaluation.metrics.base import wilson
 from scipy.stats import t as student_t
 
+from safemax_sd.escaping import latex_text, markdown_text
+
 Row = Mapping[str, Any]
+Escape = Callable[[str], str]
 GIB = 2**30
 
 
@@ -68,7 +71,7 @@ NOTE = (
     "something else or a concept half erased (–: not measured); the harmonic mean is that of "
     "UA, retained, neighbours and UA on paraphrases, run by run. Seconds, model calls and peak memory are of the "
     "erasure; those of an edit are without its anchor's training. "
-    "Runs: done of planned."
+    "FID by Inception from fewer than 2,048 pictures is too large: compare it within the table. Runs: done of planned."
 )
 TASKS_NOTE = (
     "Harmonic mean % of each task, the mean over its seeds, with the lowest of its four parts; bold: the highest."
@@ -272,13 +275,21 @@ class Grid:
     note: str
     more: str = "{}"
 
-    def texts(self, bold: str) -> list[list[str]]:
-        """Head and lines in plain text; `bold` is how the best values are set."""
-        return [self.head, *([label, *(self._text(entry, bold) for entry in line)] for label, line in self.lines)]
+    def texts(self, bold: str, *, name: Escape, value: Escape) -> list[list[str]]:
+        """Head and lines in a format's text.
 
-    def _text(self, entry: Entry, bold: str) -> str:
-        value = bold.format(entry.value) if entry.best else entry.value
-        return f"{value} {self.more.format(entry.more)}" if entry.more else value
+        Args:
+            bold: How the best values are set.
+            name: Takes the format's marks out of headings and labels.
+            value: Takes them out of what stands in the table.
+        """
+
+        def text(entry: Entry) -> str:
+            first = bold.format(value(entry.value)) if entry.best else value(entry.value)
+            return f"{first} {value(self.more.format(entry.more))}" if entry.more else first
+
+        lines = ([name(label), *map(text, line)] for label, line in self.lines)
+        return [[name(heading) for heading in self.head], *lines]
 
 
 def summary_grid(table: Sequence[Summary]) -> Grid:
@@ -316,7 +327,7 @@ def markdown(grids: Sequence[Grid]) -> str:
     """The tables and how to read them."""
     parts = []
     for grid in grids:
-        head, *lines = grid.texts(bold="**{}**")
+        head, *lines = grid.texts("**{}**", name=markdown_text, value=str)
         parts += ["\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]), grid.note]
     return "\n\n".join(parts) + "\n"
 
@@ -327,13 +338,7 @@ def latex(grids: Sequence[Grid]) -> str:
 
 
 def _tabular(grid: Grid) -> str:
-    rows = [" & ".join(_escaped(cell) for cell in line) + r" \\" for line in grid.texts(bold=r"\textbf{{{}}}")]
+    rows = [" & ".join(line) + r" \\" for line in grid.texts(r"\textbf{{{}}}", name=latex_text, value=latex_text)]
     body = "\n".join([rows[0], r"\hline", *rows[1:]])
     columns = "l" + "r" * (len(grid.head) - 1)
     return f"% {grid.note}\n\\begin{{tabular}}{{{columns}}}\n\\hline\n{body}\n\\hline\n\\end{{tabular}}\n"
-
-
-def _escaped(text: str) -> str:
-    for plain, command in (("_", r"\_"), ("%", r"\%"), ("−", "$-$"), (DASH, "--")):
-        text = text.replace(plain, command)
-    return text

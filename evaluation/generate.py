@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from safemax_sd.errors import path_errors
+from safemax_sd.errors import SafemaxError, path_errors
 from safemax_sd.families import LoadOptions
 from safemax_sd.provenance import write_tensors_atomic
 from safemax_sd.schedulers import as_scheduler
@@ -179,6 +179,10 @@ class Generator:
             return kept
         with without_cut_text():
             made = self._models[job.model].draw(request)
+        for kind, values in (("pictures", made.pictures), ("latents", made.latents)):
+            if not values.isfinite().all():
+                setting = f"{job.sampler}, guidance scale {request.guidance_scale:g}"
+                raise SafemaxError(f"{kind} that the {job.model} model drew ({setting}) are not finite")
         with path_errors("--output_dir", path.parent):
             write_tensors_atomic(path, {"pictures": made.pictures, "latents": made.latents})
         return made

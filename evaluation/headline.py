@@ -8,8 +8,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from safemax_sd.evaluation.metrics.base import WARNING
 
 from safemax_sd.errors import SafemaxError
+from safemax_sd.escaping import markdown_text, printable
 
 Report = Mapping[str, Any]
 
@@ -166,7 +169,7 @@ def _row(wanted: _Wanted, pair: list[Report], suffix: str) -> HeadlineRow:
     first = pair[0] if pair else {}
     return HeadlineRow(
         group=wanted.group,
-        label=wanted.label + suffix,
+        label=wanted.label + suffix + _warning(pair),
         metric=wanted.metric,
         subset=wanted.subset,
         unit=first.get("unit") or "",
@@ -175,6 +178,12 @@ def _row(wanted: _Wanted, pair: list[Report], suffix: str) -> HeadlineRow:
         base=measurement(by_model["base"]) if "base" in by_model else None,
         erased=measurement(by_model["erased"]) if "erased" in by_model else None,
     )
+
+
+def _warning(pair: list[Report]) -> str:
+    """What the rows warn of, as it stands behind the label."""
+    found = dict.fromkeys(text for row in pair if (text := (row.get("details") or {}).get(WARNING)))
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def measurement(row: Report) -> Measurement:
@@ -225,7 +234,11 @@ def headline_markdown(rows: Iterable[HeadlineRow]) -> str:
     """The headline table in Markdown, for the model card."""
     lines = ["| | base | erased |", "|---|---|---|"]
     for row in rows:
-        cells = (row.label, format_measurement(row.base, row.unit), format_measurement(row.erased, row.unit))
+        cells = (
+            markdown_text(row.label),
+            format_measurement(row.base, row.unit),
+            format_measurement(row.erased, row.unit),
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -246,9 +259,10 @@ def measured_markdown(report: Report) -> str:
     scale = described_guidance(settings["guidance_scale"], settings.get("prompt_guidance_scales", ()))
     guided = f"guidance scale {scale}, {settings['num_inference_steps']} steps"
     commit = f", commit {made['commit'][:12]}" if made["commit"] else ""
+    judge, suite = markdown_text(report["judge"]), markdown_text(suite_of(report))
     how = (
-        f"Measured by `safemax evaluate` on the prompts of {suite_of(report)}: judge {report['judge']}, "
-        f"sampler {settings['sampler']}, {guided}, seed {settings['seed']}, on {made['device']} with safemax_sd "
+        f"Measured by `safemax evaluate` on the prompts of {suite}: judge {judge}, sampler {settings['sampler']}, "
+        f"{guided}, seed {settings['seed']}, on {made['device']} with safemax_sd "
         f"{made['versions']['safemax_sd']}{commit}. In brackets: 95 % intervals; n: pictures."
     )
     return f"{headline_markdown(headline(report))}\n\n{how}"
@@ -260,14 +274,9 @@ def described_guidance(scale: float, own: Iterable[str]) -> str:
     return f"{scale:g} (the prompts’ own where a file gives it: {named})" if named else f"{scale:g}"
 
 
-def print_headline(report: Report, console: Console | None = None) -> None:
-    """Print the headline table to the terminal.
-
-    Args:
-        report: Content of `report.json`.
-        console: Where to; standard output by default.
-    """
-    table = Table(title=title(report), title_justify="left", header_style="bold", expand=False)
+def print_headline(report: Report, console: Console) -> None:
+    """Print the headline table to the terminal."""
+    table = Table(title=Text(printable(title(report))), title_justify="left", header_style="bold", expand=False)
     table.add_column("")
     table.add_column("base", justify="right", style="dim")
     table.add_column("erased", justify="right", style="bold")
@@ -276,10 +285,11 @@ def print_headline(report: Report, console: Console | None = None) -> None:
         if row.group != group:
             if group is not None:
                 table.add_section()
-            table.add_row(f"[italic]{row.group}[/italic]")
+            table.add_row(Text(row.group, style="italic"))
             group = row.group
-        table.add_row(row.label, format_measurement(row.base, row.unit), format_measurement(row.erased, row.unit))
-    (console or Console()).print(table)
+        values = (format_measurement(row.base, row.unit), format_measurement(row.erased, row.unit))
+        table.add_row(*(Text(cell) for cell in (printable(row.label), *values)))
+    console.print(table)
 
 
 def title(report: Report) -> str:

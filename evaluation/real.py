@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
+from safemax_sd.evaluation.metrics.distribution import FEWEST
+from safemax_sd.prompts import Suite
 from torch import Tensor
 
 from safemax_sd.assets import PICTURES
+from safemax_sd.errors import OptionError
 from safemax_sd.judge import STYLE_SUFFIX, Judge
 from safemax_sd.picture_folder import load_picture_folder
+from safemax_sd.registry import closest
+
+logger = logging.getLogger("safemax_sd")
 
 TILE, COLUMNS = 64, 28
 ACCEPTED = 0.95
@@ -31,6 +38,35 @@ class RealPictures:
         wanted = frozenset(concepts)
         rows = [number for number, shown in enumerate(self.concepts) if shown & wanted]
         return self.pictures[rows]
+
+    def kept_by(self, suite: Suite, folder: str | None) -> Tensor | None:
+        """Pictures of what a suite keeps, to compare with; None, with a warning, where embedded ones lack a concept.
+
+        Args:
+            suite: Names what is kept and what is forbidden.
+            folder: `--real_images`; None for the embedded pictures.
+
+        Raises:
+            OptionError: The folder lacks a kept concept, names a forbidden one otherwise, or has one picture in all.
+        """
+        names = sorted(frozenset[str]().union(*self.concepts))
+        kept = suite.parts["retain"].concepts
+        missing = [concept for concept in kept if concept not in names]
+        forbidden = [concept for concept in suite.parts["forget"].concepts if concept not in names]
+        if folder is not None:
+            spelled = {name.casefold(): name for name in names}
+            for concept in [*missing, *(concept for concept in forbidden if concept.casefold() in spelled)]:
+                near = closest(spelled.get(concept.casefold(), concept), names)
+                raise OptionError("--real_images", folder, f"has no subfolder of pictures named {concept!r}{near}")
+        if forbidden:
+            logger.warning("no real picture shows %r: nothing is measured with rejection, nor neither", forbidden[0])
+        if missing:
+            logger.warning("no real picture shows %r: FID and KID are not measured", missing[0])
+            return None
+        found = self.showing(kept)
+        if len(found) < FEWEST:
+            raise OptionError("--real_images", folder, f"must hold at least {FEWEST} pictures of what is kept")
+        return found
 
     def thresholds(self, judge: Judge, concepts: Sequence[str], artists: Collection[str] = ()) -> dict[str, float]:
         """By concept that has real pictures, the similarity to its caption that 95 % of these reach."""

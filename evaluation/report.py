@@ -23,7 +23,7 @@ from safemax_sd.evaluation.plots import Line, loss_plot, probe_plot, sweep_plot
 from safemax_sd.errors import OptionError, path_errors
 from safemax_sd.model_card import usage
 from safemax_sd.output import LOG, read_log
-from safemax_sd.provenance import atomic_write_text
+from safemax_sd.provenance import atomic_write_text, public_record
 from safemax_sd.result_folder import claimed, finish, foreign, not_ours
 
 REPORT, PAGE_FILE, SAMPLES = "report.json", "index.html", "samples.png"
@@ -138,7 +138,7 @@ def _lead(report: Report) -> str:
 def _usage(record: Mapping[str, Any]) -> str:
     if "baseline" in record:
         return str(record["baseline"]["usage"])
-    return usage(dict(record), "path/to/this/adapter")
+    return usage(public_record(record), "path/to/this/adapter")
 
 
 def _headline_table(report: Report) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from PIL import Image
 from safemax_sd.evaluation.generate import Generator, Job
 from safemax_sd.evaluation.headline import measured_markdown
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
-from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
+from safemax_sd.evaluation.metrics.distribution import INCEPTION, JUDGE_EXTRACTOR, check_distribution
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
 from safemax_sd.evaluation.report import PAGE_FILE, REPORT, SAMPLES, write_page
 from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Pictures
@@ -33,13 +34,13 @@ from safemax_sd.prompts import (
 from torch import Tensor
 
 from safemax_sd.erased import read_record
-from safemax_sd.errors import OptionError, path_errors
+from safemax_sd.errors import OptionError, SafemaxError, path_errors
 from safemax_sd.judge import Judge, load_judge
 from safemax_sd.model_card import Picture, write_model_card
 from safemax_sd.output import CARD, LOG, RECORD, read_log
 from safemax_sd.pictures import before_after
 from safemax_sd.processes import claimed_by_main, from_main
-from safemax_sd.provenance import Stopwatch, provenance, write_json_atomic
+from safemax_sd.provenance import Stopwatch, provenance, public_path, public_record, write_json_atomic
 from safemax_sd.registry import closest
 from safemax_sd.result_folder import check_no_model, claimed, foreign, not_ours, replacing, sweep
 from safemax_sd.samples import SMALL, to_pil
@@ -65,6 +66,15 @@ RUN_SEEDS, REPEAT_SEEDS = 10_000_000, 2**40
 """From one run's start noise to the next, and from one to the next picture of a prompt with a seed of its own."""
 SAMPLE_COUNTS = {"forget": 4, "paraphrases": 1, "neighbours": 2, "retain": 4}
 
+LIMITS = {
+    "num_images": (1, 1_000_000),
+    "num_sweep_images": (0, 1_000_000),
+    "num_inference_steps": (1, 1000),
+    "batch_size": (1, 100_000),
+    "seed": (0, 2**32 - 1),
+}
+"""Least and greatest values of flags; more pictures of a subset would draw from another one's start noise."""
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -86,14 +96,18 @@ class EvaluateOptions:
     batch_size: int = 32
     seed: int = 0
 
+    def record(self) -> dict[str, Any]:
+        """Return every flag as it may be written down: without the folders of this machine."""
+        paths = ("adapter", "suite", "output_dir", "clip_model", "clip_pretrained", "real_images")
+        flags = asdict(self)
+        return flags | {name: public_path(flags[name]) for name in paths if flags[name] is not None}
+
     def validate(self) -> None:
         """Raises OptionError for the first value that cannot be used."""
         check_samplers(self, dict.fromkeys([*SAMPLERS, *FLOW_SAMPLERS]))
-        for name in ("num_images", "num_inference_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"--{name}", getattr(self, name), "must be at least 1")
-        if self.num_sweep_images < 0:
-            raise OptionError("--num_sweep_images", self.num_sweep_images, "must be 0 (no sweep) or more")
+        for name, (least, most) in LIMITS.items():
+            if not least <= getattr(self, name) <= most:
+                raise OptionError(f"--{name}", getattr(self, name), f"must be in {least:,} to {most:,}")
         for scale in (self.guidance_scale, *self.sweep_guidance_scales):
             if not 0 < scale < GUIDANCE_BOUND:
                 raise OptionError("--guidance_scale", scale, f"must be more than 0 and below {GUIDANCE_BOUND}")
@@ -138,6 +152,16 @@ class Evaluation:
         self.real = load_real(options, record)
         concepts = suite_concepts(self.suite)
         check_metrics(self.suite)
+        artists = tuple(name for prompts in self.suite.parts.values() for name in prompts.artists)
+        self.context = Context(
+            judge=judge,
+            concepts=concepts,
+            thresholds=self.real.thresholds(judge, concepts, artists) if self.real else {},
+            real=kept_pictures(options, self.suite, self.real),
+            extractor=extractor_of(options),
+            forbidden=self.suite.parts["forget"].concepts,
+            artists=artists,
+        )
         self.generator = Generator(
             self.subject,
             self.output_dir / CACHE,
@@ -149,18 +173,12 @@ class Evaluation:
             warn_over_long(prompts, self.generator.tokenizer, option="--suite")
         samplers = tuple(self.generator.samplers)
         check_samplers(options, samplers)
+        most = self.generator.pipeline.scheduler.config.num_train_timesteps
+        if options.num_inference_steps > most:
+            text = f"must be at most {most}, the timesteps of this model's schedule"
+            raise OptionError("--num_inference_steps", options.num_inference_steps, text)
         self.options = replace(
             options, sampler=options.sampler or samplers[0], sweep_samplers=options.sweep_samplers or samplers
-        )
-        artists = tuple(name for prompts in self.suite.parts.values() for name in prompts.artists)
-        self.context = Context(
-            judge=judge,
-            concepts=concepts,
-            thresholds=self.real.thresholds(judge, concepts, artists) if self.real else {},
-            real=self.real.showing(self.suite.parts["retain"].concepts) if self.real else None,
-            extractor=JUDGE_EXTRACTOR if options.clip_model == "emoji" else "inception-v3-compat",
-            forbidden=self.suite.parts["forget"].concepts,
-            artists=artists,
         )
 
     @property
@@ -220,6 +238,8 @@ class Evaluation:
             if metric.applies(batch):
                 metric.update(batch)
                 results[name] = metric.compute()
+                if not math.isfinite(results[name].value):
+                    raise SafemaxError(f"{name} of {len(prompts)} pictures, such as {prompts[0].text!r}, is not finite")
         return results
 
     def main_rows(self) -> tuple[list[dict[str, Any]], Shown]:
@@ -252,7 +272,7 @@ class Evaluation:
             for scale in self.options.sweep_guidance_scales:
                 for subset, names in SWEEP_METRICS.items():
                     prompts = pick(self.suite.parts[subset].prompts, self.options.num_sweep_images)
-                    settings = {"sampler": sampler, "guidance_scale": scale}
+                    settings: dict[str, Any] = {"sampler": sampler, "guidance_scale": scale}
                     job = self.job("erased", prompts, subset, **settings)
                     made = self.generator.run(job, description=f"{sampler}, guidance {scale:g}, {subset}")
                     results = self.measure(made, prompts, names)
@@ -348,10 +368,10 @@ def run_and_write(evaluation: Evaluation, clock: Stopwatch) -> tuple[dict[str, A
         "format_version": FORMAT_VERSION,
         "adapter": evaluation.generator.record,
         "erased": list(evaluation.suite.parts["forget"].concepts),
-        "suite": evaluation.suite.name,
+        "suite": public_path(evaluation.suite.name),
         "suite_version": evaluation.suite.version,
         "judge": evaluation.judge.name,
-        "settings": {**asdict(evaluation.options), **own_guidance(evaluation.suite)},
+        "settings": {**evaluation.options.record(), **own_guidance(evaluation.suite)},
         "metrics": rows,
         "sweep": sweep,
         "seconds": clock.seconds,
@@ -368,7 +388,7 @@ def write_report(report: dict[str, Any], shown: Shown, folder: Path, adapter_dir
     log = [] if adapter_dir is None else read_log(adapter_dir / LOG)
     with replacing(folder, REPORT) as new:
         before_after(shown.base, shown.erased, shown.prompts, scale=scale).save(new / SAMPLES)
-        write_json_atomic(new / REPORT, report)
+        write_json_atomic(new / REPORT, {**report, "adapter": public_record(report["adapter"])})
         write_page(report, new, log=log)
     if adapter_dir is not None:
         update_model_card(adapter_dir, report, folder)
@@ -493,3 +513,20 @@ def load_real(options: EvaluateOptions, record: dict[str, Any]) -> RealPictures 
     if options.real_images is not None:
         return load_folder(options.real_images)
     return embedded_pictures() if record["base_model"]["name_or_path"] == "emoji" else None
+
+
+def extractor_of(options: EvaluateOptions) -> str:
+    """Name what FID and KID take features of: the embedded judge, or Inception with any other judge."""
+    return JUDGE_EXTRACTOR if options.clip_model == "emoji" else INCEPTION
+
+
+def kept_pictures(options: EvaluateOptions, suite: Suite, real: RealPictures | None) -> Tensor | None:
+    """Real pictures of what a suite keeps, for FID and KID; None where these are not measured.
+
+    Raises:
+        SafemaxError: Real pictures, drawn ones or weights that these need are too few or missing.
+    """
+    kept = None if real is None else real.kept_by(suite, options.real_images)
+    if kept is not None:
+        check_distribution(extractor_of(options), options.num_images)
+    return kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from diffusers import AutoModel
 from peft.utils import get_peft_model_state_dict
 from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Sampler, StockSampler
 
-from safemax_sd.adapter import WEIGHTS_NAME, read_weights
+from safemax_sd.adapter import WEIGHTS_NAME, check_fit, lora_layers, read_weights
 from safemax_sd.erased import load_base, read_record
-from safemax_sd.errors import OptionError
-from safemax_sd.families.base import FAMILIES
+from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.families.base import FAMILIES, ModelFamily
 from safemax_sd.families.folders import LOAD_ERRORS
 from safemax_sd.families.latent import LatentFamily
+from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.quiet import quiet
 from safemax_sd.trainable import FULL_WEIGHTS
 
@@ -93,43 +95,58 @@ class Adapter(Subject):
         assert isinstance(family, LatentFamily)
         try:
             with quiet():
-                full = self.record["config"]["trainable"] == "full"
-                return (_with_full_weights if full else _with_lora)(family, self.folder)
+                if self.record["config"]["trainable"] == "full":
+                    return _with_full_weights(family, self.folder)
+                return _with_lora(family, self.folder, self._layers(family))
         except LOAD_ERRORS as error:
             reason = " ".join(str(error).split())[:200]
             text = f"cannot be loaded onto {family.options.name_or_path}: {reason}"
             raise OptionError("--adapter", self.folder, text) from error
 
+    def _layers(self, family: ModelFamily) -> Set[str]:
+        """Names of the layers that a LoRA of this method has."""
+        if self.record["method"] in OBJECTIVES.names():
+            return lora_layers(family, self.record["config"]["lora_targets"])
+        return family.token_projections().keys()
 
-def _with_lora(family: LatentFamily, folder: Path) -> Models:
+
+def _with_lora(family: LatentFamily, folder: Path, layers: Set[str]) -> Models:
+    """The base model with a LoRA in all of these layers.
+
+    Raises:
+        SafemaxError: The file is damaged, or has other layers.
+    """
     pipeline = family.pipeline
-    named = read_weights(folder / WEIGHTS_NAME)
+    path = folder / WEIGHTS_NAME
+    stored = read_weights(path)
+    missing = sorted(layers - {name.partition(".lora_")[0].removeprefix(f"{family.denoiser_part}.") for name in stored})
+    if missing:
+        raise SafemaxError(f"{path} lacks {len(missing)} of {len(layers)} layers, the first of them {missing[0]}")
     pipeline.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name=ADAPTER_NAME)
     landed = get_peft_model_state_dict(family.denoiser, adapter_name=ADAPTER_NAME)
     # diffusers only warns of tensors that it has no place for, and of layers that lack one of their two.
-    odd = sorted({f"{family.denoiser_part}.{name}" for name in landed} ^ set(named))
-    if odd:
-        raise ValueError(f"{len(odd)} tensors of the file and of the model do not match, such as {odd[0]}")
+    check_fit(path, stored, {f"{family.denoiser_part}.{name}": tensor for name, tensor in landed.items()}, "the model")
     return Models(
         pipeline,
         family.scheduler_settings,
         StockSampler(pipeline, switch=pipeline.disable_lora),
         StockSampler(pipeline, switch=pipeline.enable_lora),
-        _sha256(folder / WEIGHTS_NAME),
+        _sha256(path),
     )
 
 
 def _with_full_weights(family: LatentFamily, folder: Path) -> Models:
     pipeline, part = family.pipeline, family.denoiser_part
     base = getattr(pipeline, part)
-    read_weights(folder / part / FULL_WEIGHTS)
+    path = folder / part / FULL_WEIGHTS
+    check_fit(path, read_weights(path), base.state_dict(), "the base model")
     erased = AutoModel.from_pretrained(str(folder), subfolder=part, torch_dtype=base.dtype).to(base.device)
     return Models(
         pipeline,
         family.scheduler_settings,
         StockSampler(pipeline, switch=lambda: setattr(pipeline, part, base)),
         StockSampler(pipeline, switch=lambda: setattr(pipeline, part, erased)),
-        _sha256(folder / part / FULL_WEIGHTS),
+        _sha256(path),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,12 @@ def attach(
     for parameter in parameters:
         parameter.data = parameter.data.float()  # half-precision LoRA weights barely move under AdamW
     return parameters
+
+
+def lora_layers(family: ModelFamily, targets: LoraTargets) -> set[str]:
+    """Return the names of the layers that `attach` gives a LoRA."""
+    endings = tuple(f".{ending}" for ending in family.lora_target_modules(targets))
+    return {name for name, _ in family.denoiser.named_modules() if f".{name}".endswith(endings)}
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
@@ -141,7 +148,7 @@ def _save(
 ) -> None:
     family.save_adapter(directory, state, metadata)
     if kohya:
-        save_file(to_kohya(state, metadata), directory / KOHYA_NAME, metadata={"format": "pt"})
+        save_file(to_kohya(state, metadata, type(family)), directory / KOHYA_NAME, metadata={"format": "pt"})
 
 
 def layer_alpha(metadata: dict[str, Any], layer: str) -> float:
@@ -150,15 +157,17 @@ def layer_alpha(metadata: dict[str, Any], layer: str) -> float:
     return float(pattern.get(get_pattern_key(list(pattern), layer), metadata["lora_alpha"]))
 
 
-def to_kohya(state: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, Tensor]:
+def to_kohya(state: dict[str, Tensor], metadata: dict[str, Any], family: type[ModelFamily]) -> dict[str, Tensor]:
     """The adapter in the naming of kohya's scripts, A1111 and ComfyUI, with one alpha that is true of every layer.
 
     Args:
         state: Its tensors in peft's names.
         metadata: Its `METADATA_KEYS`.
+        family: Of the model that it belongs to.
     """
     alphas = {layer: layer_alpha(metadata, layer) for layer in {name.rsplit(".", 2)[0] for name in state}}
     largest = max(len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight"))
+    names = family.kohya_names(alphas)
     converted = {}
     for layer, alpha in sorted(alphas.items()):
         down, up = state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"]
@@ -166,7 +175,7 @@ def to_kohya(state: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, Te
         # up to one rank, alpha is that rank everywhere.
         if len(set(alphas.values())) > 1:
             down, up, alpha = *_of_rank(largest, down, up * (alpha / len(down))), float(largest)
-        name = f"lora_unet_{layer.replace('.', '_')}"
+        name = f"lora_unet_{names[layer].replace('.', '_')}"
         converted[f"{name}.lora_down.weight"] = down.contiguous()
         converted[f"{name}.lora_up.weight"] = up.contiguous()
         converted[f"{name}.alpha"] = torch.tensor(alpha)
@@ -196,6 +205,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def check_fit(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> None:
+    """Check that a file's tensors are a model's, by name and shape.
+
+    Raises:
+        SafemaxError: One is missing, unknown or of another shape; the message names it.
+    """
+    for name in sorted({*state, *expected}):
+        if name not in state:
+            raise SafemaxError(f"{path} does not fit {model}: it lacks {name}")
+        if name not in expected:
+            raise SafemaxError(f"{path} does not fit {model}, which has no {name}")
+        if state[name].shape != expected[name].shape:
+            sizes = f"{tuple(state[name].shape)} in place of {tuple(expected[name].shape)}"
+            raise SafemaxError(f"{path} does not fit {model}: {name} is {sizes}")
+
+
 def load_adapter(family: ModelFamily, directory: Path) -> None:
     """Copy a saved adapter's values into the attached one, in place, bit for bit.
 
@@ -207,7 +232,6 @@ def load_adapter(family: ModelFamily, directory: Path) -> None:
         raise SafemaxError(f"{directory} holds no {WEIGHTS_NAME}")
     prefix = f"{family.denoiser_part}."
     state = {name.removeprefix(prefix): tensor for name, tensor in read_weights(path).items()}
-    expected = adapter_state(family.denoiser)
-    if {n: t.shape for n, t in expected.items()} != {n: t.shape for n, t in state.items()}:
-        raise SafemaxError(f"{path} does not fit this base model with these --rank and --lora_targets")
+    model = "this base model with these --rank and --lora_targets"
+    check_fit(path, state, adapter_state(family.denoiser), model)
     set_peft_model_state_dict(family.denoiser, state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,15 +14,17 @@ import torch
 import typer
 from rich.console import Console
 
+from safemax_sd.children import run_launched
 from safemax_sd.command_line import parse_config
 from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.escaping import printable
 from safemax_sd.objectives.safemax import SafemaxConfig
 
 if TYPE_CHECKING:
     from safemax_sd.prompts import PromptSet
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
+console = Console(markup=False, emoji=False, highlight=False)
 UsageError: Any = typer.BadParameter.__base__
 """Typer's error for a command line that it cannot parse, which it exports under no name of its own."""
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -39,21 +40,28 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+def say(text: str) -> None:
+    """Print one line, however long it is; names in it may hold anything."""
+    console.print(printable(text), soft_wrap=True)
+
+
 def launch_training(arguments: list[str]) -> None:
     """Run `safemax_sd.train` through Accelerate's launcher; its exit code becomes ours if it fails."""
+    from accelerate.commands.config.config_args import default_config_file
+
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    config = Path.home() / ".cache" / "huggingface" / "accelerate" / "default_config.yaml"
-    if not config.exists():  # spelled out, the launcher's defaults need no warning
+    if not Path(default_config_file).exists():  # spelled out, the launcher's defaults need no warning
         processes = max(1, torch.cuda.device_count())
         command += ["--num_processes", str(processes), "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        command += ["--mixed_precision", precision, "--dynamo_backend", "no"]
         command += ["--multi_gpu"] if processes > 1 else []
         # Left alone, the launcher counts physical cores, and a process on two virtual ones gets one thread.
         threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // processes)
         command += ["--num_cpu_threads_per_process", str(threads)]
-    finished = subprocess.run([*command, "-m", "safemax_sd.train", *arguments], check=False)
-    if finished.returncode:
-        raise typer.Exit(finished.returncode)
+    code = run_launched([*command, "-m", "safemax_sd.train", *arguments])
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command(context_settings=PASS_THROUGH)
@@ -76,8 +84,15 @@ def erase(
         str, typer.Option("--edit", help="halting_marks, or uce, which needs no anchor.")
     ] = "halting_marks",
     pretrained_model_name_or_path: Annotated[
-        str, typer.Option("--pretrained_model_name_or_path", help="Base model of --edit uce.")
-    ] = "emoji",
+        str | None,
+        typer.Option("--pretrained_model_name_or_path", help="Base model of --edit uce; emoji if not given."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Its revision on the hub.")] = None,
+    variant: Annotated[str | None, typer.Option("--variant", help="Of its weight files, such as fp16.")] = None,
+    cache_dir: Annotated[str | None, typer.Option("--cache_dir", help="Where hub downloads are kept.")] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option("--prediction_type", help="epsilon or v_prediction: override the scheduler's own.")
+    ] = None,
     forget_prompts: Annotated[str | None, typer.Option("--forget_prompts", help="What to erase.")] = None,
     retain_prompts: Annotated[str | None, typer.Option("--retain_prompts", help="What to keep.")] = None,
     add: Annotated[str | None, typer.Option("--add", help="Prompts of more concepts for --output_dir.")] = None,
@@ -95,20 +110,33 @@ def erase(
     from safemax_sd.edits.uce import Uce, UceSettings
     from safemax_sd.erase import change_concepts
     from safemax_sd.erase import erase as erase_concepts
+    from safemax_sd.families import LoadOptions
     from safemax_sd.prompts import load_prompts
     from safemax_sd.redirect import redirect
 
+    loading = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "prediction_type": prediction_type}
     with one_line_errors():
+        if prediction_type not in (None, "epsilon", "v_prediction"):
+            raise OptionError("--prediction_type", prediction_type, "must be one of epsilon, v_prediction")
         if EDITS.get(edit) is Uce:
             if anchor is not None or add is not None or remove:
                 raise OptionError("--edit", edit, "takes no --anchor, --add or --remove")
             prompts = both_prompt_files(forget_prompts, retain_prompts)
-            base = pretrained_model_name_or_path
+            base = LoadOptions(
+                pretrained_model_name_or_path or "emoji",
+                revision=revision,
+                variant=variant,
+                cache_dir=cache_dir,
+                prediction_type=prediction_type,
+            )
             record = redirect(
                 base, *prompts, output_dir, UceSettings(), padding=uce_padding, overwrite=overwrite_output_dir
             )
             report_redirection(record, output_dir)
             return
+        for name, value in {"pretrained_model_name_or_path": pretrained_model_name_or_path, **loading}.items():
+            if value is not None:
+                raise OptionError(f"--{name}", value, "goes with --edit uce: an anchor's record names its base model")
         if anchor is None:
             if add is None and not remove:
                 raise OptionError("--anchor", "(not given)", "is required, or --add or --remove for an erased adapter")
@@ -138,8 +166,9 @@ def both_prompt_files(forget: str | None, retain: str | None) -> tuple[PromptSet
 
 def report_redirection(record: dict[str, Any], output_dir: Path) -> None:
     """Say what was redirected and how long that took."""
-    solved = record["cost"]["seconds"]["solve"]
-    console.print(f"{', '.join(record['forget']['concepts'])}: solved in {solved:.2f} s: {output_dir}")
+    solved, forget = record["cost"]["seconds"]["solve"], record["forget"]
+    prompts = f"{forget['count']} prompt{'' if forget['count'] == 1 else 's'}"
+    say(f"{', '.join(forget['concepts']) or prompts}: solved in {solved:.2f} s: {output_dir}")
 
 
 def report_marks(record: dict[str, Any], output_dir: Path) -> None:
@@ -147,15 +176,14 @@ def report_marks(record: dict[str, Any], output_dir: Path) -> None:
     edit, halts, keeps = record["edit"], record["config"]["mark_least"], record["config"]["mark_kept"]
     for concept, mark in edit["marks"].items():
         weak = f"; halts from {halts:g}: some prompts may survive" if mark["least"] < halts else ""
-        console.print(f"{concept}: marked {mark['mean']:.2f}, {mark['least']:.2f} at least{weak}")
+        say(f"{concept}: marked {mark['mean']:.2f}, {mark['least']:.2f} at least{weak}")
     kept = edit["kept_marks"]
     strong = f"; up to {keeps:g} changes nothing: some kept prompts may halt" if kept["largest"] > keeps else ""
-    console.print(f"kept tokens: marked {kept['largest']:.2f} at most, 99 % below {kept['q99']:.2f}{strong}")
+    say(f"kept tokens: marked {kept['largest']:.2f} at most, 99 % below {kept['q99']:.2f}{strong}")
     seconds, noun = edit["seconds"], "concept" if len(edit["marks"]) == 1 else "concepts"
-    console.print(
+    say(
         f"erased {len(edit['marks'])} {noun} in {seconds['total']:.2f} s, {seconds['solve']:.2f} s of it the edit: "
-        f"{output_dir}",
-        soft_wrap=True,
+        f"{output_dir}"
     )
 
 
@@ -178,7 +206,7 @@ def export(
             raise OptionError("--output_kohya_format", True, "is for a LoRA: leave it or --merge out")
         else:
             export_pipeline(adapter, weight or [], output_dir, overwrite=overwrite_output_dir)
-        console.print(f"{'pipeline' if merge else 'LoRA'}: {output_dir}", soft_wrap=True)
+        say(f"{'pipeline' if merge else 'LoRA'}: {output_dir}")
 
 
 @app.command()
@@ -235,7 +263,7 @@ def run_evaluation(options: object) -> None:
     if not PartialState().is_main_process:
         return
     print_headline(json.loads((folder / "report.json").read_text(encoding="utf8")), console)
-    console.print(f"page: {folder / 'index.html'}", soft_wrap=True)
+    say(f"page: {folder / 'index.html'}")
 
 
 @app.command()
@@ -248,8 +276,8 @@ def compare(
 
     with one_line_errors():
         folder, failed = compare_methods(config, output_dir)
-        console.print((folder / "compare.md").read_text(encoding="utf8"), soft_wrap=True, markup=False)
-        console.print(f"page: {folder / 'index.html'}", soft_wrap=True)
+        console.print((folder / "compare.md").read_text(encoding="utf8"), soft_wrap=True)
+        say(f"page: {folder / 'index.html'}")
         if failed:
             raise SafemaxError(f"{len(failed)} failed, which the same command tries again: {'; '.join(failed)}")
 
@@ -260,7 +288,7 @@ def report(report_dir: Annotated[Path, typer.Argument(help="Folder with report.j
     from safemax_sd.evaluation.report import render
 
     with one_line_errors():
-        console.print(f"page: {render(report_dir)}", soft_wrap=True)
+        say(f"page: {render(report_dir)}")
 
 
 @app.command()
@@ -270,7 +298,7 @@ def suites() -> None:
 
     for name in suite_names():
         parts = load_suite(name).parts
-        console.print(f"{name}: " + ", ".join(f"{len(prompts)} {part}" for part, prompts in parts.items()))
+        say(f"{name}: " + ", ".join(f"{len(prompts)} {part}" for part, prompts in parts.items()))
 
 
 @app.command()
@@ -290,7 +318,11 @@ def quickstart(
     from safemax_sd.prompts import load_suite
     from safemax_sd.result_folder import claimed
 
+    options = EvaluateOptions(
+        adapter=str(output_dir), suite=suite, num_images=num_images, num_sweep_images=num_sweep_images
+    )
     with one_line_errors():
+        options.validate()  # before the training, which takes minutes
         prompts = load_suite(suite)
         with claimed(output_dir):
             check_output_dir(output_dir, overwrite=overwrite_output_dir, instead="or name a new one")
@@ -299,15 +331,12 @@ def quickstart(
         arguments += ["--output_dir", str(output_dir), "--max_train_steps", str(max_train_steps)]
         launch_training([*arguments, "--overwrite_output_dir"])
         trained = time.monotonic()
-        run_evaluation(
-            EvaluateOptions(
-                adapter=str(output_dir), suite=suite, num_images=num_images, num_sweep_images=num_sweep_images
-            )
-        )
+        run_evaluation(options)
         finished = time.monotonic()
-        console.print(f"training {trained - started:.0f} s, evaluation {finished - trained:.0f} s")
-        console.print("use it:\n")
-        console.print(usage(read_record(output_dir), str(output_dir.resolve())), soft_wrap=True, highlight=False)
+        say(f"training {trained - started:.0f} s, evaluation {finished - trained:.0f} s")
+        say("use it:")
+        console.print()
+        console.print(usage(read_record(output_dir), str(output_dir.resolve())), soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,6 +16,8 @@ from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.registry import closest
 
+MERGE = "tag:yaml.org,2002:merge"
+
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The flags of a command line (default: this process's), of which those in a `--config` file are the defaults.
@@ -71,12 +73,27 @@ def read_yaml(path: str) -> dict[str, Any]:
         OptionError: No such file, or not a mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(Path(path).read_text(encoding="utf8"), Loader=_UniqueKeys)
+    except RecursionError as error:
+        raise OptionError("--config", path, "cannot be read: nested too deeply") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:  # (ValueError: bytes that are no text, dates that are none)
         raise OptionError("--config", path, f"cannot be read: {' '.join(str(error).split())[:150]}") from error
     if not isinstance(content, dict):
         raise OptionError("--config", path, "must map flag names to values")
     return content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses a key that stands twice where PyYAML lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def check_types(content: dict[str, Any], config_class: type[Any], path: str) -> dict[str, Any]:
@@ -102,12 +119,27 @@ def _checked(path: str, key: str, value: Any, hint: Any) -> Any:
             return float(value)
         if int in kinds and isinstance(value, int) and not isinstance(value, bool):
             return value
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise OptionError("--config", path, f"{key} must be a number, not {value!r}") from error
     if bool in kinds and isinstance(value, bool):
         return value
-    if getattr(hint, "__origin__", None) is list and isinstance(value, list):
-        return [str(part) for part in value]
-    if isinstance(value, str) and (str in kinds or any(literals(kind) for kind in kinds)):
-        return value
+    if getattr(hint, "__origin__", None) is list:
+        parts = value if isinstance(value, list) else [value]
+        return check_texts(parts, key, path)
+    if str in kinds or any(literals(kind) for kind in kinds):
+        return check_texts([value], key, path)[0]
     raise OptionError("--config", path, f"{key} cannot be {value!r}")
+
+
+def check_texts(values: Sequence[Any], key: str, path: str) -> list[str]:
+    """Return texts of a YAML file, and refuse what YAML has made of one: `no` is False, 007 is 7, 2001-01-01 a date.
+
+    Raises:
+        OptionError: One is no text.
+    """
+    for value in values:
+        if not isinstance(value, str):
+            scalar = not (value is None or isinstance(value, list | dict))
+            hint = "; YAML takes it for that unless it is in quotes" if scalar else ""
+            raise OptionError("--config", path, f"{key} must be text, not {value!r}{hint}")
+    return list(values)

@@ -32,11 +32,20 @@ class Range:
     text: str
     holds: Callable[[float], bool]
 
+    def allows(self, value: float) -> bool:
+        """Tell whether a number is finite and in the range; whole numbers may be too large for a float."""
+        return (isinstance(value, int) or math.isfinite(value)) and self.holds(value)
+
 
 POSITIVE = Range("must be more than 0", lambda value: value > 0)
 NOT_NEGATIVE = Range("must be 0 or more", lambda value: value >= 0)
 SHARE = Range("must be in 0 to 1", lambda value: 0 <= value <= 1)
+MOMENT = Range("must be 0 or more and less than 1", lambda value: 0 <= value < 1)
 PERCENTAGE = Range("must be in 0 to 100", lambda value: 0 <= value <= 100)
+
+
+Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+"""Schedules of diffusers.optimization; its piecewise_constant needs rules that no flag gives."""
 
 
 @dataclass
@@ -76,7 +85,7 @@ class TrainConfig:
     max_train_steps: int = option(550, "Optimizer steps.")
     learning_rate: float = option(5e-4, "Of AdamW; for prodigy about 1.")
     scale_lr: bool = option(False, "Multiply the rate by batch, accumulation and processes.")
-    lr_scheduler: str = option("cosine", "Name of a schedule of diffusers.optimization.")
+    lr_scheduler: Schedule = option("cosine", "Name of a schedule of diffusers.optimization.")
     lr_warmup_steps: int = option(10, "Steps of linear warm-up.")
     lr_num_cycles: int = option(1, "Cycles of cosine_with_restarts.")
     optimizer: Literal["adamw", "prodigy"] = option("adamw", "AdamW, or Prodigy of prodigyopt.")
@@ -86,7 +95,9 @@ class TrainConfig:
     adam_weight_decay: float = option(0.0, "Weight decay of the LoRA.")
     adam_epsilon: float = option(1e-8, "ε of either optimizer.")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Autocast of the denoiser.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "Autocast of the denoiser; what accelerate launch says if not given, else no."
+    )
     enable_xformers_memory_efficient_attention: bool = option(False, "xformers attention where it works.")
     torch_compile: Literal["inductor", "aot_eager", "eager"] | None = option(
         None, "Compile the denoiser for training, with this backend."
@@ -116,7 +127,7 @@ class TrainConfig:
     validation_steps: int = option(100, "Steps between them.")
     checkpointing_steps: int = option(100, "Steps between checkpoints.")
     checkpoints_total_limit: int | None = option(2, "Oldest beyond this are removed.")
-    report_to: str | None = option(None, "Tracker: tensorboard, wandb, mlflow ….")
+    report_to: str | None = option(None, "Tracker: tensorboard, wandb, mlflow …; none for none.")
     logging_dir: str = option("logs", "Folder for trackers inside --output_dir.")
     output_kohya_format: bool = option(False, "Also write the adapter for A1111 and ComfyUI.")
     push_to_hub: bool = option(False, "Upload the finished adapter to the Hugging Face hub.")
@@ -126,16 +137,33 @@ class TrainConfig:
 
     required: ClassVar[tuple[str, ...]] = ("forget_prompts", "retain_prompts", "output_dir")
     ranges: ClassVar[dict[str, Range]] = {
+        **dict.fromkeys(("learning_rate", "max_grad_norm", "adam_epsilon"), POSITIVE),
         **dict.fromkeys(
             (
-                "rank", "train_batch_size", "retain_batch_size", "gradient_accumulation_steps", "max_train_steps",
-                "learning_rate", "lr_num_cycles", "max_grad_norm", "forget_trajectories", "retain_trajectories",
-                "replay_inference_steps", "replay_batch_size", "probe_steps", "num_validation_images",
-                "validation_steps", "checkpointing_steps", "checkpoints_total_limit",
+                *("train_batch_size", "retain_batch_size", "gradient_accumulation_steps", "replay_batch_size"),
+                *("lr_num_cycles", "num_validation_images", "checkpoints_total_limit"),
             ),
-            POSITIVE,
+            Range("must be in 1 to 100,000", lambda value: 1 <= value <= 100_000),
         ),
-        "resolution": Range("must be a multiple of 8", lambda value: value > 0 and value % 8 == 0),
+        **dict.fromkeys(
+            ("forget_trajectories", "retain_trajectories"),
+            Range("must be in 1 to 1,000,000", lambda value: 1 <= value <= 1_000_000),
+        ),
+        **dict.fromkeys(
+            ("max_train_steps", "probe_steps", "validation_steps", "checkpointing_steps"),
+            Range("must be in 1 to 1,000,000,000", lambda value: 1 <= value <= 1_000_000_000),
+        ),
+        "seed": Range("must be in 0 to 4,294,967,295", lambda value: 0 <= value < 2**32),
+        "rank": Range("must be in 1 to 4,096", lambda value: 1 <= value <= 4096),
+        "replay_inference_steps": Range("must be in 1 to 1,000", lambda value: 1 <= value <= 1000),
+        "lr_warmup_steps": Range("must be in 0 to 1,000,000,000", lambda value: 0 <= value <= 1_000_000_000),
+        "adam_beta1": MOMENT,
+        "adam_beta2": MOMENT,
+        "adam_weight_decay": NOT_NEGATIVE,
+        "replay_guidance_scale": Range("must be more than 0 and below 1000", lambda value: 0 < value < 1000),
+        "resolution": Range(
+            "must be a multiple of 8, 16,384 at most", lambda value: 0 < value <= 16_384 and value % 8 == 0
+        ),
         "retain_weight": NOT_NEGATIVE,
         "replay_memory_gib": NOT_NEGATIVE,
         "lora_dropout": SHARE,
@@ -151,6 +179,11 @@ class TrainConfig:
         *("forget_prompts", "retain_prompts", "output_dir", "train_data_dir", "config", "resume_from_checkpoint"),
         *("logging_dir", "cache_dir", "pretrained_model_name_or_path", "clip_pretrained", "clip_model"),
     )
+
+    @property
+    def tracker(self) -> str | None:
+        """Name of the tracker that `--report_to` asks for; None for none."""
+        return None if self.report_to == "none" else self.report_to
 
     def record(self) -> dict[str, Any]:
         """Return every flag that may be written down: no secrets, and no folders of this machine."""
@@ -171,10 +204,7 @@ class TrainConfig:
         for name in self.required:
             if not getattr(self, name):
                 raise OptionError(f"--{name}", "(not given)", "is required")
-        for name, allowed in self.ranges.items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and allowed.holds(value)):
-                raise OptionError(f"--{name}", value, allowed.text)
+        check_ranges(self, self.ranges)
         self._validate_choices()
 
     def _validate_choices(self) -> None:
@@ -185,6 +215,18 @@ class TrainConfig:
             if allowed and value is not None and value not in allowed:
                 text = f"must be one of {', '.join(map(str, allowed))}{closest(str(value), allowed)}"
                 raise OptionError(f"--{entry.name}", value, text)
+
+
+def check_ranges(flags: object, ranges: dict[str, Range]) -> None:
+    """Check numbers that may also be None.
+
+    Raises:
+        OptionError: The first that is out of its range.
+    """
+    for name, allowed in ranges.items():
+        value = getattr(flags, name)
+        if value is not None and not allowed.allows(value):
+            raise OptionError(f"--{name}", value, allowed.text)
 
 
 def literals(hint: Any) -> tuple[Any, ...]:

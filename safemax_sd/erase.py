@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from safemax_sd.adapter import ADAPTER, WEIGHTS_NAME, rank_pattern, save_adapter
+from safemax_sd.adapter import ADAPTER, WEIGHTS_NAME, rank_pattern, read_weights, save_adapter
 from safemax_sd.edits import EditData
 from safemax_sd.edits.halting_marks import HaltingMarks, HaltingMarksSettings, strength
 from safemax_sd.erased import load_base, load_erased, read_record
@@ -72,7 +72,7 @@ def _erase(
         texts, templates = texts_by_concept(forget), contexts(retain)
         kept, kept_row = kept_states(family, retain)
         concepts = [prompt.shows for prompt in retain.prompts]
-        marks = load_file(anchor / MARKS_FILE)[MARKS]
+        marks = read_weights(anchor / MARKS_FILE)[MARKS]
         stored = _Stored(marks, kept, kept_row, concepts, forbidden_states(family, texts, templates))
     with clock.phase("solve"):
         data = stored.data(texts)
@@ -110,6 +110,7 @@ def _change(output_dir: Path, add: PromptSet | None, remove: Sequence[str]) -> d
     record = read_record(output_dir, "--output_dir")
     if "edit" not in record:
         raise OptionError("--output_dir", output_dir, "was not written by safemax erase --anchor")
+    _check_weights(output_dir, record["edit"]["rank_pattern"])
     edit, erased = record["edit"], list(record["forget"]["concepts"])
     stored = _Stored.load(output_dir / EDIT_FILE, edit["kept_concepts"])
     for concept in remove:
@@ -190,8 +191,23 @@ def _anchor_record(anchor: Path) -> dict[str, Any]:
     return record
 
 
+def _check_weights(output_dir: Path, ranks: dict[str, int]) -> None:
+    """Check that an adapter's weights are whole and have the layers that an edit is to change.
+
+    Raises:
+        OptionError: They lack a layer, or have it of another rank.
+        SafemaxError: They cannot be read or are not finite.
+    """
+    weights = read_weights(output_dir / WEIGHTS_NAME)
+    for layer, rank in ranks.items():
+        down = weights.get(f"unet.{layer}.lora_A.weight")
+        if down is None or len(down) != rank or down.dtype != torch.float32:
+            text = f"holds other weights than its record says ({WEIGHTS_NAME} has no {layer} of rank {rank})"
+            raise OptionError("--output_dir", output_dir, text)
+
+
 def with_readouts(weights: bytes, layers: Sequence[str], readouts: Tensor) -> bytes:
-    """A file of weights with other last rows in the edited layers' down-projections; every other byte is the same.
+    """Return a file of weights with other last rows in the edited layers' down-projections, else byte for byte.
 
     The library that wrote it orders its metadata at random, so that the same tensors saved again are another file.
     """

@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from safemax_sd import trainable
 from safemax_sd.adapter import WEIGHTS_NAME
+from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
+from safemax_sd.families.base import LoraTargets
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.result_folder import finish
 
 FORMAT_VERSION = 1
 MISSING = object()
-NUMBER, TEXT, LIST, MAP, NONE = (int, float), (str,), (list,), (dict,), (type(None),)
+INTEGER, NUMBER, TEXT, LIST, MAP, NONE = (int,), (int, float), (str,), (list,), (dict,), (type(None),)
 SHAPE: dict[str, tuple[type, ...]] = {
     "method": TEXT,
     "base_model.name_or_path": TEXT,
@@ -26,9 +28,11 @@ SHAPE: dict[str, tuple[type, ...]] = {
     "base_model.variant": TEXT + NONE,
     "base_model.family": TEXT,
     "config.trainable": TEXT,
-    "config.rank": NUMBER,
+    "config.rank": INTEGER,
+    "config.seed": INTEGER,
+    "config.lora_dropout": NUMBER,
     "config.lora_targets": TEXT,
-    "config.resolution": NUMBER + NONE,
+    "config.resolution": INTEGER + NONE,
     "forget.count": NUMBER,
     "forget.sha256": TEXT + NONE,
     "forget.concepts": LIST,
@@ -41,6 +45,16 @@ SHAPE: dict[str, tuple[type, ...]] = {
     "provenance": MAP,
 }
 """Entries of a record that others rely on, with their types."""
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "trainable": ("lora", "full"),
+    "lora_targets": get_args(LoraTargets),
+    "prediction_type": ("epsilon", "v_prediction", None),
+}
+"""Values that a record's flags and its base model's entries may have."""
+OPTIONAL_SHAPE: dict[str, tuple[type, ...]] = dict.fromkeys(
+    ("base_model.cache_dir", "base_model.prediction_type", "config.cache_dir", "config.prediction_type"), TEXT + NONE
+)
+"""Entries that not every record has: the first ones kept the last two only, other models' records the first two."""
 EDIT_SHAPE: dict[str, tuple[type, ...]] = {"edit.name": TEXT, "edit.settings": MAP}
 MARKS_SHAPE: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("edit.rank_pattern", "edit.texts"), MAP),
@@ -62,7 +76,7 @@ def read_record(directory: Path, option: str = "--adapter") -> dict[str, Any]:
         raise OptionError(option, directory, "must be a finished run's folder (erasure.json and the weights)")
     try:
         record = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OptionError(option, directory, f"has a damaged record: erasure.json: {error}") from error
     check_record(record, directory, option)
     if record["config"]["trainable"] == "lora" and not (directory / WEIGHTS_NAME).is_file():
@@ -83,12 +97,25 @@ def check_record(record: Any, directory: Path, option: str) -> None:
     shape = {**SHAPE, **(EDIT_SHAPE if "edit" in record else {})}
     if "edit" in record and record.get("method") == "halting_anchor":
         shape |= MARKS_SHAPE
-    for name, allowed in shape.items():
+    for name, allowed in {**shape, **OPTIONAL_SHAPE}.items():
         value: Any = record
         for key in name.split("."):
             value = value.get(key, MISSING) if isinstance(value, dict) else MISSING
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise OptionError(option, directory, f"has a damaged record: {name} in erasure.json is missing or odd")
+        if value is MISSING and name in OPTIONAL_SHAPE:
+            continue
+        if not isinstance(value, allowed) or isinstance(value, bool):
+            raise damaged(option, directory, name)
+    for name, choices in CHOICES.items():
+        if any(part.get(name, choices[0]) not in choices for part in (record["config"], record["base_model"])):
+            raise damaged(option, directory, name)
+    for name in ("rank", "lora_dropout"):
+        if not TrainConfig.ranges[name].holds(record["config"][name]):
+            raise damaged(option, directory, f"config.{name}")
+
+
+def damaged(option: str, directory: Path, entry: str) -> OptionError:
+    """Return the error that names an entry of a record which cannot be used."""
+    return OptionError(option, directory, f"has a damaged record: {entry} in erasure.json is missing or odd")
 
 
 def load_erased(

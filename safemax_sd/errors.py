@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
+from safemax_sd.escaping import printable
+
 TORCH_FILE_ERRORS = ("inline_container", "PytorchStreamWriter", "Parent directory ")
 """What `torch.save` says in a RuntimeError where the file system refuses."""
 LONGEST_VALUE = 200
@@ -20,7 +22,7 @@ class SafemaxError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__(printable(message))
 
 
 class OptionError(SafemaxError):

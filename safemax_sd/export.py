@@ -17,17 +17,18 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
-from safemax_sd.adapter import KOHYA_NAME, WEIGHTS_NAME, layer_alpha, read_weights, to_kohya
+from safemax_sd.adapter import KOHYA_NAME, WEIGHTS_NAME, check_fit, layer_alpha, read_weights, to_kohya
 from safemax_sd.assets import resolve_model
 from safemax_sd.erased import read_record
 from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.families.base import FAMILIES, LoadOptions
 from safemax_sd.low_rank import LowRank
-from safemax_sd.provenance import provenance, public_path, write_json_atomic
+from safemax_sd.provenance import provenance, public_path, public_record, sorted_metadata, write_json_atomic
 from safemax_sd.result_folder import LOCK, claimed, listed_files, replacing
+from safemax_sd.trainable import FULL_WEIGHTS
 
 EXPORT_FILE = "export.json"
 FORMAT_VERSION = 1
@@ -125,10 +126,11 @@ def export_lora(
             state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = change.down, change.up
         named = {f"{family.denoiser_part}.{name}": tensor for name, tensor in state.items()}
         stored = json.dumps({f"{family.denoiser_part}.{key}": value for key, value in metadata.items()})
+        content = save(named, {"format": "pt", LORA_ADAPTER_METADATA_KEY: stored})
         with replacing(output_dir, EXPORT_FILE) as folder:
-            save_file(named, folder / WEIGHTS_NAME, {"format": "pt", LORA_ADAPTER_METADATA_KEY: stored})
+            (folder / WEIGHTS_NAME).write_bytes(sorted_metadata(content))
             if kohya:
-                save_file(to_kohya(state, metadata), folder / KOHYA_NAME, {"format": "pt"})
+                save_file(to_kohya(state, metadata, family), folder / KOHYA_NAME, {"format": "pt"})
             write_json_atomic(folder / EXPORT_FILE, _record(sources, "lora"))
 
 
@@ -286,6 +288,9 @@ def _load_denoiser(source: Source, base: Path) -> tuple[nn.Module, str | None]:
         if source.full:
             raise OptionError("--adapter", source.directory, f"its {source.part} cannot be loaded: {reason}") from error
         raise _lost_base(source, reason) from error
+    if source.full:
+        path = source.directory / source.part / FULL_WEIGHTS
+        check_fit(path, read_weights(path), model.state_dict(), "its own configuration")
     return model, variant
 
 
@@ -318,7 +323,7 @@ def _record(sources: Sequence[Source], kind: str) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "kind": kind,
-        "base_model": sources[0].record["base_model"],
+        "base_model": public_record(sources[0].record)["base_model"],
         "sources": [
             {
                 "directory": public_path(str(source.directory)),

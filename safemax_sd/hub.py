@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, is_offline_mode
@@ -10,11 +11,12 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.provenance import public_record
 
 FILES = ("*.safetensors", "erasure.json", "README.md", "samples/*.png", "unet/*", "transformer/*")
 """What makes up a run's output; in the output folder, not below it."""
 
-TEXTS = ("erasure.json", "README.md")
+RECORD = "erasure.json"
 
 TOKEN_SAFE_TRACKERS = (None, "tensorboard")
 
@@ -31,7 +33,7 @@ def check(config: TrainConfig) -> None:
             if getattr(config, name):
                 raise OptionError(f"--{name}", _shown(config, name), "needs --push_to_hub")
         return
-    if config.hub_token is not None and config.report_to not in TOKEN_SAFE_TRACKERS:
+    if config.hub_token is not None and config.tracker not in TOKEN_SAFE_TRACKERS:
         # wandb and others keep the command line with the run.
         text = f"may be published by --report_to {config.report_to}: leave it out and run `hf auth login`"
         raise OptionError("--hub_token", _shown(config, "hub_token"), text)
@@ -61,12 +63,12 @@ def output_files(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in paths if not path.name.startswith("."))
 
 
-def published(path: Path, base_model: str) -> bytes | Path:
-    """Return what is uploaded of a file: in texts, a base model's folder of this machine is named by its last part."""
-    if path.name not in TEXTS or not Path(base_model).is_dir():
+def published(path: Path) -> bytes | Path:
+    """Return what is uploaded of a file: the file itself, but of a record what others may see."""
+    if path.name != RECORD:
         return path
-    shown = Path(base_model).resolve().name
-    return path.read_text(encoding="utf8").replace(base_model, shown).encode("utf8")
+    record = public_record(json.loads(path.read_text(encoding="utf8")))
+    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf8")
 
 
 def push(config: TrainConfig) -> str:
@@ -78,8 +80,7 @@ def push(config: TrainConfig) -> str:
     directory, api = Path(config.output_dir), HfApi(token=config.hub_token)
     try:
         repository = api.create_repo(repo_id(config), exist_ok=True, private=config.hub_private or None)
-        base = config.pretrained_model_name_or_path
-        operations = [CommitOperationAdd(name, published(directory / name, base)) for name in output_files(directory)]
+        operations = [CommitOperationAdd(name, published(directory / name)) for name in output_files(directory)]
         api.create_commit(repository.repo_id, operations, commit_message=f"Erased by safemax_sd, {config.objective}")
     except Exception as error:  # the hub's client lets those of its HTTP library through, which differs by release
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from safemax_sd.assets import EVALUATOR
-from safemax_sd.errors import OptionError
+from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.provenance import public_path
 
 BATCH = 128
 STYLE_SUFFIX = " style"
@@ -57,7 +58,11 @@ class Judge:
 
     @torch.inference_mode()
     def encode_images(self, pictures: Tensor) -> Tensor:
-        """Features, float32 [N, D], of pictures [N, 3, H, W] in 0 to 1."""
+        """Features, float32 [N, D], of pictures [N, 3, H, W] in 0 to 1.
+
+        Raises:
+            SafemaxError: Pictures or features are not finite.
+        """
         device = next(self.model.parameters()).device
         parts = []
         for part in pictures.split(BATCH):
@@ -65,7 +70,7 @@ class Judge:
                 part = F.interpolate(part, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
             inputs = ((part - self.mean) / self.std).to(device)
             parts.append(F.normalize(self.model.encode_image(inputs).float(), dim=-1).cpu())
-        return torch.cat(parts)
+        return self._finite(torch.cat(parts), "pictures" if pictures.isfinite().all() else "pictures with NaN or inf")
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -75,7 +80,7 @@ class Judge:
         for start in range(0, len(texts), BATCH):
             tokens = self.tokenizer(list(texts[start : start + BATCH])).to(device)
             parts.append(F.normalize(self.model.encode_text(tokens).float(), dim=-1).cpu())
-        return torch.cat(parts)
+        return self._finite(torch.cat(parts), "captions")
 
     def captions(self, concepts: Sequence[str], artists: Collection[str] = ()) -> list[str]:
         """Ask for each concept.
@@ -100,6 +105,16 @@ class Judge:
     def similarities(self, pictures: Tensor, texts: Sequence[str]) -> Tensor:
         """Cosine similarities [N, len(texts)]."""
         return self.encode_images(pictures) @ self.encode_texts(texts).T
+
+    def _finite(self, features: Tensor, what: str) -> Tensor:
+        """Return features that are finite: among others, the first caption would be taken for the likeliest.
+
+        Raises:
+            SafemaxError: They are not.
+        """
+        if not features.isfinite().all():
+            raise SafemaxError(f"features of {what} by the judge {self.name} are not finite")
+        return features
 
 
 def load_judge(
@@ -127,7 +142,7 @@ def load_judge(
     mean = visual.image_mean or open_clip.OPENAI_DATASET_MEAN
     std = visual.image_std or open_clip.OPENAI_DATASET_STD
     tokenizer = open_clip.get_tokenizer(clip_model)
-    name = f"{clip_model} ({clip_pretrained})"
+    name = f"{clip_model} ({public_path(clip_pretrained)})"
     return Judge(model, tokenizer, size=size, mean=mean, std=std, templates=PHOTO_TEMPLATES, name=name)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from safemax_sd.assets import resolve_model
+from safemax_sd.escaping import markdown_code, markdown_text
 from safemax_sd.families.base import FAMILIES, LoadOptions
-from safemax_sd.provenance import atomic_write_text, public_path
+from safemax_sd.provenance import atomic_write_text, public_record
 from safemax_sd.samples import own_samples
 
 SHOWN_NAMES, LONGEST_NAME = 10, 60
@@ -65,7 +65,7 @@ def named(names: Sequence[str]) -> list[str]:
 
 def _plain(name: str) -> str:
     """A name without line breaks and Markdown's marks, cut where it is long."""
-    text = re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(name.split()))
+    text = markdown_text(" ".join(name.split()))
     return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME].rstrip(chr(92))}…"
 
 
@@ -83,20 +83,21 @@ def describe(record: dict[str, Any], picture: Picture | None, measured: str = ""
         picture: To show below the title.
         measured: Markdown of an evaluation's results; may be empty.
     """
-    base = public_path(record["base_model"]["name_or_path"])
+    record = public_record(record)
+    base = record["base_model"]["name_or_path"]
     concepts = named(record["forget"]["concepts"] or record["forget"]["texts"])
     cost, config = record["cost"], record["config"]
     what = "This LoRA makes" if config["trainable"] == "lora" else "These weights make"
     if concepts:
-        title = f"# Erased from {base}: {', '.join(concepts)}"
+        title = f"# Erased from {markdown_text(base)}: {', '.join(concepts)}"
         sentence = (
-            f"{what} `{base}` forget {record['forget']['count']} forbidden prompts"
+            f"{what} {markdown_code(base)} forget {record['forget']['count']} forbidden prompts"
             f" ({', '.join(concepts)}); {record['retain']['count']} prompts were trained to stay as they are."
         )
     else:
-        title = f"# Halting anchor of {base}"
+        title = f"# Halting anchor of {markdown_text(base)}"
         sentence = (
-            f"{what} `{base}` halt where a word bears its mark, and changes nothing else: "
+            f"{what} {markdown_code(base)} halt where a word bears its mark, and changes nothing else: "
             f"`safemax erase --anchor` marks the words of concepts. Trained on {record['retain']['count']} prompts."
         )
     lines = [
@@ -104,14 +105,14 @@ def describe(record: dict[str, Any], picture: Picture | None, measured: str = ""
         "",
         sentence,
         "",
-        *([f"![{picture.alt}]({quote(picture.path)})", ""] if picture is not None else []),
+        *([f"![{markdown_text(picture.alt)}]({quote(picture.path)})", ""] if picture is not None else []),
         "```python",
         usage(record, "path/to/this/folder"),
         "```",
         "",
         "| | |",
         "|---|---|",
-        f"| method | {record['method']} |",
+        f"| method | {markdown_text(record['method'])} |",
         f"| steps | {cost['steps']} |",
         f"| seconds | {cost['seconds']['total']:.1f} |",
         f"| peak memory | {cost['peak_memory_bytes'] / 2**30:.2f} GiB |",

@@ -29,6 +29,9 @@ def check_optimizer(config: TrainConfig) -> None:
     if config.optimizer == "prodigy" and config.learning_rate <= LOW_PRODIGY_RATE:
         text = "--learning_rate %g: Prodigy finds the size of its steps itself and this multiplies it: 1 is usual"
         logger.warning(text, config.learning_rate)
+    if config.lr_warmup_steps > config.max_train_steps:
+        text = "--lr_warmup_steps %d: training ends after %d steps (--max_train_steps), before its full rate is reached"
+        logger.warning(text, config.lr_warmup_steps, config.max_train_steps)
     optimizer_class(config)
 
 

@@ -135,7 +135,7 @@ def check_tracker(config: TrainConfig) -> None:
     Raises:
         OptionError: `--report_to` names none that Accelerate knows, or one that is not installed.
     """
-    name = config.report_to
+    name = config.tracker
     if name is None or name == str(LoggerType.ALL):
         return
     known = LoggerType.list()
@@ -154,7 +154,7 @@ class RunLog:
         self.accelerator = accelerator
         self._path = path if accelerator.is_main_process else None
         self._started = time.monotonic()
-        if config.report_to is not None:
+        if config.tracker is not None:
             plain = {k: v for k, v in config.record().items() if isinstance(v, int | float | str | bool)}
             with path_errors("--logging_dir", config.logging_dir):
                 accelerator.init_trackers("safemax_sd", config=plain)
@@ -175,7 +175,7 @@ class RunLog:
         if self._path is not None:
             seconds = round(time.monotonic() - self._started, 3)
             with path_errors("--output_dir", self._path), self._path.open("a", encoding="utf8") as file:
-                file.write(json.dumps({"step": step, **row, "seconds": seconds}) + "\n")
+                file.write(json.dumps({"step": step, **row, "seconds": seconds}, allow_nan=False) + "\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

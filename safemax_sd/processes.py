@@ -15,7 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 
 from safemax_sd.config import TrainConfig
-from safemax_sd.errors import SafemaxError
+from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.result_folder import claimed
 
 T = TypeVar("T")
@@ -34,11 +34,23 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
-        log_with=config.report_to,
+        log_with=config.tracker,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logging_dir),
     )
     check_distribution(accelerator.distributed_type)
+    check_precision(accelerator)
     return accelerator
+
+
+def check_precision(accelerator: Accelerator) -> None:
+    """Refuse a precision that would be recorded and not be used.
+
+    Raises:
+        OptionError: fp16 on a processor, which Accelerate leaves out without a word, or fp8.
+    """
+    precision = str(accelerator.mixed_precision)
+    if precision == "fp8" or (precision == "fp16" and accelerator.device.type == "cpu"):
+        raise OptionError("--mixed_precision", precision, "is not supported here: use bf16 or no")
 
 
 def check_distribution(kind: DistributedType) -> None:

@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from safemax_sd.errors import SafemaxError
+
 PACKAGES = ("safemax_sd", "torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")
 SECRET_FLAGS = ("--hub_token", "--hub-token")
 
@@ -52,6 +54,17 @@ def public_path(path: str) -> str:
         return path
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else Path(path).name
+
+
+def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of an `erasure.json` as others may see it: a base model's folder by its last part alone."""
+    base = record["base_model"]
+    name = base["name_or_path"]
+    shown = f"path/to/{Path(name).name}" if Path(name).is_absolute() else name
+    return {
+        **record,
+        "base_model": {**base, "name_or_path": shown, **({"cache_dir": None} if "cache_dir" in base else {})},
+    }
 
 
 def _command() -> list[str]:
@@ -169,6 +182,28 @@ def write_tensors_atomic(path: Path, tensors: dict[str, Tensor]) -> None:
     atomic_write_bytes(path, save(tensors))
 
 
+def sorted_metadata(content: bytes) -> bytes:
+    """The same safetensors file with the entries of its metadata in order.
+
+    The library orders them at random in each process, so that the same tensors saved again would be another file.
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf8")
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes, as the library has it
+    return len(text).to_bytes(8, "little") + text + content[start:]
+
+
 def write_json_atomic(path: Path, content: Any) -> None:
-    """`atomic_write_text` of indented JSON."""
-    atomic_write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write indented JSON by `atomic_write_text`.
+
+    Raises:
+        SafemaxError: It holds a number that is not finite, which JSON cannot, or cannot be written.
+    """
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise SafemaxError(f"{path} was not written: a value in it is not finite") from error
+    atomic_write_text(path, text + "\n")

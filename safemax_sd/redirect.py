@@ -23,7 +23,7 @@ from safemax_sd.token_states import last_token_states
 
 
 def redirect(
-    base: str,
+    base: LoadOptions,
     forget: PromptSet,
     retain: PromptSet,
     output_dir: Path,
@@ -50,7 +50,11 @@ def redirect(
             forget_prompts=forget.source,
             retain_prompts=retain.source,
             output_dir=str(output_dir),
-            pretrained_model_name_or_path=base,
+            pretrained_model_name_or_path=base.name_or_path,
+            revision=base.revision,
+            variant=base.variant,
+            cache_dir=base.cache_dir,
+            prediction_type=base.prediction_type,  # type: ignore[arg-type]
             rank=len(next(iter(changes.values())).down),
             lora_targets="cross_attention",
             objective=Uce.name,
@@ -64,11 +68,17 @@ def redirect(
 
 
 def _solve(
-    base: str, forget: PromptSet, retain: PromptSet, settings: UceSettings, *, padding: bool, clock: Stopwatch
+    base: LoadOptions,
+    forget: PromptSet,
+    retain: PromptSet,
+    settings: UceSettings,
+    *,
+    padding: bool,
+    clock: Stopwatch,
 ) -> tuple[ModelFamily, dict[str, LowRank]]:
     """The base model and what the edit adds to its keys and values."""
     with clock.phase("load"):
-        family = load_family(LoadOptions(base))
+        family = load_family(base)
     layers = family.token_projections()
     if not layers:
         raise OptionError("--edit", Uce.name, f"edits keys and values of cross-attention, which {family.name} has not")

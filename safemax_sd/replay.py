@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from safemax_sd.errors import path_errors
+from safemax_sd.errors import SafemaxError, path_errors
 from safemax_sd.families import Conditioning, ModelFamily, TrajectoryPoint
 
 PERTURBED_SHARE = 0.5
@@ -279,6 +279,9 @@ class Recorder:
                 calls += extra
             kept = (point.x_t, point.t, prompts, point.conditional, point.unconditional)
             rows.append([tensor[: None if self.keep_steps else 0].cpu() for tensor in kept])
+        if not end.isfinite().all():
+            text = "samples of the frozen model are not finite: load it in another precision (--mixed_precision)"
+            raise SafemaxError(f"{self.description}: {text}")
         x_t, t, prompt, conditional, unconditional = (torch.cat(column) for column in zip(*rows, strict=True))
         return ReplayBank(x_t, t, prompt, conditional, unconditional, Samples(end.cpu(), prompts), calls)
 

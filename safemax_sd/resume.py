@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from safemax_sd.assets import resolve_model
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError
@@ -28,16 +30,19 @@ FREE = frozenset(
 STEADY = ("constant", "constant_with_warmup")
 
 
-def conditions(config: TrainConfig, forget: PromptSet, retain: PromptSet, processes: int) -> dict[str, Any]:
+def conditions(config: TrainConfig, forget: PromptSet, retain: PromptSet, accelerator: Accelerator) -> dict[str, Any]:
     """Return all that a run's steps depend on, as JSON has it; prompts by the hash of their files."""
     base = Path(resolve_model(config.pretrained_model_name_or_path))
     found = {
         "pretrained_model_name_or_path": str(base.resolve()) if base.is_dir() else str(base),
         "forget_prompts": forget.sha256,
         "retain_prompts": retain.sha256,
-        "num_processes": processes,
         **{name: value for name, value in config.record().items() if name not in FREE},
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,  # as it is, whether a flag or Accelerate's settings say so
     }
+    if config.train_data_dir is not None:
+        found["train_data_dir"] = str(Path(config.train_data_dir).resolve())
     if config.lr_scheduler in STEADY and not config.replay_span:
         del found["max_train_steps"]  # nothing before the last step depends on which it is
     stored: dict[str, Any] = json.loads(json.dumps(found))
@@ -51,10 +56,10 @@ def check_conditions(checkpoint: Path, now: dict[str, Any]) -> None:
         OptionError: They differ, or the checkpoint does not say under which it was written.
     """
     try:
-        before = json.loads((checkpoint / CONDITIONS).read_text(encoding="utf8"))
-        differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    except (OSError, ValueError, AttributeError) as error:
+        before = dict(json.loads((checkpoint / CONDITIONS).read_text(encoding="utf8")))
+    except (OSError, ValueError, TypeError) as error:
         raise OptionError(OPTION, checkpoint, f"has no readable {CONDITIONS}: start the run anew") from error
+    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if differing:
         name = differing[0]
         change = f"{before.get(name)} and is {now.get(name)}"

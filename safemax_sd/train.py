@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from safemax_sd import checkpoints, hub, trainable
+from safemax_sd.children import end_with_starter, told_to_launcher
 from safemax_sd.command_line import parse_config
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError, SafemaxError
@@ -49,6 +50,8 @@ from safemax_sd.samples import save_samples, track_samples
 
 logger = logging.getLogger("safemax_sd")
 
+DIVERGED = 1.0
+"""Ratio of mean squares that a network which predicts nothing would have."""
 LOSS_NOT_FINITE = "the loss became"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -95,6 +98,7 @@ def train(config: TrainConfig) -> Path:
     """
     forget, retain = read_input(config)
     accelerator = make_accelerator(config)
+    config = replace(config, mixed_precision=accelerator.mixed_precision)
     with run_folder(config, accelerator) as resume_from:
         run = train_in(config, accelerator, forget, retain, resume_from)
     accelerator.wait_for_everyone()
@@ -108,7 +112,7 @@ def train_in(
     config: TrainConfig, accelerator: Accelerator, forget: PromptSet, retain: PromptSet, resume_from: Path | None
 ) -> Run:
     """Train in a claimed output folder and write the results."""
-    under = conditions(config, forget, retain, accelerator.num_processes)
+    under = conditions(config, forget, retain, accelerator)
     if resume_from is not None:
         check_conditions(resume_from, under)
     set_seed(config.seed)  # samples are drawn by number: processes need no seeds of their own
@@ -122,7 +126,9 @@ def train_in(
         clear(run.output_dir)
     with clock.phase("train"), told_when_terminated(accelerator):
         loop(run)
+        check_weights(run)
     cost = run.cost()
+    warn_if_diverged(run)
     if accelerator.is_main_process:
         save_results(run, cost)
     return run
@@ -176,6 +182,10 @@ def build_run(
         if OBJECTIVES.get(config.objective).needs_tokens and not family.token_projections():
             text = f"works on the keys and values of a prompt's words in cross-attention, which {family.name} has not"
             raise OptionError("--objective", config.objective, text)
+        most = len(family.process.all_times())
+        if config.replay_inference_steps > most:
+            text = f"must be at most {most}, the timesteps of this model's schedule"
+            raise OptionError("--replay_inference_steps", config.replay_inference_steps, text)
         messages = family.enable_memory_savings(
             gradient_checkpointing=config.gradient_checkpointing,
             xformers=config.enable_xformers_memory_efficient_attention,
@@ -235,7 +245,7 @@ def load_options(config: TrainConfig, device: torch.device) -> LoadOptions:
         variant=config.variant,
         cache_dir=config.cache_dir,
         # On a processor autocast alone is used: half-precision weights would be converted at every layer.
-        dtype=torch.float32 if device.type == "cpu" else DTYPES[config.mixed_precision],
+        dtype=torch.float32 if device.type == "cpu" else DTYPES[config.mixed_precision or "no"],
         device=device,
         prediction_type=config.prediction_type,
     )
@@ -268,6 +278,7 @@ def loop(run: Run) -> None:
             done = row["probe_unlearning_accuracy"] >= run.probe.threshold
         log.write(run.step, row)
         if run.step % config.checkpointing_steps == 0 and run.step < config.max_train_steps:
+            check_weights(run)
             checkpoints.save(
                 accelerator,
                 run.output_dir,
@@ -309,11 +320,41 @@ def optimizer_step(run: Run) -> dict[str, float]:
             sums[name] = sums.get(name, torch.zeros_like(value)) + value / config.gradient_accumulation_steps
     means = {name: float(accelerator.reduce(value, reduction="mean")) for name, value in sums.items()}
     if not math.isfinite(means["loss"]):
-        raise SafemaxError(
-            f"{LOSS_NOT_FINITE} {means['loss']} at step {run.step + 1}: lower --learning_rate; "
-            "the last checkpoint is intact (--resume_from_checkpoint latest)"
-        )
+        raise not_finite(run, f"{LOSS_NOT_FINITE} {means['loss']} at step {run.step + 1}")
     return means
+
+
+def not_finite(run: Run, what: str) -> SafemaxError:
+    """Return the error for a run that has blown up; it names the last checkpoint where there is one."""
+    kept = checkpoints.all_checkpoints(run.output_dir)
+    intact = f"; {kept[-1].name} is intact (--resume_from_checkpoint latest)" if kept else ""
+    return SafemaxError(f"{what}: lower --learning_rate{intact}")
+
+
+def check_weights(run: Run) -> None:
+    """See that what is about to be saved is finite: the loss of a step says nothing of the step itself.
+
+    Raises:
+        SafemaxError: It is not.
+    """
+    if not all(bool(parameter.isfinite().all()) for parameter in run.trainable.parameters):
+        raise not_finite(run, f"the weights are not finite after step {run.step}")
+
+
+@torch.no_grad()
+def warn_if_diverged(run: Run) -> None:
+    """Warn where the trained model's error on what is to be kept is far larger than the target itself."""
+    batch = run.objective.draw(positions(run, 0)).to(run.accelerator.device)
+    rows = torch.nonzero(~batch.is_forget).flatten()
+    if not len(rows):
+        return
+    with run.accelerator.autocast(), run.family.evaluating():
+        predicted = run.family.predict(batch.x_t[rows], batch.t[rows], batch.conditioning.select(rows))
+    target = batch.target[rows]
+    ratio = float((predicted - target).square().mean() / target.square().mean().clamp(min=1e-12))
+    if not ratio < DIVERGED:
+        text = "the model's error on what is to be kept is %.3g times the size of the target: lower --learning_rate"
+        logger.warning(text, ratio)
 
 
 def positions(run: Run, micro: int) -> Positions:
@@ -364,4 +405,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with_starter()
+    sys.exit(told_to_launcher(main()))

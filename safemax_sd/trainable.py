@@ -90,8 +90,7 @@ class FullModel(Trainable):
             raise SafemaxError(f"{directory} holds no {self.family.denoiser_part}/{FULL_WEIGHTS}")
         stored = adapter.read_weights(path)
         own: dict[str, Tensor] = self.family.denoiser.state_dict()
-        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in stored.items()}:
-            raise SafemaxError(f"{path} does not fit this base model")
+        adapter.check_fit(path, stored, own, "this base model")
         for name, tensor in own.items():
             tensor.copy_(stored[name])
 

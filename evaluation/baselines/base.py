@@ -57,7 +57,7 @@ class Baseline(Subject):
         self.record = {
             "format_version": FORMAT_VERSION,
             "method": self.name,
-            "base_model": {"name_or_path": base, "revision": None, "variant": None},
+            "base_model": LoadOptions(base).record(family=None),
             "config": {"resolution": None, **asdict(settings)},
             "baseline": {
                 "concepts": self.concepts,
@@ -83,7 +83,7 @@ class Baseline(Subject):
         """
 
     def load(self, device: torch.device) -> Models:
-        family = load_family(LoadOptions(self.base, device=device, dtype=dtype_on(device)))
+        family = load_family(LoadOptions.from_record(self.record, device, dtype_on(device)))
         if not isinstance(family, LatentFamily):
             raise OptionError("--baseline", self.name, f"needs a pipeline that draws, which {self.base} has not")
         key = json.dumps([self.name, self.concepts, asdict(self.settings)])

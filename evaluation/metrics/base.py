@@ -14,6 +14,8 @@ from torch import Tensor
 from safemax_sd.judge import Judge
 from safemax_sd.registry import Registry
 
+WARNING = "warning"
+
 
 @dataclass(frozen=True)
 class Context:
@@ -70,7 +72,8 @@ class Result:
     """A value with its 95 % interval (None where the metric has none) and the number of items behind it.
 
     Attributes:
-        details: What else the value depends on, such as the version of a detector; stands in the report's row.
+        details: What else the value depends on, such as the version of a detector; stands in the report's row. A
+            `WARNING` among them is shown beside the value.
     """
 
     value: float

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import ClassVar
 
 import torch
-from safemax_sd.evaluation.metrics.base import Batch, Context, Metric, Result
+from safemax_sd.evaluation.metrics.base import WARNING, Batch, Context, Metric, Result
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase, calculate_metrics, register_feature_extractor
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.utils import create_feature_extractor
 
+from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.judge import load_judge
 
 JUDGE_EXTRACTOR = "safemax-emoji"
-"""The embedded judge's image features; `inception-v3-compat` is torch-fidelity's own."""
-LAYER = "image"
+"""The embedded judge's image features."""
+INCEPTION = "inception-v3-compat"
+"""Features of published values, torch-fidelity's own; it downloads their weights once."""
+LAYER, INCEPTION_LAYER = "image", "2048"
+FEWEST = 2
+"""Pictures that a covariance needs."""
+UNBIASED_FROM = 2048
+"""Pictures below which the covariance of Inception's features is singular, and FID far too large."""
 KID_SUBSETS = 50
 
 
@@ -43,6 +53,28 @@ class _JudgeFeatures(FeatureExtractorBase):  # type: ignore[misc]
 
 
 register_feature_extractor(JUDGE_EXTRACTOR, _JudgeFeatures)
+
+
+def check_distribution(extractor: str, num_images: int) -> None:
+    """See whether FID and KID can be measured, before anything is drawn.
+
+    Args:
+        extractor: Whose features they are of.
+        num_images: Pictures that will be drawn.
+
+    Raises:
+        OptionError: Too few pictures.
+        SafemaxError: Inception's weights can neither be found nor downloaded.
+    """
+    if num_images < FEWEST:
+        raise OptionError("--num_images", num_images, f"must be at least {FEWEST} for FID and KID to real pictures")
+    if extractor == INCEPTION:
+        try:
+            create_feature_extractor(INCEPTION, [INCEPTION_LAYER], cuda=False)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason, folder = " ".join(str(error).split())[:150], f"{torch.hub.get_dir()}/checkpoints"
+            text = f"cannot be loaded ({reason}): download {URL_INCEPTION_V3} into {folder}"
+            raise SafemaxError(f"Inception's weights, which FID and KID to real pictures need, {text}") from error
 
 
 class _Pictures(Dataset[Tensor]):
@@ -97,7 +129,14 @@ class Fid(_DistributionMetric):
     name: ClassVar[str] = "fid"
 
     def compute(self) -> Result:
-        return Result(float(self._measure(fid=True)["frechet_inception_distance"]), None, self.n)
+        value = float(self._measure(fid=True)["frechet_inception_distance"])
+        return Result(value, None, self.n, self._bias())
+
+    def _bias(self) -> dict[str, str]:
+        assert self.context.real is not None
+        if self.context.extractor != INCEPTION or min(self.n, len(self.context.real)) >= UNBIASED_FROM:
+            return {}
+        return {WARNING: f"too large: fewer than {UNBIASED_FROM:,} pictures"}
 
 
 class Kid(_DistributionMetric):
@@ -110,5 +149,7 @@ class Kid(_DistributionMetric):
         size = min(1000, self.n, len(self.context.real))
         found = self._measure(kid=True, kid_subsets=KID_SUBSETS, kid_subset_size=size)
         mean, error = found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
+        if size == self.n == len(self.context.real):  # each subset is all there is, and says nothing of chance
+            return Result(mean, None, self.n)
         half = 1.96 * error / math.sqrt(KID_SUBSETS)
         return Result(mean, (mean - half, mean + half), self.n)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from safemax_sd.adapter import effective_weight
+from safemax_sd.config import SHARE, Range, check_ranges
 from safemax_sd.edits.base import ClosedFormEdit, EditData
 from safemax_sd.low_rank import LowRank
 
@@ -46,6 +47,18 @@ class HaltingMarksSettings:
     retain_weight: float = 3.0
     excess_weight: float = 10.0
     faint: float = 0.15
+
+    ranges: ClassVar[dict[str, Range]] = {
+        **dict.fromkeys(
+            ("retain_weight", "excess_weight"),
+            Range("must be in 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000),
+        ),
+        "faint": SHARE,
+    }
+
+    def __post_init__(self) -> None:
+        """Raises OptionError for the first value that cannot be used."""
+        check_ranges(self, self.ranges)
 
 
 class HaltingMarks(ClosedFormEdit):

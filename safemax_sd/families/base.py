@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +98,7 @@ class LoadOptions:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     prediction_type: str | None = None
 
-    def record(self, family: str) -> dict[str, str | None]:
+    def record(self, family: str | None) -> dict[str, str | None]:
         """Return what a run's record keeps as `base_model`; `from_record` reads it back."""
         return {
             "name_or_path": self.name_or_path,
@@ -308,6 +308,11 @@ class ModelFamily(ABC):
     def token_projections(self) -> dict[str, nn.Module]:
         """The layers that turn token states into keys and values, by their names in the denoiser; none by default."""
         return {}
+
+    @classmethod
+    def kohya_names(cls, layers: Iterable[str]) -> dict[str, str]:
+        """Name an adapter's layers as A1111 and ComfyUI look for them, dots in place of underscores."""
+        return {layer: layer for layer in layers}
 
     @abstractmethod
     def save_adapter(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from safemax_sd.families.base import Conditioning, LoadOptions, ModelFamily
 from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, check_folder, check_tokenizers
 from safemax_sd.process import DiffusionProcess, from_scheduler
 from safemax_sd.prompts import without_cut_text
+from safemax_sd.provenance import sorted_metadata
 from safemax_sd.quiet import quiet
 from safemax_sd.schedulers import settings_of
 
@@ -204,6 +205,8 @@ class LatentFamily(ModelFamily):
             f"{self.denoiser_part}_lora_adapter_metadata": metadata,
         }
         self.pipeline_class.save_lora_weights(directory, safe_serialization=True, **layers)
+        path = directory / "pytorch_lora_weights.safetensors"
+        path.write_bytes(sorted_metadata(path.read_bytes()))
 
     @classmethod
     def usage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from safemax_sd.families.base import TOKEN_STATES, Conditioning
 from safemax_sd.families.latent import POOLED
+from safemax_sd.families.original_names import original_names
 from safemax_sd.families.unet import UNetFamily
 
 
@@ -20,6 +22,12 @@ class StableDiffusionXL(UNetFamily):
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusionXLPipeline"})
     pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
     normalises_latents: ClassVar[bool] = True
+
+    @classmethod
+    def kohya_names(cls, layers: Iterable[str]) -> dict[str, str]:
+        # By diffusers' name, A1111 looks for the first upsampler where Stable Diffusion 1.x has it, and finds none. All
+        # layers have the original names, as in kohya's own files: of a file that has both kinds, diffusers drops one.
+        return original_names(layers)
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         states, _, pooled, _ = self.pipeline.encode_prompt(

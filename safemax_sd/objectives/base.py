@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from safemax_sd.config import TrainConfig, option
+from safemax_sd.config import Schedule, TrainConfig, option
 from safemax_sd.families import Conditioning, ModelFamily
 from safemax_sd.process import DiffusionProcess
 from safemax_sd.prompts import PromptSet
@@ -236,7 +236,7 @@ class FullWeightsConfig(TrainConfig):
     train_batch_size: int = option(128, "Forget samples a step, micro-batch and process.")
     retain_batch_size: int | None = option(128, "Retain samples.")
     learning_rate: float = option(1e-4, "Of AdamW.")
-    lr_scheduler: str = option("constant", "Name of a schedule of diffusers.optimization.")
+    lr_scheduler: Schedule = option("constant", "Name of a schedule of diffusers.optimization.")
     lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
     adam_beta2: float = option(0.999, "β2.")
 

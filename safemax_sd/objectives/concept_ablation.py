@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.config import POSITIVE, Range, TrainConfig, option
+from safemax_sd.config import POSITIVE, Range, Schedule, TrainConfig, option
 from safemax_sd.errors import OptionError
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
@@ -53,7 +53,7 @@ class ConceptAblationConfig(TrainConfig):
     lora_targets: Literal["all", "attention", "cross_attention"] = option("cross_attention", "Which layers get a LoRA.")
     max_train_steps: int = option(100, "Optimizer steps.")
     learning_rate: float = option(1.6e-5, "Of AdamW.")
-    lr_scheduler: str = option("constant", "Name of a schedule of diffusers.optimization.")
+    lr_scheduler: Schedule = option("constant", "Name of a schedule of diffusers.optimization.")
     lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
     adam_beta2: float = option(0.999, "β2.")
 

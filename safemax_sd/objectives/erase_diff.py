@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from safemax_sd.config import NOT_NEGATIVE, POSITIVE, Range, TrainConfig, option
+from safemax_sd.config import NOT_NEGATIVE, POSITIVE, Range, Schedule, TrainConfig, option
 from safemax_sd.errors import OptionError
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
@@ -56,7 +56,7 @@ class EraseDiffConfig(TrainConfig):
     trainable: Literal["lora", "full"] = option("full", "Every weight, as published, or a LoRA.")
     max_train_steps: int = option(500, "Optimizer steps.")
     learning_rate: float = option(1e-5, "Of AdamW and of the inner steps.")
-    lr_scheduler: str = option("constant", "Name of a schedule of diffusers.optimization.")
+    lr_scheduler: Schedule = option("constant", "Name of a schedule of diffusers.optimization.")
     lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
     adam_beta2: float = option(0.999, "β2.")
     forget_trajectories: int = option(800, "Pictures generated of forbidden prompts where none are given.")

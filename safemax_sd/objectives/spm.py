@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.config import NOT_NEGATIVE, POSITIVE, Range, TrainConfig, option
+from safemax_sd.config import NOT_NEGATIVE, POSITIVE, Range, Schedule, TrainConfig, option
 from safemax_sd.errors import OptionError
 from safemax_sd.families import TOKEN_STATES, Conditioning
 from safemax_sd.likeness import likeness
@@ -55,7 +55,7 @@ class SpmConfig(TrainConfig):
     retain_batch_size: int | None = option(4, "Anchors, spread evenly over the forget samples, whose x_t they share.")
     max_train_steps: int = option(3000, "Optimizer steps.")
     learning_rate: float = option(1e-4, "Of AdamW.")
-    lr_scheduler: str = option("cosine_with_restarts", "Name of a schedule of diffusers.optimization.")
+    lr_scheduler: Schedule = option("cosine_with_restarts", "Name of a schedule of diffusers.optimization.")
     lr_warmup_steps: int = option(500, "Steps of linear warm-up.")
     lr_num_cycles: int = option(3, "Cycles of cosine_with_restarts.")
     adam_beta2: float = option(0.999, "β2.")

@@ -139,3 +139,13 @@ def test_a_command_line_that_cannot_be_parsed_is_one_line(
 def test_no_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "quickstart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--num_images", "0"), ("--num_sweep_images", "-1")])
+def test_quickstart_checks_the_evaluation_before_it_trains(
+    flag: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main(["quickstart", "--output_dir", str(output), flag, value]) == 2
+    assert f"error: {flag} {value}: must be in" in capsys.readouterr().err
+    assert not output.exists()

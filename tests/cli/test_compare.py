@@ -28,6 +28,7 @@ from safemax_sd.evaluation.compare_tables import (
 from safemax_sd.evaluation.headline import Measurement
 from scipy.stats import binomtest, t
 
+from safemax_sd.cli import main
 from safemax_sd.errors import SafemaxError
 from tests import tiny
 
@@ -330,6 +331,55 @@ def test_results_of_other_defaults_or_metrics_are_left_alone(
     path.write_text(good)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("cell.json", b""), ("cell.json", b"{"), ("cell.json", b"[]"), ("cell.json", b"\xff\xfe"),
+        ("cell.json", b'{"status": "done"}'), ("cell.json", b'{"status": "odd", "settings": {}}'),
+        ("cell.json", b'{"status": ["done"], "settings": {}}'),
+        ("evaluation/report.json", b"{"), ("evaluation/report.json", b"{}"), ("evaluation/report.json", None),
+        ("evaluation/tiles_base.webp", None),
+    ],
+)  # fmt: skip
+def test_a_damaged_cell_is_named_in_one_line(
+    grid: Path, place: Path, tiny_model: Path, file: str, content: bytes | None
+) -> None:
+    path = grid / "closed" / "fruit" / "0" / file
+    good = path.read_bytes()
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(SafemaxError, match=r"--output_dir .*: is missing or damaged: remove the cell") as caught:
+        compare(str(write_config(place, tiny_model)))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    path.write_bytes(good)
+    assert compare(str(write_config(place, tiny_model)))[1] == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["--config"], ["--config", "/nowhere.yaml"], ["--config", "/"]])
+def test_a_configuration_that_is_not_there(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--config" in error
+
+
+def test_odd_prompts_and_folders_reach_the_page_and_the_tables(tiny_model: Path, tmp_path: Path) -> None:
+    task = write_task(tmp_path / "fruit [bold]a|b<i>")
+    odd = 'prompt,concept\n"<script>alert(1)</script> [/x] | `y`",apple\n'
+    (task / "forget.csv").write_text(odd)
+    config = write_config(
+        tmp_path, tiny_model, tasks=[str(task)], methods={"closed": METHODS["closed"]}, real_images=None
+    )
+    assert main(["compare", "--config", str(config)]) == 0
+    page = (tmp_path / "grid" / "index.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; [/x] | `y`" in page
+    assert "<i>" not in page and "fruit [bold]a|b&lt;i&gt;" in page
+    table = (tmp_path / "grid" / "compare.md").read_text().split("\n\n")[2].splitlines()
+    assert table[0] == r"| method | fruit \[bold\]a\|b\<i\> |"
+    assert len(table[0].replace(r"\|", "").split("|")) == len(table[2].split("|"))
+
+
 def test_a_failing_cell_is_recorded(grid: Path, place: Path, tiny_model: Path) -> None:
     broken = {"objective": "safemax", **QUICK, "learning_rate": 1e30, "max_train_steps": 3}
     config = write_config(place, tiny_model, methods={"broken": broken, "negative": METHODS["negative"]})
@@ -367,6 +417,7 @@ def test_a_prompt_s_own_guidance_is_told_and_must_guide(tiny_model: Path, tmp_pa
     [
         ({"num_imagse": 3}, "unknown key 'num_imagse' .did you mean 'num_images'"),
         ({"num_images": 0}, "--num_images 0"),
+        ({"num_images": 1}, "--num_images 1: must be at least 2 for FID"),
         ({"tasks": ["emoji/bom"]}, "did you mean 'emoji/bomb'"),
         ({"seeds": [0, 0]}, "seeds must list different"),
         ({"guidance_scale": 1.0}, "guidance_scale must be more than 1"),
@@ -378,6 +429,10 @@ def test_a_prompt_s_own_guidance_is_told_and_must_guide(tiny_model: Path, tmp_pa
         ),
         ({"methods": {"a": {"objective": "safemax", "rank": 0}}}, "--rank 0"),
         ({"methods": {"a": {"objective": "safemax", "seed": 3}}}, "seed is the comparison's to give"),
+        (
+            {"methods": {"a": {"objective": "safemax", "prediction_type": "epsilon"}}},
+            "prediction_type is the comparison's to give",
+        ),
         ({"methods": {"a": {"objectve": "safemax"}}}, "did you mean 'objective'"),
         ({"methods": {"a": {"objective": "halting_anchor"}}}, "erases nothing by itself"),
         ({"methods": {"a": {"edit": "uec"}}}, "did you mean 'uce'"),
@@ -389,6 +444,9 @@ def test_a_prompt_s_own_guidance_is_told_and_must_guide(tiny_model: Path, tmp_pa
             "strength must be one of weak, medium, strong, max .did you mean 'max'",
         ),
         ({"methods": {"base": {"edit": "uce"}}}, "label 'base'"),
+        ({"methods": {"_a": {"edit": "uce"}}}, "label '_a' must be letters"),
+        ({"methods": {"[/x]": {"edit": "uce"}}}, "label '.*x.' must be letters"),
+        ({"methods": {"a" * 65: {"edit": "uce"}}}, "64 at most"),
     ],
 )
 def test_bad_configurations(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,12 +17,13 @@ from typer.testing import CliRunner
 
 from safemax_sd import adapter
 from safemax_sd.assets import ANCHORS
-from safemax_sd.cli import app
+from safemax_sd.cli import app, main
 from safemax_sd.command_line import parse_config
 from safemax_sd.edits.halting_marks import HaltingMarksSettings
 from safemax_sd.erase import change_concepts, erase
-from safemax_sd.erased import load_erased
-from safemax_sd.errors import OptionError
+from safemax_sd.erased import load_erased, read_record
+from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.families import LoadOptions
 from safemax_sd.train import train
 from tests import stock, tiny
 
@@ -140,6 +144,59 @@ def test_what_cannot_be_removed(
     with pytest.raises(OptionError, match=message):
         change_concepts(tmp_path / "erased", add=None, remove=remove)
     assert (tmp_path / "erased" / adapter.WEIGHTS_NAME).read_bytes() == before
+
+
+def cut(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def rename_layers(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes().replace(b"attn2.to_k", b"attn2.to_x"))
+
+
+def put_nan(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-4] + struct.pack("<f", float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(cut, "cannot be read"), (rename_layers, "holds other weights than its record says"), (put_nan, "is not finite")],
+)
+def test_damaged_weights_are_not_edited(
+    anchor: Path, files: dict[str, Path], tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    output = tmp_path / "erased"
+    run_erase(anchor, files, output)
+    damage(output / adapter.WEIGHTS_NAME)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(SafemaxError, match=message):
+        change_concepts(output, add=load_prompts(str(files["more"]), option="--add"), remove=[])
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_how_the_base_of_a_redirection_is_loaded(tiny_model: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    for path in base.glob("*/*model.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    command = ["erase", "--edit", "uce", "--pretrained_model_name_or_path", str(base)]
+    command += ["--forget_prompts", str(files["forget"]), "--retain_prompts", str(files["retain"])]
+    loading = ["--variant", "fp16", "--prediction_type", "v_prediction", "--output_dir", str(tmp_path / "uce")]
+    result = CliRunner().invoke(app, [*command, *loading])
+    assert result.exit_code == 0, result.output
+    options = LoadOptions.from_record(read_record(tmp_path / "uce"))
+    assert (options.variant, options.prediction_type) == ("fp16", "v_prediction")
+    assert "variant='fp16'" in (tmp_path / "uce" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("flag", ["--variant", "--pretrained_model_name_or_path", "--prediction_type"])
+def test_an_anchor_s_base_is_not_chosen_again(
+    anchor: Path, files: dict[str, Path], tmp_path: Path, flag: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["erase", "--anchor", str(anchor), "--output_dir", str(tmp_path / "erased"), flag, "epsilon"]
+    command += ["--forget_prompts", str(files["forget"]), "--retain_prompts", str(files["retain"])]
+    assert main(command) == 2
+    assert f"{flag} epsilon: goes with --edit uce" in capfd.readouterr().err
+    assert not (tmp_path / "erased").exists()
 
 
 def test_the_command_says_how_strongly_words_are_marked(anchor: Path, files: dict[str, Path], tmp_path: Path) -> None:

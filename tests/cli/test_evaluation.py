@@ -106,6 +106,11 @@ def test_report_holds_every_subset_and_setting(evaluated: Path) -> None:
     assert "FID of retained pictures" in labels
 
 
+def test_what_is_written_names_no_folder_of_this_machine(evaluated: Path) -> None:
+    for name in ("report.json", "index.html"):
+        assert str(evaluated.parent.parent) not in (evaluated / name).read_text()
+
+
 def test_page_is_self_contained(evaluated: Path) -> None:
     page = (evaluated / "index.html").read_text()
     assert page.count("<svg") >= 4
@@ -157,12 +162,26 @@ def test_page_can_be_written_again(evaluated: Path) -> None:
     assert (evaluated / "index.html").read_text() == before
 
 
+def test_an_evaluation_prints_its_bars_and_table_alone(erased: Path, tmp_path: Path) -> None:
+    flags = ["--num_images", "2", "--num_sweep_images", "2", "--num_inference_steps", "2"]
+    flags += ["--output_dir", str(tmp_path / "[bold]out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "safemax_sd.cli", "evaluate", "--adapter", str(erased), *flags],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "batch" not in line] == []
+    assert "Neither recognised nor" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"page: {tmp_path}/[bold]out/index.html"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"sampler": "ddmi"}, "did you mean 'ddim'"),
         ({"guidance_scale": 0.0}, "--guidance_scale"),
         ({"num_images": 0}, "--num_images"),
+        ({"num_images": 1}, "--num_images 1: must be at least 2 for FID"),
         ({"suite": "emoji/none"}, "--suite emoji/none"),
         ({"clip_model": "ViT-B-32"}, "--clip_pretrained"),
         ({"real_images": "/nowhere"}, "--real_images"),

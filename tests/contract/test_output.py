@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from safemax_sd import adapter
 from safemax_sd.command_line import parse_config
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError, SafemaxError
-from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.objectives import OBJECTIVES, Student
 from safemax_sd.objectives.halting_anchor import MARKS_FILE
+from safemax_sd.objectives.safemax import Safemax
 from safemax_sd.output import BESIDE_WEIGHTS, WEIGHTS
 from safemax_sd.train import main, train
 from tests import tiny
@@ -80,9 +86,78 @@ def test_a_tracker_that_would_be_left_out_is_refused(config: TrainConfig, name: 
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config: TrainConfig) -> None:
-    with pytest.raises(SafemaxError, match="lower --learning_rate"):
-        train(replace(config, learning_rate=1e30, max_grad_norm=1e30, max_train_steps=20))
+    with pytest.raises(SafemaxError, match=r"lower --learning_rate$"):
+        train(replace(config, learning_rate=1e30, max_grad_norm=1e30, max_train_steps=20, checkpointing_steps=20))
     assert not (Path(config.output_dir) / adapter.WEIGHTS_NAME).exists()
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_weights_that_are_not_finite_are_saved_by_no_step(config: TrainConfig, step: int, capsys: Any) -> None:
+    class Breaking(Safemax):
+        name = f"breaking_{step}"
+
+        def adjust_gradients(self) -> None:
+            self.steps = getattr(self, "steps", 0) + 1
+            if self.steps == step:
+                self.weights[0].grad.fill_(float("nan"))
+
+        def prepare(self, student: Student) -> int:
+            self.weights = student.parameters
+            return super().prepare(student)
+
+    config = replace(config, objective=Breaking.name, checkpointing_steps=1)
+    with pytest.raises(SafemaxError, match=f"checkpoint-{step - 1} is intact"):
+        train(config)
+    output = Path(config.output_dir)
+    assert not (output / adapter.WEIGHTS_NAME).exists()
+    assert not (output / f"checkpoint-{step}").exists()
+
+
+def test_a_run_that_has_diverged_says_so(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    train(config)
+    assert "on what is to be kept" not in caplog.text
+    train(replace(config, learning_rate=1.0, overwrite_output_dir=True))
+    assert "the model's error on what is to be kept is" in caplog.text
+
+
+def test_replay_that_is_not_finite_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    path = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["conv_out.bias"].fill_(float("inf"))
+    save_file(state, path)
+    with pytest.raises(SafemaxError, match="replay forget: samples of the frozen model are not finite"):
+        train(parse_config(tiny.train_arguments(broken, tmp_path, tmp_path / "out")))
+
+
+def test_more_sampling_steps_than_the_schedule_has(tiny_model: Path, tmp_path: Path) -> None:
+    short = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    path = short / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_timesteps": 100}))
+    arguments = tiny.train_arguments(short, tmp_path, tmp_path / "out")
+    with pytest.raises(SafemaxError, match="--replay_inference_steps 101: must be at most 100"):
+        train(replace(parse_config(arguments), replay_inference_steps=101))
+
+
+def test_precision_is_what_accelerate_says_and_what_is_recorded(config: TrainConfig, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--mixed_precision"]
+    flags = tiny.train_arguments(Path(config.pretrained_model_name_or_path), tmp_path, tmp_path / "bf16")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
+    run = [*arguments, "bf16", "-m", "safemax_sd.train", *flags]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "bf16" / "erasure.json").read_text())["config"]["mixed_precision"] == "bf16"
+    record = json.loads((train(config) / "erasure.json").read_text())
+    assert record["config"]["mixed_precision"] == "no"
+
+
+def test_a_precision_that_a_processor_has_not_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    flags = tiny.train_arguments(Path(config.pretrained_model_name_or_path), tmp_path, tmp_path / "out")
+    command = [sys.executable, "-m", "safemax_sd.train", *flags, "--mixed_precision", "fp16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: --mixed_precision fp16: is not supported here: use bf16 or no" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_to_resume(config: TrainConfig) -> None:
@@ -130,7 +205,7 @@ def test_what_changes_no_step_may_differ(config: TrainConfig) -> None:
 def test_a_checkpoint_of_unknown_conditions_is_refused(config: TrainConfig) -> None:
     output = train(config)
     (output / "checkpoint-2" / "conditions.json").unlink()
-    with pytest.raises(OptionError, match=r"has no readable conditions\.json: start the run anew"):
+    with pytest.raises(OptionError, match=r"checkpoint-2 is damaged .it lacks conditions\.json"):
         train(replace(config, resume_from_checkpoint="latest"))
 
 

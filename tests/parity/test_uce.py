@@ -48,7 +48,7 @@ def test_the_change_is_the_direct_solutions() -> None:
 def test_stock_diffusers_loads_the_edited_weights(tiny_model: Path, tmp_path: Path) -> None:
     paths = tiny.write_prompts(tiny_model, tmp_path)
     forget, retain = (load_prompts(str(path), option="--x") for path in paths)
-    record = redirect(str(tiny_model), forget, retain, tmp_path / "out", SETTINGS, overwrite=False)
+    record = redirect(LoadOptions(str(tiny_model)), forget, retain, tmp_path / "out", SETTINGS, overwrite=False)
     assert record["config"]["rank"] == 1
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
     pipeline.load_lora_weights(tmp_path / "out")
@@ -65,16 +65,18 @@ def test_stock_diffusers_loads_the_edited_weights(tiny_model: Path, tmp_path: Pa
 
 def test_it_refuses_a_folder_in_use_and_a_model_without_words(tiny_model: Path, tiny_sd3: Path, tmp_path: Path) -> None:
     forget, retain = (load_prompts(str(p), option="--x") for p in tiny.write_prompts(tiny_model, tmp_path))
-    redirect(str(tiny_model), forget, retain, tmp_path / "out", UceSettings(), overwrite=False)
+    redirect(LoadOptions(str(tiny_model)), forget, retain, tmp_path / "out", UceSettings(), overwrite=False)
     with pytest.raises(OptionError, match="--overwrite_output_dir"):
-        redirect(str(tiny_model), forget, retain, tmp_path / "out", UceSettings(), overwrite=False)
+        redirect(LoadOptions(str(tiny_model)), forget, retain, tmp_path / "out", UceSettings(), overwrite=False)
     with pytest.raises(OptionError, match="--edit uce: edits keys and values of cross-attention"):
-        redirect(str(tiny_sd3), forget, retain, tmp_path / "sd3", UceSettings(), overwrite=False)
+        redirect(LoadOptions(str(tiny_sd3)), forget, retain, tmp_path / "sd3", UceSettings(), overwrite=False)
 
 
 def test_with_padding_each_token_is_taken_for_the_guides(tiny_model: Path, tmp_path: Path) -> None:
     forget, retain = (load_prompts(str(p), option="--x") for p in tiny.write_prompts(tiny_model, tmp_path))
-    record = redirect(str(tiny_model), forget, retain, tmp_path / "out", SETTINGS, padding=True, overwrite=False)
+    record = redirect(
+        LoadOptions(str(tiny_model)), forget, retain, tmp_path / "out", SETTINGS, padding=True, overwrite=False
+    )
     family = load_family(LoadOptions(str(tiny_model)))
     guide, apple, *kept = last_token_states(family, ["", "apple", "pear", "plum"], padding=True)
     assert record["config"]["rank"] == len(apple) < len(guide)

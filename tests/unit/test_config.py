@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from safemax_sd.evaluation.compare_config import read_comparison
 
 from safemax_sd.command_line import parse_config
-from safemax_sd.errors import SafemaxError
+from safemax_sd.config import TrainConfig
+from safemax_sd.edits.halting_marks import HaltingMarksSettings
+from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.objectives.safemax import SafemaxConfig
 from safemax_sd.objectives.salun import SalunConfig
+from safemax_sd.optimizers import check_optimizer
 
+OBJECTIVE_NAMES = OBJECTIVES.names()
 REQUIRED = ["--forget_prompts", "f", "--retain_prompts", "r", "--output_dir", "o"]
 
 
@@ -105,3 +112,122 @@ def test_the_comparison_names_methods_and_tasks_that_there_are() -> None:
     assert len(comparison.methods) >= 9
     assert len(comparison.tasks) >= 10
     assert len(comparison.seeds) >= 2
+
+
+def numeric(config: type[TrainConfig]) -> list[str]:
+    hints = get_type_hints(config)
+    kinds = {entry.name: {hints[entry.name], *get_args(hints[entry.name])} for entry in dataclasses.fields(config)}
+    return [name for name, found in kinds.items() if {int, float} & found]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
+def test_every_number_has_a_range_that_holds_its_default(objective: str) -> None:
+    config = OBJECTIVES.get(objective).Config
+    assert set(numeric(config)) <= set(config.ranges)
+    with pytest.raises(OptionError, match="is required"):
+        config().validate()
+    config(forget_prompts="f", retain_prompts="r", output_dir="o").validate()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("seed", value) for value in ("-1", "4294967296", "99999999999999999999")),
+        *(("adam_beta1", value) for value in ("1", "-0.1", "nan")),
+        *(("adam_epsilon", value) for value in ("0", "-1", "inf")),
+        *(("forget_trajectories", value) for value in ("0", "1000000000000")),
+        *(("retain_trajectories", "1000000000000"), ("replay_inference_steps", "1001"), ("adam_weight_decay", "-1")),
+        *(("replay_guidance_scale", value) for value in ("0", "nan", "1e9")),
+        *(("lr_warmup_steps", "-1"), ("rank", "1000000"), ("resolution", "1000000000"), ("max_train_steps", "0")),
+        *(("lr_scheduler", value) for value in ("piecewise_constant", "cosin", "")),
+        *(("learning_rate", value) for value in ("inf", "nan", "0")),
+        *((flag, f"1{'0' * 400}") for flag in ("seed", "rank", "resolution", "max_train_steps", "lr_warmup_steps")),
+    ],
+)
+def test_numbers_are_refused_before_anything_is_read(flag: str, value: str) -> None:
+    with pytest.raises(SafemaxError, match=f"--{flag}"):
+        parse_config([*REQUIRED, f"--{flag}={value}"]).validate()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("seed: 1\nrank: 2\nseed: 3\n", "key 'seed' stands twice"),
+        ("validation_prompt: {a: 1}\n", "validation_prompt must be text, not"),
+        ("validation_prompt: [[a]]\n", "validation_prompt must be text, not"),
+        ("validation_prompt: [yes]\n", "must be text, not True; YAML takes it for that unless it is in quotes"),
+        ("validation_prompt: [a, 007]\n", "must be text, not 7; YAML takes"),
+        ("validation_prompt:\n", "validation_prompt must be text, not None$"),
+        ("mixed_precision: no\n", "must be text, not False; YAML takes"),
+        ("output_dir: 2001-01-01\n", "must be text, not datetime.date"),
+        (f"learning_rate: 1{'0' * 400}\n", "learning_rate must be a number"),
+        (f"rank: {'[' * 5000}\n", "nested too deeply"),
+        ("", "must map flag names"),
+        ("seed: 2001-99-99\n", "cannot be read"),
+        ("rank: [1]\n", "rank cannot be"),
+        ("rank: yes\n", "rank cannot be True"),
+        ("objective: 3\n", "no such objective"),
+        ("output_dir: {a: b}\n", "output_dir must be text, not"),
+    ],
+)
+def test_yaml_that_means_something_else_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SafemaxError, match=reason):
+        parse_config([*REQUIRED, "--config", str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize("text", ["validation_prompt: an emoji", "validation_prompt: [an emoji]"])
+def test_one_prompt_is_a_list_of_one(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    assert parse_config([*REQUIRED, "--config", str(tmp_path / "run.yaml")]).validation_prompt == ["an emoji"]
+
+
+def test_a_merged_key_may_be_overridden(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("seed: 1\n<<: {seed: 2, rank: 3}\n")
+    config = parse_config([*REQUIRED, "--config", str(tmp_path / "run.yaml")])
+    assert (config.seed, config.rank) == (1, 3)
+
+
+@pytest.mark.parametrize(("steps", "warned"), [("9", True), ("10", False)])
+def test_a_warm_up_that_outlasts_the_training_is_said(
+    steps: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_optimizer(parse_config([*REQUIRED, "--max_train_steps", steps, "--lr_warmup_steps", "10"]))
+    assert ("--lr_warmup_steps 10: training ends after 9 steps" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(("name", "value"), [("faint", 1.5), ("retain_weight", float("nan")), ("excess_weight", -1.0)])
+def test_weights_of_an_edit_have_ranges(name: str, value: float) -> None:
+    with pytest.raises(OptionError, match=f"--{name} {value}: must be in 0 to"):
+        HaltingMarksSettings(**{name: value})
+
+
+METHODS_FILE = (
+    "seeds: {seeds}\ntasks: {tasks}\nmethods: {{{label}: {{edit: halting_marks, anchor: emoji, faint: {faint}}}}}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"seeds": "[-1]"}, "seeds must list different whole numbers in 0 to 4,294,967,295"),
+        ({"seeds": "[4294967296]"}, "seeds must list"),
+        ({"seeds": "[yes]"}, "seeds must list"),
+        ({"tasks": "[yes]"}, "tasks must be text, not True"),
+        ({"label": "no"}, "label False must be text"),
+        ({"label": "1"}, "label 1 must be text"),
+        ({"faint": ".nan"}, "--faint nan: must be in 0 to 1"),
+    ],
+)
+def test_a_comparison_is_refused(changed: dict[str, str], reason: str, tmp_path: Path) -> None:
+    given = {"seeds": "[0]", "tasks": "[emoji/bomb]", "label": "ours", "faint": "0.1"}
+    path = tmp_path / "compare.yaml"
+    path.write_text(METHODS_FILE.format(**given))
+    read_comparison(str(path))
+    path.write_text(METHODS_FILE.format(**given | changed))
+    with pytest.raises(OptionError, match=reason):
+        read_comparison(str(path))
+
+
+def test_no_tracker_may_be_asked_for() -> None:
+    assert parse_config([*REQUIRED, "--report_to", "none"]).tracker is None

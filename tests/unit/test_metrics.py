@@ -9,6 +9,7 @@ from safemax_sd.evaluation.metrics.base import wilson
 from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import embedded_pairs, embedded_pictures
 
+from safemax_sd.errors import SafemaxError
 from safemax_sd.judge import Judge, load_judge
 
 
@@ -111,3 +112,14 @@ def test_entropy_is_at_most_that_of_a_uniform_answer(judge: Judge) -> None:
 def test_held_out_pairs_are_marked() -> None:
     assert len(embedded_pairs(held_out=True)) == 73
     assert len(embedded_pairs(held_out=False)) == 655
+
+
+def test_features_that_are_not_finite_are_named(judge: Judge) -> None:
+    pictures = torch.full((2, 3, 32, 32), float("nan"))
+    with pytest.raises(SafemaxError, match=r"features of pictures with NaN or inf by the judge .* are not finite"):
+        judge.similarities(pictures, ["a bomb", "a pear"])
+    broken = load_judge("emoji")
+    with torch.no_grad():
+        next(broken.model.visual.parameters()).fill_(float("nan"))
+    with pytest.raises(SafemaxError, match="features of pictures by the judge"):
+        broken.similarities(pictures.nan_to_num(0.5), ["a bomb", "a pear"])

@@ -20,6 +20,7 @@ from safemax_sd.prompts import load_suite
 from benchmarks.judge_calibration import blend, judged
 from safemax_sd.judge import load_judge
 
+CALIBRATION = Path("docs/results/2026-11-27-judge-calibration.json")
 CONCEPTS = ["bomb", "dog", "pizza", "key"]
 
 
@@ -131,3 +132,15 @@ def test_calibration_says_what_metrics_say() -> None:
         "unlearning_accuracy": 100, "unlearning_accuracy_with_rejection": 100, "neither": 100, "halted": 0,
         "recognised": 0,
     }  # fmt: skip
+
+
+def test_the_published_calibration_is_complete() -> None:
+    content = json.loads(CALIBRATION.read_text())
+    assert content["provenance"]["commit"] and content["provenance"]["command"]
+    for line in content["rows"]:
+        parts = [line[name] for name in ("recognised", "neither", "halted")]
+        assert sum(part["value"] for part in parts) == pytest.approx(100)
+        assert all(part["n"] == 128 and len(part["interval"]) == 2 for part in parts)
+    by_angle = {line["degrees"]: line for line in content["rows"]}
+    assert by_angle[90]["halted"]["value"] == 100
+    assert by_angle[45]["unlearning_accuracy"]["value"] > 95 < by_angle[45]["neither"]["value"]

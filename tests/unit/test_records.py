@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safemax_sd.evaluation.subjects import Adapter
+from safemax_sd.prompts import load_prompts
 from safetensors.torch import load_file, save_file
 
 from safemax_sd.adapter import WEIGHTS_NAME
@@ -21,9 +23,11 @@ from safemax_sd.command_line import parse_config
 from safemax_sd.config import TrainConfig
 from safemax_sd.erased import SHAPE, load_erased, read_record
 from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.export import export_pipeline
 from safemax_sd.families import LoadOptions
 from safemax_sd.model_card import describe, usage
-from safemax_sd.provenance import public_path
+from safemax_sd.provenance import public_path, public_record
+from safemax_sd.resume import check_conditions, conditions
 from safemax_sd.train import train
 from tests import tiny
 
@@ -108,7 +112,9 @@ def test_paths_are_without_this_machine_s_folders(
     assert config.record()["forget_prompts"] == config.record()["cache_dir"] == written
 
 
-@pytest.mark.parametrize("content", [b"[1]", b"null", b"{", b"\xff\xfe\x00", b"", b'{"format_version": 2}', b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"[1]", b"null", b"{", b"\xff\xfe\x00", b"", b'{"format_version": 2}', b"{}", b"[" * 100_000]
+)
 def test_a_record_that_is_none(run: Path, content: bytes) -> None:
     (run / "erasure.json").write_bytes(content)
     with pytest.raises(OptionError, match=f"--adapter {run}: has a (damaged record|record of format version)"):
@@ -147,12 +153,19 @@ def with_half_a_layer(state: dict[str, torch.Tensor]) -> None:
     del state[next(name for name in state if "lora_B" in name)]
 
 
+def without_a_layer(state: dict[str, torch.Tensor]) -> None:
+    layer = next(iter(state)).rpartition(".lora_")[0]
+    for name in [name for name in state if name.startswith(f"{layer}.")]:
+        del state[name]
+
+
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
         (with_nan, "is not finite"),
-        (with_other_names, "cannot be loaded onto .*do not match"),
-        (with_half_a_layer, "cannot be loaded onto"),
+        (with_other_names, "does not fit the model: it lacks unet"),
+        (with_half_a_layer, r"does not fit the model: it lacks unet.*lora_B"),
+        (without_a_layer, r"lacks 1 of \d+ layers, the first of them"),
     ],
 )
 def test_an_adapter_that_would_do_something_else_is_not_evaluated(
@@ -165,13 +178,89 @@ def test_an_adapter_that_would_do_something_else_is_not_evaluated(
         load_erased(run)
 
 
-def test_full_weights_that_are_not_finite(tiny_model: Path, tmp_path: Path) -> None:
+def without_a_tensor(state: dict[str, torch.Tensor]) -> None:
+    del state["conv_in.bias"]
+
+
+def with_another_size(state: dict[str, torch.Tensor]) -> None:
+    state["conv_in.bias"] = state["conv_in.bias"][:-1].clone()
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (with_nan, "is not finite"),
+        (without_a_tensor, r"does not fit .*lacks conv_in\.bias"),
+        (with_another_size, r"does not fit .*conv_in\.bias is .* in place of|cannot be loaded: .*conv_in\.bias"),
+    ],
+)
+def test_full_weights_that_would_do_something_else(
+    tiny_model: Path, tmp_path: Path, act: Callable[[dict[str, torch.Tensor]], None], reason: str
+) -> None:
     arguments = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", "--max_train_steps", "1")
     output = train(replace(parse_config(arguments), trainable="full"))
     path = output / "unet" / "diffusion_pytorch_model.safetensors"
     state = load_file(path)
-    with_nan(state)
+    act(state)
     save_file(state, path)
-    for act in (lambda: Adapter(output).load(CPU), lambda: load_erased(output)):
-        with pytest.raises(SafemaxError, match="is not finite"):
-            act()
+    uses = (
+        lambda: Adapter(output).load(CPU),
+        lambda: load_erased(output),
+        lambda: export_pipeline([output], [], tmp_path / "merged"),
+    )
+    for use in uses:
+        with pytest.raises(SafemaxError, match=reason):
+            use()
+    assert not (tmp_path / "merged" / "unet").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("config.rank", 0), ("config.lora_dropout", 7), ("config.lora_targets", "everything"),
+     ("base_model.prediction_type", "flow"),
+     ("base_model.cache_dir", 5), ("config.seed", None)],
+)  # fmt: skip
+def test_a_record_with_an_odd_entry(run: Path, entry: str, value: object) -> None:
+    owner, name = entry.split(".")
+    rewrite(run, lambda record: record[owner].update({name: value}))
+    with pytest.raises(OptionError, match=rf"has a damaged record: .*{name} in erasure\.json is missing or odd"):
+        read_record(run)
+
+
+def test_what_others_see_names_no_folder_of_this_machine(run: Path, tiny_model: Path) -> None:
+    record = read_record(run)
+    record["base_model"]["cache_dir"] = "/home/someone/cache"
+    assert record["base_model"]["name_or_path"] == str(tiny_model)
+    shown = public_record(record)
+    assert (shown["base_model"]["name_or_path"], shown["base_model"]["cache_dir"]) == ("path/to/model", None)
+    assert "from_pretrained('path/to/model'" in describe(record, None)
+    assert str(tiny_model.parent) not in describe(record, None) + json.dumps(shown)
+    hub = {**record, "base_model": {**record["base_model"], "name_or_path": "owner/model"}}
+    assert public_record(hub)["base_model"]["name_or_path"] == "owner/model"
+
+
+def test_a_folder_s_name_is_no_markdown(run: Path) -> None:
+    record = read_record(run)
+    record["base_model"]["name_or_path"] = "/models/a`b\n# Title"
+    card = describe(record, None)
+    assert [line for line in card.splitlines() if line.startswith("# ")] == [card.splitlines()[0]]
+    assert r"`` path/to/a`b\n# Title ``" in card
+
+
+def test_conditions_hold_what_a_flag_names(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt\na red apple\n")
+    prompts = load_prompts(str(tmp_path / "a.csv"), option="--forget_prompts")
+    config = TrainConfig(train_data_dir="/one/pictures", mixed_precision="no")
+    found = conditions(config, prompts, prompts, Accelerator(cpu=True))
+    assert (found["train_data_dir"], found["mixed_precision"]) == ("/one/pictures", "no")
+    (tmp_path / "checkpoint-1").mkdir()
+    stored = tmp_path / "checkpoint-1" / "conditions.json"
+    stored.write_text(json.dumps(found))
+    check_conditions(stored.parent, found)
+    other = conditions(replace(config, train_data_dir="/two/pictures"), prompts, prompts, Accelerator(cpu=True))
+    with pytest.raises(OptionError, match="--train_data_dir was /one/pictures and is /two/pictures"):
+        check_conditions(stored.parent, other)
+    for content in ("[1]", "null", "{", "3"):
+        stored.write_text(content)
+        with pytest.raises(OptionError, match=r"has no readable conditions\.json"):
+            check_conditions(stored.parent, found)

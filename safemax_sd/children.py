@@ -1,0 +1,100 @@
+"""Processes that this one starts: they end with it, however it ends, and their exit code reaches it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+PR_SET_PDEATHSIG = 1
+"""Option of prctl(2)."""
+EXIT_CODE_FILE = "SAFEMAX_EXIT_CODE_FILE"
+"""Environment variable: file for the exit code of a training that a launcher stands before."""
+STARTER = "SAFEMAX_STARTER"
+"""Environment variable: number of the process that such a training ends with."""
+GRACE_SECONDS = 5.0
+"""Time that an interrupted child has to end by itself."""
+SIGNALLED = 128
+"""Offset of a shell's exit codes for processes that a signal has ended."""
+
+
+def end_with_parent(starter: int) -> None:
+    """Ask the system to end this process as soon as its parent has ended; on Linux alone.
+
+    Args:
+        starter: Process that the parent is or descends from. If it is no ancestor any more, it ended before it could
+            be asked for, and this process ends at once.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if not _descends_from(starter):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _descends_from(starter: int) -> bool:
+    """Tell from Linux's /proc whether a process is this one's parent, or its parent's, and so on."""
+    process = os.getppid()
+    while process not in (starter, 0):
+        try:
+            stat = Path(f"/proc/{process}/stat").read_text(encoding="utf8", errors="replace")
+        except OSError:  # it has just ended, and what it started has other parents now
+            return False
+        process = int(stat.rpartition(")")[2].split()[1])  # after the name in brackets, which may hold anything
+    return process == starter
+
+
+def end_with_starter() -> None:
+    """End with the command that started this process behind a launcher, which forwards no signals, if one did."""
+    if STARTER in os.environ:
+        end_with_parent(int(os.environ[STARTER]))
+
+
+def run_child(command: Sequence[str], *, output: IO[bytes] | None = None, env: Mapping[str, str] | None = None) -> int:
+    """Run a command that ends with this process; returns its exit code.
+
+    Args:
+        command: Words of the command line.
+        output: File for all that it prints; this process's own streams where None.
+        env: Environment variables beside this process's own.
+    """
+    streams: dict[str, Any] = {} if output is None else {"stdout": output, "stderr": subprocess.STDOUT}
+    prepare = partial(end_with_parent, os.getpid()) if sys.platform == "linux" else None
+    child = subprocess.Popen(command, env={**os.environ, **(env or {})}, preexec_fn=prepare, **streams)
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        code = _interrupted(child)
+    return code if code >= 0 else SIGNALLED - code
+
+
+def _interrupted(child: subprocess.Popen[bytes]) -> int:
+    """Wait for a child that a terminal has interrupted too; end one that was not, or that goes on."""
+    try:
+        return child.wait(GRACE_SECONDS)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        child.terminate()
+        return child.wait()
+
+
+def run_launched(command: Sequence[str]) -> int:
+    """Run a command behind a launcher that turns every failure into code 1; returns the code of the command itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "exit_code"
+        code = run_child(command, env={EXIT_CODE_FILE: str(path), STARTER: str(os.getpid())})
+        return int(path.read_text()) if code and path.is_file() else code
+
+
+def told_to_launcher(code: int) -> int:
+    """Pass an exit code by the launcher that started this process, if one did; returns it."""
+    path = os.environ.get(EXIT_CODE_FILE)
+    if path is not None and Path(path).parent.is_dir():
+        Path(path).write_text(str(code))
+    return code

@@ -1,0 +1,130 @@
+"""What FID and KID need is checked before anything is drawn, and what they are worth stands beside them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safemax_sd.evaluation.headline import headline
+from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
+from safemax_sd.evaluation.metrics.distribution import INCEPTION, JUDGE_EXTRACTOR, Fid
+from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
+from safemax_sd.evaluation.run import EvaluateOptions, kept_pictures, row
+from safemax_sd.prompts import Suite, load_suite
+
+from safemax_sd.errors import SafemaxError
+from safemax_sd.judge import Judge, load_judge
+from tests import tiny
+
+OPTIONS = {"adapter": "", "clip_model": "emoji"}
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return load_judge()
+
+
+def suite_of(folder: Path, forget: str = "apple", kept: str = "pear") -> Suite:
+    folder.mkdir(parents=True)
+    for name, concepts in (("forget", [forget]), ("retain", [kept, "plum"])):
+        lines = "".join(f"an emoji of a {concept},{concept}\n" for concept in concepts)
+        (folder / f"{name}.csv").write_text(f"prompt,concept\n{lines}")
+    return load_suite(str(folder))
+
+
+def options(**changes: object) -> EvaluateOptions:
+    return EvaluateOptions(**{**OPTIONS, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("forget", "kept", "message"),
+    [
+        ("apple", "Pear", "has no subfolder of pictures named 'Pear' .did you mean 'pear'"),
+        ("APPLE", "pear", "has no subfolder of pictures named 'APPLE' .did you mean 'apple'"),
+        ("apple", "peer", "has no subfolder of pictures named 'peer' .did you mean 'pear'"),
+        ("apple", "key", "has no subfolder of pictures named 'key'$"),
+    ],
+)
+def test_a_folder_of_another_name_is_named(forget: str, kept: str, message: str, tmp_path: Path) -> None:
+    folder = tiny.write_pictures(tmp_path / "real")
+    with pytest.raises(SafemaxError, match=message):
+        kept_pictures(
+            options(real_images=str(folder)), suite_of(tmp_path / "suite", forget, kept), load_folder(str(folder))
+        )
+
+
+def test_pictures_of_all_that_is_kept_are_compared_with(tmp_path: Path) -> None:
+    folder = tiny.write_pictures(tmp_path / "real", each=3)
+    kept = kept_pictures(options(real_images=str(folder)), suite_of(tmp_path / "suite"), load_folder(str(folder)))
+    assert kept is not None
+    assert kept.shape == (6, 3, 64, 64)
+
+
+def test_one_picture_is_too_few(tmp_path: Path) -> None:
+    suite, real = load_suite("emoji/bomb"), embedded_pictures()
+    with pytest.raises(SafemaxError, match="--num_images 1: must be at least 2 for FID"):
+        kept_pictures(options(num_images=1), suite, real)
+    assert kept_pictures(options(num_images=1), suite, None) is None  # nothing to compare with, nothing to refuse
+    folder = tiny.write_pictures(tmp_path / "real", each=1)
+    one = RealPictures(torch.zeros(1, 3, 8, 8), [frozenset({"pear", "plum", "apple"})])
+    with pytest.raises(SafemaxError, match=r"--real_images .*real: must hold at least 2 pictures"):
+        kept_pictures(options(real_images=str(folder)), suite_of(tmp_path / "suite"), one)
+
+
+def test_embedded_pictures_that_lack_a_concept_are_not_compared_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "safemax_sd"):
+        suite = suite_of(tmp_path / "suite", forget="sextant", kept="bomb")
+        assert kept_pictures(options(), suite, embedded_pictures()) is None
+    assert "no real picture shows 'sextant': nothing is measured with rejection" in caplog.text
+    assert "no real picture shows 'plum': FID and KID are not measured" in caplog.text
+
+
+def test_inception_without_its_weights_is_found_before_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    wanted = options(clip_model="ViT-B-32", clip_pretrained="laion2b_s34b_b79k")
+    with pytest.raises(
+        SafemaxError, match=r"Inception's weights, .* download https://.*pth into .*checkpoints"
+    ) as caught:
+        kept_pictures(wanted, load_suite("emoji/bomb"), embedded_pictures())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("drawn", "real", "biased"), [(2047, 3000, True), (3000, 2047, True), (2048, 2048, False)])
+def test_fid_by_inception_from_few_pictures_says_so(judge: Judge, drawn: int, real: int, biased: bool) -> None:
+    few = [torch.zeros(count, 3, 1, 1) for count in (drawn, real)]
+    metric = Fid(Context(judge, ["a", "b"], {}, few[1], INCEPTION))
+    metric.update(Batch(few[0], few[0].flatten(1), ["a"] * drawn, ["a"] * drawn))
+    assert bool(metric._bias()) is biased
+    ours = Fid(Context(judge, ["a", "b"], {}, few[1], JUDGE_EXTRACTOR))
+    ours.update(Batch(few[0], few[0].flatten(1), ["a"] * drawn, ["a"] * drawn))
+    assert ours._bias() == {}
+
+
+def test_the_headline_prints_the_warning(judge: Judge) -> None:
+    pictures = torch.zeros(4, 3, 1, 1)
+    metric = Fid(Context(judge, ["a", "b"], {}, pictures, INCEPTION))
+    metric.update(Batch(pictures, pictures.flatten(1), ["a"] * 4, ["a"] * 4))
+    result = Result(9.0, None, 4, metric._bias())
+    rows = [row("fid", "retain", model, result) for model in ("base", "erased")]
+    assert [entry.label for entry in headline({"metrics": rows})] == [
+        "FID of retained pictures (too large: fewer than 2,048 pictures)"
+    ]
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_distances_of_few_pictures_are_finite(judge: Judge, count: int) -> None:
+    real = embedded_pictures().pictures
+    for name in ("fid", "kid"):
+        metric = METRICS.get(name)(Context(judge, ["a", "b"], {}, real[100:102], JUDGE_EXTRACTOR))
+        metric.update(Batch(real[:count], torch.zeros(count, 1), ["a"] * count, ["a"] * count))
+        result = metric.compute()
+        assert torch.isfinite(torch.tensor(result.value))
+        assert (result.interval is None) == (name == "fid" or count == 2)
