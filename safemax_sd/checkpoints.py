@@ -25,7 +25,7 @@ logger = logging.getLogger("safemax_sd")
 PATTERN = re.compile(r"checkpoint-(\d+)")
 COST = "cost.json"
 MANIFEST = "manifest.json"
-"""Sizes of all other files of a checkpoint, in bytes."""
+"""SHA-256 of all other files of a checkpoint."""
 
 
 def register(accelerator: Accelerator, trainable: Trainable) -> None:

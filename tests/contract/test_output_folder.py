@@ -195,11 +195,11 @@ def flip(path: Path) -> None:
     ("name", "damage", "reason"),
     [
         ("optimizer.bin", Path.unlink, "it lacks optimizer.bin"),
-        ("optimizer.bin", half, "optimizer.bin has "),
-        ("optimizer.bin", flip, "optimizer.bin is damaged"),
-        ("scheduler.bin", half, "scheduler.bin has "),
+        ("optimizer.bin", half, "optimizer.bin is not what was written"),
+        ("optimizer.bin", flip, "optimizer.bin is not what was written"),
+        ("scheduler.bin", half, "scheduler.bin is not what was written"),
         ("random_states_0.pkl", Path.unlink, "it lacks random_states_0.pkl"),
-        (adapter.WEIGHTS_NAME, half, f"{adapter.WEIGHTS_NAME} has "),
+        (adapter.WEIGHTS_NAME, half, f"{adapter.WEIGHTS_NAME} is not what was written"),
         ("cost.json", Path.unlink, "it lacks cost.json"),
         ("manifest.json", half, "manifest.json does not describe it"),
     ],
@@ -238,7 +238,7 @@ def test_no_checkpoint_is_whole(config: TrainConfig) -> None:
     before = contents(output)
     for asked in ("latest", "checkpoint-2", str(output / "checkpoint-2")):
         with pytest.raises(
-            OptionError, match=r"--resume_from_checkpoint .*checkpoint-2.*is damaged.*optimizer\.bin has"
+            OptionError, match=r"--resume_from_checkpoint .*checkpoint-2.*is damaged.*optimizer\.bin is not"
         ):
             train(replace(config, resume_from_checkpoint=asked))
     assert contents(output) == before
