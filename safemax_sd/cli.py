@@ -140,7 +140,7 @@ def erase(
         if anchor is None:
             if add is None and not remove:
                 raise OptionError("--anchor", "(not given)", "is required, or --add or --remove for an erased adapter")
-            added = None if add is None else load_prompts(add, option="--add")
+            added = None if add is None else load_prompts(add, option="--add").each_text_once()
             record = change_concepts(output_dir, add=added, remove=remove or [])
         else:
             if add is not None or remove:
@@ -159,8 +159,8 @@ def both_prompt_files(forget: str | None, retain: str | None) -> tuple[PromptSet
     from safemax_sd.prompts import load_prompts
 
     return (
-        load_prompts(forget or "", option="--forget_prompts"),
-        load_prompts(retain or "", option="--retain_prompts"),
+        load_prompts(forget or "", option="--forget_prompts").each_text_once(),
+        load_prompts(retain or "", option="--retain_prompts").each_text_once(),
     )
 
 
@@ -216,7 +216,9 @@ def evaluate(
     output_dir: Annotated[str | None, typer.Option("--output_dir", help="Default: ADAPTER/evaluation.")] = None,
     num_images: Annotated[int, typer.Option("--num_images", help="Pictures of each prompt subset.")] = 256,
     num_sweep_images: Annotated[int, typer.Option("--num_sweep_images", help="Pictures a setting; 0: no sweep.")] = 64,
-    guidance_scale: Annotated[float, typer.Option("--guidance_scale")] = 5.0,
+    guidance_scale: Annotated[
+        float, typer.Option("--guidance_scale", help="Of prompts without an evaluation_guidance of their own.")
+    ] = 5.0,
     num_inference_steps: Annotated[int, typer.Option("--num_inference_steps")] = 25,
     sampler: Annotated[str | None, typer.Option("--sampler", help="ddim, euler, dpm++; euler for flow models.")] = None,
     clip_model: Annotated[str, typer.Option("--clip_model", help="Judge: emoji, or an open_clip model.")] = "emoji",

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from safemax_sd.prompts import load_prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from safemax_sd.cli import both_prompt_files
 from safemax_sd.command_line import parse_config
 from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_family
 from safemax_sd.likeness import likeness, nearest
@@ -105,6 +107,19 @@ def test_all_are_there_before_the_first_step(flags: tuple[str, ...], tiny_model:
 def test_the_first_trajectories_show_prompts_of_the_whole_file(tiny_model: Path, tmp_path: Path) -> None:
     gradual = recording(tiny_model, tmp_path, "--replay_span", "1", "--replay_batch_size", "3")
     assert sorted(gradual.before(0).retain_samples.prompt.tolist()) == [0, 1, 2]
+
+
+def test_prompts_that_differ_by_seed_alone_are_trained_on_once(tiny_model: Path, tmp_path: Path) -> None:
+    arguments = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out")
+    for name, texts in (("forget", ["a red apple"]), ("retain", ["a green pear", "a blue plum"])):
+        rows = "".join(f"{text},{seed}\n" for seed in range(50) for text in texts)
+        (tmp_path / f"{name}.csv").write_text(f"prompt,evaluation_seed\n{rows}")
+    config = parse_config(arguments)
+    data = Recording(config, load_family(LoadOptions(str(tiny_model))), *read_input(config)).before(0)
+    assert (len(data.forget), len(data.retain)) == (1, 2)
+    assert data.retain_concepts == ("a green pear", "a blue plum")
+    assert [len(prompts) for prompts in both_prompt_files(config.forget_prompts, config.retain_prompts)] == [1, 2]
+    assert len(load_prompts(config.retain_prompts, option="--x")) == 100
 
 
 def test_prompts_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
