@@ -3,7 +3,7 @@
     python -m benchmarks.scheduler_folders --output docs/results/NAME.json
 
 Gives copies of the embedded model other schedulers, draws the same kept prompts from the same noise with the stock
-pipeline as it loads, with the sampler that replay uses and with `safemax evaluate`'s default one, and prints how many
+pipeline as it loads, with the sampler that replay uses and with each of `safemax evaluate`'s, and prints how many
 the judge recognises and the latents' standard deviation.
 """
 
@@ -39,25 +39,26 @@ from safemax_sd.quiet import quiet
 from safemax_sd.replay import start_noise
 from safemax_sd.schedulers import as_scheduler
 
-KINDS = (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-    PNDMScheduler,
-)
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULERS = {
+    "DDIMScheduler": DDIMScheduler(**SCHEDULE, clip_sample=False),
+    "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler(**SCHEDULE),
+    "EulerDiscreteScheduler": EulerDiscreteScheduler(**SCHEDULE),
+    "UniPCMultistepScheduler": UniPCMultistepScheduler(**SCHEDULE),
+    "PNDMScheduler": PNDMScheduler(**SCHEDULE),
+    "PNDMScheduler, skip_prk_steps": PNDMScheduler(**SCHEDULE, skip_prk_steps=True),  # as Stable Diffusion 1.5 has it
+}
+"""They state the noise schedule and leave the rest to their classes."""
 GUIDANCE, STEPS = 5.0, 25
 
 
-def folder_with(kind: Any, folder: Path) -> Path:
-    """Copy the embedded model, with a scheduler of this class that states the noise schedule alone."""
+def folder_with(scheduler: Any, folder: Path) -> Path:
+    """Copy the embedded model, with another scheduler."""
     shutil.copytree(ASSETS / "emoji", folder)
     shutil.rmtree(folder / "scheduler")
-    more = {"clip_sample": False} if kind is DDIMScheduler else {}
-    kind(**SCHEDULE, **more).save_pretrained(folder / "scheduler")
+    scheduler.save_pretrained(folder / "scheduler")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf8"))
-    index["scheduler"][1] = kind.__name__
+    index["scheduler"][1] = type(scheduler).__name__
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf8")
     return folder
 
@@ -71,36 +72,37 @@ def drawn(pipeline: Any, prompts: list[str], noise: Tensor) -> Tensor:
     return latents
 
 
-def measure(kind: Any, judge: Judge, count: int) -> list[dict[str, Any]]:
-    """Rows of one scheduler class."""
+def measure(label: str, judge: Judge, count: int) -> list[dict[str, Any]]:
+    """Rows of one of `SCHEDULERS`."""
     prompts = pick(load_suite("emoji/bomb").parts["retain"].prompts, count)
     concepts = list(dict.fromkeys(prompt.concept or "" for prompt in prompts))
     texts = [prompt.text for prompt in prompts]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = folder_with(kind, Path(scratch) / "model")
+        folder = folder_with(SCHEDULERS[label], Path(scratch) / "model")
         family = load_family(LoadOptions(str(folder)))
         assert isinstance(family, LatentFamily)
         with quiet():
             stock = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
         stock.set_progress_bar_config(disable=True)
     noise = start_noise(family.latent_shape(None), list(range(count)), torch.device("cpu"))
-    family.pipeline.scheduler = as_scheduler(SAMPLERS["ddim"], family.scheduler_settings)
     latents = {
         "stock pipeline": drawn(stock, texts, noise),
         "replay": family.sample(
             family.encode_prompts(texts), noise, guidance_scale=GUIDANCE, num_inference_steps=STEPS
         ),
-        "evaluate": drawn(family.pipeline, texts, noise),
     }
+    for sampler, kind in SAMPLERS.items():
+        family.pipeline.scheduler = as_scheduler(kind, family.scheduler_settings)
+        latents[f"evaluate {sampler}"] = drawn(family.pipeline, texts, noise)
     truth = torch.tensor([concepts.index(prompt.concept or "") for prompt in prompts])
     rows = []
     for name, ended in latents.items():
         named = judge.similarities(family.decode(ended), judge.captions(concepts)).argmax(1)
         rate = wilson(int((named == truth).sum()), count)
         std = float(ended.std())
-        rows.append({"scheduler": kind.__name__, "drawn_by": name, "recognised": rate.value,
+        rows.append({"scheduler": label, "drawn_by": name, "recognised": rate.value,
                      "interval": rate.interval, "n": count, "latent_std": std})  # fmt: skip
-        print(f"{kind.__name__:30} {name:16} {rate.value:6.1f} %  {std:.3f}", flush=True)
+        print(f"{label:30} {name:16} {rate.value:6.1f} %  {std:.3f}", flush=True)
     return rows
 
 
@@ -110,7 +112,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     judge = load_judge("emoji")
-    rows = [row for kind in KINDS for row in measure(kind, judge, arguments.num_images)]
+    rows = [row for label in SCHEDULERS for row in measure(label, judge, arguments.num_images)]
     if arguments.output is not None:
         write_json_atomic(arguments.output, {"rows": rows, "provenance": provenance(0, torch.device("cpu"))})
 

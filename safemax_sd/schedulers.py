@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from diffusers import DDIMScheduler
@@ -36,4 +37,5 @@ def as_scheduler(kind: type[Any], settings: dict[str, Any]) -> Any:
         # DDIM steps by T // N timesteps however its grid is spaced, so that it would leave a linear grid.
         spacing = "trailing" if settings["rescale_betas_zero_snr"] else "leading"
         settings = {**settings, "timestep_spacing": spacing}
-    return kind.from_config(settings)
+    known = signature(kind.__init__).parameters
+    return kind(**{name: value for name, value in settings.items() if name in known})

@@ -382,7 +382,7 @@ def load_family(options: LoadOptions) -> ModelFamily:
             "must be a diffusers model folder, a hub id or an embedded model's name (emoji)",
         ) from error
     if isinstance(class_name, list):  # a class of one's own, with the file that defines it
-        class_name = class_name[-1]
+        class_name = class_name[-1] if class_name else None
     supported: list[str] = []
     for name in FAMILIES.names():
         family = FAMILIES.get(name)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from safemax_sd.errors import OptionError
 from safemax_sd.families.base import Conditioning, LoadOptions, LoraTargets, ModelFamily
-from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded
+from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, load_part, own_side
 from safemax_sd.process import check_variance_preserving, from_scheduler
 from safemax_sd.provenance import write_json_atomic
 from safemax_sd.quiet import quiet
@@ -59,12 +59,9 @@ class ClassConditionalDDPM(ModelFamily):
         try:
             with quiet():
                 config = DiffusionPipeline.load_config(options.name_or_path, **where)
-                scheduler = DDPMScheduler.from_pretrained(options.name_or_path, subfolder="scheduler", **where)
-                unet = UNet2DModel.from_pretrained(
-                    options.name_or_path, subfolder="unet", variant=options.variant, torch_dtype=options.dtype, **where
-                )
         except LOAD_ERRORS as error:
             raise cannot_be_loaded(options.name_or_path, error) from error
+        scheduler, unet = (load_part(options, name, config.get(name)) for name in ("scheduler", "unet"))
         if options.prediction_type is not None:
             scheduler.register_to_config(prediction_type=options.prediction_type)
         numbered = [str(number) for number in range((unet.config.num_class_embeds or 1) - 1)]
@@ -73,7 +70,7 @@ class ClassConditionalDDPM(ModelFamily):
     def save_base(self, directory: Path) -> None:
         """Write the model as a `DDPMPipeline` folder that `load` reads."""
         self.unet.save_pretrained(directory / "unet")
-        DDPMScheduler.from_config(self.scheduler_settings).save_pretrained(directory / "scheduler")
+        as_scheduler(DDPMScheduler, self.scheduler_settings).save_pretrained(directory / "scheduler")
         index = {
             "_class_name": "DDPMPipeline",
             "scheduler": ["diffusers", "DDPMScheduler"],
@@ -95,11 +92,11 @@ class ClassConditionalDDPM(ModelFamily):
         return Conditioning({LABELS: torch.tensor([numbers[prompt] for prompt in prompts], device=self.device)})
 
     def latent_shape(self, resolution: int | None) -> tuple[int, ...]:
-        side = resolution or self.unet.config.sample_size
+        side = resolution or own_side(self.unet.config)
         return (self.unet.config.in_channels, side, side)
 
     def picture_size(self, resolution: int | None) -> int:
-        return resolution or int(self.unet.config.sample_size)
+        return resolution or own_side(self.unet.config)
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None) -> Tensor:
         network = self.denoiser if denoiser is None else denoiser

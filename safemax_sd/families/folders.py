@@ -1,64 +1,143 @@
-"""Model folders in diffusers' format: find what is missing or unusable in one before it is loaded, part by part."""
+"""Model folders in diffusers' format, loaded part by part: an error names the part that is missing or unusable."""
 
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.errors import OptionError
+from safemax_sd.families.base import LoadOptions
+from safemax_sd.quiet import quiet
 
-LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError)
+LOAD_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError, EOFError, RuntimeError,
+    UnpicklingError, SafetensorError,
+)  # fmt: skip
 """Raised by diffusers and transformers for folders that they cannot load."""
 OPTION = "--pretrained_model_name_or_path"
+LIBRARIES = ("diffusers", "transformers")
+NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of pipelines that this project does without."""
+SETTINGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
 WEIGHTS = ("*.safetensors", "*.bin")
 REASON_LENGTH = 200
 
 
-def cannot_be_loaded(name_or_path: str, error: Exception) -> OptionError:
-    """Return the error that names a model and a library's reason for not loading it."""
+def cannot_be_loaded(name_or_path: str, error: Exception, part: str = "") -> OptionError:
+    """Return the error that names a model, the part where one is at fault, and a library's reason."""
     reason = " ".join(str(error).split())[:REASON_LENGTH] or type(error).__name__
-    return OptionError(OPTION, name_or_path, f"cannot be loaded: {reason}")
+    return OptionError(OPTION, name_or_path, f"{part} cannot be loaded: {reason}".strip())
 
 
-def check_folder(name_or_path: str, variant: str | None) -> None:
-    """Check that every part that a folder's `model_index.json` names is there; a model of the hub is left to the hub.
+def load_folder(options: LoadOptions) -> dict[str, Any]:
+    """Load all parts that a folder's `model_index.json` names; none of a model of the hub, which is left to diffusers.
 
     Raises:
-        OptionError: A part is missing, has no weights, or none of this variant.
+        OptionError: A part is missing, damaged or lacks weights.
     """
-    folder = Path(resolve_model(name_or_path))
+    folder = Path(resolve_model(options.name_or_path))
     if not folder.is_dir():
-        return
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf8"))
-        parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
-    except (OSError, ValueError, AttributeError, IndexError) as error:
-        raise OptionError(OPTION, name_or_path, "holds no readable model_index.json") from error
-    for name, class_name in parts.items():
-        if name.startswith("_") or name in ("safety_checker", "feature_extractor", "image_encoder"):
+        return {}
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf8"))
+    parts = {}
+    for name, entry in index.items():
+        if name.startswith("_") or name in NOT_NEEDED or not isinstance(entry, list) or entry[:1] == [None]:
             continue
-        part = folder / name
-        if not part.is_dir():
-            raise OptionError(OPTION, name_or_path, f"lacks the folder {name} that its model_index.json names")
-        if (part / "config.json").is_file():
-            _check_weights(name_or_path, part, variant)
-        elif not any(kind in str(class_name) for kind in ("Tokenizer", "Scheduler")):
-            raise OptionError(OPTION, name_or_path, f"{name} holds no config.json")
+        parts[name] = load_part(options, name, entry)
+    return parts
 
 
-def _check_weights(name_or_path: str, part: Path, variant: str | None) -> None:
+def load_part(options: LoadOptions, name: str, entry: Any) -> Any:
+    """Load a part of a model with the class that its `model_index.json` names.
+
+    Args:
+        options: Of the model.
+        name: Of the part, and of its folder.
+        entry: Of the index: library and class.
+
+    Raises:
+        OptionError: The class is no library's, or the part is missing, damaged or lacks weights.
+    """
+    if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in LIBRARIES):
+        raise OptionError(
+            OPTION, options.name_or_path, f"{name} must be a class of {' or '.join(LIBRARIES)}, not {entry}"
+        )
+    kind: Any = getattr(import_module(entry[0]), str(entry[1]), None)
+    if kind is None:
+        raise OptionError(OPTION, options.name_or_path, f"{name} has the class {entry[1]}, which {entry[0]} lacks")
+    network = issubclass(kind, nn.Module)
+    path = Path(resolve_model(options.name_or_path))
+    arguments: dict[str, Any] = {"subfolder": name, "revision": options.revision, "cache_dir": options.cache_dir}
+    if path.is_dir():
+        _check_settings(options.name_or_path, path / name)
+    if network:
+        # transformers would only refer to a report that it prints; diffusers names the weight of another shape itself.
+        theirs = {"dtype": options.dtype, "ignore_mismatched_sizes": True}
+        arguments |= theirs if entry[0] == "transformers" else {"torch_dtype": options.dtype}
+        arguments |= {"variant": options.variant, "output_loading_info": True}
+        if path.is_dir():
+            arguments |= _weights(options, path / name)
+    try:
+        with quiet():
+            loaded = kind.from_pretrained(str(path), **arguments)
+    except UnpicklingError as error:
+        text = f"{name} has a .bin file that is damaged or would run code: safetensors are needed"
+        raise OptionError(OPTION, options.name_or_path, text) from error
+    except LOAD_ERRORS as error:
+        raise cannot_be_loaded(options.name_or_path, error, name) from error
+    if not network:
+        return loaded
+    model, report = loaded
+    _check_complete(options.name_or_path, name, report)
+    return model
+
+
+def _check_complete(name_or_path: str, part: str, report: dict[str, Any]) -> None:
+    """Check that all weights of a network were found: transformers goes on with random numbers in place of others."""
+    missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if missing:
+        text = f"{part} lacks {len(missing)} of its weights, or has other shapes of them, the first {missing[0]}"
+        raise OptionError(OPTION, name_or_path, text)
+
+
+def _check_settings(name_or_path: str, part: Path) -> None:
+    """Check that a part's folder is there, and its JSON files are JSON objects."""
+    if not part.is_dir():
+        raise OptionError(OPTION, name_or_path, f"lacks the folder {part.name} that its model_index.json names")
+    for path in sorted(part.glob("*.json")):
+        if path.name not in SETTINGS:
+            continue
+        try:
+            whole = isinstance(json.loads(path.read_text(encoding="utf8")), dict)
+        except (OSError, ValueError):
+            whole = False
+        if not whole:
+            raise OptionError(OPTION, name_or_path, f"{part.name}/{path.name} holds no JSON object")
+
+
+def _weights(options: LoadOptions, part: Path) -> dict[str, Any]:
+    """Return the arguments that choose a network's weight files: plain ones where only other parts have the variant."""
+    if not (part / "config.json").is_file():
+        raise OptionError(OPTION, options.name_or_path, f"{part.name} holds no config.json")
     files = [file.name for pattern in WEIGHTS for file in part.glob(pattern)]
     if not files:
-        raise OptionError(OPTION, name_or_path, f"{part.name} holds no weights (safetensors)")
+        raise OptionError(OPTION, options.name_or_path, f"{part.name} holds no weights (safetensors)")
     variants = sorted({_variant(file) for file in files})
+    variant = options.variant if options.variant in variants else None
     if variant is None and "" not in variants:
-        raise OptionError(
-            OPTION, name_or_path, f"{part.name} holds {variants[0]} weights only: add --variant {variants[0]}"
-        )
+        text = f"{part.name} holds {variants[0]} weights only: add --variant {variants[0]}"
+        raise OptionError(OPTION, options.name_or_path, text)
+    if options.variant and not any(_variant(file.name) == options.variant for file in part.parent.glob("*/*")):
+        raise OptionError("--variant", options.variant, f"{options.name_or_path} has no such weights")
+    chosen = [file for file in files if _variant(file) == (variant or "")]
+    return {"variant": variant, "use_safetensors": any(file.endswith(".safetensors") for file in chosen)}
 
 
 def _variant(file: str) -> str:
@@ -79,3 +158,17 @@ def check_tokenizers(pipeline: Any, name_or_path: str) -> None:
             first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
             if first == second:
                 raise OptionError(OPTION, name_or_path, f"{name} has no vocabulary: its files are missing")
+
+
+def own_side(config: Any) -> int:
+    """Return the side of a denoiser's own samples.
+
+    Raises:
+        OptionError: Its `sample_size` is not that of a square.
+    """
+    size = config.sample_size
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    side = sides.pop() if len(sides) == 1 else None
+    if not isinstance(side, int):
+        raise OptionError("--resolution", "(not given)", f"is required: this model's own size, {size}, is not square")
+    return side

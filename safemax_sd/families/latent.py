@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from safemax_sd.assets import resolve_model
 from safemax_sd.errors import OptionError, SafemaxError
 from safemax_sd.families.base import Conditioning, LoadOptions, ModelFamily
-from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, check_folder, check_tokenizers
+from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, check_tokenizers, load_folder, own_side
 from safemax_sd.process import DiffusionProcess, from_scheduler
 from safemax_sd.prompts import without_cut_text
 from safemax_sd.provenance import sorted_metadata
@@ -59,7 +59,7 @@ class LatentFamily(ModelFamily):
 
     @classmethod
     def load(cls, options: LoadOptions) -> Self:
-        check_folder(options.name_or_path, options.variant)
+        parts = load_folder(options)
         try:
             with quiet():
                 pipeline = cls.pipeline_class.from_pretrained(
@@ -68,6 +68,7 @@ class LatentFamily(ModelFamily):
                     variant=options.variant,
                     cache_dir=options.cache_dir,
                     dtype=options.dtype,
+                    **parts,
                     **cls.pipeline_arguments,
                 )
         except LOAD_ERRORS as error:
@@ -124,13 +125,7 @@ class LatentFamily(ModelFamily):
         Raises:
             OptionError: They are not square.
         """
-        size: Any = self.denoiser.config.sample_size  # type: ignore[union-attr]
-        sides = set(size) if isinstance(size, list | tuple) else {size}
-        if len(sides) > 1:
-            raise OptionError(
-                "--resolution", "(not given)", f"is required: this model's own size, {size}, is not square"
-            )
-        return int(sides.pop())
+        return own_side(self.denoiser.config)
 
     @property
     def _channels(self) -> int:

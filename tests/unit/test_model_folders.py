@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
 from safemax_sd.errors import OptionError
 from safemax_sd.families import LoadOptions, load_family
@@ -47,20 +49,56 @@ def write(name: str, content: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(content) and None
 
 
+def without_a_weight(part: str) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        path = next((folder / part).glob("*.safetensors"))
+        stored = load_file(path)
+        del stored[min(stored)]
+        save_file(stored, path, metadata={"format": "pt"})
+
+    return act
+
+
+def with_another_shape(part: str) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        path = next((folder / part).glob("*.safetensors"))
+        stored = load_file(path)
+        save_file({**stored, min(stored): torch.zeros(3, 7)}, path, metadata={"format": "pt"})
+
+    return act
+
+
+def as_bin(part: str, name: str) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        remove(f"{part}/*.safetensors")(folder)
+        (folder / part / name).write_bytes(b"no weights")
+
+    return act
+
+
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
         (remove("tokenizer"), "lacks the folder tokenizer"),
-        (remove("tokenizer/tokenizer.json"), "tokenizer"),
+        (remove("tokenizer/tokenizer.json"), "tokenizer has no vocabulary"),
         (remove("tokenizer/*"), "tokenizer"),
+        (half("tokenizer/tokenizer.json"), "tokenizer/tokenizer.json holds no JSON object"),
+        (write("tokenizer/tokenizer_config.json", "[]"), "tokenizer/tokenizer_config.json holds no JSON object"),
         (remove("text_encoder/config.json"), "text_encoder holds no config.json"),
         (remove("text_encoder/*.safetensors"), "text_encoder holds no weights"),
         (remove("unet/*.safetensors"), "unet holds no weights"),
-        (remove("scheduler/*"), "cannot be loaded"),
-        (half("text_encoder/model.safetensors"), "cannot be loaded"),
-        (half("unet/diffusion_pytorch_model.safetensors"), "cannot be loaded"),
-        (half("unet/config.json"), "cannot be loaded"),
-        (write("vae/config.json", "[]"), "cannot be loaded"),
+        (remove("scheduler/*"), "scheduler cannot be loaded"),
+        (write("scheduler/scheduler_config.json", "null"), "scheduler/scheduler_config.json holds no JSON object"),
+        (half("text_encoder/model.safetensors"), "text_encoder cannot be loaded"),
+        (half("unet/diffusion_pytorch_model.safetensors"), "unet cannot be loaded"),
+        (half("unet/config.json"), "unet/config.json holds no JSON object"),
+        (write("vae/config.json", "[]"), "vae/config.json holds no JSON object"),
+        (without_a_weight("text_encoder"), "text_encoder lacks 1 of its weights"),
+        (without_a_weight("unet"), "unet lacks 1 of its weights"),
+        (with_another_shape("text_encoder"), "text_encoder lacks 1 of its weights, or has other shapes"),
+        (with_another_shape("vae"), "vae cannot be loaded"),
+        (as_bin("text_encoder", "pytorch_model.bin"), r"text_encoder has a \.bin file that is damaged"),
+        (as_bin("unet", "diffusion_pytorch_model.bin"), "unet cannot be loaded"),
         (half("model_index.json"), "must be a diffusers model folder"),
         (write("model_index.json", "[1]"), "must be a diffusers model folder"),
     ],
@@ -85,14 +123,43 @@ def test_half_precision_files_alone_ask_for_their_variant(copy: Path) -> None:
     assert load_family(LoadOptions(str(copy), variant="fp16")).name == "stable_diffusion"
 
 
-@pytest.mark.parametrize("name", [["my_pipeline", "MyPipeline"], "MyPipeline"])
+def test_a_variant_that_no_part_has_is_refused(tiny_model: Path, tiny_ddpm: Path) -> None:
+    for folder in (tiny_model, tiny_ddpm):
+        with pytest.raises(OptionError, match=r"^--variant fp16: .* has no such weights"):
+            load_family(LoadOptions(str(folder), variant="fp16"))
+
+
+@pytest.mark.parametrize("part", ["text_encoder_2", "tokenizer_2"])
+def test_the_second_of_two_parts_is_named(part: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_sdxl, tmp_path / "model"))
+    (half(f"{part}/tokenizer.json") if part == "tokenizer_2" else without_a_weight(part))(folder)
+    refused(folder, rf": {part}\b")
+
+
+def test_class_conditional_folders_name_the_part_too(tiny_ddpm: Path, tmp_path: Path) -> None:
+    for number, (act, reason) in enumerate(
+        [
+            (remove("unet"), "lacks the folder unet"),
+            (half("unet/config.json"), "unet/config.json holds no JSON object"),
+            (without_a_weight("unet"), "unet lacks 1 of its weights"),
+            (lambda folder: change(folder / "model_index.json", scheduler=5), "scheduler must be a class of diffusers"),
+            (lambda folder: change(folder / "model_index.json", unet=["diffusers", "NoNet"]), "which diffusers lacks"),
+        ]
+    ):
+        folder = Path(shutil.copytree(tiny_ddpm, tmp_path / str(number)))
+        act(folder)
+        refused(folder, reason)
+
+
+@pytest.mark.parametrize("name", [["my_pipeline", "MyPipeline"], "MyPipeline", [], None])
 def test_a_pipeline_class_of_one_s_own(copy: Path, name: Any) -> None:
     change(copy / "model_index.json", _class_name=name)
-    refused(copy, "is a MyPipeline; supported: ")
+    refused(copy, f"is a {'MyPipeline' if name else None}; supported: ")
 
 
 def test_a_guidance_input_is_refused(copy: Path) -> None:
-    change(copy / "unet" / "config.json", time_cond_proj_dim=8)
+    plain = UNet2DConditionModel.from_pretrained(copy, subfolder="unet")
+    UNet2DConditionModel.from_config({**plain.config, "time_cond_proj_dim": 8}).save_pretrained(copy / "unet")
     refused(copy, r"takes its guidance scale as an input \(time_cond_proj_dim")
 
 
@@ -104,6 +171,13 @@ def test_the_size_may_be_a_list(copy: Path) -> None:
     assert family.latent_shape(64) == (4, 8, 8)
     with pytest.raises(OptionError, match=r"--resolution .*\[8, 16\], is not square"):
         family.latent_shape(None)
+
+
+def test_the_size_of_a_class_conditional_model_may_be_a_list(tiny_ddpm: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_ddpm, tmp_path / "model"))
+    change(folder / "unet" / "config.json", sample_size=[8, 8])
+    family = load_family(LoadOptions(str(folder)))
+    assert (family.latent_shape(None), family.picture_size(None)) == ((1, 8, 8), 8)
 
 
 @pytest.mark.parametrize(("model", "heeded"), [("tiny_sdxl", True), ("tiny_model", False)])

@@ -25,6 +25,7 @@ from safemax_sd.assets import ASSETS
 from safemax_sd.errors import OptionError
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.families.latent import LatentFamily
+from safemax_sd.process import VariancePreserving
 from safemax_sd.replay import start_noise
 from safemax_sd.schedulers import as_scheduler, settings_of
 
@@ -110,6 +111,24 @@ def test_other_noise_processes_are_refused_by_name(
 ) -> None:
     with pytest.raises(OptionError, match=reason):
         load(with_scheduler(tmp_path / "model", scheduler, tiny_model))
+
+
+def test_a_class_conditional_folder_s_own_class_has_the_say_too(tiny_ddpm: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="scheduler EDMEulerScheduler: stands for another noise process"):
+        load_family(LoadOptions(str(with_scheduler(tmp_path / "edm", EDMEulerScheduler(), tiny_ddpm))))
+    own = DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    family = load_family(LoadOptions(str(with_scheduler(tmp_path / "dpm", own, tiny_ddpm))))
+    assert isinstance(family.process, VariancePreserving)
+    assert torch.equal(family.process.alphas_cumprod, own.alphas_cumprod)
+    assert family.process.prediction_type == "v_prediction"
+
+
+def test_a_scheduler_is_given_no_setting_that_it_does_not_know(
+    tiny_sd3: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    family = load(tiny_sd3)
+    assert family.sampler().config.shift == 3.0
+    assert "are not expected and will be ignored" not in capfd.readouterr().err
 
 
 def test_a_flow_model_needs_a_flow_matching_scheduler(tiny_sd3: Path, tmp_path: Path) -> None:
