@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from safemax_sd.evaluation.generate import Generator, Job
 from safemax_sd.evaluation.headline import measured_markdown
@@ -39,7 +38,7 @@ from safemax_sd.judge import Judge, load_judge
 from safemax_sd.model_card import Picture, write_model_card
 from safemax_sd.output import CARD, LOG, RECORD, read_log
 from safemax_sd.pictures import before_after
-from safemax_sd.processes import claimed_by_main, from_main
+from safemax_sd.processes import claimed_by_main, from_main, process_state
 from safemax_sd.provenance import Stopwatch, provenance, public_path, public_record, write_json_atomic
 from safemax_sd.registry import closest
 from safemax_sd.result_folder import check_no_model, claimed, foreign, not_ours, replacing, sweep
@@ -143,7 +142,7 @@ class Evaluation:
         self, options: EvaluateOptions, subject: Subject | None = None, *, base_cache_dir: Path | None = None
     ) -> None:
         options.validate()
-        self.state = PartialState()
+        self.state = process_state()
         self.subject = Adapter(Path(options.adapter)) if subject is None else subject
         record = self.subject.record
         self.suite = find_suite(options.suite, record)
@@ -345,7 +344,7 @@ def evaluation_folder(options: EvaluateOptions) -> Iterator[Path]:
             raise OptionError("--output_dir", folder / CACHE, "is a file")
         sweep(folder / CACHE)
 
-    state = PartialState()
+    state = process_state()
     with claimed_by_main(folder, state):
         from_main(state, check)
         yield folder

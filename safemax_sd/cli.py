@@ -254,15 +254,14 @@ def run_evaluation(options: object) -> None:
     """Evaluate, then print the headline and where the page is."""
     import json
 
-    from accelerate import PartialState
-
     from safemax_sd.evaluation.headline import print_headline
     from safemax_sd.evaluation.run import EvaluateOptions
     from safemax_sd.evaluation.run import evaluate as measure
+    from safemax_sd.processes import process_state
 
     assert isinstance(options, EvaluateOptions)
     folder = measure(options)
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
     print_headline(json.loads((folder / "report.json").read_text(encoding="utf8")), console)
     say(f"page: {folder / 'index.html'}")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 
 from safemax_sd.config import TrainConfig
 from safemax_sd.errors import OptionError, SafemaxError
@@ -61,6 +61,15 @@ def check_distribution(kind: DistributedType) -> None:
     """
     if kind in SPLITS_THE_MODEL:
         raise SafemaxError(f"accelerate launch: {kind.value} is not supported; use --multi_gpu (data parallelism)")
+
+
+def process_state() -> PartialState:
+    """Return Accelerate's state of this run's processes.
+
+    Left alone, `PartialState` does not heed the variable that says to use processors, as `Accelerator` does: each of
+    several processes on them would take itself for the only one.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def from_main(state: PartialState, call: Callable[[], T]) -> T:

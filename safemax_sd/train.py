@@ -161,10 +161,10 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
     if not objective.names_concepts and config.forget_prompts:
         text = f"is not used by --objective {config.objective}, which is trained before anything is to be forgotten"
         raise OptionError("--forget_prompts", config.forget_prompts, text)
-    retain = load_prompts(config.retain_prompts, option="--retain_prompts").each_text_once()
     named = None
     if objective.names_concepts:
         named = load_prompts(config.forget_prompts, option="--forget_prompts").each_text_once()
+    retain = load_prompts(config.retain_prompts, option="--retain_prompts").each_text_once()
     forget = retain if named is None else named
     if named is not None:
         check_disjoint(named, retain)

@@ -277,5 +277,5 @@ def test_a_damaged_cell_of_a_comparison_is_named(tiny_model: Path, suite: Path, 
     cell.parent.mkdir(parents=True)
     for text in ("", "[]", '{"status": "done"}'):
         cell.write_text(text)
-        assert f"--output_dir {cell}: is damaged" in refused(["compare", "--config", str(config)])
+        assert f"--output_dir {cell}: is missing or damaged" in refused(["compare", "--config", str(config)])
         assert cell.read_text() == text
