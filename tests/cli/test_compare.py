@@ -444,8 +444,8 @@ def test_a_prompt_s_own_guidance_is_told_and_must_guide(tiny_model: Path, tmp_pa
             "strength must be one of weak, medium, strong, max .did you mean 'max'",
         ),
         ({"methods": {"base": {"edit": "uce"}}}, "label 'base'"),
-        ({"methods": {"_a": {"edit": "uce"}}}, "label '_a' must be letters"),
-        ({"methods": {"[/x]": {"edit": "uce"}}}, "label '.*x.' must be letters"),
+        ({"methods": {"_a": {"edit": "uce"}}}, "label '_a' must be text of letters"),
+        ({"methods": {"[/x]": {"edit": "uce"}}}, "label '.*x.' must be text of letters"),
         ({"methods": {"a" * 65: {"edit": "uce"}}}, "64 at most"),
     ],
 )
