@@ -153,17 +153,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sheet", type=Path, help="Contact sheet of forbidden prompts, one row a condition.")
     parser.add_argument("--num_images", type=int, default=64)
+    parser.add_argument("--only", nargs="+", help="Some of the conditions, such as guidance_scale=1 steps=2.")
     arguments = parser.parse_args()
     study = Study(arguments.adapter, arguments.num_images)
     rows: list[dict[str, Any]] = []
     shown, labels = [], []
     for varied, conditions in CONDITIONS.items():
-        for condition in conditions:
+        chosen = [c for c in conditions if not arguments.only or f"{varied}={getattr(c, varied):g}" in arguments.only]
+        for condition in chosen:
             found, pictures = measured(study, varied, condition)
             rows += found
             shown.append(pictures)
             labels += [f"{varied} {getattr(condition, varied):g}"] * len(pictures)
-        print("\n".join([*table(rows, varied), ""]), flush=True)
+        if chosen:
+            print("\n".join([*table(rows, varied), ""]), flush=True)
     made = provenance(SUBSET_SEEDS["forget"], torch.device("cpu"))
     trained = read_record(arguments.adapter)["provenance"]
     result = {"task": TASK, "num_images": arguments.num_images, "rows": rows, "trained": trained, "provenance": made}
