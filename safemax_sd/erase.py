@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -135,10 +134,8 @@ def _change(output_dir: Path, add: PromptSet | None, remove: Sequence[str]) -> d
         data = stored.data(erased)
         readouts = edit_of.readouts(data).float()
     with replacing(output_dir, RECORD) as folder:
-        with path_errors("--output_dir", output_dir / WEIGHTS_NAME), safe_open(output_dir / WEIGHTS_NAME, "pt"):
-            content = (output_dir / WEIGHTS_NAME).read_bytes()  # opened first: that finds a file that was cut
-        content = with_readouts(content, list(edit["rank_pattern"]), readouts)
-        (folder / WEIGHTS_NAME).write_bytes(content)
+        content = (output_dir / WEIGHTS_NAME).read_bytes()
+        (folder / WEIGHTS_NAME).write_bytes(with_readouts(content, list(edit["rank_pattern"]), readouts))
         return _write(folder, record, stored, data, readouts, clock)
 
 
