@@ -222,6 +222,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(config: TrainConfig) -> None
     for path in (
         output / adapter.WEIGHTS_NAME,
         output / "erasure.json",
+        output / "halting_marks.safetensors",
         output / "README.md",
     ):  # as if killed after checkpoint-2
         path.unlink(missing_ok=True)
