@@ -57,7 +57,7 @@ def claimed(directory: Path, option: str = "--output_dir") -> Iterator[None]:
             raise OptionError(option, directory, text)
         try:
             with path_errors(option, directory):
-                _settle(directory)
+                _settle(directory, option)
             yield
         finally:
             (directory / LOCK).unlink(missing_ok=True)
@@ -106,10 +106,10 @@ def finish(directory: Path, option: str) -> None:
         pass
 
 
-def _settle(directory: Path) -> None:
+def _settle(directory: Path, option: str) -> None:
     if (directory / STAGING / COMMIT).is_file():
+        _apply(directory, option)
         logger.warning("%s: finished what a run that was stopped had begun to write", directory)
-        _apply(directory)
     sweep(directory)
 
 
@@ -145,10 +145,13 @@ def listed_files(directory: Path, record: str) -> frozenset[str]:
     names = content.get(FILES) if isinstance(content, dict) else None
     if not isinstance(names, list):
         return frozenset()
+    return frozenset(name for name in names if _inside(directory, name))
+
+
+def _inside(directory: Path, name: object) -> bool:
+    """Whether a name is that of a file in a folder or below it, links followed."""
     root = directory.resolve()
-    return frozenset(
-        name for name in names if isinstance(name, str) and (root / name).parent.resolve().is_relative_to(root)
-    )
+    return isinstance(name, str) and (root / name).parent.resolve().is_relative_to(root)
 
 
 def foreign(directory: Path, name: str, record: str) -> bool:
@@ -200,7 +203,7 @@ def replacing(directory: Path, record: str, option: str = "--output_dir") -> Ite
         except BaseException:
             shutil.rmtree(staging)
             raise
-        _apply(directory)
+        _apply(directory, option)
 
 
 def _commit(directory: Path, record: str, option: str) -> None:
@@ -222,16 +225,32 @@ def _commit(directory: Path, record: str, option: str) -> None:
     _flush(staging)
 
 
-def _apply(directory: Path) -> None:
+def _read_commit(directory: Path, option: str) -> tuple[str, list[str], list[str]]:
+    """Record, new and stale files of a committed change.
+
+    Raises:
+        OptionError: It is damaged, or names files outside the folder: a folder may come from elsewhere.
+    """
+    try:
+        content: Any = json.loads((directory / STAGING / COMMIT).read_text(encoding="utf8"))
+        record, new, stale = content["record"], list(content["new"]), list(content["stale"])
+    except (ValueError, KeyError, TypeError):
+        record, new, stale = None, [], []
+    if not all(_inside(directory, name) for name in (record, *new, *stale)):
+        text = f"holds a damaged {STAGING}/{COMMIT}: remove {STAGING} and write the folder anew"
+        raise OptionError(option, directory, text)
+    return record, new, stale
+
+
+def _apply(directory: Path, option: str) -> None:
     """Put committed files in their places; what is done already is left as it is."""
     staging = directory / STAGING
-    content: dict[str, Any] = json.loads((staging / COMMIT).read_text(encoding="utf8"))
-    record = content["record"]
+    record, new, stale = _read_commit(directory, option)
     if (staging / record).exists():
         (directory / record).unlink(missing_ok=True)
-        for name in content["stale"]:
+        for name in stale:
             _drop(directory, name)
-        for name in content["new"]:
+        for name in new:
             if (staging / name).exists():
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(staging / name, directory / name)

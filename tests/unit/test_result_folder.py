@@ -146,6 +146,35 @@ def test_a_record_from_elsewhere_lists_nothing_outside(tmp_path: Path) -> None:
     assert (tmp_path / "outside" / "x").read_text() == "theirs"
 
 
+COMMIT: dict[str, object] = {"record": RECORD, "new": [], "stale": []}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({**COMMIT, part: ["../theirs"]} for part in ("new", "stale")),
+        {**COMMIT, "record": "../theirs"},
+        {**COMMIT, "stale": ["link/theirs"]},
+        {**COMMIT, "stale": [None]},
+        {"record": RECORD},
+        [],
+        None,
+    ],
+)
+def test_a_committed_change_from_elsewhere_touches_nothing_outside(tmp_path: Path, content: object) -> None:
+    folder = tmp_path / "out"
+    (folder / ".saving").mkdir(parents=True)
+    (tmp_path / "theirs").write_text("theirs")
+    (folder / "link").symlink_to(tmp_path)
+    (folder / ".saving" / RECORD).write_text("{}")
+    (folder / ".saving" / "commit.json").write_text(json.dumps(content))
+    before = state(tmp_path)
+    for refused in (lambda: finish(folder, "--adapter"), lambda: write(folder, "new", "a.bin")):
+        with pytest.raises(OptionError, match=r"holds a damaged \.saving/commit\.json"):
+            refused()
+        assert state(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "null", '{"files": null}', '{"files": "a.bin"}', "\x00", '{"content": "an older version"}']
 )
