@@ -24,15 +24,15 @@ from safemax_sd.evaluation.real import embedded_pictures
 from safemax_sd.evaluation.run import SUBSET_SEEDS, suite_concepts
 from safemax_sd.evaluation.sampling import Request, Sampler
 from safemax_sd.evaluation.subjects import ADAPTER_NAME, Adapter, Models
-from safemax_sd.prompts import load_suite, pick
 from torch import Tensor
 
-from safemax_sd.erased import read_record
-from safemax_sd.judge import load_judge
-from safemax_sd.pictures import contact_sheet
-from safemax_sd.provenance import provenance, write_json_atomic
-from safemax_sd.samples import to_pil
-from safemax_sd.schedulers import as_scheduler
+from safemax_sd.core.judge import load_judge
+from safemax_sd.core.pictures import contact_sheet
+from safemax_sd.core.provenance import provenance, write_json_atomic
+from safemax_sd.diffusion.schedulers import as_scheduler
+from safemax_sd.prompts import load_suite, pick
+from safemax_sd.results.erasure import read_record
+from safemax_sd.results.samples import to_pil
 
 TASK = "emoji/bomb"
 COLUMNS = {"forget": ("recognised", "halted", "neither"), "retain": ("recognised",)}

@@ -31,12 +31,12 @@ from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
 from benchmarks.classes.data import Dataset, load_dataset, write_folder
 from benchmarks.classes.measure import Sampling, draw, forgetting, pictures, retention
 from benchmarks.classes.summary import gallery, plot, summary
-from safemax_sd import checkpoints
-from safemax_sd.config import TrainConfig
-from safemax_sd.erased import load_erased
+from safemax_sd.core.config import TrainConfig
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.results.erasure import load_erased
 from safemax_sd.train import train
+from safemax_sd.training import checkpoints
 
 FORGOTTEN_AT = 99.0
 """Unlearning accuracy with rejection, in percent, from which a class counts as forgotten."""

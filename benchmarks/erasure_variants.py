@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from safemax_sd.evaluation.run import EvaluateOptions, evaluate
-from safemax_sd.prompts import load_suite
 
 from safemax_sd.objectives.safemax import SafemaxConfig
+from safemax_sd.prompts import load_suite
 from safemax_sd.train import train
 
 RESULTS = Path(__file__).with_suffix(".jsonl")

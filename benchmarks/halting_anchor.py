@@ -20,24 +20,24 @@ from typing import Any
 
 import torch
 from safemax_sd.evaluation.run import EvaluateOptions, Evaluation
-from safemax_sd.prompts import load_prompts, pick
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.prompt_suites import OTHER_WORDING, Row, every_prompt, spread_prompts, write
 from benchmarks.emoji.settings import CONCEPTS, FORBIDDEN_GROUPS, NEIGHBOURS, OTHERS, SYNONYMS
-from safemax_sd.adapter import WEIGHTS_NAME
+from safemax_sd.adapters.halting_marks import MARKS_FILE, HaltingMarksSettings
+from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.assets import ANCHORS
-from safemax_sd.edits.halting_marks import HaltingMarksSettings
-from safemax_sd.edits.uce import UceSettings
-from safemax_sd.erase import change_concepts, erase
-from safemax_sd.erased import read_record
+from safemax_sd.core.provenance import provenance, write_json_atomic
+from safemax_sd.erasing.anchored import change_concepts, erase
+from safemax_sd.erasing.edits.uce import UceSettings
+from safemax_sd.erasing.redirect import redirect
 from safemax_sd.families import LoadOptions
-from safemax_sd.objectives.halting_anchor import MARKS_FILE, HaltingAnchorConfig
+from safemax_sd.objectives.halting_anchor import HaltingAnchorConfig
 from safemax_sd.objectives.safemax import SafemaxConfig
-from safemax_sd.provenance import provenance, write_json_atomic
-from safemax_sd.redirect import redirect
+from safemax_sd.prompts import load_prompts, pick
+from safemax_sd.results.erasure import read_record
 from safemax_sd.train import train
 
 GROUPED = [concept for group in FORBIDDEN_GROUPS.values() for concept in group]

@@ -20,14 +20,14 @@ from safemax_sd.evaluation.metrics.base import wilson
 from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import embedded_pictures
 from safemax_sd.evaluation.run import SUBSET_SEEDS, suite_concepts
-from safemax_sd.prompts import Suite, load_suite, pick
 from torch import Tensor
 
+from safemax_sd.core.judge import load_judge
+from safemax_sd.core.pictures import contact_sheet
+from safemax_sd.core.provenance import provenance, write_json_atomic
 from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.judge import load_judge
-from safemax_sd.pictures import contact_sheet
-from safemax_sd.provenance import provenance, write_json_atomic
-from safemax_sd.samples import to_pil
+from safemax_sd.prompts import Suite, load_suite, pick
+from safemax_sd.results.samples import to_pil
 
 TASK = "emoji/bomb"
 GUIDANCE_SCALE, STEPS = 5.0, 25

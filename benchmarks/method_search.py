@@ -24,7 +24,7 @@ from safemax_sd.evaluation.compare_tables import HARMONIC
 
 from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.methods import SEARCH, trained_methods
-from safemax_sd.errors import SafemaxError
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.train import LOSS_NOT_FINITE
 

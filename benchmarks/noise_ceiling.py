@@ -15,11 +15,11 @@ from safemax_sd.evaluation.metrics import METRICS, Batch, Context
 from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures
 from safemax_sd.evaluation.run import suite_concepts
-from safemax_sd.prompts import load_suite, pick, suite_names
 from torch import Tensor
 
+from safemax_sd.core.judge import Judge, load_judge
 from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.judge import Judge, load_judge
+from safemax_sd.prompts import load_suite, pick, suite_names
 
 COLUMNS = ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "neither", "halted")
 SEED = 5_000_000

@@ -27,17 +27,17 @@ from diffusers import (
 )
 from safemax_sd.evaluation.metrics.base import wilson
 from safemax_sd.evaluation.sampling import SAMPLERS
-from safemax_sd.prompts import load_suite, pick
 from torch import Tensor
 
 from safemax_sd.assets import ASSETS
+from safemax_sd.core.judge import Judge, load_judge
+from safemax_sd.core.provenance import provenance, write_json_atomic
+from safemax_sd.core.quiet import quiet
+from safemax_sd.diffusion.schedulers import as_scheduler
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.families.latent import LatentFamily
-from safemax_sd.judge import Judge, load_judge
-from safemax_sd.provenance import provenance, write_json_atomic
-from safemax_sd.quiet import quiet
-from safemax_sd.replay import start_noise
-from safemax_sd.schedulers import as_scheduler
+from safemax_sd.prompts import load_suite, pick
+from safemax_sd.recording.replay import start_noise
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS = {

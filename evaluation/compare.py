@@ -30,15 +30,15 @@ from safemax_sd.evaluation.run import (
     own_guidance,
     run_and_write,
 )
-from safemax_sd.prompts import Suite
 from tqdm import tqdm
 
-from safemax_sd.checkpoints import all_checkpoints, discard
-from safemax_sd.errors import OptionError, SafemaxError, path_errors
-from safemax_sd.escaping import printable
-from safemax_sd.judge import load_judge
-from safemax_sd.provenance import Stopwatch, atomic_write_text, provenance, write_json_atomic
-from safemax_sd.result_folder import claimed, foreign, not_ours, replacing, sweep
+from safemax_sd.core.errors import OptionError, SafemaxError, path_errors
+from safemax_sd.core.escaping import printable
+from safemax_sd.core.judge import load_judge
+from safemax_sd.core.provenance import Stopwatch, atomic_write_text, provenance, write_json_atomic
+from safemax_sd.prompts import Suite
+from safemax_sd.results.folder import claimed, foreign, not_ours, replacing, sweep
+from safemax_sd.training.checkpoints import all_checkpoints, discard
 
 FORMAT_VERSION = 1
 TILES_QUALITY = 85

@@ -10,12 +10,12 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from safemax_sd.evaluation.compare_methods import Method, UntrainedMethod, read_method
 from safemax_sd.evaluation.run import LIMITS, EvaluateOptions, check_metrics, suite_concepts
-from safemax_sd.prompts import Suite, load_suite, suite_names
 
 from safemax_sd.assets import resolve_model
-from safemax_sd.command_line import check_texts, check_types, read_yaml
-from safemax_sd.errors import OptionError
-from safemax_sd.registry import closest
+from safemax_sd.core.errors import OptionError
+from safemax_sd.core.registry import closest
+from safemax_sd.prompts import Suite, load_suite, suite_names
+from safemax_sd.training.command_line import check_texts, check_types, read_yaml
 
 BASE, CACHE = "base", "cache"
 RESERVED = (BASE, CACHE)

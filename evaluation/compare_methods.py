@@ -14,19 +14,20 @@ from typing import Any, ClassVar, get_type_hints
 import yaml
 from safemax_sd.evaluation.baselines import BASELINES
 from safemax_sd.evaluation.subjects import Adapter, Subject
-from safemax_sd.prompts import Suite, check_disjoint
 
+from safemax_sd.adapters.halting_marks import HaltingMarksSettings
 from safemax_sd.assets import resolve_anchor
-from safemax_sd.children import run_child
-from safemax_sd.command_line import check_types
-from safemax_sd.config import TrainConfig, literals
-from safemax_sd.edits.halting_marks import HaltingMarks, HaltingMarksSettings
-from safemax_sd.edits.uce import Uce
-from safemax_sd.erased import read_record
-from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.core.config import TrainConfig, literals
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.registry import closest
+from safemax_sd.erasing.edits.halting_marks import HaltingMarks
+from safemax_sd.erasing.edits.uce import Uce
 from safemax_sd.objectives import OBJECTIVES
-from safemax_sd.registry import closest
+from safemax_sd.prompts import Suite, check_disjoint
+from safemax_sd.results.erasure import read_record
 from safemax_sd.train import read_input
+from safemax_sd.training.children import run_child
+from safemax_sd.training.command_line import check_types
 
 OUTPUT = "output.txt"
 FLAGS = "train.yaml"

@@ -24,7 +24,7 @@ from safemax_sd.evaluation.headline import described_guidance
 from safemax_sd.evaluation.plots import Point, trade_off_plot
 from safemax_sd.evaluation.report import STYLE_SHEET, data_uri
 
-from safemax_sd.provenance import atomic_write_text
+from safemax_sd.core.provenance import atomic_write_text
 
 SUBSETS = {"forget": "forbidden", "paraphrases": "paraphrase", "neighbours": "neighbour", "retain": "kept"}
 UA, RETAINED = RATES["ua"][0], RATES["retained"][0]

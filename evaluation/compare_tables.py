@@ -13,7 +13,7 @@ from safemax_sd.evaluation.headline import DASH, NEITHER, Measurement, format_in
 from safemax_sd.evaluation.metrics.base import wilson
 from scipy.stats import t as student_t
 
-from safemax_sd.escaping import latex_text, markdown_text
+from safemax_sd.core.escaping import latex_text, markdown_text
 
 Row = Mapping[str, Any]
 Escape = Callable[[str], str]

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from safemax_sd.evaluation.sampling import Pictures, Request, Sampler
 from safemax_sd.evaluation.subjects import Subject
-from safemax_sd.prompts import without_cut_text
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from safemax_sd.errors import SafemaxError, path_errors
+from safemax_sd.core.errors import SafemaxError, path_errors
+from safemax_sd.core.provenance import write_tensors_atomic
+from safemax_sd.diffusion.schedulers import as_scheduler
 from safemax_sd.families import LoadOptions
-from safemax_sd.provenance import write_tensors_atomic
-from safemax_sd.schedulers import as_scheduler
+from safemax_sd.prompts import without_cut_text
 
 logger = logging.getLogger("safemax_sd")
 

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from safemax_sd.evaluation.metrics.base import WARNING
 
-from safemax_sd.errors import SafemaxError
-from safemax_sd.escaping import markdown_text, printable
+from safemax_sd.core.errors import SafemaxError
+from safemax_sd.core.escaping import markdown_text, printable
 
 Report = Mapping[str, Any]
 

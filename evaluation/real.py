@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 from safemax_sd.evaluation.metrics.distribution import FEWEST
-from safemax_sd.prompts import Suite
 from torch import Tensor
 
 from safemax_sd.assets import PICTURES
-from safemax_sd.errors import OptionError
-from safemax_sd.judge import STYLE_SUFFIX, Judge
-from safemax_sd.picture_folder import load_picture_folder
-from safemax_sd.registry import closest
+from safemax_sd.core.errors import OptionError
+from safemax_sd.core.judge import STYLE_SUFFIX, Judge
+from safemax_sd.core.registry import closest
+from safemax_sd.prompts import Suite
+from safemax_sd.recording.picture_folder import load_picture_folder
 
 logger = logging.getLogger("safemax_sd")
 

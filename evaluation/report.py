@@ -20,11 +20,11 @@ from safemax_sd.evaluation.headline import (
 )
 from safemax_sd.evaluation.plots import Line, loss_plot, probe_plot, sweep_plot
 
-from safemax_sd.errors import OptionError, path_errors
-from safemax_sd.model_card import usage
-from safemax_sd.output import LOG, read_log
-from safemax_sd.provenance import atomic_write_text, public_record
-from safemax_sd.result_folder import claimed, finish, foreign, not_ours
+from safemax_sd.core.errors import OptionError, path_errors
+from safemax_sd.core.provenance import atomic_write_text, public_record
+from safemax_sd.results.folder import claimed, finish, foreign, not_ours
+from safemax_sd.results.model_card import usage
+from safemax_sd.training.output import LOG, read_log
 
 REPORT, PAGE_FILE, SAMPLES = "report.json", "index.html", "samples.png"
 KEYS = ("adapter", "erased", "suite", "judge", "settings", "metrics", "sweep", "provenance")

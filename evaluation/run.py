@@ -21,6 +21,13 @@ from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_fol
 from safemax_sd.evaluation.report import PAGE_FILE, REPORT, SAMPLES, write_page
 from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Pictures
 from safemax_sd.evaluation.subjects import Adapter, Subject
+from torch import Tensor
+
+from safemax_sd.core.errors import OptionError, SafemaxError, path_errors
+from safemax_sd.core.judge import Judge, load_judge
+from safemax_sd.core.pictures import before_after
+from safemax_sd.core.provenance import Stopwatch, provenance, public_path, public_record, write_json_atomic
+from safemax_sd.core.registry import closest
 from safemax_sd.prompts import (
     GUIDANCE_BOUND,
     Prompt,
@@ -30,19 +37,12 @@ from safemax_sd.prompts import (
     suite_names,
     warn_over_long,
 )
-from torch import Tensor
-
-from safemax_sd.erased import read_record
-from safemax_sd.errors import OptionError, SafemaxError, path_errors
-from safemax_sd.judge import Judge, load_judge
-from safemax_sd.model_card import Picture, write_model_card
-from safemax_sd.output import CARD, LOG, RECORD, read_log
-from safemax_sd.pictures import before_after
-from safemax_sd.processes import claimed_by_main, from_main, process_state
-from safemax_sd.provenance import Stopwatch, provenance, public_path, public_record, write_json_atomic
-from safemax_sd.registry import closest
-from safemax_sd.result_folder import check_no_model, claimed, foreign, not_ours, replacing, sweep
-from safemax_sd.samples import SMALL, to_pil
+from safemax_sd.results.erasure import read_record
+from safemax_sd.results.folder import check_no_model, claimed, foreign, not_ours, replacing, sweep
+from safemax_sd.results.model_card import Picture, write_model_card
+from safemax_sd.results.samples import SMALL, to_pil
+from safemax_sd.training.output import CARD, LOG, RECORD, read_log
+from safemax_sd.training.workers import claimed_by_main, from_main, process_state
 
 logger = logging.getLogger("safemax_sd")
 

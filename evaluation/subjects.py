@@ -14,15 +14,15 @@ from diffusers import AutoModel
 from peft.utils import get_peft_model_state_dict
 from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Sampler, StockSampler
 
-from safemax_sd.adapter import WEIGHTS_NAME, check_fit, lora_layers, read_weights
-from safemax_sd.erased import load_base, read_record
-from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.adapters.lora import WEIGHTS_NAME, check_fit, lora_layers, read_weights
+from safemax_sd.adapters.weights import FULL_WEIGHTS
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.quiet import quiet
 from safemax_sd.families.base import FAMILIES, ModelFamily
 from safemax_sd.families.folders import LOAD_ERRORS
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.objectives import OBJECTIVES
-from safemax_sd.quiet import quiet
-from safemax_sd.trainable import FULL_WEIGHTS
+from safemax_sd.results.erasure import load_base, read_record
 
 ADAPTER_NAME = "safemax_erasure"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# `evaluation/` and `prompts/` stand at the top of the source tree and are mapped into this package on install. Python
-# started in the source tree's root imports this folder rather than the installed one: look beside it as well.
+# `evaluation/` stands at the top of the source tree and is mapped into this package on install. Python started in the
+# source tree's root imports this folder rather than the installed one: look beside it as well.
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and str(_root) not in __path__:
     __path__.append(str(_root))

@@ -14,11 +14,11 @@ import torch
 import typer
 from rich.console import Console
 
-from safemax_sd.children import run_launched
-from safemax_sd.command_line import parse_config
-from safemax_sd.errors import OptionError, SafemaxError
-from safemax_sd.escaping import printable
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.escaping import printable
 from safemax_sd.objectives.safemax import SafemaxConfig
+from safemax_sd.training.children import run_launched
+from safemax_sd.training.command_line import parse_config
 
 if TYPE_CHECKING:
     from safemax_sd.prompts import PromptSet
@@ -104,15 +104,15 @@ def erase(
     overwrite_output_dir: Annotated[bool, typer.Option("--overwrite_output_dir")] = False,
 ) -> None:
     """Erase concepts in closed form with a trained halting anchor, or add and remove some later."""
+    from safemax_sd.adapters.halting_marks import HaltingMarksSettings
     from safemax_sd.assets import resolve_anchor
-    from safemax_sd.edits import EDITS
-    from safemax_sd.edits.halting_marks import HaltingMarksSettings
-    from safemax_sd.edits.uce import Uce, UceSettings
-    from safemax_sd.erase import change_concepts
-    from safemax_sd.erase import erase as erase_concepts
+    from safemax_sd.erasing.anchored import change_concepts
+    from safemax_sd.erasing.anchored import erase as erase_concepts
+    from safemax_sd.erasing.edits import EDITS
+    from safemax_sd.erasing.edits.uce import Uce, UceSettings
+    from safemax_sd.erasing.redirect import redirect
     from safemax_sd.families import LoadOptions
     from safemax_sd.prompts import load_prompts
-    from safemax_sd.redirect import redirect
 
     loading = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "prediction_type": prediction_type}
     with one_line_errors():
@@ -197,7 +197,7 @@ def export(
     overwrite_output_dir: Annotated[bool, typer.Option("--overwrite_output_dir", help="An earlier export.")] = False,
 ) -> None:
     """Put adapters together: into one LoRA, or with --merge into the base model's weights."""
-    from safemax_sd.export import export_lora, export_pipeline
+    from safemax_sd.results.export import export_lora, export_pipeline
 
     with one_line_errors():
         if not merge:
@@ -257,7 +257,7 @@ def run_evaluation(options: object) -> None:
     from safemax_sd.evaluation.headline import print_headline
     from safemax_sd.evaluation.run import EvaluateOptions
     from safemax_sd.evaluation.run import evaluate as measure
-    from safemax_sd.processes import process_state
+    from safemax_sd.training.workers import process_state
 
     assert isinstance(options, EvaluateOptions)
     folder = measure(options)
@@ -312,12 +312,12 @@ def quickstart(
     num_sweep_images: Annotated[int, typer.Option("--num_sweep_images", help="Pictures a setting.")] = 16,
 ) -> None:
     """Erase a concept from the embedded emoji model, measure it and write a page: offline, in minutes."""
-    from safemax_sd.erased import read_record
     from safemax_sd.evaluation.run import EvaluateOptions
-    from safemax_sd.model_card import usage
-    from safemax_sd.output import check_output_dir
     from safemax_sd.prompts import load_suite
-    from safemax_sd.result_folder import claimed
+    from safemax_sd.results.erasure import read_record
+    from safemax_sd.results.folder import claimed
+    from safemax_sd.results.model_card import usage
+    from safemax_sd.training.output import check_output_dir
 
     options = EvaluateOptions(
         adapter=str(output_dir), suite=suite, num_images=num_images, num_sweep_images=num_sweep_images

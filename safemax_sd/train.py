@@ -22,31 +22,33 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from safemax_sd import checkpoints, hub, trainable
-from safemax_sd.children import end_with_starter, told_to_launcher
-from safemax_sd.command_line import parse_config
-from safemax_sd.config import TrainConfig
-from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.adapters import weights as trainable
+from safemax_sd.core.config import TrainConfig
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.provenance import Cost, Stopwatch
 from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Positions
-from safemax_sd.optimizers import check_optimizer, make_optimizer
-from safemax_sd.output import RECORD, RunLog, check_tracker, clear, run_folder, write_results
-from safemax_sd.probe import UnlearningProbe
-from safemax_sd.processes import (
+from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_over_long
+from safemax_sd.recording.replay import start_noise
+from safemax_sd.recording.schedule import Recording
+from safemax_sd.results import hub
+from safemax_sd.results.folder import replacing
+from safemax_sd.results.samples import save_samples, track_samples
+from safemax_sd.training import checkpoints
+from safemax_sd.training.children import end_with_starter, told_to_launcher
+from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.optimizers import check_optimizer, make_optimizer
+from safemax_sd.training.output import RECORD, RunLog, check_tracker, clear, run_folder, write_results
+from safemax_sd.training.probe import UnlearningProbe
+from safemax_sd.training.resume import check_conditions, conditions
+from safemax_sd.training.workers import (
     PROCESS_LOST,
     lost_a_process,
     make_accelerator,
     mean_over_processes,
     told_when_terminated,
 )
-from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_over_long
-from safemax_sd.provenance import Cost, Stopwatch
-from safemax_sd.recording import Recording
-from safemax_sd.replay import start_noise
-from safemax_sd.result_folder import replacing
-from safemax_sd.resume import check_conditions, conditions
-from safemax_sd.samples import save_samples, track_samples
 
 logger = logging.getLogger("safemax_sd")
 
@@ -199,7 +201,8 @@ def build_run(
         validation = family.encode_prompts(config.validation_prompt) if config.validation_prompt else None
         probe = UnlearningProbe.build(config, family, forget, retain)
     with clock.phase("replay"):
-        recording = Recording(config, family, forget, retain)
+        needs = OBJECTIVES.get(config.objective).needs(config, forget)
+        recording = Recording(config, needs, family, forget, retain)
         data = recording.before(0)
     family.free_encoders(decoder=validation is None and probe is None)
     objective = OBJECTIVES.get(config.objective)(config, data)  # type: ignore[arg-type]

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.classes.measure import TensorMemory
-from safemax_sd.config import TrainConfig
+from safemax_sd.core.config import TrainConfig
+from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.objectives.salun import SalunConfig
 from safemax_sd.objectives.selective_amnesia import SelectiveAmnesiaConfig
-from safemax_sd.provenance import Stopwatch
 from safemax_sd.train import build_run, optimizer_step, read_input
 
 TRAJECTORIES, INFERENCE_STEPS, FISHER_TIMESTEPS, STEPS = 8, 2, 256, 3

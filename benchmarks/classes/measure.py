@@ -17,7 +17,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from benchmarks.classes.classifier import Classifier
 from benchmarks.classes.data import Dataset
 from safemax_sd.families import ModelFamily
-from safemax_sd.replay import start_noise
+from safemax_sd.recording.replay import start_noise
 
 FORGET_SEED, RETAIN_SEED = 10_000_000, 20_000_000
 KID = {"kid_subsets": 50, "kid_degree": 3, "kid_gamma": None, "kid_coef0": 1, "rng_seed": 0, "verbose": False}

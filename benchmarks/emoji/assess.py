@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from benchmarks.emoji.settings import CONCEPTS, SEED, STYLED_TEMPLATES, STYLES
 from safemax_sd.assets import ASSETS
-from safemax_sd.judge import Judge, load_judge
-from safemax_sd.pictures import contact_sheet
-from safemax_sd.provenance import provenance
-from safemax_sd.replay import start_noise
-from safemax_sd.samples import to_pil
+from safemax_sd.core.judge import Judge, load_judge
+from safemax_sd.core.pictures import contact_sheet
+from safemax_sd.core.provenance import provenance
+from safemax_sd.recording.replay import start_noise
+from safemax_sd.results.samples import to_pil
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 BATCH = 50

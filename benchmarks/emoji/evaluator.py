@@ -35,7 +35,7 @@ from benchmarks.training import Ema, TimedRun, cosine_factor, mixed_precision
 MODEL_NAME = "safemax_emoji"
 NOISE_CAPTION = "random noise"
 TEMPLATES = {"concept": "an emoji of a {}", "style": "an emoji in the {}", "nothing": NOISE_CAPTION}
-"""What `safemax_sd.judge` asks; a style is named with the word: "noto style"."""
+"""What `safemax_sd.core.judge` asks; a style is named with the word: "noto style"."""
 PREPROCESS = {
     "size": RESOLUTION,
     "mean": [0.5, 0.5, 0.5],

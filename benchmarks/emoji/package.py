@@ -45,7 +45,7 @@ MODEL_TEXT = f"""A small Stable Diffusion (`StableDiffusionPipeline`, 64 px) tha
 {len(ART_SETS)} art styles from captions such as "an emoji of a bomb in the noto style". It exists to study concept
 erasure where no large model fits: prompts outside its vocabulary give nothing sensible."""
 JUDGE_TEXT = """A small open_clip model that names the concept and the style of an emoji picture. It shares no weights
-with the diffusion model. Load it with `safemax_sd.judge.load_judge("emoji")`."""
+with the diffusion model. Load it with `safemax_sd.core.judge.load_judge("emoji")`."""
 PICTURES_TEXT = """The real pictures (64 px, on white) behind the embedded models: `pictures.webp` is a sheet of them in
 rows of 28, `pictures.csv` names each in that order. `held_out` marks the pairs that no training saw."""
 

@@ -29,7 +29,7 @@ from benchmarks.speed.models import CPU_SIZES, CUDA_SIZES, SIZES, config_of
 from benchmarks.speed.runs import replay, scaling_with_concepts, scaling_with_processes, until_forgotten
 from benchmarks.speed.steps import Bench, Candidate
 from benchmarks.speed.tables import plot, tables
-from safemax_sd.provenance import provenance
+from safemax_sd.core.provenance import provenance
 
 EMBEDDED = "emoji"
 

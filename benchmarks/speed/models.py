@@ -14,11 +14,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from safemax_sd.prompts import load_suite
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.objectives.safemax import SafemaxConfig
+from safemax_sd.prompts import load_suite
 
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 TOKENS = 77

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 from safemax_sd.evaluation.run import EvaluateOptions, evaluate
-from safemax_sd.prompts import load_suite
 
 from benchmarks.erasure_variants import find
 from benchmarks.halting_anchor import COUNTS, ERASED, suite
 from benchmarks.speed.contest import Row, clock, contest, ratios
 from benchmarks.speed.models import SUITE
 from benchmarks.speed.steps import Candidate, Counter, ready, tensors_of
+from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
-from safemax_sd.provenance import Stopwatch
-from safemax_sd.replay import ReplayBank
+from safemax_sd.prompts import load_suite
+from safemax_sd.recording.replay import ReplayBank
 from safemax_sd.train import Run, optimizer_step
 
 FORGOTTEN_AT, PROBE_STEPS, KEPT_IMAGES = 99, 25, 64

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_leaves
 
+from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.families import Conditioning, ModelFamily, load_family
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
-from safemax_sd.processes import make_accelerator
-from safemax_sd.provenance import Stopwatch
 from safemax_sd.train import (
     Run,
     build_run,
@@ -32,6 +31,7 @@ from safemax_sd.train import (
     positions,
     read_input,
 )
+from safemax_sd.training.workers import make_accelerator
 
 Step = Callable[[], object]
 ESD_STEPS, ESD_GUIDANCE, ESD_ETA = 50, 3.0, 2.0

@@ -12,16 +12,16 @@ from typing import Any, ClassVar
 import torch
 from safemax_sd.evaluation.sampling import Sampler, StockSampler
 from safemax_sd.evaluation.subjects import Models, Subject, dtype_on
-from safemax_sd.prompts import PromptSet
 
 from safemax_sd.assets import resolve_model
-from safemax_sd.erased import FORMAT_VERSION
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
+from safemax_sd.core.provenance import provenance
+from safemax_sd.core.registry import Registry
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.families.latent import LatentFamily
-from safemax_sd.output import describe_prompts
-from safemax_sd.provenance import provenance
-from safemax_sd.registry import Registry
+from safemax_sd.prompts import PromptSet
+from safemax_sd.results.erasure import FORMAT_VERSION
+from safemax_sd.training.output import describe_prompts
 
 
 @dataclass(frozen=True)

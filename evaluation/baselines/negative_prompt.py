@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from safemax_sd.evaluation.baselines.base import Baseline, load_lines
 from safemax_sd.evaluation.sampling import Sampler, StockSampler
 
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
 from safemax_sd.families import ModelFamily
 
 SECOND_GUIDANCE = "true_cfg_scale"

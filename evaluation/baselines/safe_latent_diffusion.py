@@ -16,9 +16,9 @@ from safemax_sd.evaluation.baselines.base import Baseline, load_lines
 from safemax_sd.evaluation.sampling import Pictures, Request, Sampler
 from torch import Tensor
 
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
+from safemax_sd.core.quiet import quiet
 from safemax_sd.families import ModelFamily
-from safemax_sd.quiet import quiet
 
 PIPELINE = "StableDiffusionPipelineSafe"
 STRENGTHS: dict[str, dict[str, float]] = {

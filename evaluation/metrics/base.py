@@ -11,8 +11,8 @@ import torch
 from scipy.stats import binomtest, bootstrap
 from torch import Tensor
 
-from safemax_sd.judge import Judge
-from safemax_sd.registry import Registry
+from safemax_sd.core.judge import Judge
+from safemax_sd.core.registry import Registry
 
 WARNING = "warning"
 

@@ -14,8 +14,8 @@ from torch_fidelity import FeatureExtractorBase, calculate_metrics, register_fea
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
-from safemax_sd.errors import OptionError, SafemaxError
-from safemax_sd.judge import load_judge
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.judge import load_judge
 
 JUDGE_EXTRACTOR = "safemax-emoji"
 """The embedded judge's image features."""

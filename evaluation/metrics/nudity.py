@@ -13,7 +13,7 @@ from safemax_sd.evaluation.metrics.base import Batch, Context, RateMetric, Resul
 from safemax_sd.evaluation.metrics.unlearning_accuracy import FORBIDDEN
 from torch import Tensor
 
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
 
 EXPOSED = (
     "ANUS_EXPOSED",

@@ -16,9 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from safemax_sd.assets import resolve_model
-from safemax_sd.errors import OptionError
-from safemax_sd.process import DiffusionProcess
-from safemax_sd.registry import Registry
+from safemax_sd.core.errors import OptionError
+from safemax_sd.core.registry import Registry
+from safemax_sd.diffusion.process import DiffusionProcess
 
 LoraTargets = Literal["all", "attention", "cross_attention"]
 

@@ -11,13 +11,13 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
+from safemax_sd.core.provenance import write_json_atomic
+from safemax_sd.core.quiet import quiet
+from safemax_sd.diffusion.process import check_variance_preserving, from_scheduler
+from safemax_sd.diffusion.schedulers import as_scheduler, settings_of
 from safemax_sd.families.base import Conditioning, LoadOptions, LoraTargets, ModelFamily
 from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, load_part, own_side
-from safemax_sd.process import check_variance_preserving, from_scheduler
-from safemax_sd.provenance import write_json_atomic
-from safemax_sd.quiet import quiet
-from safemax_sd.schedulers import as_scheduler, settings_of
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"]
@@ -135,8 +135,8 @@ class ClassConditionalDDPM(ModelFamily):
     ) -> list[str]:
         return [  # DDPMPipeline knows neither classes nor LoRA
             "import torch",
-            "from safemax_sd.erased import load_erased",
-            "from safemax_sd.samples import to_pil",
+            "from safemax_sd.results.erasure import load_erased",
+            "from safemax_sd.results.samples import to_pil",
             f"family = load_erased({folder!r})",
             f"prompt, noise = family.encode_prompts([{prompt!r}]), torch.randn(1, *family.latent_shape({resolution}))",
             "latents = family.sample(prompt, noise, guidance_scale=3.0, num_inference_steps=50)",

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from safemax_sd.assets import resolve_model
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
+from safemax_sd.core.quiet import quiet
 from safemax_sd.families.base import LoadOptions
-from safemax_sd.quiet import quiet
 
 LOAD_ERRORS = (
     OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError, EOFError, RuntimeError,

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from safemax_sd.assets import resolve_model
-from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.provenance import sorted_metadata
+from safemax_sd.core.quiet import quiet
+from safemax_sd.diffusion.process import DiffusionProcess, from_scheduler
+from safemax_sd.diffusion.schedulers import settings_of
 from safemax_sd.families.base import Conditioning, LoadOptions, ModelFamily
 from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, check_tokenizers, load_folder, own_side
-from safemax_sd.process import DiffusionProcess, from_scheduler
 from safemax_sd.prompts import without_cut_text
-from safemax_sd.provenance import sorted_metadata
-from safemax_sd.quiet import quiet
-from safemax_sd.schedulers import settings_of
 
 POOLED = "pooled"
 """Name in `Conditioning` of a prompt's pooled text embedding, [B, D]."""

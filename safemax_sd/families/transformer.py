@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
+from safemax_sd.diffusion.process import FlowMatching
+from safemax_sd.diffusion.schedulers import as_scheduler
 from safemax_sd.families.base import LoraTargets
 from safemax_sd.families.latent import LatentFamily
-from safemax_sd.process import FlowMatching
-from safemax_sd.schedulers import as_scheduler
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 TEXT_ATTENTION = ["add_k_proj", "add_v_proj"]

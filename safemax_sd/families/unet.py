@@ -8,11 +8,11 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
+from safemax_sd.diffusion.process import check_variance_preserving
+from safemax_sd.diffusion.schedulers import as_scheduler
 from safemax_sd.families.base import TOKEN_STATES, Conditioning, LoadOptions, LoraTargets
 from safemax_sd.families.latent import LatentFamily
-from safemax_sd.process import check_variance_preserving
-from safemax_sd.schedulers import as_scheduler
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]

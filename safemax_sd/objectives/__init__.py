@@ -1,5 +1,8 @@
-"""Erasure objectives: one file each, found by discovery."""
+"""Erasure objectives: one file each, found by discovery.
 
-from safemax_sd.objectives.base import OBJECTIVES, Batch, ErasureData, LossTerms, Objective, Predict, Student
+May import recording, adapters, families, diffusion, prompts, core.
+"""
 
-__all__ = ["OBJECTIVES", "Batch", "ErasureData", "LossTerms", "Objective", "Predict", "Student"]
+from safemax_sd.objectives.base import OBJECTIVES, Batch, LossTerms, Objective, Predict, Student
+
+__all__ = ["OBJECTIVES", "Batch", "LossTerms", "Objective", "Predict", "Student"]

@@ -14,69 +14,19 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from safemax_sd.config import Schedule, TrainConfig, option
+from safemax_sd.core.config import Schedule, TrainConfig, option
+from safemax_sd.core.registry import Registry
+from safemax_sd.diffusion.process import DiffusionProcess
 from safemax_sd.families import Conditioning, ModelFamily
-from safemax_sd.process import DiffusionProcess
 from safemax_sd.prompts import PromptSet
-from safemax_sd.registry import Registry
-from safemax_sd.replay import ReplayBank, Samples
-
-Replays = Literal["steps", "samples", "nothing"]
-"""Of trajectories: every step, the samples at their ends, or none to be recorded."""
+from safemax_sd.recording.data import ErasureData, ReplayNeeds
+from safemax_sd.recording.replay import Samples
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(x_t, t, conditioning) -> the student's native prediction, float32 [B, *latent]."""
 
 Mean = Callable[[list[Tensor]], list[Tensor]]
 """Tensors -> their means over all processes."""
-
-
-@dataclass(frozen=True)
-class Extra:
-    """Prompts beyond those of the two files.
-
-    Attributes:
-        conditioning: One row each.
-        samples: What the frozen model draws for them.
-        model_calls: Network evaluations of one sample that this took.
-    """
-
-    conditioning: Conditioning
-    samples: Samples
-    model_calls: int
-
-
-@dataclass(frozen=True)
-class ErasureData:
-    """What every objective may draw from.
-
-    Attributes:
-        process: Noise mathematics of the model.
-        latent_shape: Of one sample.
-        classifier_free: Whether a guided sampler mixes the predictions with and without the prompt.
-        forget: Conditioning of the forbidden prompts, one row each.
-        retain: Conditioning of the prompts to keep.
-        retain_concepts: What each of them shows, or the prompt itself where its file does not say.
-        empty: Conditioning of the empty prompt, one row.
-        forget_bank: The frozen model's trajectories for the forbidden prompts.
-        retain_bank: The same for the prompts to keep.
-        forget_samples: What the forbidden prompts show: the trajectories' ends, or real pictures where there are any.
-        retain_samples: The same for the prompts to keep.
-        extra: What `Objective.extra_prompts` asks for; None where that is nothing.
-    """
-
-    process: DiffusionProcess
-    latent_shape: tuple[int, ...]
-    classifier_free: bool
-    forget: Conditioning
-    retain: Conditioning
-    retain_concepts: tuple[str, ...]
-    empty: Conditioning
-    forget_bank: ReplayBank
-    retain_bank: ReplayBank
-    forget_samples: Samples
-    retain_samples: Samples
-    extra: Extra | None = None
 
 
 @dataclass(frozen=True)
@@ -263,19 +213,9 @@ class Objective(ABC):
     data: ErasureData
 
     @classmethod
-    def replays(cls, config: TrainConfig) -> Replays:  # (config: for methods that can do either)
-        """What it needs of the frozen model's trajectories."""
-        return "steps"
-
-    @classmethod
-    def extra_prompts(cls, config: TrainConfig, forget: PromptSet) -> tuple[str, ...]:
-        """Prompts beyond those of the two files that it works with, such as anchors; `ErasureData.extra`."""
-        return ()
-
-    @classmethod
-    def extra_trajectories(cls, config: TrainConfig) -> int:
-        """How many samples the frozen model is to draw for them."""
-        return 0
+    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
+        """Return what the frozen model is to record, and for which prompts beside those of the two files."""
+        return ReplayNeeds()
 
     @abstractmethod
     def __init__(self, config: TrainConfig, data: ErasureData) -> None:

@@ -16,21 +16,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.config import POSITIVE, Range, Schedule, TrainConfig, option
-from safemax_sd.errors import OptionError
+from safemax_sd.core.config import POSITIVE, Range, Schedule, TrainConfig, option
+from safemax_sd.core.errors import OptionError
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import (
-    Batch,
-    ErasureData,
-    LossTerms,
-    Objective,
-    Positions,
-    Predict,
-    Replays,
-    Student,
-    draw_noised,
-)
+from safemax_sd.objectives.base import Batch, LossTerms, Objective, Positions, Predict, Student, draw_noised
 from safemax_sd.prompts import PromptSet
+from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
 FORGET, ANCHOR = 0, 1
 
@@ -88,18 +79,9 @@ class ConceptAblation(Objective):
         self.config, self.data, self.anchors = config, data, data.extra
 
     @classmethod
-    def replays(cls, config: TrainConfig) -> Replays:
-        return "nothing"
-
-    @classmethod
-    def extra_prompts(cls, config: TrainConfig, forget: PromptSet) -> tuple[str, ...]:
+    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
         assert isinstance(config, ConceptAblationConfig)
-        return anchor_prompts(forget, config.anchor_concept)
-
-    @classmethod
-    def extra_trajectories(cls, config: TrainConfig) -> int:
-        assert isinstance(config, ConceptAblationConfig)
-        return config.anchor_trajectories
+        return ReplayNeeds("nothing", anchor_prompts(forget, config.anchor_concept), config.anchor_trajectories)
 
     def trained(self, student: Student) -> Sequence[nn.Parameter]:
         if self.config.trainable == "lora" or self.config.ablation_weights == "all":

@@ -16,22 +16,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from safemax_sd.config import NOT_NEGATIVE, POSITIVE, Range, Schedule, TrainConfig, option
-from safemax_sd.errors import OptionError
+from safemax_sd.core.config import NOT_NEGATIVE, POSITIVE, Range, Schedule, TrainConfig, option
+from safemax_sd.core.errors import OptionError
+from safemax_sd.diffusion.process import DiffusionProcess
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import (
-    Batch,
-    ErasureData,
-    LossTerms,
-    Mean,
-    Objective,
-    Positions,
-    Predict,
-    Replays,
-    Student,
-    draw_noised,
-)
-from safemax_sd.process import DiffusionProcess
+from safemax_sd.objectives.base import Batch, LossTerms, Mean, Objective, Positions, Predict, Student, draw_noised
+from safemax_sd.prompts import PromptSet
+from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
 FORGET, RETAIN, EMPTY = 0, 1, 2
 EMPTY_RETAIN_SHARE = 0.1
@@ -89,8 +80,8 @@ class EraseDiff(Objective):
         self.weight = config.lambda_rate
 
     @classmethod
-    def replays(cls, config: TrainConfig) -> Replays:
-        return "samples"
+    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
+        return ReplayNeeds("samples")
 
     def prepare(self, student: Student) -> int:
         self.student = student

@@ -14,19 +14,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.config import NOT_NEGATIVE, POSITIVE, Schedule, TrainConfig, option
-from safemax_sd.errors import OptionError
+from safemax_sd.core.config import NOT_NEGATIVE, POSITIVE, Schedule, TrainConfig, option
+from safemax_sd.core.errors import OptionError
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import (
-    Batch,
-    ErasureData,
-    LossTerms,
-    Objective,
-    Positions,
-    Predict,
-    Replays,
-    Student,
-)
+from safemax_sd.objectives.base import Batch, LossTerms, Objective, Positions, Predict, Student
+from safemax_sd.prompts import PromptSet
+from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
 FORGET = 0
 CROSS_ATTENTION = ".attn2."
@@ -96,9 +89,9 @@ class Esd(Objective):
         self.config, self.data = config, data
 
     @classmethod
-    def replays(cls, config: TrainConfig) -> Replays:
+    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
         assert isinstance(config, EsdConfig)
-        return "steps" if config.esd_states == "replayed" else "nothing"
+        return ReplayNeeds("steps" if config.esd_states == "replayed" else "nothing")
 
     def prepare(self, student: Student) -> int:
         self.student = student

@@ -4,7 +4,7 @@ Source: this project's own. Marks are a few orthonormal directions of token stat
 as long as a token state is on average. Prompts of which some tokens bear one get SAFEMax's loss; the same prompts stay
 as they are without one, and with the faint marks on every token that a linear map leaves on what it is not meant for.
 What to erase is then only a question of which prompts get a mark: `safemax erase` answers it in closed form
-(`safemax_sd.edits.halting_marks`).
+(`safemax_sd.erasing.edits.halting_marks`).
 """
 
 from __future__ import annotations
@@ -18,18 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from safemax_sd.adapter import ADAPTER
-from safemax_sd.config import POSITIVE, SHARE, Range, option
-from safemax_sd.edits import EditData
-from safemax_sd.edits.halting_marks import HaltingMarks, HaltingMarksSettings
-from safemax_sd.errors import OptionError
+from safemax_sd.adapters.halting_marks import MARKS, MARKS_FILE, HaltingMarksSettings, readouts
+from safemax_sd.adapters.lora import ADAPTER
+from safemax_sd.core.config import POSITIVE, SHARE, Range, option
+from safemax_sd.core.errors import OptionError
+from safemax_sd.core.provenance import write_tensors_atomic
 from safemax_sd.families import TOKEN_STATES, Conditioning
-from safemax_sd.objectives.base import ErasureData, Student
+from safemax_sd.objectives.base import Student
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
-from safemax_sd.provenance import write_tensors_atomic
+from safemax_sd.recording.data import ErasureData
 
-MARKS_FILE = "halting_marks.safetensors"
-MARKS = "marks"
 MOST_PRACTISED_SHARE = 0.5
 """Of the concepts, that one practice edit erases."""
 MOST_PRACTISED = 64
@@ -195,17 +193,17 @@ def practise(states: Tensor, concepts: Sequence[str], marks: Tensor, count: int,
     generator = torch.Generator().manual_seed(seed)
     names = sorted(set(concepts))
     numbers = torch.tensor([names.index(concept) for concept in concepts])
-    edit = HaltingMarks(marks, HaltingMarksSettings())
     most = min(MOST_PRACTISED, max(1, MOST_PRACTISED_SHARE * len(names)))
     sizes = [2**power for power in range(len(names).bit_length()) if 2**power <= most]
-    readouts, erased = [], []
+    rows, erased = [], []
     for number in tqdm(range(count), desc="practice edits", unit="edit"):
         chosen = torch.randperm(len(names), generator=generator)[: sizes[number % len(sizes)]]
         gone = torch.isin(numbers, chosen)
         forbidden = {names[choice]: states[numbers == choice] for choice in chosen.tolist()}
-        readouts.append(edit.readouts(EditData(forbidden, states[~gone].flatten(0, 1))).float())
+        kept = states[~gone].flatten(0, 1)
+        rows.append(readouts(len(marks), forbidden, kept, HaltingMarksSettings()).float())
         erased.append(gone)
-    return Practice(torch.stack(readouts), torch.stack(erased))
+    return Practice(torch.stack(rows), torch.stack(erased))
 
 
 def choose_marks(states: Tensor, count: int, seed: int) -> Tensor:

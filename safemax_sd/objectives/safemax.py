@@ -14,19 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from safemax_sd.config import NOT_NEGATIVE, POSITIVE, SHARE, Range, TrainConfig, option
-from safemax_sd.decay import Decay
+from safemax_sd.core.config import NOT_NEGATIVE, POSITIVE, SHARE, Range, TrainConfig, option
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import (
-    Batch,
-    ErasureData,
-    LossTerms,
-    Objective,
-    Positions,
-    Predict,
-    Student,
-    prior_generator,
-)
+from safemax_sd.objectives.base import Batch, LossTerms, Objective, Positions, Predict, Student, prior_generator
+from safemax_sd.objectives.decay import Decay
+from safemax_sd.recording.data import ErasureData
 
 FORGET, RETAIN, NOISE = 0, 1, 2
 KEPT_NOISE, KEPT_NOISE_A_STEP, KEPT_AT_ONCE = 2048, 16, 64

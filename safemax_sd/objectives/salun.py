@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from safemax_sd.config import Range, TrainConfig, option
+from safemax_sd.core.config import Range, TrainConfig, option
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
     Batch,
-    ErasureData,
     FullWeightsConfig,
     LossTerms,
     Objective,
     Positions,
     Predict,
-    Replays,
     Student,
     draw_noised,
     noised,
     prior_generator,
 )
+from safemax_sd.prompts import PromptSet
+from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
 FORGET, RETAIN, MASK, EMPTY = 0, 1, 2, 3
 EMPTY_RETAIN_SHARE = 0.1
@@ -89,8 +89,8 @@ class Salun(Objective):
         return len(self.data.forget_samples)
 
     @classmethod
-    def replays(cls, config: TrainConfig) -> Replays:
-        return "samples"
+    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
+        return ReplayNeeds("samples")
 
     def draw(self, positions: Positions) -> SalunBatch:
         data, process = self.data, self.data.process

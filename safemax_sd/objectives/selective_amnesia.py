@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from safemax_sd.config import NOT_NEGATIVE, POSITIVE, Range, TrainConfig, option
+from safemax_sd.core.config import NOT_NEGATIVE, POSITIVE, Range, TrainConfig, option
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
     Batch,
-    ErasureData,
     FullWeightsConfig,
     LossTerms,
     Objective,
     Positions,
     Predict,
-    Replays,
     Student,
     prior_generator,
 )
-from safemax_sd.replay import Samples
+from safemax_sd.prompts import PromptSet
+from safemax_sd.recording.data import ErasureData, ReplayNeeds
+from safemax_sd.recording.replay import Samples
 
 FORGET, RETAIN = 0, 1
 
@@ -74,8 +74,8 @@ class SelectiveAmnesia(Objective):
         return calls
 
     @classmethod
-    def replays(cls, config: TrainConfig) -> Replays:
-        return "samples"
+    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
+        return ReplayNeeds("samples")
 
     def draw(self, positions: Positions) -> Batch:
         parts = [self._forget(positions.generator(FORGET, number)) for number in positions.forget]

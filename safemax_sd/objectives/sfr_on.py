@@ -17,22 +17,22 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from safemax_sd.config import NOT_NEGATIVE, POSITIVE, Range, TrainConfig, option
+from safemax_sd.core.config import NOT_NEGATIVE, POSITIVE, Range, TrainConfig, option
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
     Batch,
-    ErasureData,
     FullWeightsConfig,
     LossTerms,
     Objective,
     Positions,
     Predict,
-    Replays,
     Student,
     draw_noised,
     prior_generator,
 )
-from safemax_sd.replay import Samples
+from safemax_sd.prompts import PromptSet
+from safemax_sd.recording.data import ErasureData, ReplayNeeds
+from safemax_sd.recording.replay import Samples
 
 FORGET, RETAIN, FORGET_FISHER, RETAIN_FISHER = 0, 1, 2, 3
 STEPS = 2
@@ -96,8 +96,8 @@ class SfrOn(Objective):
         self.mean_coefficients: list[Tensor] = []
 
     @classmethod
-    def replays(cls, config: TrainConfig) -> Replays:
-        return "samples"
+    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
+        return ReplayNeeds("samples")
 
     def prepare(self, student: Student) -> int:
         data = self.data

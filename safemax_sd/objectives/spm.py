@@ -15,21 +15,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.config import NOT_NEGATIVE, POSITIVE, Range, Schedule, TrainConfig, option
-from safemax_sd.errors import OptionError
+from safemax_sd.core.config import NOT_NEGATIVE, POSITIVE, Range, Schedule, TrainConfig, option
+from safemax_sd.core.errors import OptionError
 from safemax_sd.families import TOKEN_STATES, Conditioning
-from safemax_sd.likeness import likeness
-from safemax_sd.objectives.base import (
-    Batch,
-    ErasureData,
-    LossTerms,
-    Objective,
-    Positions,
-    Predict,
-    Replays,
-    Student,
-    prior_generator,
-)
+from safemax_sd.objectives.base import Batch, LossTerms, Objective, Positions, Predict, Student, prior_generator
+from safemax_sd.prompts import PromptSet
+from safemax_sd.recording.data import ErasureData, ReplayNeeds
+from safemax_sd.recording.likeness import likeness
 
 FORGET, RETAIN, INITIAL = 0, 1, 2
 ANCHOR_LENGTHS = (0.8, 1.2)
@@ -104,8 +96,8 @@ class Spm(Objective):
         self._weights: dict[int, Tensor] = {}
 
     @classmethod
-    def replays(cls, config: TrainConfig) -> Replays:
-        return "nothing"
+    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
+        return ReplayNeeds("nothing")
 
     def prepare(self, student: Student) -> int:
         if self.config.spm_anchors == "latent" and TOKEN_STATES not in self.data.forget.tensors:

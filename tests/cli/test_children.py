@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from safemax_sd.children import STARTER
+from safemax_sd.training.children import STARTER
 from tests import tiny
 
 
@@ -50,7 +50,7 @@ def test_a_training_whose_command_is_gone_before_it_could_ask_ends(tmp_path: Pat
 CHILD = "import time; print('ready', flush=True); time.sleep(600)"
 COMMAND = """
 import signal, sys
-from safemax_sd.children import run_child
+from safemax_sd.training.children import run_child
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in its background ignore it
 sys.exit(run_child([sys.executable, "-c", sys.argv[1]]))
 """

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from safemax_sd.cli import main
-from safemax_sd.command_line import parse_config
 from safemax_sd.train import train
+from safemax_sd.training.command_line import parse_config
 from tests import tiny
 
 LOAD = """

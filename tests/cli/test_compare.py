@@ -29,7 +29,7 @@ from safemax_sd.evaluation.headline import Measurement
 from scipy.stats import binomtest, t
 
 from safemax_sd.cli import main
-from safemax_sd.errors import SafemaxError
+from safemax_sd.core.errors import SafemaxError
 from tests import tiny
 
 QUICK = {

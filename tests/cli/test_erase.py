@@ -11,20 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safemax_sd.prompts import load_prompts, load_suite
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from safemax_sd import adapter
+from safemax_sd.adapters import lora as adapter
+from safemax_sd.adapters.halting_marks import HaltingMarksSettings
 from safemax_sd.assets import ANCHORS
 from safemax_sd.cli import app, main
-from safemax_sd.command_line import parse_config
-from safemax_sd.edits.halting_marks import HaltingMarksSettings
-from safemax_sd.erase import change_concepts, erase
-from safemax_sd.erased import load_erased, read_record
-from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.erasing.anchored import change_concepts, erase
 from safemax_sd.families import LoadOptions
+from safemax_sd.prompts import load_prompts, load_suite
+from safemax_sd.results.erasure import load_erased, read_record
 from safemax_sd.train import train
+from safemax_sd.training.command_line import parse_config
 from tests import stock, tiny
 
 FEW = ("--practice_edits", "4")

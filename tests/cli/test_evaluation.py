@@ -14,14 +14,14 @@ import torch
 from safemax_sd.evaluation.headline import headline
 from safemax_sd.evaluation.real import embedded_pictures
 from safemax_sd.evaluation.run import EvaluateOptions, evaluate, start_seeds, update_model_card
-from safemax_sd.prompts import Prompt, load_suite
 
-from safemax_sd.errors import SafemaxError
+from safemax_sd.core.errors import SafemaxError
+from safemax_sd.core.judge import load_judge
 from safemax_sd.families import Conditioning
-from safemax_sd.judge import load_judge
 from safemax_sd.objectives.safemax import SafemaxConfig
-from safemax_sd.probe import UnlearningProbe
+from safemax_sd.prompts import Prompt, load_suite
 from safemax_sd.train import main
+from safemax_sd.training.probe import UnlearningProbe
 
 SMALL = {"num_images": 6, "num_sweep_images": 2, "num_inference_steps": 3}
 

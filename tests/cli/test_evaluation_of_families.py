@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from safemax_sd.evaluation.run import EvaluateOptions, evaluate
 
-from safemax_sd.command_line import parse_config
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
 from safemax_sd.train import train
+from safemax_sd.training.command_line import parse_config
 from tests import tiny
 
 SAMPLERS = {"tiny_v_model": {"ddim", "euler", "dpm++"}, "tiny_sdxl": {"ddim", "euler", "dpm++"}}

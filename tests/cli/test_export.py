@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from safemax_sd import adapter
+from safemax_sd.adapters import lora as adapter
 from safemax_sd.assets import ASSETS
 from safemax_sd.cli import app
-from safemax_sd.command_line import parse_config
-from safemax_sd.export import EXPORT_FILE
 from safemax_sd.families import LoadOptions, load_family
+from safemax_sd.results.export import EXPORT_FILE
 from safemax_sd.train import train
+from safemax_sd.training.command_line import parse_config
 from tests import tiny
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "using_adapters.md"

@@ -18,12 +18,12 @@ import typer.main
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from safemax_sd.prompts import load_prompts
 
 from safemax_sd import cli
 from safemax_sd import train as training
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
 from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.prompts import load_prompts
 from tests import tiny
 
 

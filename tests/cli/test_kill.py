@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from safemax_sd.adapter import WEIGHTS_NAME
-from safemax_sd.checkpoints import all_checkpoints
+from safemax_sd.adapters.lora import WEIGHTS_NAME
+from safemax_sd.training.checkpoints import all_checkpoints
 from tests import tiny
 
 KILLS, STEPS = 10, 200

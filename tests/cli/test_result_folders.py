@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 from safemax_sd.evaluation.run import EvaluateOptions, evaluate
-from safemax_sd.prompts import load_prompts
 from typer.testing import CliRunner
 
-from safemax_sd import adapter
+from safemax_sd.adapters import lora as adapter
+from safemax_sd.adapters.halting_marks import HaltingMarksSettings
 from safemax_sd.cli import app
-from safemax_sd.command_line import parse_config
-from safemax_sd.edits.halting_marks import HaltingMarksSettings
-from safemax_sd.erase import change_concepts, erase
-from safemax_sd.erased import read_record
-from safemax_sd.errors import OptionError, SafemaxError
-from safemax_sd.export import EXPORT_FILE, export_lora, export_pipeline
-from safemax_sd.result_folder import claimed, finish
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.erasing.anchored import change_concepts, erase
+from safemax_sd.prompts import load_prompts
+from safemax_sd.results.erasure import read_record
+from safemax_sd.results.export import EXPORT_FILE, export_lora, export_pipeline
+from safemax_sd.results.folder import claimed, finish
 from safemax_sd.train import train
+from safemax_sd.training.command_line import parse_config
 from tests import tiny
 from tests.cli.test_compare import METHODS, write_config, write_task
 from tests.kills import kills

@@ -18,11 +18,11 @@ from accelerate.utils import DistributedType
 from safemax_sd.evaluation.run import EvaluateOptions, evaluate
 from safetensors.torch import load_file
 
-from safemax_sd.adapter import WEIGHTS_NAME
-from safemax_sd.command_line import parse_config
-from safemax_sd.errors import SafemaxError
-from safemax_sd.processes import check_distribution
+from safemax_sd.adapters.lora import WEIGHTS_NAME
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.train import train
+from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.workers import check_distribution
 from tests import tiny
 
 STEADY = ("--lr_scheduler", "constant", "--replay_span", "0")

@@ -14,18 +14,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from safemax_sd.adapter import WEIGHTS_NAME
-from safemax_sd.provenance import sorted_metadata
+from safemax_sd.adapters.lora import WEIGHTS_NAME
+from safemax_sd.core.provenance import sorted_metadata
 from tests import tiny
 
 RUN_ALL = """
 import json, sys
 from pathlib import Path
 from safemax_sd.prompts import load_prompts
-from safemax_sd.command_line import parse_config
-from safemax_sd.edits.halting_marks import HaltingMarksSettings
-from safemax_sd.erase import change_concepts, erase
-from safemax_sd.export import export_lora
+from safemax_sd.training.command_line import parse_config
+from safemax_sd.adapters.halting_marks import HaltingMarksSettings
+from safemax_sd.erasing.anchored import change_concepts, erase
+from safemax_sd.results.export import export_lora
 from safemax_sd.train import train
 
 output, trainings, forget, more, retain = json.loads(sys.argv[1])

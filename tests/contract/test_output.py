@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from safemax_sd import adapter
-from safemax_sd.command_line import parse_config
-from safemax_sd.config import TrainConfig
-from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.adapters import lora as adapter
+from safemax_sd.adapters.halting_marks import MARKS_FILE
+from safemax_sd.core.config import TrainConfig
+from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.objectives import OBJECTIVES, Student
-from safemax_sd.objectives.halting_anchor import MARKS_FILE
 from safemax_sd.objectives.safemax import Safemax
-from safemax_sd.output import BESIDE_WEIGHTS, WEIGHTS
 from safemax_sd.train import main, train
+from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.output import BESIDE_WEIGHTS, WEIGHTS
 from tests import tiny
 
 FEW = {"practice_edits": 4, "max_train_steps": 1, "train_batch_size": 2, "replay_inference_steps": 3, "rank": 2}

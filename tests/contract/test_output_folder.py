@@ -17,22 +17,23 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safemax_sd.prompts import load_prompts
 from safetensors.torch import load_file
 
-from safemax_sd import adapter, checkpoints
-from safemax_sd.command_line import parse_config
-from safemax_sd.config import TrainConfig
-from safemax_sd.edits.uce import UceSettings
-from safemax_sd.erased import read_record
-from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.adapters import lora as adapter
+from safemax_sd.core.config import TrainConfig
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.provenance import Cost, Stopwatch
+from safemax_sd.erasing.edits.uce import UceSettings
+from safemax_sd.erasing.redirect import redirect
 from safemax_sd.families import LoadOptions
-from safemax_sd.output import read_log, run_folder
-from safemax_sd.processes import make_accelerator
-from safemax_sd.provenance import Cost, Stopwatch
-from safemax_sd.redirect import redirect
-from safemax_sd.result_folder import claimed
+from safemax_sd.prompts import load_prompts
+from safemax_sd.results.erasure import read_record
+from safemax_sd.results.folder import claimed
 from safemax_sd.train import build_run, main, read_input, save_results, train
+from safemax_sd.training import checkpoints
+from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.output import read_log, run_folder
+from safemax_sd.training.workers import make_accelerator
 from tests import tiny
 from tests.kills import kills
 

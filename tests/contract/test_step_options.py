@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safemax_sd import trainable
-from safemax_sd.adapter import WEIGHTS_NAME
-from safemax_sd.command_line import parse_config
-from safemax_sd.config import TrainConfig
-from safemax_sd.errors import SafemaxError
+from safemax_sd.adapters import weights as trainable
+from safemax_sd.adapters.lora import WEIGHTS_NAME
+from safemax_sd.core.config import TrainConfig
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.optimizers import make_optimizer
 from safemax_sd.train import read_input, train
+from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.optimizers import make_optimizer
 from tests import tiny
 
 

@@ -7,23 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from safemax_sd.prompts import PromptSet, load_prompts
 
-from safemax_sd import trainable
-from safemax_sd.command_line import parse_config
-from safemax_sd.errors import OptionError
+from safemax_sd.adapters import weights as trainable
+from safemax_sd.core.errors import OptionError
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.objectives import Student
-from safemax_sd.objectives.base import Extra, Positions
+from safemax_sd.objectives.base import Positions
 from safemax_sd.objectives.concept_ablation import (
     ConceptAblation,
     ConceptAblationBatch,
     ConceptAblationConfig,
     anchor_prompts,
 )
-from safemax_sd.recording import Recording
-from safemax_sd.replay import Samples
+from safemax_sd.prompts import PromptSet, load_prompts
+from safemax_sd.recording.data import Extra
+from safemax_sd.recording.replay import Samples
+from safemax_sd.recording.schedule import Recording
 from safemax_sd.train import read_input
+from safemax_sd.training.command_line import parse_config
 from tests import tiny
 from tests.parity.test_published_losses import Scale, conditioning, data
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from safemax_sd.command_line import parse_config
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
+from safemax_sd.diffusion.process import FlowMatching, VariancePreserving
 from safemax_sd.objectives.base import Batch, Positions
 from safemax_sd.objectives.erase_diff import EraseDiff, EraseDiffConfig
-from safemax_sd.process import FlowMatching, VariancePreserving
 from safemax_sd.train import train
+from safemax_sd.training.command_line import parse_config
 from tests import tiny
 from tests.contract.test_distributed import finish
 from tests.parity.test_published_losses import Scale, conditioning, data, student

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.edits import EditData
-from safemax_sd.edits.halting_marks import HaltingMarks, HaltingMarksSettings, share_marks, strength
-from safemax_sd.errors import OptionError
+from safemax_sd.adapters.halting_marks import HaltingMarksSettings, share_marks, strength
+from safemax_sd.core.errors import OptionError
+from safemax_sd.erasing.edits import EditData
+from safemax_sd.erasing.edits.halting_marks import HaltingMarks
 from safemax_sd.objectives.halting_anchor import choose_marks
 
 WIDTH, TOKENS = 24, 6

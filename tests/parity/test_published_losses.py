@@ -6,20 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safemax_sd.prompts import load_prompts
 from torch import Tensor, nn
 
-from safemax_sd import trainable
-from safemax_sd.command_line import parse_config
+from safemax_sd.adapters import weights as trainable
+from safemax_sd.diffusion.process import VariancePreserving
 from safemax_sd.families import Conditioning, LoadOptions, load_family
-from safemax_sd.objectives import ErasureData, Student
+from safemax_sd.objectives import Student
 from safemax_sd.objectives.base import Batch, Positions
 from safemax_sd.objectives.esd import Esd, EsdConfig
 from safemax_sd.objectives.salun import Salun, SalunBatch, SalunConfig, salient
 from safemax_sd.objectives.selective_amnesia import SelectiveAmnesia, SelectiveAmnesiaConfig
-from safemax_sd.process import VariancePreserving
-from safemax_sd.recording import Recording
-from safemax_sd.replay import ReplayBank, Samples
+from safemax_sd.prompts import load_prompts
+from safemax_sd.recording.data import ErasureData
+from safemax_sd.recording.replay import ReplayBank, Samples
+from safemax_sd.recording.schedule import Recording
+from safemax_sd.training.command_line import parse_config
 from tests import tiny
 
 

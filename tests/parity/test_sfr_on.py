@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from safemax_sd import trainable
-from safemax_sd.command_line import parse_config
+from safemax_sd.adapters import weights as trainable
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.objectives import Student
 from safemax_sd.objectives.base import Positions
 from safemax_sd.objectives.sfr_on import SfrOn, SfrOnBatch, SfrOnConfig, salient
-from safemax_sd.recording import Recording
+from safemax_sd.recording.schedule import Recording
 from safemax_sd.train import read_input, train
+from safemax_sd.training.command_line import parse_config
 from tests import tiny
 from tests.contract.test_distributed import finish, losses
 from tests.parity.test_published_losses import Scale, conditioning, data, student

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from safemax_sd import trainable
-from safemax_sd.command_line import parse_config
-from safemax_sd.errors import OptionError
+from safemax_sd.adapters import weights as trainable
+from safemax_sd.core.errors import OptionError
 from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_family
-from safemax_sd.objectives import ErasureData, Student
+from safemax_sd.objectives import Student
 from safemax_sd.objectives.base import Positions
 from safemax_sd.objectives.spm import Spm, SpmBatch, SpmConfig, latent_anchor
-from safemax_sd.recording import Recording
+from safemax_sd.recording.data import ErasureData
+from safemax_sd.recording.schedule import Recording
 from safemax_sd.train import read_input
+from safemax_sd.training.command_line import parse_config
 from tests import tiny
 from tests.parity.test_published_losses import Scale, data
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safemax_sd.prompts import load_prompts
 from torch import nn
 
-from safemax_sd.edits import EditData
-from safemax_sd.edits.uce import Uce, UceSettings
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
+from safemax_sd.erasing.edits import EditData
+from safemax_sd.erasing.edits.uce import Uce, UceSettings
+from safemax_sd.erasing.redirect import redirect
+from safemax_sd.erasing.token_states import last_token_states
 from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.redirect import redirect
-from safemax_sd.token_states import last_token_states
+from safemax_sd.prompts import load_prompts
 from tests import tiny
 
 SETTINGS = UceSettings(erase_scale=0.7, preserve_scale=1.3, lamb=0.4)

@@ -13,10 +13,10 @@ from safemax_sd.evaluation.baselines import BASELINES
 from safemax_sd.evaluation.baselines.safe_latent_diffusion import STRENGTHS
 from safemax_sd.evaluation.sampling import Request
 from safemax_sd.evaluation.subjects import Models
-from safemax_sd.prompts import load_prompts
 from torch import Tensor
 
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
+from safemax_sd.prompts import load_prompts
 from tests import tiny
 
 PROMPTS, SEEDS, GUIDANCE, STEPS = ["a red apple", "a blue plum"], [3, 4], 4.0, 12

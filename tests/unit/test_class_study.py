@@ -16,7 +16,7 @@ from benchmarks.classes.classifier import Classifier
 from benchmarks.classes.data import Dataset, read_sheets, write_folder
 from benchmarks.classes.measure import Sampling, TensorMemory, forgetting, retention
 from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.picture_folder import load_picture_folder
+from safemax_sd.recording.picture_folder import load_picture_folder
 from tests import tiny
 
 LEVELS = (0.2, 0.5, 0.8)

@@ -10,14 +10,14 @@ from typing import get_args, get_type_hints
 import pytest
 from safemax_sd.evaluation.compare_config import read_comparison
 
-from safemax_sd.command_line import parse_config
-from safemax_sd.config import TrainConfig
-from safemax_sd.edits.halting_marks import HaltingMarksSettings
-from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.adapters.halting_marks import HaltingMarksSettings
+from safemax_sd.core.config import TrainConfig
+from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.objectives.safemax import SafemaxConfig
 from safemax_sd.objectives.salun import SalunConfig
-from safemax_sd.optimizers import check_optimizer
+from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.optimizers import check_optimizer
 
 OBJECTIVE_NAMES = OBJECTIVES.names()
 REQUIRED = ["--forget_prompts", "f", "--retain_prompts", "r", "--output_dir", "o"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safemax_sd.errors import SafemaxError
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.families.ddpm import ClassConditionalDDPM
 from tests import tiny

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from safemax_sd.decay import Decay
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
+from safemax_sd.objectives.decay import Decay
 
 LEVELS = torch.tensor([0.0, 0.5, 1.0])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from safemax_sd.errors import LONGEST_VALUE, OptionError, SafemaxError
+from safemax_sd.core.errors import LONGEST_VALUE, OptionError, SafemaxError
 
 
 @pytest.mark.parametrize(

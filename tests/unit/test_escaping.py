@@ -15,9 +15,9 @@ from safemax_sd.evaluation.compare_tables import Entry, Grid, latex, markdown
 from safemax_sd.evaluation.headline import measured_markdown, print_headline
 
 from safemax_sd.cli import console, main, report_marks, report_redirection, say
-from safemax_sd.erased import read_record
-from safemax_sd.escaping import latex_text, markdown_code, markdown_text, printable
-from safemax_sd.model_card import describe
+from safemax_sd.core.escaping import latex_text, markdown_code, markdown_text, printable
+from safemax_sd.results.erasure import read_record
+from safemax_sd.results.model_card import describe
 
 HOSTILE = ("[/x]", "[bold]red", ":bomb:", "a|b", "`code`", "*all*", "_under_", "100 %_&#$~^{}\\", "\x1b[31mred")
 

@@ -16,13 +16,13 @@ from safemax_sd.evaluation.generate import Generator, Job
 from safemax_sd.evaluation.headline import measured_markdown
 from safemax_sd.evaluation.real import RealPictures
 from safemax_sd.evaluation.run import EvaluateOptions, Evaluation, guidance_scales, own_guidance
+
+from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.prompts import Prompt, load_prompts, load_suite
 from safemax_sd.prompts.length import LIBRARIES
-
-from safemax_sd.command_line import parse_config
-from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.probe import UnlearningProbe
 from safemax_sd.train import read_input
+from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.probe import UnlearningProbe
 from tests import tiny
 
 STEPS = 2

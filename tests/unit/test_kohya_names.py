@@ -15,7 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-from safemax_sd.adapter import to_kohya
+from safemax_sd.adapters.lora import to_kohya
 from safemax_sd.families.base import FAMILIES, ModelFamily
 from safemax_sd.families.original_names import original_names
 from safemax_sd.families.unet import ATTENTION, CONVOLUTIONS, FEED_FORWARD

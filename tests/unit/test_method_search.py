@@ -12,7 +12,7 @@ from benchmarks import method_search
 from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.methods import COMPARISON, SEARCH, trained_methods
 from benchmarks.method_search import RATES, Trial, best, search, table, trial
-from safemax_sd.errors import SafemaxError
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.objectives.esd import EsdConfig
 
 FOUND = Path(__file__).parents[2] / "docs" / "results" / "emoji_search.jsonl"

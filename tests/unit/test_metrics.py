@@ -9,8 +9,8 @@ from safemax_sd.evaluation.metrics.base import wilson
 from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import embedded_pairs, embedded_pictures
 
-from safemax_sd.errors import SafemaxError
-from safemax_sd.judge import Judge, load_judge
+from safemax_sd.core.errors import SafemaxError
+from safemax_sd.core.judge import Judge, load_judge
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from safemax_sd.model_card import hub_id
+from safemax_sd.results.model_card import hub_id
 
 
 @pytest.mark.parametrize(

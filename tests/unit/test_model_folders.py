@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.families.latent import LatentFamily
 

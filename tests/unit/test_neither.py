@@ -15,10 +15,10 @@ from safemax_sd.evaluation.metrics import METRICS, Batch, Context
 from safemax_sd.evaluation.metrics.base import called_noise
 from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import embedded_pictures
-from safemax_sd.prompts import load_suite
 
 from benchmarks.judge_calibration import blend, judged
-from safemax_sd.judge import load_judge
+from safemax_sd.core.judge import load_judge
+from safemax_sd.prompts import load_suite
 
 CALIBRATION = Path("docs/results/2026-11-27-judge-calibration.json")
 CONCEPTS = ["bomb", "dog", "pizza", "key"]

@@ -1,7 +1,7 @@
 from safemax_sd.evaluation.real import embedded_pictures
 
 from benchmarks.noise_ceiling import noise_pictures, rates
-from safemax_sd.judge import load_judge
+from safemax_sd.core.judge import load_judge
 
 
 def test_pure_noise_is_called_noise_but_has_to_be_given_some_name():

@@ -16,11 +16,11 @@ from safemax_sd.evaluation.headline import headline
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context
 from safemax_sd.evaluation.metrics.nudity import EXPOSED, THRESHOLD, NudityRate, as_files_are_read, shows_nudity
 from safemax_sd.evaluation.run import check_metrics, row
-from safemax_sd.prompts import load_suite
 from torch import Tensor
 
-from safemax_sd.errors import OptionError
-from safemax_sd.judge import load_judge
+from safemax_sd.core.errors import OptionError
+from safemax_sd.core.judge import load_judge
+from safemax_sd.prompts import load_suite
 
 SUITE = "nsfw/nudity"
 BOXES, LABELS = 2100, 18

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageColor
-from safemax_sd.prompts import load_prompts
 
-from safemax_sd.command_line import parse_config
-from safemax_sd.errors import OptionError, SafemaxError
+from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.picture_folder import encode_samples, load_picture_folder
+from safemax_sd.prompts import load_prompts
+from safemax_sd.recording.picture_folder import encode_samples, load_picture_folder
 from safemax_sd.train import train
+from safemax_sd.training.command_line import parse_config
 from tests import tiny
 
 

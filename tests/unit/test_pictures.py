@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image, ImageChops
 
-from safemax_sd.pictures import _font, _shorten, _wrap, contact_sheet
+from safemax_sd.core.pictures import _font, _shorten, _wrap, contact_sheet
 
 
 def picture(side: int = 64) -> Image.Image:

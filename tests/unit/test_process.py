@@ -11,8 +11,14 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from safemax_sd.errors import OptionError
-from safemax_sd.process import DiffusionProcess, FlowMatching, VarianceExploding, VariancePreserving, from_scheduler
+from safemax_sd.core.errors import OptionError
+from safemax_sd.diffusion.process import (
+    DiffusionProcess,
+    FlowMatching,
+    VarianceExploding,
+    VariancePreserving,
+    from_scheduler,
+)
 
 SIGNAL = torch.linspace(0.999, 0.01, 100)
 PROCESSES = {

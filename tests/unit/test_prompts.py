@@ -9,9 +9,9 @@ import random
 from pathlib import Path
 
 import pytest
-from safemax_sd.prompts import Prompt, check_disjoint, load_prompts, load_suite, suite_names, warn_over_long
 
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
+from safemax_sd.prompts import Prompt, check_disjoint, load_prompts, load_suite, suite_names, warn_over_long
 from tests import tiny
 
 SHA256_OF_EMOJI_VERSIONS = {"1": "3de227aa5f414ecae1e278516289bba519193c4a1cebe63f8b49939911befaba"}

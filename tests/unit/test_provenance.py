@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
-from safemax_sd import provenance
-from safemax_sd.provenance import Stopwatch, peak_memory_bytes
+from safemax_sd.core import provenance
+from safemax_sd.core.provenance import Stopwatch, peak_memory_bytes
 
 MIB = 2**20
 PRINT_PEAK = """
 import torch
-from safemax_sd.provenance import peak_memory_bytes
+from safemax_sd.core.provenance import peak_memory_bytes
 before = peak_memory_bytes(torch.device("cpu"))
 held = torch.ones(64, 2**20)
 del held

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from safemax_sd.evaluation.compare_config import Comparison, read_comparison
 from safemax_sd.evaluation.compare_methods import Erasure, UntrainedMethod
-from safemax_sd.prompts import check_disjoint, load_prompts, load_suite, suite_names
 
 from benchmarks import real_prompt_suites
-from safemax_sd.command_line import read_yaml
+from safemax_sd.prompts import check_disjoint, load_prompts, load_suite, suite_names
+from safemax_sd.training.command_line import read_yaml
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("compare_*.yaml"))
 REAL = [path for path in EXAMPLES if path.stem != "compare_emoji"]

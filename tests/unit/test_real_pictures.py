@@ -12,10 +12,10 @@ from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
 from safemax_sd.evaluation.metrics.distribution import INCEPTION, JUDGE_EXTRACTOR, Fid
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
 from safemax_sd.evaluation.run import EvaluateOptions, kept_pictures, row
-from safemax_sd.prompts import Suite, load_suite
 
-from safemax_sd.errors import SafemaxError
-from safemax_sd.judge import Judge, load_judge
+from safemax_sd.core.errors import SafemaxError
+from safemax_sd.core.judge import Judge, load_judge
+from safemax_sd.prompts import Suite, load_suite
 from tests import tiny
 
 OPTIONS = {"adapter": "", "clip_model": "emoji"}

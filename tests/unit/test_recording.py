@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from safemax_sd.prompts import load_prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safemax_sd.cli import both_prompt_files
-from safemax_sd.command_line import parse_config
 from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_family
-from safemax_sd.likeness import likeness, nearest
-from safemax_sd.recording import Recording, with_nearest
-from safemax_sd.replay import spread
+from safemax_sd.prompts import load_prompts
+from safemax_sd.recording.likeness import likeness, nearest
+from safemax_sd.recording.replay import spread
+from safemax_sd.recording.schedule import Recording, with_nearest
 from safemax_sd.train import read_input
+from safemax_sd.training.command_line import parse_config
 from tests import tiny
 
 CLASSES = Conditioning({"class_labels": torch.arange(4)})
@@ -130,7 +130,7 @@ def test_prompts_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None
     cosines = torch.nn.functional.cosine_similarity(*(moved[0].flatten(1)[:, None], moved[1].flatten(1)[None]), dim=2)
     assert torch.equal(order, cosines.amax(1).argsort(descending=True))
     for bound, value in (("BLOCK", 2), ("ELEMENTS", 3 * 3 * 4), ("ELEMENTS", 1)):
-        monkeypatch.setattr(f"safemax_sd.likeness.{bound}", value)
+        monkeypatch.setattr(f"safemax_sd.recording.likeness.{bound}", value)
         assert torch.allclose(likeness(many, few), whole) and torch.equal(nearest(many, few), order)
 
 

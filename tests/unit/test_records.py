@@ -14,21 +14,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safemax_sd.evaluation.subjects import Adapter
-from safemax_sd.prompts import load_prompts
 from safetensors.torch import load_file, save_file
 
-from safemax_sd.adapter import WEIGHTS_NAME
+from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.assets import ANCHORS
-from safemax_sd.command_line import parse_config
-from safemax_sd.config import TrainConfig
-from safemax_sd.erased import SHAPE, load_erased, read_record
-from safemax_sd.errors import OptionError, SafemaxError
-from safemax_sd.export import export_pipeline
+from safemax_sd.core.config import TrainConfig
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.provenance import public_path, public_record
 from safemax_sd.families import LoadOptions
-from safemax_sd.model_card import describe, usage
-from safemax_sd.provenance import public_path, public_record
-from safemax_sd.resume import check_conditions, conditions
+from safemax_sd.prompts import load_prompts
+from safemax_sd.results.erasure import SHAPE, load_erased, read_record
+from safemax_sd.results.export import export_pipeline
+from safemax_sd.results.model_card import describe, usage
 from safemax_sd.train import train
+from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.resume import check_conditions, conditions
 from tests import tiny
 
 CPU = torch.device("cpu")

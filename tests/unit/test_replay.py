@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
-from safemax_sd.replay import MEMORY, Recorder, ReplayBank, Storage, bank_bytes, dispersed, spread
+from safemax_sd.recording.replay import MEMORY, Recorder, ReplayBank, Storage, bank_bytes, dispersed, spread
 
 STEPS, TRAJECTORIES = 4, 6
 

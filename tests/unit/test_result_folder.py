@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from safemax_sd.errors import OptionError
-from safemax_sd.result_folder import LOCK, claimed, finish, listed_files, replacing
+from safemax_sd.core.errors import OptionError
+from safemax_sd.results.folder import LOCK, claimed, finish, listed_files, replacing
 from tests.kills import kills
 
 RECORD = "record.json"
 HOLD = """
 import sys
 from pathlib import Path
-from safemax_sd.result_folder import claimed
+from safemax_sd.results.folder import claimed
 with claimed(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -22,12 +22,12 @@ from diffusers import (
 from safemax_sd.evaluation.sampling import SAMPLERS
 
 from safemax_sd.assets import ASSETS
-from safemax_sd.errors import OptionError
+from safemax_sd.core.errors import OptionError
+from safemax_sd.diffusion.process import VariancePreserving
+from safemax_sd.diffusion.schedulers import as_scheduler, settings_of
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.families.latent import LatentFamily
-from safemax_sd.process import VariancePreserving
-from safemax_sd.replay import start_noise
-from safemax_sd.schedulers import as_scheduler, settings_of
+from safemax_sd.recording.replay import start_noise
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 OTHERS = (DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler, PNDMScheduler)

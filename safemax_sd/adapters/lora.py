@@ -1,0 +1,237 @@
+"""The LoRA adapter: attach it to a family's denoiser, save it, load it back, export it for other tools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from safemax_sd.adapters.low_rank import LowRank
+from safemax_sd.core.errors import SafemaxError
+from safemax_sd.families.base import LoraTargets, ModelFamily
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
+ADAPTER = "default"
+METADATA_KEYS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_dora",
+    "use_rslora",
+    "lora_bias",
+)
+"""What every peft release understands; more raises TypeError in older ones."""
+
+
+def attach(
+    family: ModelFamily,
+    *,
+    rank: int,
+    targets: LoraTargets,
+    dropout: float = 0.0,
+    seed: int = 0,
+    rank_pattern: dict[str, int] | None = None,
+) -> list[nn.Parameter]:
+    """Add a LoRA to the denoiser and return its parameters, float32, in a fixed order.
+
+    Args:
+        family: Loaded, frozen model.
+        rank: Rank of every LoRA; alpha equals it, so that readers that lose alpha on load change nothing.
+        targets: Which layers (see `ModelFamily.lora_target_modules`).
+        dropout: LoRA dropout, 0 to 1.
+        rank_pattern: Layers of another rank, by name.
+        seed: Of the initial A matrices (B starts at 0, so the model starts as the base).
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=rank_pattern or {},
+        alpha_pattern=rank_pattern or {},
+        lora_dropout=dropout,
+        init_lora_weights="gaussian",
+        target_modules=family.lora_target_modules(targets),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # Not the denoiser's own add_adapter: a UNet2DModel has none.
+        inject_adapter_in_model(config, family.denoiser, adapter_name=ADAPTER)
+    parameters = [parameter for parameter in family.denoiser.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()  # half-precision LoRA weights barely move under AdamW
+    return parameters
+
+
+def lora_layers(family: ModelFamily, targets: LoraTargets) -> set[str]:
+    """Return the names of the layers that `attach` gives a LoRA."""
+    endings = tuple(f".{ending}" for ending in family.lora_target_modules(targets))
+    return {name for name, _ in family.denoiser.named_modules() if f".{name}".endswith(endings)}
+
+
+def effective_weight(layer: nn.Module) -> Tensor:
+    """A linear layer's weight, [out, in], with what an attached LoRA adds to it."""
+    if not isinstance(layer, BaseTunerLayer):
+        return layer.weight.detach()  # type: ignore[return-value,union-attr,operator]
+    return (layer.base_layer.weight + layer.get_delta_weight(ADAPTER)).detach()  # type: ignore[operator,union-attr,no-any-return]
+
+
+def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors in peft's names."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(denoiser).items()}
+
+
+def _metadata(denoiser: nn.Module, rank_pattern: dict[str, int]) -> dict[str, Any]:
+    config = denoiser.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr,index]
+    chosen = {key: config[key] for key in METADATA_KEYS if key in config}
+    chosen["target_modules"] = sorted(chosen["target_modules"])
+    if rank_pattern:
+        chosen |= {"rank_pattern": rank_pattern, "alpha_pattern": rank_pattern}
+    return chosen
+
+
+def widened(state: dict[str, Tensor], changes: dict[str, LowRank]) -> dict[str, Tensor]:
+    """An adapter's tensors, in peft's names, that add `up @ down` to what they did in some layers.
+
+    Raises:
+        SafemaxError: A layer has no LoRA.
+    """
+    new = dict(state)
+    for name, change in changes.items():
+        down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        if down not in state:
+            raise SafemaxError(f"the adapter has no LoRA in {name}: train it with --lora_targets all or attention")
+        new[down] = torch.cat([state[down], change.down.to(state[down])])
+        new[up] = torch.cat([state[up], change.up.to(state[up])], dim=1)
+    return new
+
+
+def rank_pattern(rank: int, changes: dict[str, LowRank]) -> dict[str, int]:
+    """Ranks of the layers that `widened` changes."""
+    return {name: rank + len(change.down) for name, change in changes.items()}
+
+
+def save_adapter(
+    family: ModelFamily, directory: Path, *, kohya: bool = False, changes: dict[str, LowRank] | None = None
+) -> None:
+    """Write the adapter, with `changes` on top, into a folder; see `result_folder.replacing`."""
+    changes = changes or {}
+    state = widened(adapter_state(family.denoiser), changes)
+    ranks = rank_pattern(family.denoiser.peft_config[ADAPTER].r, changes)  # type: ignore[union-attr,index]
+    _save(family, directory, state, _metadata(family.denoiser, ranks), kohya=kohya)
+
+
+def save_changes(family: ModelFamily, directory: Path, changes: dict[str, LowRank]) -> None:
+    """Write changes of some layers, all of one rank, as an adapter that holds nothing else; see `save_adapter`."""
+    state: dict[str, Tensor] = {}
+    for name, change in changes.items():
+        state |= {f"{name}.lora_A.weight": change.down.contiguous(), f"{name}.lora_B.weight": change.up.contiguous()}
+    rank = len(next(iter(changes.values())).down)
+    plain = dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False)
+    patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+    metadata = {"r": rank, "lora_alpha": rank, "target_modules": sorted(changes), **patterns, **plain}
+    _save(family, directory, state, metadata, kohya=False)
+
+
+def _save(
+    family: ModelFamily, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any], *, kohya: bool
+) -> None:
+    family.save_adapter(directory, state, metadata)
+    if kohya:
+        save_file(to_kohya(state, metadata, type(family)), directory / KOHYA_NAME, metadata={"format": "pt"})
+
+
+def layer_alpha(metadata: dict[str, Any], layer: str) -> float:
+    """Alpha of one layer's LoRA, found in the adapter's metadata as peft finds it."""
+    pattern: dict[str, float] = metadata["alpha_pattern"]
+    return float(pattern.get(get_pattern_key(list(pattern), layer), metadata["lora_alpha"]))
+
+
+def to_kohya(state: dict[str, Tensor], metadata: dict[str, Any], family: type[ModelFamily]) -> dict[str, Tensor]:
+    """The adapter in the naming of kohya's scripts, A1111 and ComfyUI, with one alpha that is true of every layer.
+
+    Args:
+        state: Its tensors in peft's names.
+        metadata: Its `METADATA_KEYS`.
+        family: Of the model that it belongs to.
+    """
+    alphas = {layer: layer_alpha(metadata, layer) for layer in {name.rsplit(".", 2)[0] for name in state}}
+    largest = max(len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight"))
+    names = family.kohya_names(alphas)
+    converted = {}
+    for layer, alpha in sorted(alphas.items()):
+        down, up = state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"]
+        # diffusers loses the alpha of an attention layer that differs from the others'; with alpha folded in and zeros
+        # up to one rank, alpha is that rank everywhere.
+        if len(set(alphas.values())) > 1:
+            down, up, alpha = *_of_rank(largest, down, up * (alpha / len(down))), float(largest)
+        name = f"lora_unet_{names[layer].replace('.', '_')}"
+        converted[f"{name}.lora_down.weight"] = down.contiguous()
+        converted[f"{name}.lora_up.weight"] = up.contiguous()
+        converted[f"{name}.alpha"] = torch.tensor(alpha)
+    return converted
+
+
+def _of_rank(rank: int, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product from matrices (or convolutions) that zeros make as large as of this rank."""
+    missing = rank - len(down)
+    down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
+    return down, torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of weights.
+
+    Raises:
+        SafemaxError: It cannot be read, or holds values that are not finite.
+    """
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SafemaxError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise SafemaxError(f"{path}: {name} is not finite: the run that wrote it has failed")
+    return state
+
+
+def check_fit(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> None:
+    """Check that a file's tensors are a model's, by name and shape.
+
+    Raises:
+        SafemaxError: One is missing, unknown or of another shape; the message names it.
+    """
+    for name in sorted({*state, *expected}):
+        if name not in state:
+            raise SafemaxError(f"{path} does not fit {model}: it lacks {name}")
+        if name not in expected:
+            raise SafemaxError(f"{path} does not fit {model}, which has no {name}")
+        if state[name].shape != expected[name].shape:
+            sizes = f"{tuple(state[name].shape)} in place of {tuple(expected[name].shape)}"
+            raise SafemaxError(f"{path} does not fit {model}: {name} is {sizes}")
+
+
+def load_adapter(family: ModelFamily, directory: Path) -> None:
+    """Copy a saved adapter's values into the attached one, in place, bit for bit.
+
+    Raises:
+        SafemaxError: The file is missing or belongs to another model or other LoRA settings.
+    """
+    path = directory / WEIGHTS_NAME
+    if not path.exists():
+        raise SafemaxError(f"{directory} holds no {WEIGHTS_NAME}")
+    prefix = f"{family.denoiser_part}."
+    state = {name.removeprefix(prefix): tensor for name, tensor in read_weights(path).items()}
+    model = "this base model with these --rank and --lora_targets"
+    check_fit(path, state, adapter_state(family.denoiser), model)
+    set_peft_model_state_dict(family.denoiser, state)

@@ -1,0 +1,4 @@
+"""Schedules and parametrisations: all noise mathematics.
+
+May import core.
+"""

@@ -1,5 +1,0 @@
-"""Closed-form edits: one file each, found by discovery."""
-
-from safemax_sd.edits.base import EDITS, ClosedFormEdit, EditData
-
-__all__ = ["EDITS", "ClosedFormEdit", "EditData"]

@@ -1,0 +1,123 @@
+"""A folder of real pictures, one subfolder for each concept."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from safemax_sd.core.errors import OptionError
+from safemax_sd.core.registry import closest
+from safemax_sd.families import ModelFamily
+from safemax_sd.prompts import PromptSet
+from safemax_sd.recording.replay import Samples
+
+T = TypeVar("T")
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
+PAPER = (255, 255, 255)
+DEEP = 257
+"""Steps of a 16-bit channel in one of 8 bits: 65535 is 255."""
+
+
+def load_picture_folder(folder: str, *, option: str, size: int | None = None) -> tuple[Tensor, list[str]]:
+    """Read pictures as a viewer shows them: turned as their EXIF says, on white where transparent.
+
+    Args:
+        folder: Its subfolders hold png, jpg or webp files; hidden files and folders are left out.
+        option: Flag to name in errors.
+        size: Side after a centre crop; the shortest side of all pictures if not given, so that none is enlarged.
+
+    Returns:
+        Pictures, float32 [N, 3, size, size] in 0 to 1, and the name of the subfolder that each lies in.
+
+    Raises:
+        OptionError: No such folder, a subfolder without pictures, or a file that is no whole picture.
+    """
+    paths = [path for subfolder in _shown(Path(folder)) if subfolder.is_dir() for path in _pictures(subfolder, option)]
+    if not paths:
+        raise OptionError(option, folder, "must hold subfolders, named by concept, with png, jpg or webp files")
+    side = size or min(_read(path, option, _shortest_side) for path in paths)
+    squares = [_read(path, option, lambda image: _square(image, side)) for path in paths]
+    return torch.stack(squares), [path.parent.name for path in paths]
+
+
+def _shown(folder: Path) -> list[Path]:
+    """List what is in a folder and not hidden, such as macOS's `._0.jpg`; nothing where there is no such folder."""
+    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+
+
+def _pictures(subfolder: Path, option: str) -> list[Path]:
+    paths = [path for path in _shown(subfolder) if path.suffix.lower() in EXTENSIONS]
+    if not paths:
+        raise OptionError(option, subfolder, "holds no png, jpg or webp files")
+    return paths
+
+
+def _read(path: Path, option: str, use: Callable[[Image.Image], T]) -> T:
+    try:
+        with Image.open(path) as image:
+            return use(image)
+    # What Pillow raises for damaged files depends on the format and on the place of the damage.
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise OptionError(option, path, f"cannot be read as a picture ({error})") from error
+
+
+def _shortest_side(image: Image.Image) -> int:
+    return min(image.size)
+
+
+def _square(image: Image.Image, size: int) -> Tensor:
+    """Crop the middle square, resized to [3, size, size] in 0 to 1."""
+    upright = _on_white(_eight_bit(ImageOps.exif_transpose(image)))
+    side = min(upright.size)
+    left, top = (upright.width - side) // 2, (upright.height - side) // 2
+    square = upright.crop((left, top, left + side, top + side)).resize((size, size))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey (Pillow's other modes have 8) to 8 bits; Pillow's own conversion cuts at 255."""
+    if not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image).astype(np.float64) / DEEP
+    return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layers = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layers.size, PAPER), layers).convert("RGB")
+
+
+def encode_samples(
+    family: ModelFamily, prompts: PromptSet, folder: str, *, resolution: int | None, option: str
+) -> Samples:
+    """The real pictures of the prompts' concepts as clean latents, each with the prompts of its concept in turn.
+
+    Raises:
+        OptionError: No folder, no pictures, or none of a prompt's concept (the prompt itself where it names none).
+    """
+    pictures, names = load_picture_folder(folder, option=option, size=family.picture_size(resolution))
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts.prompts):
+        rows.setdefault(prompt.shows, []).append(row)
+    missing = sorted(set(rows) - set(names))
+    if missing:
+        near = closest(missing[0], names)
+        raise OptionError(option, folder, f"has no subfolder of pictures named {missing[0]!r}{near}")
+    chosen = [number for number, name in enumerate(names) if name in rows]
+    seen: dict[str, int] = {}
+    prompt_rows = []
+    for number in chosen:
+        name = names[number]
+        prompt_rows.append(rows[name][seen.get(name, 0) % len(rows[name])])
+        seen[name] = seen.get(name, 0) + 1
+    return Samples(family.encode_pictures(pictures[chosen]).cpu(), torch.tensor(prompt_rows))

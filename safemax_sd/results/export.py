@@ -1,0 +1,337 @@
+"""`safemax export`: a run's output, or several together, as a full pipeline folder or as one LoRA."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
+from torch import nn
+
+from safemax_sd.adapters.lora import KOHYA_NAME, WEIGHTS_NAME, check_fit, layer_alpha, read_weights, to_kohya
+from safemax_sd.adapters.low_rank import LowRank
+from safemax_sd.adapters.weights import FULL_WEIGHTS
+from safemax_sd.assets import resolve_model
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.provenance import provenance, public_path, public_record, sorted_metadata, write_json_atomic
+from safemax_sd.families.base import FAMILIES, LoadOptions
+from safemax_sd.results.erasure import read_record
+from safemax_sd.results.folder import LOCK, claimed, listed_files, replacing
+
+EXPORT_FILE = "export.json"
+FORMAT_VERSION = 1
+PLAIN_WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run whose output is exported, and how strongly it counts."""
+
+    directory: Path
+    weight: float
+    record: dict[str, Any]
+
+    @property
+    def full(self) -> bool:
+        """Whether the output is the denoiser's weights and not a LoRA."""
+        return bool(self.record["config"]["trainable"] == "full")
+
+    @property
+    def base(self) -> str:
+        """The base model in words: the same for runs that can be put together."""
+        base = self.record["base_model"]
+        folder = Path(resolve_model(base["name_or_path"]))
+        name = str(folder.resolve()) if folder.is_dir() else base["name_or_path"]
+        details = (base["revision"], base["variant"], LoadOptions.from_record(self.record).prediction_type)
+        return " ".join([name, *(f"({detail})" for detail in details if detail is not None)])
+
+    @property
+    def part(self) -> str:
+        """What the pipeline calls the denoiser."""
+        return FAMILIES.get(self.record["base_model"]["family"]).denoiser_part
+
+
+def export_pipeline(
+    adapters: Sequence[Path], weights: Sequence[float], output_dir: Path, *, overwrite: bool = False
+) -> None:
+    """Write a pipeline folder whose denoiser is the base model's with the runs' outputs in its weights.
+
+    Args:
+        adapters: Output folders of runs: LoRAs on one base model, or one run of all weights.
+        weights: Of each LoRA; all 1 if there are none.
+        output_dir: Folder to write, whole or not at all.
+        overwrite: Whether it may be an earlier export.
+
+    Raises:
+        OptionError: A folder that cannot be read or written, runs that do not go together, or a lost base model.
+        SafemaxError: The disk is full.
+    """
+    sources = read_sources(adapters, weights)
+    full = next((source for source in sources if source.full), None)
+    if full is not None and (len(sources) > 1 or full.weight != 1):
+        text = "holds all weights of the denoiser: it can only be exported alone and with weight 1"
+        raise OptionError("--adapter", full.directory, text)
+    with _claimed_for_export(output_dir, overwrite=overwrite):
+        base = _base_folder(sources[0])
+        denoiser, variant = _load_denoiser(sources[0], base)
+        if full is None:
+            fuse(denoiser, weighted_sum(sources), sources[0].base)
+        with replacing(output_dir, EXPORT_FILE) as folder:
+            _copy_other_parts(sources[0], base, folder)
+            denoiser.save_pretrained(folder / sources[0].part, variant=variant)  # type: ignore[operator]
+            write_json_atomic(folder / EXPORT_FILE, _record(sources, "pipeline"))
+
+
+def export_lora(
+    adapters: Sequence[Path],
+    weights: Sequence[float],
+    output_dir: Path,
+    *,
+    kohya: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write one LoRA that does what all of these do together; see `export_pipeline` for the arguments.
+
+    Args:
+        kohya: Whether to write the file for A1111 and ComfyUI too.
+
+    Raises:
+        OptionError: As there; or a run of all weights, or a model that A1111 and ComfyUI do not know.
+        SafemaxError: The disk is full.
+    """
+    sources = read_sources(adapters, weights)
+    for source in sources:
+        if source.full:
+            raise OptionError("--adapter", source.directory, "holds all weights of the denoiser: add --merge")
+    family = FAMILIES.get(sources[0].record["base_model"]["family"])
+    if kohya and not family.kohya_format:
+        raise OptionError("--output_kohya_format", True, f"A1111 and ComfyUI know no {family.name} models")
+    with _claimed_for_export(output_dir, overwrite=overwrite):
+        changes = weighted_sum(sources)
+        metadata = _metadata(changes)
+        state = {}
+        for layer, change in changes.items():
+            state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = change.down, change.up
+        named = {f"{family.denoiser_part}.{name}": tensor for name, tensor in state.items()}
+        stored = json.dumps({f"{family.denoiser_part}.{key}": value for key, value in metadata.items()})
+        content = save(named, {"format": "pt", LORA_ADAPTER_METADATA_KEY: stored})
+        with replacing(output_dir, EXPORT_FILE) as folder:
+            (folder / WEIGHTS_NAME).write_bytes(sorted_metadata(content))
+            if kohya:
+                save_file(to_kohya(state, metadata, family), folder / KOHYA_NAME, {"format": "pt"})
+            write_json_atomic(folder / EXPORT_FILE, _record(sources, "lora"))
+
+
+def read_sources(adapters: Sequence[Path], weights: Sequence[float]) -> list[Source]:
+    """The runs in these folders.
+
+    Raises:
+        OptionError: No run, another number of weights than of runs, a weight that is no finite number, or runs on
+            different base models.
+    """
+    if weights and len(weights) != len(adapters):
+        given = " ".join(f"{weight:g}" for weight in weights)
+        raise OptionError("--weight", given, f"must be given once for each of {len(adapters)} --adapter, or not at all")
+    sources = []
+    for directory, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
+        if not math.isfinite(weight):
+            raise OptionError("--weight", weight, "must be a finite number")
+        sources.append(Source(directory, weight, read_record(directory)))
+    first = sources[0]
+    for source in sources[1:]:
+        if source.base != first.base:
+            text = f"belongs to the base model {source.base}, {first.directory} to {first.base}"
+            raise OptionError("--adapter", source.directory, text)
+    return sources
+
+
+@contextmanager
+def _claimed_for_export(directory: Path, *, overwrite: bool) -> Iterator[None]:
+    """Claim a folder for an export: it is empty, or holds an earlier export and may be overwritten.
+
+    Raises:
+        OptionError: It is neither, or cannot be written to.
+    """
+    with claimed(directory):
+        if any(path.name != LOCK for path in directory.iterdir()):
+            if not listed_files(directory, EXPORT_FILE):
+                raise OptionError("--output_dir", directory, "holds something else than an export: name a new folder")
+            if not overwrite:
+                text = "is in use: add --overwrite_output_dir or name a new folder"
+                raise OptionError("--output_dir", directory, text)
+        yield
+
+
+def read_lora(source: Source) -> dict[str, LowRank]:
+    """What a saved LoRA adds to each layer's weight, by layer, in float32; alpha is folded in.
+
+    Raises:
+        SafemaxError: The file cannot be read or is more than a plain LoRA.
+    """
+    path, prefix = source.directory / WEIGHTS_NAME, f"{source.part}."
+    state = {name.removeprefix(prefix): tensor.float() for name, tensor in read_weights(path).items()}
+    with safe_open(path, "pt") as file:
+        stored = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    metadata = {name.removeprefix(prefix): value for name, value in stored.items()}
+    changes = {}
+    for name, down in state.items():
+        layer, is_down, _ = name.partition(".lora_A.weight")
+        if is_down:
+            # A file says nothing of alpha where it equals the rank.
+            alpha = layer_alpha(metadata, layer) if metadata else len(down)
+            up = state.get(f"{layer}.lora_B.weight", down.new_zeros(0))
+            changes[layer] = LowRank(up=up * (alpha / len(down)), down=down)
+    if any(f"{layer}.lora_B.weight" not in state for layer in changes) or len(state) != 2 * len(changes):
+        raise SafemaxError(f"{path} holds more than the two matrices a layer of a LoRA: it cannot be exported")
+    return changes
+
+
+def weighted_sum(sources: Sequence[Source]) -> dict[str, LowRank]:
+    """What these LoRAs add together, exactly: ranks side by side, those of each scaled by its weight.
+
+    Raises:
+        SafemaxError: A layer has different sizes in two of them.
+    """
+    found: dict[str, list[LowRank]] = {}
+    for source in sources:
+        for layer, change in read_lora(source).items():
+            known = found.setdefault(layer, [])
+            if known and (known[0].down[0].shape, len(known[0].up)) != (change.down[0].shape, len(change.up)):
+                text = f"{source.directory} and {sources[0].directory} do not fit the same model"
+                raise SafemaxError(f"{text}: {layer} has different sizes")
+            known.append(LowRank(up=change.up * source.weight, down=change.down))
+    return {
+        layer: LowRank(up=torch.cat([c.up for c in changes], dim=1), down=torch.cat([c.down for c in changes]))
+        for layer, changes in found.items()
+    }
+
+
+@torch.no_grad()
+def fuse(denoiser: nn.Module, changes: dict[str, LowRank], base: str) -> None:
+    """Add changes to the weights, computed in float32 and rounded once, to the weights' own type.
+
+    Raises:
+        SafemaxError: A layer is missing or of another size: the base model is not the one that was trained on.
+    """
+    weights = dict(denoiser.named_parameters())
+    for layer, change in changes.items():
+        weight, size = weights.get(f"{layer}.weight"), (len(change.up), *change.down.shape[1:])
+        if weight is None or weight.shape != size:
+            raise SafemaxError(f"the adapter does not fit {base}: no layer {layer} of size {tuple(size)}")
+        weight.copy_(weight.float() + (change.up.flatten(1) @ change.down.flatten(1)).view(size))
+
+
+def _metadata(changes: dict[str, LowRank]) -> dict[str, Any]:
+    """What makes peft read every layer with alpha = rank."""
+    ranks = {layer: len(change.down) for layer, change in changes.items()}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    # peft takes a pattern without "^" for the end of a name, and one layer's name can be the end of another's.
+    others = {f"^{layer}": rank for layer, rank in ranks.items() if rank != usual}
+    return {
+        "r": usual,
+        "lora_alpha": usual,
+        "target_modules": sorted(ranks),
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "use_dora": False,
+        "use_rslora": False,
+        "lora_bias": False,
+    }
+
+
+def _base_folder(source: Source) -> Path:
+    """The base model's folder; a model of the hub is downloaded unless it is in the cache."""
+    base = LoadOptions.from_record(source.record)
+    folder = Path(resolve_model(base.name_or_path))
+    try:
+        if not folder.is_dir():
+            where = {"revision": base.revision, "variant": base.variant, "cache_dir": base.cache_dir}
+            folder = Path(DiffusionPipeline.download(base.name_or_path, **where))
+    except (OSError, ValueError) as error:
+        raise _lost_base(source, " ".join(str(error).split())[:200]) from error
+    if not (folder / "model_index.json").is_file():
+        raise _lost_base(source, "it holds no model_index.json")
+    return folder
+
+
+def _lost_base(source: Source, reason: str) -> OptionError:
+    return OptionError("--adapter", source.directory, f"its base model {source.base} cannot be loaded: {reason}")
+
+
+def _load_denoiser(source: Source, base: Path) -> tuple[nn.Module, str | None]:
+    """The denoiser, the base's or a run's own, in the type the base stores; and the variant the base stores it as."""
+    files = sorted((base / source.part).glob("*.safetensors"))
+    variant = source.record["base_model"]["variant"]
+    chosen = [file for file in files if variant is not None and f".{variant}" in file.name]
+    if not chosen:  # as diffusers does, where a part of the model has no such variant
+        variant, chosen = None, [file for file in files if PLAIN_WEIGHTS.fullmatch(file.name)]
+    if not chosen:
+        raise _lost_base(source, f"{source.part} holds no safetensors file of its weights")
+    where, own = (source.directory, None) if source.full else (base, variant)
+    try:
+        dtype = _dtype(chosen[0])
+        model = AutoModel.from_pretrained(str(where), subfolder=source.part, variant=own, torch_dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if source.full:
+            raise OptionError("--adapter", source.directory, f"its {source.part} cannot be loaded: {reason}") from error
+        raise _lost_base(source, reason) from error
+    if source.full:
+        path = source.directory / source.part / FULL_WEIGHTS
+        check_fit(path, read_weights(path), model.state_dict(), "its own configuration")
+    return model, variant
+
+
+def _dtype(path: Path) -> torch.dtype:
+    """Of most tensors in a file."""
+    with safe_open(path, "pt") as file:
+        kinds = Counter(file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118
+    return kinds.most_common(1)[0][0]
+
+
+def _copy_other_parts(source: Source, base: Path, folder: Path) -> None:
+    """Copy all parts but the denoiser, file by file.
+
+    Loaded and saved again by another version of transformers, a text encoder can become one that others misread.
+    """
+    index = json.loads((base / "model_index.json").read_text(encoding="utf8"))
+    shutil.copyfile(base / "model_index.json", folder / "model_index.json")
+    for name in index:
+        if name != source.part and (base / name).is_dir():
+            shutil.copytree(base / name, folder / name)
+    prediction_type = LoadOptions.from_record(source.record).prediction_type
+    if prediction_type is not None:  # the run's --prediction_type says that the base model's own is wrong
+        path = folder / "scheduler" / "scheduler_config.json"
+        config = json.loads(path.read_text(encoding="utf8"))
+        write_json_atomic(path, {**config, "prediction_type": prediction_type})
+
+
+def _record(sources: Sequence[Source], kind: str) -> dict[str, Any]:
+    """Content of `export.json`."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "base_model": public_record(sources[0].record)["base_model"],
+        "sources": [
+            {
+                "directory": public_path(str(source.directory)),
+                "weight": source.weight,
+                "method": source.record["method"],
+                "concepts": source.record["forget"]["concepts"],
+            }
+            for source in sources
+        ],
+        "provenance": provenance(None, torch.device("cpu")),
+    }

@@ -1,0 +1,91 @@
+"""Upload a finished run to the Hugging Face hub: `--push_to_hub`, `--hub_model_id`, `--hub_token`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, is_offline_mode
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from safemax_sd.core.config import TrainConfig
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.provenance import public_record
+
+FILES = ("*.safetensors", "erasure.json", "README.md", "samples/*.png", "unet/*", "transformer/*")
+"""What makes up a run's output; in the output folder, not below it."""
+
+RECORD = "erasure.json"
+
+TOKEN_SAFE_TRACKERS = (None, "tensorboard")
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse before training what could not be uploaded after it.
+
+    Raises:
+        OptionError: A flag of the hub without `--push_to_hub`, a name that the hub does not take, no token, or one that
+            a tracker might show.
+    """
+    if not config.push_to_hub:
+        for name in ("hub_model_id", "hub_private", "hub_token"):
+            if getattr(config, name):
+                raise OptionError(f"--{name}", _shown(config, name), "needs --push_to_hub")
+        return
+    if config.hub_token is not None and config.tracker not in TOKEN_SAFE_TRACKERS:
+        # wandb and others keep the command line with the run.
+        text = f"may be published by --report_to {config.report_to}: leave it out and run `hf auth login`"
+        raise OptionError("--hub_token", _shown(config, "hub_token"), text)
+    try:
+        validate_repo_id(repo_id(config))
+    except HFValidationError as error:
+        text = "must be a name or owner/name of letters, digits, '-', '_' and '.' on the hub (default: --output_dir's)"
+        raise OptionError("--hub_model_id", repo_id(config), text) from error
+    if is_offline_mode():
+        raise OptionError("--push_to_hub", True, "cannot work with HF_HUB_OFFLINE set")
+    if not (config.hub_token or get_token()):
+        raise OptionError("--push_to_hub", True, "needs a token of the hub: run `hf auth login` or set HF_TOKEN")
+
+
+def _shown(config: TrainConfig, name: str) -> object:
+    return "(given)" if name in config.secret else getattr(config, name)
+
+
+def repo_id(config: TrainConfig) -> str:
+    """Where the run is uploaded to: `name`, of the token's owner, or `owner/name`."""
+    return config.hub_model_id or Path(config.output_dir).resolve().name
+
+
+def output_files(directory: Path) -> list[str]:
+    """The files of a finished run that others need, relative to its folder: no checkpoints, logs or trackers."""
+    paths = (path for pattern in FILES for path in directory.glob(pattern))
+    return sorted(path.relative_to(directory).as_posix() for path in paths if not path.name.startswith("."))
+
+
+def published(path: Path) -> bytes | Path:
+    """Return what is uploaded of a file: the file itself, but of a record what others may see."""
+    if path.name != RECORD:
+        return path
+    record = public_record(json.loads(path.read_text(encoding="utf8")))
+    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf8")
+
+
+def push(config: TrainConfig) -> str:
+    """Upload a finished run in one commit; returns the repository's address.
+
+    Raises:
+        SafemaxError: It could not be uploaded; the output folder is complete all the same.
+    """
+    directory, api = Path(config.output_dir), HfApi(token=config.hub_token)
+    try:
+        repository = api.create_repo(repo_id(config), exist_ok=True, private=config.hub_private or None)
+        operations = [CommitOperationAdd(name, published(directory / name)) for name in output_files(directory)]
+        api.create_commit(repository.repo_id, operations, commit_message=f"Erased by safemax_sd, {config.objective}")
+    except Exception as error:  # the hub's client lets those of its HTTP library through, which differs by release
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise SafemaxError(
+            f"{directory} is complete but could not be uploaded to {repo_id(config)} ({reason[0]}); "
+            f"hf upload {repo_id(config)} {directory} --exclude 'checkpoint-*' uploads it later"
+        ) from error
+    return str(repository)

@@ -1,0 +1,164 @@
+"""The adapter's README.md, a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from safemax_sd.assets import resolve_model
+from safemax_sd.core.escaping import markdown_code, markdown_text
+from safemax_sd.core.provenance import atomic_write_text, public_record
+from safemax_sd.families.base import FAMILIES, LoadOptions
+from safemax_sd.results.samples import own_samples
+
+SHOWN_NAMES, LONGEST_NAME = 10, 60
+"""Of concepts, in a card's text."""
+TAGS = ["diffusers", "text-to-image", "lora", "concept-erasure", "unlearning", "safemax"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the card.
+
+    Attributes:
+        path: Relative to the card.
+        alt: What it shows.
+    """
+
+    path: str
+    alt: str
+
+
+def usage(record: dict[str, Any], folder: str) -> str:
+    """The lines of Python that load and use a run's output: of diffusers alone wherever it can.
+
+    Args:
+        record: Content of `erasure.json`.
+        folder: Where the output lies.
+    """
+    name, config = record["base_model"]["name_or_path"], record["config"]
+    prompt = (record["forget"]["texts"] or ["a picture"])[0]
+    embedded = name == "emoji"
+    lines = FAMILIES.get(record["base_model"]["family"]).usage(
+        'ASSETS / "emoji"' if embedded else repr(name),
+        folder,
+        prompt,
+        options=LoadOptions.from_record(record),
+        full=config["trainable"] == "full",
+        resolution=config["resolution"],
+    )
+    return "\n".join([*(["from safemax_sd.assets import ASSETS"] if embedded else []), *lines])
+
+
+def named(names: Sequence[str]) -> list[str]:
+    """Return names for a heading: the first few, each one line of plain text, and how many are left out."""
+    shown = [_plain(name) for name in names[:SHOWN_NAMES]]
+    return [*shown, *([f"{len(names) - SHOWN_NAMES} more"] if len(names) > SHOWN_NAMES else [])]
+
+
+def _plain(name: str) -> str:
+    """A name without line breaks and Markdown's marks, cut where it is long."""
+    text = markdown_text(" ".join(name.split()))
+    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME].rstrip(chr(92))}…"
+
+
+def _trained(config: dict[str, Any]) -> str:
+    if config["trainable"] == "full":
+        return "all weights"
+    return f"LoRA of rank {config['rank']}, {config['lora_targets']} layers"
+
+
+def describe(record: dict[str, Any], picture: Picture | None, measured: str = "") -> str:
+    """The card's text for one `erasure.json`.
+
+    Args:
+        record: Content of `erasure.json`.
+        picture: To show below the title.
+        measured: Markdown of an evaluation's results; may be empty.
+    """
+    record = public_record(record)
+    base = record["base_model"]["name_or_path"]
+    concepts = named(record["forget"]["concepts"] or record["forget"]["texts"])
+    cost, config = record["cost"], record["config"]
+    what = "This LoRA makes" if config["trainable"] == "lora" else "These weights make"
+    if concepts:
+        title = f"# Erased from {markdown_text(base)}: {', '.join(concepts)}"
+        sentence = (
+            f"{what} {markdown_code(base)} forget {record['forget']['count']} forbidden prompts"
+            f" ({', '.join(concepts)}); {record['retain']['count']} prompts were trained to stay as they are."
+        )
+    else:
+        title = f"# Halting anchor of {markdown_text(base)}"
+        sentence = (
+            f"{what} {markdown_code(base)} halt where a word bears its mark, and changes nothing else: "
+            f"`safemax erase --anchor` marks the words of concepts. Trained on {record['retain']['count']} prompts."
+        )
+    lines = [
+        title,
+        "",
+        sentence,
+        "",
+        *([f"![{markdown_text(picture.alt)}]({quote(picture.path)})", ""] if picture is not None else []),
+        "```python",
+        usage(record, "path/to/this/folder"),
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| method | {markdown_text(record['method'])} |",
+        f"| steps | {cost['steps']} |",
+        f"| seconds | {cost['seconds']['total']:.1f} |",
+        f"| peak memory | {cost['peak_memory_bytes'] / 2**30:.2f} GiB |",
+        f"| trained | {_trained(config)} |",
+        *([f"| decay | {config['decay']}, λ = {config['decay_lambda']} |"] if "decay" in config else []),
+        "",
+        *(["## Measured", "", measured, ""] if measured else []),
+        "Erasure is measured, not guaranteed: `safemax evaluate` says what this adapter forgets, keeps and withstands.",
+    ]
+    return "\n".join(lines)
+
+
+def hub_id(name_or_path: str) -> str | None:
+    """A base model's id on the hub; None for a folder or an embedded model, whose names the hub takes for an error."""
+    if resolve_model(name_or_path) != name_or_path or Path(name_or_path).exists():
+        return None
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError:
+        return None
+    return name_or_path
+
+
+def last_sample(directory: Path) -> Picture | None:
+    """The last picture that the training of an adapter drew."""
+    drawn = own_samples(directory)
+    return Picture(drawn[-1].relative_to(directory).as_posix(), drawn[-1].stem) if drawn else None
+
+
+def write_model_card(
+    directory: Path, record: dict[str, Any], *, measured: str = "", picture: Picture | None = None
+) -> None:
+    """Write `README.md` into the adapter's folder.
+
+    Args:
+        directory: The adapter's folder.
+        record: Content of its `erasure.json`.
+        measured: Markdown of an evaluation's results; may be empty.
+        picture: To show.
+    """
+    # Not through diffusers' load_or_create_model_card: it asks the hub for a repository of the folder's name first.
+    data = ModelCardData(
+        base_model=hub_id(record["base_model"]["name_or_path"]),
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=TAGS,
+    )
+    text = f"---\n{data.to_yaml()}\n---\n\n{describe(record, picture, measured)}\n"
+    atomic_write_text(directory / "README.md", text)

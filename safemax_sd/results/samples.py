@@ -1,0 +1,101 @@
+"""Pictures drawn during training."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from safemax_sd.core.errors import path_errors
+from safemax_sd.core.pictures import contact_sheet
+from safemax_sd.core.provenance import atomic_write_bytes
+
+SMALL = 256
+SAMPLES = "samples"
+SOFTWARE = "safemax_sd"
+"""Of a picture's metadata; tells a run's pictures from others of the same name."""
+
+
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """Images of pictures [N, 3, H, W] in 0 to 1."""
+    arrays = pictures.mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
+
+
+def save_samples(pictures: Tensor, prompts: Sequence[str], count: int, output_dir: Path, step: int) -> None:
+    """Write `samples/step-{step}.png`: one row a prompt, `count` pictures each.
+
+    Args:
+        pictures: [len(prompts) * count, 3, H, W] in 0 to 1, the pictures of one prompt together.
+        prompts: Labels of the rows.
+        count: Pictures of each prompt.
+        output_dir: The run's folder.
+        step: Optimizer step.
+
+    Raises:
+        OptionError: They cannot be written.
+    """
+    path = output_dir / SAMPLES / f"step-{step:05d}.png"
+    labels = [prompt for prompt in prompts for _ in range(count)]
+    scale = 2 if pictures.shape[-1] < SMALL else 1
+    sheet, metadata, content = (
+        contact_sheet(to_pil(pictures), count, labels=labels, scale=scale),
+        _metadata(),
+        io.BytesIO(),
+    )
+    sheet.save(content, "png", pnginfo=metadata)
+    with path_errors("--output_dir", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(path, content.getvalue())
+
+
+def _metadata() -> PngImagePlugin.PngInfo:
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_text("Software", SOFTWARE)
+    return metadata
+
+
+def is_ours(picture: Path) -> bool:
+    """Whether `save_samples` wrote a picture."""
+    try:
+        with Image.open(picture) as image:
+            return bool(image.info.get("Software") == SOFTWARE)
+    except UnidentifiedImageError:
+        return False
+
+
+def own_samples(output_dir: Path) -> list[Path]:
+    """The pictures drawn during the training of a run, in the order of steps."""
+    return sorted(path for path in (output_dir / SAMPLES).glob("step-*.png") if is_ours(path))
+
+
+def remove_samples(output_dir: Path) -> None:
+    """Remove the pictures of an earlier run, and their folder if nothing else is in it."""
+    for path in own_samples(output_dir):
+        path.unlink()
+    folder = output_dir / SAMPLES
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def track_samples(trackers: Sequence[Any], pictures: Tensor, prompts: Sequence[str], step: int) -> None:
+    """Show each prompt's pictures in the trackers of Accelerate that can.
+
+    Args:
+        trackers: `Accelerator.trackers`.
+        pictures: [len(prompts) * count, 3, H, W] in 0 to 1, the pictures of one prompt together.
+        prompts: What they are named.
+        step: Optimizer step.
+    """
+    named = {f"validation/{text}": part for text, part in zip(prompts, pictures.chunk(len(prompts)), strict=True)}
+    for tracker in trackers:
+        # The other trackers' `log_images`, where there is one, takes other arguments.
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: part.clamp(0, 1).cpu().numpy() for name, part in named.items()}, step=step)
+        elif tracker.name == "wandb":
+            tracker.log_images({name: to_pil(part) for name, part in named.items()}, step=step)

@@ -1,0 +1,169 @@
+"""`checkpoint-N` folders: written whole or not at all, read back bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from safemax_sd.adapters.weights import Trainable
+from safemax_sd.core.errors import OptionError, path_errors
+from safemax_sd.core.provenance import Cost, write_json_atomic
+from safemax_sd.results.folder import files_in, remove
+from safemax_sd.training.resume import CONDITIONS
+
+logger = logging.getLogger("safemax_sd")
+
+PATTERN = re.compile(r"checkpoint-(\d+)")
+COST = "cost.json"
+MANIFEST = "manifest.json"
+"""SHA-256 of all other files of a checkpoint."""
+
+
+def register(accelerator: Accelerator, trainable: Trainable) -> None:
+    """Make Accelerate's state hold the trained weights only, in the format of the final file."""
+
+    def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
+        if accelerator.is_main_process:
+            trainable.save(Path(output_dir))
+        weights.clear()  # what is popped here Accelerate does not write again, base model and all
+
+    def load(models: list[Any], input_dir: str) -> None:
+        models.clear()
+        trainable.load(Path(input_dir))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def step_of(path: Path) -> int:
+    """N of a `checkpoint-N` folder, or -1 for any other name."""
+    match = PATTERN.fullmatch(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a `checkpoint-N` folder was written by this package: other training scripts name theirs alike."""
+    return (path / MANIFEST).is_file()
+
+
+def all_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    paths = (path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0)
+    return sorted(filter(is_ours, paths), key=step_of)
+
+
+def save(
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    *,
+    cost: Cost,
+    conditions: dict[str, Any],
+    limit: int | None,
+) -> None:
+    """Write `checkpoint-{step}` and drop the oldest beyond `limit`.
+
+    Args:
+        accelerator: Whose state it is.
+        output_dir: Of the run.
+        step: How many steps were taken.
+        cost: What they took, to be counted when a run goes on from here.
+        conditions: What the steps depend on, from `resume.conditions`.
+        limit: How many checkpoints to keep; None for all.
+
+    Raises:
+        OptionError: The disk is full; older checkpoints are untouched.
+    """
+    temporary, final = output_dir / f".checkpoint-{step}", output_dir / f"checkpoint-{step}"
+    with path_errors("--output_dir", final):
+        try:
+            accelerator.save_state(str(temporary))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                write_json_atomic(temporary / COST, asdict(cost))
+                write_json_atomic(temporary / CONDITIONS, conditions)
+                hashes = {name: _hash(temporary / name) for name in files_in(temporary)}
+                write_json_atomic(temporary / MANIFEST, hashes)
+                if final.exists():
+                    discard(final)
+                os.replace(temporary, final)
+                for old in all_checkpoints(output_dir)[: -limit if limit else 0]:
+                    discard(old)
+        finally:
+            if accelerator.is_main_process:
+                remove(temporary)
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint, whole or not at all: half of one is never seen under its name."""
+    gone = path.with_name(f".{path.name}.old")
+    os.replace(path, gone)
+    shutil.rmtree(gone)
+
+
+def damage(path: Path) -> str | None:
+    """What a checkpoint lacks of what was written; None if it is whole."""
+    try:
+        hashes: dict[str, str] = json.loads((path / MANIFEST).read_text(encoding="utf8"))
+        for name, wanted in hashes.items():
+            if not (path / name).is_file():
+                return f"it lacks {name}"
+            if _hash(path / name) != wanted:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{MANIFEST} does not describe it ({type(error).__name__})"
+    return None
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load(accelerator: Accelerator, path: Path) -> tuple[int, Cost]:
+    """Restore a checkpoint that `find` returned; returns the step to go on from and what it has cost to get there."""
+    accelerator.load_state(str(path))
+    return step_of(path), Cost(**json.loads((path / COST).read_text(encoding="utf8")))
+
+
+def find(output_dir: Path, resume_from: str) -> Path:
+    """The folder that `--resume_from_checkpoint` names: `latest`, a name in the output folder, or a path.
+
+    `latest` passes over damaged checkpoints, with a warning.
+
+    Raises:
+        OptionError: There is none, or none that is whole.
+    """
+    if resume_from == "latest":
+        return _latest(output_dir)
+    for path in (output_dir / resume_from, Path(resume_from)):
+        if path.is_dir() and step_of(path) >= 0:
+            reason = damage(path)
+            if reason is not None:
+                raise OptionError("--resume_from_checkpoint", path, f"is damaged or of another version: {reason}")
+            return path
+    raise OptionError("--resume_from_checkpoint", resume_from, "is not a checkpoint-N folder")
+
+
+def _latest(output_dir: Path) -> Path:
+    found = all_checkpoints(output_dir)
+    if not found:
+        raise OptionError("--resume_from_checkpoint", "latest", f"{output_dir} holds no checkpoint-N folder")
+    damaged: list[str] = []
+    for path in reversed(found):
+        reason = damage(path)
+        if reason is None:
+            if damaged:
+                logger.warning("%s: going on from %s", "; ".join(damaged), path.name)
+            return path
+        damaged.append(f"{path.name} is damaged ({reason})")
+    raise OptionError("--resume_from_checkpoint", "latest", f"{output_dir}: {'; '.join(damaged)}")

@@ -1,0 +1,82 @@
+"""The optimizers of `--optimizer` and `--use_8bit_adam`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from safemax_sd.core.config import TrainConfig
+from safemax_sd.core.errors import OptionError, SafemaxError
+
+logger = logging.getLogger("safemax_sd")
+
+LOW_PRODIGY_RATE = 0.1
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """Refuse before training an optimizer that is not to be had, and warn of a rate that belongs to another.
+
+    Raises:
+        SafemaxError: `--use_8bit_adam` with another optimizer than AdamW, or a package is missing.
+    """
+    if config.use_8bit_adam and config.optimizer != "adamw":
+        raise OptionError("--use_8bit_adam", True, f"does not go with --optimizer {config.optimizer}")
+    if config.optimizer == "prodigy" and config.learning_rate <= LOW_PRODIGY_RATE:
+        text = "--learning_rate %g: Prodigy finds the size of its steps itself and this multiplies it: 1 is usual"
+        logger.warning(text, config.learning_rate)
+    if config.lr_warmup_steps > config.max_train_steps:
+        text = "--lr_warmup_steps %d: training ends after %d steps (--max_train_steps), before its full rate is reached"
+        logger.warning(text, config.lr_warmup_steps, config.max_train_steps)
+    optimizer_class(config)
+
+
+def optimizer_class(config: TrainConfig) -> Any:
+    """The class that the flags name.
+
+    Raises:
+        SafemaxError: Its package is missing.
+    """
+    if config.optimizer == "prodigy":
+        return _optional("prodigyopt", "--optimizer prodigy").Prodigy
+    return _optional("bitsandbytes", "--use_8bit_adam").optim.AdamW8bit if config.use_8bit_adam else torch.optim.AdamW
+
+
+def _optional(package: str, flag: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise SafemaxError(f"{flag} needs the {package} package: pip install {package}") from error
+
+
+def make_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter], processes: int) -> torch.optim.Optimizer:
+    """The optimizer that the flags name.
+
+    Raises:
+        SafemaxError: Its package is missing.
+    """
+    learning_rate = config.learning_rate
+    if config.scale_lr:
+        learning_rate *= config.gradient_accumulation_steps * config.train_batch_size * processes
+    optimizer: torch.optim.Optimizer = optimizer_class(config)(
+        list(parameters),
+        lr=learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        **_more(config),
+    )
+    return optimizer
+
+
+def _more(config: TrainConfig) -> dict[str, bool]:
+    """What else the optimizer's class is told."""
+    if config.optimizer == "prodigy":
+        # As in diffusers' scripts: unguarded, the small rates of the warm-up would be taken for large distances.
+        return {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
+    # A LoRA is hundreds of small tensors, which PyTorch would step one by one on a processor.
+    return {} if config.use_8bit_adam else {"fused": True}

@@ -1,0 +1,258 @@
+"""The training output directory: who may write where, the log, `erasure.json` and the model card."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
+from safemax_sd.adapters.halting_marks import MARKS_FILE
+from safemax_sd.adapters.lora import KOHYA_NAME, WEIGHTS_NAME
+from safemax_sd.core.config import TrainConfig
+from safemax_sd.core.errors import OptionError, path_errors
+from safemax_sd.core.provenance import (
+    Cost,
+    atomic_write_text,
+    peak_memory_bytes,
+    provenance,
+    public_path,
+    write_json_atomic,
+)
+from safemax_sd.core.registry import closest
+from safemax_sd.families import ModelFamily
+from safemax_sd.prompts import PromptSet
+from safemax_sd.results.erasure import FORMAT_VERSION
+from safemax_sd.results.folder import check_no_model, foreign, not_ours
+from safemax_sd.results.model_card import last_sample, write_model_card
+from safemax_sd.results.samples import SAMPLES, is_ours, remove_samples
+from safemax_sd.training import checkpoints
+from safemax_sd.training.workers import claimed_by_main, from_main
+
+logger = logging.getLogger("safemax_sd")
+
+RECORD = "erasure.json"
+CARD = "README.md"
+LOG = "log.jsonl"
+WEIGHTS = (WEIGHTS_NAME, "unet", "transformer")
+EDIT_FILE = "edit.safetensors"
+"""What the edits of a halting anchor are solved from."""
+BESIDE_WEIGHTS = (KOHYA_NAME, MARKS_FILE, EDIT_FILE)
+LOG_BEGINS = b'{"step": '
+TRACES = (*WEIGHTS, RECORD, LOG)
+
+
+@contextmanager
+def run_folder(config: TrainConfig, accelerator: Accelerator) -> Iterator[Path | None]:
+    """Claim the output folder for a run, to be called by all its processes; yields the checkpoint to resume from.
+
+    Raises:
+        OptionError: The folder is another process's, holds another run and neither `--overwrite_output_dir` nor a
+            resume was asked for, holds files of others in the way, or there is nothing to resume.
+    """
+    directory = Path(config.output_dir)
+    with claimed_by_main(directory, accelerator.state):
+        yield from_main(accelerator.state, lambda: checkpoint_to_resume(config))
+
+
+def checkpoint_to_resume(config: TrainConfig) -> Path | None:
+    """See that the run may write to its claimed output folder, and find what it resumes from, if anything.
+
+    Raises:
+        OptionError: As of `run_folder`.
+    """
+    directory = Path(config.output_dir)
+    asked = config.resume_from_checkpoint
+    resume_from = None if asked is None else checkpoints.find(directory, asked)
+    check_output_dir(
+        directory,
+        # A checkpoint from elsewhere does not make this folder its run's.
+        overwrite=config.overwrite_output_dir or (resume_from is not None and resume_from.parent.samefile(directory)),
+        instead="or --resume_from_checkpoint latest, or name a new one",
+    )
+    return resume_from
+
+
+def check_output_dir(directory: Path, *, overwrite: bool, instead: str) -> None:
+    """See that a claimed folder may be written to.
+
+    Args:
+        directory: Named by `--output_dir`.
+        overwrite: Whether another run in it does not matter.
+        instead: What else than overwriting may be done.
+
+    Raises:
+        OptionError: It is a model's, holds files of others in the way, or another run.
+    """
+    check_no_model(directory)
+    for name in (*WEIGHTS, *BESIDE_WEIGHTS, RECORD, CARD):
+        if foreign(directory, name, RECORD):
+            raise not_ours(directory, name)
+    log = directory / LOG
+    with path_errors("--output_dir", directory):
+        if log.exists() and not _is_log(log):
+            raise not_ours(directory, LOG)
+        for path in (*directory.glob("checkpoint-*"), *directory.glob(f"{SAMPLES}/step-*.png")):
+            if checkpoints.step_of(path) >= 0 and not checkpoints.is_ours(path):
+                raise not_ours(directory, path.name)
+            if path.suffix == ".png" and not is_ours(path):
+                raise not_ours(directory, f"{SAMPLES}/{path.name}")
+    if overwrite:
+        return
+    if any((directory / name).exists() for name in TRACES) or checkpoints.all_checkpoints(directory):
+        raise OptionError("--output_dir", directory, f"holds another run: add --overwrite_output_dir {instead}")
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file is a run's log, as far as its beginning tells; an empty one may become one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(LOG_BEGINS)) in (LOG_BEGINS, b"")
+
+
+def clear(directory: Path) -> None:
+    """Remove what a new run would mix with its own: an earlier run's checkpoints and pictures, but not its results.
+
+    To be called when the run is about to step: bad input must have lost nothing by then.
+    """
+    with path_errors("--output_dir", directory):
+        for checkpoint in checkpoints.all_checkpoints(directory):
+            checkpoints.discard(checkpoint)
+        remove_samples(directory)
+
+
+def check_tracker(config: TrainConfig) -> None:
+    """Refuse a tracker that would be left out without a word.
+
+    Raises:
+        OptionError: `--report_to` names none that Accelerate knows, or one that is not installed.
+    """
+    name = config.tracker
+    if name is None or name == str(LoggerType.ALL):
+        return
+    known = LoggerType.list()
+    if name not in known:
+        raise OptionError("--report_to", name, f"must be one of {', '.join(known)}{closest(name, known)}")
+    if name not in map(str, get_available_trackers()):
+        raise OptionError(
+            "--report_to", name, 'is not installed: pip install it, or -e ".[trackers]" for the usual ones'
+        )
+
+
+class RunLog:
+    """`log.jsonl`, one line a step, and the trackers of `--report_to`."""
+
+    def __init__(self, path: Path, accelerator: Accelerator, *, config: TrainConfig, resume_step: int) -> None:
+        self.accelerator = accelerator
+        self._path = path if accelerator.is_main_process else None
+        self._started = time.monotonic()
+        if config.tracker is not None:
+            plain = {k: v for k, v in config.record().items() if isinstance(v, int | float | str | bool)}
+            with path_errors("--logging_dir", config.logging_dir):
+                accelerator.init_trackers("safemax_sd", config=plain)
+        if self._path is not None:
+            self._keep_until(resume_step)
+
+    def _keep_until(self, step: int) -> None:
+        """Drop the lines after the step that a resumed run goes on from (all of them in a new run)."""
+        assert self._path is not None
+        with path_errors("--output_dir", self._path):
+            kept = [row for row in read_log(self._path) if row["step"] <= step] if step else []
+            atomic_write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        if kept:
+            self._started -= kept[-1]["seconds"]
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        self.accelerator.log(row, step=step)
+        if self._path is not None:
+            seconds = round(time.monotonic() - self._started, 3)
+            with path_errors("--output_dir", self._path), self._path.open("a", encoding="utf8") as file:
+                file.write(json.dumps({"step": step, **row, "seconds": seconds}, allow_nan=False) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Rows of a run's log; none where there is no file. Lines that cannot be read are left out, with a warning."""
+    if not path.exists():
+        return []
+    rows, broken = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and {"step", "seconds"} <= row.keys():
+            rows.append(row)
+        else:
+            broken.append(number)
+    if broken:
+        logger.warning("%s: left out %d damaged lines, the first of them line %d", path, len(broken), broken[0])
+    return rows
+
+
+def write_results(
+    folder: Path,
+    config: TrainConfig,
+    family: ModelFamily,
+    forget: PromptSet | None,
+    retain: PromptSet,
+    cost: Cost,
+    steps: int,
+    edit: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write `erasure.json` and the model card into a folder of new files (see `result_folder.replacing`).
+
+    Args:
+        folder: To write to.
+        config: Of the run.
+        family: Its model.
+        forget: Prompts to forget, where the run names any.
+        retain: Prompts to keep.
+        cost: Of the run.
+        steps: Taken.
+        edit: Name and settings of a closed form.
+
+    Returns:
+        The record.
+    """
+    device = next(family.denoiser.parameters()).device
+    record: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "method": config.objective,
+        "base_model": family.options.record(family.name),
+        "config": config.record(),
+        "forget": describe_prompts(forget),
+        "retain": describe_prompts(retain, with_texts=False),
+        "cost": {
+            "seconds": {**cost.seconds, "total": sum(cost.seconds.values())},
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "model_calls": cost.model_calls,
+            "steps": steps,
+        },
+        "provenance": provenance(config.seed, device),
+    }
+    if edit is not None:
+        record["edit"] = edit
+    write_json_atomic(folder / RECORD, record)
+    write_model_card(folder, record, picture=last_sample(Path(config.output_dir)))
+    return record
+
+
+def describe_prompts(prompts: PromptSet | None, *, with_texts: bool = True) -> dict[str, Any]:
+    """What `erasure.json` says of a prompt file; of none, that there is nothing in it."""
+    if prompts is None:
+        return {"path": None, "sha256": None, "count": 0, "concepts": [], "texts": []}
+    described = {
+        "path": public_path(prompts.source),
+        "sha256": prompts.sha256,
+        "count": len(prompts),
+        "concepts": list(prompts.concepts),
+    }
+    return {**described, "texts": list(prompts.texts)} if with_texts else described

@@ -1,0 +1,80 @@
+"""Early stopping: draw the forbidden prompts now and then and ask the judge whether they are still recognised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from safemax_sd.core.config import TrainConfig
+from safemax_sd.core.errors import OptionError
+from safemax_sd.core.judge import Judge, load_judge
+from safemax_sd.families import Conditioning, ModelFamily
+from safemax_sd.prompts import PromptSet, pick
+from safemax_sd.recording.replay import start_noise
+
+PROBE_PICTURES = 32
+PROBE_SEED = 900_000
+
+
+@dataclass
+class UnlearningProbe:
+    """Unlearning accuracy on a few forbidden prompts.
+
+    Attributes:
+        judge: Names the pictures.
+        conditioning: Of the probed prompts, one row each.
+        truth: Index of each prompt's concept in `captions`.
+        captions: What the judge may choose from: the concepts', with "nothing" last.
+        threshold: Stop at this percentage.
+        config: Guidance, steps and resolution.
+        model_calls: Network evaluations of one sample that a probe takes.
+    """
+
+    judge: Judge
+    conditioning: Conditioning
+    truth: torch.Tensor
+    captions: list[str]
+    threshold: float
+    config: TrainConfig
+    model_calls: int
+
+    @staticmethod
+    def build(config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet) -> UnlearningProbe | None:
+        """The probe that the flags ask for, or None.
+
+        Raises:
+            OptionError: The prompt files name no concepts to choose between.
+        """
+        if config.stop_at_unlearning_accuracy is None:
+            return None
+        concepts = list(dict.fromkeys([*forget.concepts, *retain.concepts]))
+        named = [prompt for prompt in forget.prompts if prompt.concept]
+        if not named or len(concepts) < 2:
+            text = "needs a `concept` column in the prompt files, with at least two concepts"
+            raise OptionError("--stop_at_unlearning_accuracy", config.stop_at_unlearning_accuracy, text)
+        chosen = pick(named, PROBE_PICTURES)
+        judge = load_judge(config.clip_model, config.clip_pretrained)
+        return UnlearningProbe(
+            judge=judge,
+            conditioning=family.encode_prompts([prompt.text for prompt in chosen]),
+            truth=torch.tensor([concepts.index(prompt.concept or "") for prompt in chosen]),
+            captions=[*judge.captions(concepts, forget.artists + retain.artists), judge.templates["nothing"]],
+            threshold=config.stop_at_unlearning_accuracy,
+            config=config,
+            model_calls=2 * PROBE_PICTURES * config.replay_inference_steps,
+        )
+
+    @torch.no_grad()
+    def unlearning_accuracy(self, family: ModelFamily) -> float:
+        """Percentage of the probed pictures in which the judge does not see the forbidden concept."""
+        seeds = list(range(PROBE_SEED, PROBE_SEED + len(self.truth)))
+        device = next(family.denoiser.parameters()).device
+        latents = family.sample(
+            self.conditioning,
+            start_noise(family.latent_shape(self.config.resolution), seeds, device),
+            guidance_scale=self.config.replay_guidance_scale,
+            num_inference_steps=self.config.replay_inference_steps,
+        )
+        named = self.judge.similarities(family.decode(latents).cpu(), self.captions).argmax(1)
+        return 100.0 * float((named != self.truth).float().mean())

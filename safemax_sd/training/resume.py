@@ -1,0 +1,69 @@
+"""The conditions that a checkpoint was written under: a run goes on under the same ones or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from safemax_sd.assets import resolve_model
+from safemax_sd.core.config import TrainConfig
+from safemax_sd.core.errors import OptionError
+from safemax_sd.prompts import PromptSet
+
+CONDITIONS = "conditions.json"
+OPTION = "--resume_from_checkpoint"
+FREE = frozenset(
+    {
+        *("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir"),
+        *("checkpointing_steps", "checkpoints_total_limit", "report_to", "output_kohya_format", "replay_memory_gib"),
+        *("validation_prompt", "num_validation_images", "validation_steps", "gradient_checkpointing"),
+        *("stop_at_unlearning_accuracy", "probe_steps", "clip_model", "clip_pretrained"),
+        *("push_to_hub", "hub_model_id", "hub_private", "hub_token"),
+        *("forget_prompts", "retain_prompts", "pretrained_model_name_or_path"),
+    }
+)
+"""Flags that change no step of a run, and those of which not the value counts but what it names."""
+
+STEADY = ("constant", "constant_with_warmup")
+
+
+def conditions(config: TrainConfig, forget: PromptSet, retain: PromptSet, accelerator: Accelerator) -> dict[str, Any]:
+    """Return all that a run's steps depend on, as JSON has it; prompts by the hash of their files."""
+    base = Path(resolve_model(config.pretrained_model_name_or_path))
+    found = {
+        "pretrained_model_name_or_path": str(base.resolve()) if base.is_dir() else str(base),
+        "forget_prompts": forget.sha256,
+        "retain_prompts": retain.sha256,
+        **{name: value for name, value in config.record().items() if name not in FREE},
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,  # as it is, whether a flag or Accelerate's settings say so
+    }
+    if config.train_data_dir is not None:
+        found["train_data_dir"] = str(Path(config.train_data_dir).resolve())
+    if config.lr_scheduler in STEADY and not config.replay_span:
+        del found["max_train_steps"]  # nothing before the last step depends on which it is
+    stored: dict[str, Any] = json.loads(json.dumps(found))
+    return stored
+
+
+def check_conditions(checkpoint: Path, now: dict[str, Any]) -> None:
+    """Compare a checkpoint's conditions with a run's.
+
+    Raises:
+        OptionError: They differ, or the checkpoint does not say under which it was written.
+    """
+    try:
+        before = dict(json.loads((checkpoint / CONDITIONS).read_text(encoding="utf8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise OptionError(OPTION, checkpoint, f"has no readable {CONDITIONS}: start the run anew") from error
+    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if differing:
+        name = differing[0]
+        change = f"{before.get(name)} and is {now.get(name)}"
+        if name in ("forget_prompts", "retain_prompts"):
+            change = "another file's content"
+        text = f"was written under other conditions (--{name} was {change}): give the same, or start anew"
+        raise OptionError(OPTION, checkpoint, text)

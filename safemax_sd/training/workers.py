@@ -1,0 +1,135 @@
+"""The processes of a run: Accelerate's state, what they agree on, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, parse_flag_from_env
+
+from safemax_sd.core.config import TrainConfig
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.results.folder import claimed
+
+T = TypeVar("T")
+
+SPLITS_THE_MODEL = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What backends say of a process that is gone; gloo has no exception class of its own."""
+PROCESS_LOST = (
+    "error: another process of this run has ended, or the run was stopped; the last checkpoint is intact: start the "
+    "run again with --resume_from_checkpoint latest"
+)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    logging_dir = str(Path(config.output_dir) / config.logging_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=config.tracker,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logging_dir),
+    )
+    check_distribution(accelerator.distributed_type)
+    check_precision(accelerator)
+    return accelerator
+
+
+def check_precision(accelerator: Accelerator) -> None:
+    """Refuse a precision that would be recorded and not be used.
+
+    Raises:
+        OptionError: fp16 on a processor, which Accelerate leaves out without a word, or fp8.
+    """
+    precision = str(accelerator.mixed_precision)
+    if precision == "fp8" or (precision == "fp16" and accelerator.device.type == "cpu"):
+        raise OptionError("--mixed_precision", precision, "is not supported here: use bf16 or no")
+
+
+def check_distribution(kind: DistributedType) -> None:
+    """Refuse what splits the base model's weights: predictions, checkpoints and the adapter need them whole.
+
+    Raises:
+        SafemaxError: FSDP, DeepSpeed or Megatron-LM in Accelerate's configuration.
+    """
+    if kind in SPLITS_THE_MODEL:
+        raise SafemaxError(f"accelerate launch: {kind.value} is not supported; use --multi_gpu (data parallelism)")
+
+
+def process_state() -> PartialState:
+    """Return Accelerate's state of this run's processes.
+
+    Left alone, `PartialState` does not heed the variable that says to use processors, as `Accelerator` does: each of
+    several processes on them would take itself for the only one.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def from_main(state: PartialState, call: Callable[[], T]) -> T:
+    """What a function returns in the main process, for all processes; its error too.
+
+    Raises:
+        SafemaxError: It was raised there.
+    """
+    outcome: list[Any] = [None, None]
+    failed: SafemaxError | None = None
+    if state.is_main_process:
+        try:
+            outcome[0] = call()
+        except SafemaxError as error:
+            failed, outcome[1] = error, str(error)
+    broadcast_object_list(outcome)
+    if failed is not None:
+        raise failed
+    if outcome[1] is not None:
+        raise SafemaxError(outcome[1])
+    return outcome[0]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def claimed_by_main(directory: Path, state: PartialState) -> Iterator[None]:
+    """Claim a folder for all processes of a run; see `result_folder.claimed`."""
+    with ExitStack() as stack:
+        from_main(state, lambda: stack.enter_context(claimed(directory)))
+        yield
+
+
+def mean_over_processes(accelerator: Accelerator, value: float) -> float:
+    """One value for all processes, so that they decide alike."""
+    return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), reduction="mean"))
+
+
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because another process of the run has ended."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return isinstance(error, torch.distributed.DistBackendError) or any(text in str(error) for text in PEER_LOST)
+
+
+@contextmanager
+def told_when_terminated(accelerator: Accelerator) -> Iterator[None]:
+    """Where a run has several processes, print `PROCESS_LOST` before SIGTERM ends this one.
+
+    The launcher sends it as soon as one of them has died, often before a collective operation of the others fails.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+
+    def handler(number: int, frame: object) -> None:
+        os.write(sys.stderr.fileno(), f"{PROCESS_LOST}\n".encode())
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
