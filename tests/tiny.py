@@ -17,8 +17,12 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from safemax_sd.core.config import TrainConfig
+from safemax_sd.families import ModelFamily
 from safemax_sd.families.ddpm import ClassConditionalDDPM
 from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.recording.schedule import Recording
+from safemax_sd.train import read_input
 
 CONCEPTS = ("apple", "pear", "plum")
 FORGET = (("a red apple", "apple"), ("red apple on a table", "apple"))
@@ -153,3 +157,9 @@ def train_arguments(model: Path, folder: Path, output_dir: Path, *more: str) -> 
         *("--replay_batch_size", "1", "--replay_span", "0.75"),  # one more before each of the first three steps
         *("--lr_warmup_steps", "1", *more),
     ]
+
+
+def recording(config: TrainConfig, family: ModelFamily) -> Recording:
+    """Return the recording that a training with these flags begins with."""
+    forget, retain = read_input(config)
+    return Recording(config, OBJECTIVES.get(config.objective).needs(config, forget), family, forget, retain)

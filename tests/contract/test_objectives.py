@@ -21,10 +21,9 @@ from safemax_sd.core.config import TrainConfig
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Positions
-from safemax_sd.recording.schedule import Recording
 from safemax_sd.results.erasure import load_erased, read_record
 from safemax_sd.results.model_card import usage
-from safemax_sd.train import read_input, train
+from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
 from tests import stock, tiny
 
@@ -61,7 +60,7 @@ def config(request: Request, tmp_path: Path, objective: str, model: str, weights
 
 def prepare(config: TrainConfig) -> tuple[ModelFamily, list[torch.nn.Parameter], Objective]:
     family = load_family(LoadOptions(config.pretrained_model_name_or_path))
-    built = OBJECTIVES.get(config.objective)(config, Recording(config, family, *read_input(config)).before(0))
+    built = OBJECTIVES.get(config.objective)(config, tiny.recording(config, family).before(0))
     weights = trainable.attach(family, config)
     student = Student.of(family, weights.parameters)
     built.prepare(student)

@@ -22,8 +22,6 @@ from safemax_sd.objectives.concept_ablation import (
 from safemax_sd.prompts import PromptSet, load_prompts
 from safemax_sd.recording.data import Extra
 from safemax_sd.recording.replay import Samples
-from safemax_sd.recording.schedule import Recording
-from safemax_sd.train import read_input
 from safemax_sd.training.command_line import parse_config
 from tests import tiny
 from tests.parity.test_published_losses import Scale, conditioning, data
@@ -101,7 +99,7 @@ def test_keys_and_values_alone_train(tiny_model: Path, tmp_path: Path) -> None:
     config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *flags))
     assert isinstance(config, ConceptAblationConfig)
     family = load_family(LoadOptions(str(tiny_model)))
-    recorded = Recording(config, family, *read_input(config)).before(0)
+    recorded = tiny.recording(config, family).before(0)
     assert recorded.extra is not None
     assert recorded.extra.model_calls == 2 * 2 * config.replay_inference_steps
     wanted = family.encode_prompts(["a red pear", "red pear on a table"])
@@ -122,6 +120,6 @@ def test_a_model_without_cross_attention_says_which_weights_to_train(tiny_ddpm: 
     config = parse_config(tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "out", *flags))
     assert isinstance(config, ConceptAblationConfig)
     family = load_family(LoadOptions(str(tiny_ddpm)))
-    method = ConceptAblation(config, Recording(config, family, *read_input(config)).before(0))
+    method = ConceptAblation(config, tiny.recording(config, family).before(0))
     with pytest.raises(OptionError, match=r"--ablation_weights cross_attention_kv: .* use all"):
         method.trained(Student.of(family, trainable.attach(family, config).parameters))

@@ -16,10 +16,8 @@ from safemax_sd.objectives.base import Batch, Positions
 from safemax_sd.objectives.esd import Esd, EsdConfig
 from safemax_sd.objectives.salun import Salun, SalunBatch, SalunConfig, salient
 from safemax_sd.objectives.selective_amnesia import SelectiveAmnesia, SelectiveAmnesiaConfig
-from safemax_sd.prompts import load_prompts
 from safemax_sd.recording.data import ErasureData
 from safemax_sd.recording.replay import ReplayBank, Samples
-from safemax_sd.recording.schedule import Recording
 from safemax_sd.training.command_line import parse_config
 from tests import tiny
 
@@ -167,8 +165,7 @@ def test_the_mask_is_a_sort_over_all_weights() -> None:
 def test_masked_weights_stay(tiny_ddpm: Path, tmp_path: Path) -> None:
     config = parse_config(tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "out", "--objective", "salun"))
     family = load_family(LoadOptions(str(tiny_ddpm)))
-    prompts = [load_prompts(path, option="--x") for path in (config.forget_prompts, config.retain_prompts)]
-    built = Salun(config, Recording(config, family, *prompts).before(0))  # type: ignore[arg-type]
+    built = Salun(config, tiny.recording(config, family).before(0))  # type: ignore[arg-type]
     parameters = trainable.attach(family, config).parameters
     built.prepare(Student.of(family, parameters))
     share = sum(float(mask.sum()) for mask in built.mask) / sum(p.numel() for p in parameters)

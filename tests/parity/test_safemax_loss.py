@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from safemax_sd.diffusion.process import FlowMatching, VariancePreserving
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives import 
-from safemax_sd.recording.data import ErasureData
 from safemax_sd.objectives.base import Positions, Student
 from safemax_sd.objectives.safemax import ROLLOUT_STEPS, Safemax, SafemaxBatch, SafemaxConfig
+from safemax_sd.recording.data import ErasureData
 from safemax_sd.recording.replay import ReplayBank, Samples
 
 SIGNAL = torch.tensor([0.64, 0.64, 0.64])  # s = 0.6 at every timestep

@@ -15,8 +15,7 @@ from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.objectives import Student
 from safemax_sd.objectives.base import Positions
 from safemax_sd.objectives.sfr_on import SfrOn, SfrOnBatch, SfrOnConfig, salient
-from safemax_sd.recording.schedule import Recording
-from safemax_sd.train import read_input, train
+from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
 from tests import tiny
 from tests.contract.test_distributed import finish, losses
@@ -127,7 +126,7 @@ def test_salient_weights_by_hand() -> None:
 def test_a_fast_step_moves_salient_weights_only(tiny_ddpm: Path, tmp_path: Path) -> None:
     config = parse_config(tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "out", "--objective", "sfr_on"))
     family = load_family(LoadOptions(str(tiny_ddpm)))
-    built = SfrOn(config, Recording(config, family, *read_input(config)).before(0))  # type: ignore[arg-type]
+    built = SfrOn(config, tiny.recording(config, family).before(0))  # type: ignore[arg-type]
     parameters = trainable.attach(family, config).parameters
     built.prepare(Student.of(family, parameters))
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)

@@ -16,8 +16,6 @@ from safemax_sd.objectives import Student
 from safemax_sd.objectives.base import Positions
 from safemax_sd.objectives.spm import Spm, SpmBatch, SpmConfig, latent_anchor
 from safemax_sd.recording.data import ErasureData
-from safemax_sd.recording.schedule import Recording
-from safemax_sd.train import read_input
 from safemax_sd.training.command_line import parse_config
 from tests import tiny
 from tests.parity.test_published_losses import Scale, data
@@ -128,7 +126,7 @@ def test_latent_anchors_and_initial_values_on_a_model(tiny_model: Path, tmp_path
     flags = ("--objective", "spm", "--spm_anchors", "latent", "--spm_inference_steps", "3")
     config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *flags))
     family = load_family(LoadOptions(str(tiny_model)))
-    built = Spm(config, Recording(config, family, *read_input(config)).before(0))  # type: ignore[arg-type]
+    built = Spm(config, tiny.recording(config, family).before(0))  # type: ignore[arg-type]
     parameters = trainable.attach(family, config).parameters
     built.prepare(Student.of(family, parameters))
     for name, parameter in family.denoiser.named_parameters():

@@ -15,7 +15,6 @@ from safemax_sd.prompts import load_prompts
 from safemax_sd.recording.likeness import likeness, nearest
 from safemax_sd.recording.replay import spread
 from safemax_sd.recording.schedule import Recording, with_nearest
-from safemax_sd.train import read_input
 from safemax_sd.training.command_line import parse_config
 from tests import tiny
 
@@ -70,7 +69,7 @@ def recording(model: Path, folder: Path, *more: str) -> Recording:
     """Of 9 trajectories, two at a time, in a training of 12 steps."""
     flags = ("--max_train_steps", "12", "--retain_trajectories", "9", "--replay_batch_size", "2")
     config = parse_config(tiny.train_arguments(model, folder, folder / "out", *flags, *more))
-    return Recording(config, load_family(LoadOptions(str(model))), *read_input(config))
+    return tiny.recording(config, load_family(LoadOptions(str(model))))
 
 
 def test_trajectories_come_evenly_over_the_span(tiny_model: Path, tmp_path: Path) -> None:
@@ -115,7 +114,7 @@ def test_prompts_that_differ_by_seed_alone_are_trained_on_once(tiny_model: Path,
         rows = "".join(f"{text},{seed}\n" for seed in range(50) for text in texts)
         (tmp_path / f"{name}.csv").write_text(f"prompt,evaluation_seed\n{rows}")
     config = parse_config(arguments)
-    data = Recording(config, load_family(LoadOptions(str(tiny_model))), *read_input(config)).before(0)
+    data = tiny.recording(config, load_family(LoadOptions(str(tiny_model)))).before(0)
     assert (len(data.forget), len(data.retain)) == (1, 2)
     assert data.retain_concepts == ("a green pear", "a blue plum")
     assert [len(prompts) for prompts in both_prompt_files(config.forget_prompts, config.retain_prompts)] == [1, 2]
