@@ -38,6 +38,8 @@ QUICK = {
 """Flags that make a method's priors or its sampling small; not needed for a method to be tested."""
 FITTING = {"tiny_flux": ("--resolution", "64"), "tiny_ddpm": ("--lora_targets", "all")}
 """Flags for a model whose own pictures are large, and for one without cross-attention."""
+RESULTS = (adapter.WEIGHTS_NAME, adapter.KOHYA_NAME, "erasure.json", "halting_marks.safetensors", "README.md")
+"""Files that a run writes when its last step is done; a folder of full weights comes on top."""
 WITHOUT_CROSS_ATTENTION = {"tiny_ddpm", "tiny_sd3", "tiny_flux"}
 ALL = [
     (o, m, t)
@@ -46,16 +48,41 @@ ALL = [
     for t in sorted(OBJECTIVES.get(o).trainable)
     if not (OBJECTIVES.get(o).needs_tokens and m in WITHOUT_CROSS_ATTENTION)
 ]
-CASES = pytest.mark.parametrize(("objective", "model", "weights"), ALL)
-LORA_CASES = pytest.mark.parametrize(("objective", "model", "weights"), [case for case in ALL if case[2] == "lora"])
+# A case's tests run in one of pytest's workers, which trains for all of them once.
+PARAMETERS = [pytest.param(*case, marks=pytest.mark.xdist_group("-".join(case))) for case in ALL]
+CASES = pytest.mark.parametrize(("objective", "model", "weights"), PARAMETERS)
+LORA_CASES = pytest.mark.parametrize(
+    ("objective", "model", "weights"), [case for case in PARAMETERS if case.values[2] == "lora"]
+)
 Request = pytest.FixtureRequest
 
 
 @pytest.fixture
 def config(request: Request, tmp_path: Path, objective: str, model: str, weights: str) -> TrainConfig:
     path: Path = request.getfixturevalue(model)
-    arguments = tiny.train_arguments(path, tmp_path, tmp_path / "out", "--objective", objective)
-    return parse_config([*arguments, "--trainable", weights, *QUICK.get(objective, ()), *FITTING.get(model, ())])
+    arguments = tiny.train_arguments(path, tmp_path, tmp_path / "out", "--objective", objective, "--trainable", weights)
+    batch = ("--train_batch_size", "4", "--retain_batch_size", "12")
+    return parse_config([*arguments, *batch, *QUICK.get(objective, ()), *FITTING.get(model, ())])
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[tuple[str, str, str], Path]:
+    """Output folders of the finished runs by case."""
+    return {}
+
+
+@pytest.fixture
+def finished(
+    config: TrainConfig, model: str, runs: dict[tuple[str, str, str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The output folder of a run with `config`, and a kohya file where there is one; not to be changed."""
+    case = (config.objective, model, config.trainable)
+    if case not in runs:
+        lora = config.trainable == "lora"
+        kohya = lora and load_family(LoadOptions(config.pretrained_model_name_or_path)).kohya_format
+        output = str(tmp_path_factory.mktemp("-".join(case)) / "out")
+        runs[case] = train(replace(config, output_dir=output, output_kohya_format=kohya))
+    return runs[case]
 
 
 def prepare(config: TrainConfig) -> tuple[ModelFamily, list[torch.nn.Parameter], Objective]:
@@ -125,8 +152,8 @@ def test_mixed_precision_leaves_no_weight_out(config: TrainConfig) -> None:
 
 
 @LORA_CASES
-def test_adapter_off_is_the_base(config: TrainConfig) -> None:
-    family = load_erased(train(config))
+def test_adapter_off_is_the_base(config: TrainConfig, finished: Path) -> None:
+    family = load_erased(finished)
     plain = load_family(LoadOptions(config.pretrained_model_name_or_path))
     x, t, conditioning = inputs(family, config)
     with torch.no_grad():
@@ -138,19 +165,18 @@ def test_adapter_off_is_the_base(config: TrainConfig) -> None:
 
 
 @CASES
-def test_the_libraries_alone_predict_the_same(config: TrainConfig, model: str) -> None:
-    output = train(config)
-    family, full = load_erased(output), config.trainable == "full"
+def test_the_libraries_alone_predict_the_same(config: TrainConfig, finished: Path, model: str) -> None:
+    family, full = load_erased(finished), config.trainable == "full"
     plain = load_family(LoadOptions(config.pretrained_model_name_or_path))
     x, t, conditioning = inputs(family, config)
     with torch.no_grad():
         assert not torch.allclose(plain.predict(x, t, conditioning), family.predict(x, t, conditioning))
         if model == "tiny_ddpm":  # DDPMPipeline knows neither classes nor LoRA: the network alone
-            theirs = load_ddpm_unet(output, config)(x, t, *conditioning.tensors.values()).sample
+            theirs = load_ddpm_unet(finished, config)(x, t, *conditioning.tensors.values()).sample
             assert torch.allclose(theirs, family.predict(x, t, conditioning), atol=1e-5)
             return
     ours = family.sample(conditioning, x, guidance_scale=stock.GUIDANCE, num_inference_steps=stock.STEPS)
-    theirs = stock.latents(config.pretrained_model_name_or_path, output, x, full=full)
+    theirs = stock.latents(config.pretrained_model_name_or_path, finished, x, full=full)
     assert torch.allclose(theirs, ours, atol=1e-4)
 
 
@@ -168,64 +194,57 @@ def load_ddpm_unet(output: Path, config: TrainConfig) -> torch.nn.Module:
 
 @CASES
 def test_the_model_cards_lines_draw_a_picture(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = train(replace(config, max_train_steps=1))
     monkeypatch.chdir(tmp_path)
-    exec(usage(read_record(output), str(output)))
+    exec(usage(read_record(finished), str(finished)))
     with Image.open(tmp_path / "erased.png") as picture:
         assert picture.mode == "RGB"
 
 
 @LORA_CASES
-def test_kohya_file_predicts_the_same(config: TrainConfig) -> None:
+def test_kohya_file_predicts_the_same(config: TrainConfig, finished: Path) -> None:
     if not load_family(LoadOptions(config.pretrained_model_name_or_path)).kohya_format:
         with pytest.raises(adapter.SafemaxError, match="--output_kohya_format"):
             train(replace(config, output_kohya_format=True))
         return
-    output = train(replace(config, output_kohya_format=True))
-    x = inputs(load_erased(output), config)[0]
+    x = inputs(load_erased(finished), config)[0]
     base = config.pretrained_model_name_or_path
     plain, kohya = (
-        stock.latents(base, output, x, full=False, weight_name=name)
+        stock.latents(base, finished, x, full=False, weight_name=name)
         for name in (adapter.WEIGHTS_NAME, adapter.KOHYA_NAME)
     )
     assert torch.equal(plain, kohya)
 
 
 @CASES
-def test_same_seed_same_weights_and_another_seed_others(config: TrainConfig, tmp_path: Path) -> None:
-    first, second, third = (
-        stored(train(replace(config, output_dir=str(tmp_path / name), seed=seed)), config)
-        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+def test_same_seed_same_weights_and_another_seed_others(config: TrainConfig, finished: Path, tmp_path: Path) -> None:
+    first = stored(finished, config)
+    second, third = (
+        stored(train(replace(config, output_dir=str(tmp_path / str(seed)), seed=seed)), config)
+        for seed in (config.seed, config.seed + 1)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], third[name]) for name in first)
 
 
 @CASES
-def test_accumulation_splits_a_batch_exactly(config: TrainConfig, tmp_path: Path) -> None:
-    outputs = []
-    for parts in (1, 4):
-        sizes = {"train_batch_size": 4 // parts, "retain_batch_size": 12 // parts}
-        folder = str(tmp_path / f"in_{parts}")
-        outputs.append(train(replace(config, **sizes, gradient_accumulation_steps=parts, output_dir=folder)))
-    first, second = (stored(output, config) for output in outputs)
-    for name in first:
-        assert torch.allclose(first[name], second[name], atol=2e-4), name
+def test_accumulation_splits_a_batch_exactly(config: TrainConfig, finished: Path) -> None:
+    parts = 4
+    sizes = {"train_batch_size": config.train_batch_size // parts, "retain_batch_size": 12 // parts}
+    whole = stored(finished, config)
+    split = stored(train(replace(config, **sizes, gradient_accumulation_steps=parts)), config)
+    for name in whole:
+        assert torch.allclose(whole[name], split[name], atol=2e-4), name
 
 
 @CASES
-def test_a_resumed_run_ends_as_an_uninterrupted_one(config: TrainConfig) -> None:
-    output = train(config)
-    whole, before = stored(output, config), read_record(output)
-    for path in (
-        output / adapter.WEIGHTS_NAME,
-        output / "erasure.json",
-        output / "halting_marks.safetensors",
-        output / "README.md",
-    ):  # as if killed after checkpoint-2
-        path.unlink(missing_ok=True)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(config: TrainConfig, finished: Path) -> None:
+    whole, before = stored(finished, config), read_record(finished)
+    output = Path(config.output_dir)
+    shutil.copytree(finished, output)
+    for name in RESULTS:  # as if killed after checkpoint-2
+        (output / name).unlink(missing_ok=True)
     for part in ("unet", "transformer"):
         shutil.rmtree(output / part, ignore_errors=True)
     train(replace(config, resume_from_checkpoint="latest"))
