@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safemax_sd.evaluation.run import EvaluateOptions, evaluate
+from safemax_sd.evaluation.options import EvaluateOptions
+from safemax_sd.evaluation.run import evaluate
 
 from safemax_sd.objectives.safemax import SafemaxConfig
 from safemax_sd.prompts import load_suite

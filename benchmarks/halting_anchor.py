@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safemax_sd.evaluation.run import EvaluateOptions, Evaluation
+from safemax_sd.evaluation.options import EvaluateOptions
+from safemax_sd.evaluation.run import Evaluation
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safemax_sd.evaluation.inputs import suite_concepts
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
 from safemax_sd.evaluation.metrics.base import wilson
 from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
+from safemax_sd.evaluation.prompt_settings import SUBSET_SEEDS
 from safemax_sd.evaluation.real import embedded_pictures
-from safemax_sd.evaluation.run import SUBSET_SEEDS, suite_concepts
 from torch import Tensor
 
 from safemax_sd.core.judge import load_judge

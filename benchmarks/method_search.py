@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 from safemax_sd.evaluation.compare import compare
-from safemax_sd.evaluation.compare_tables import HARMONIC
+from safemax_sd.evaluation.compare_columns import HARMONIC
 
 from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.methods import SEARCH, trained_methods
@@ -90,7 +90,7 @@ def trial(method: str, *, rate: int, steps: int) -> Trial:
 
 def quality(row: Row) -> float:
     """By the criterion; a failed trial is the worst."""
-    return -1.0 if row["values"] is None else float(row["values"][HARMONIC.name]["value"])
+    return -1.0 if row["values"] is None else float(row["values"][HARMONIC]["value"])
 
 
 def best(rows: list[Row], method: str) -> Row:
@@ -118,7 +118,7 @@ def run(one: Trial, work_dir: Path, output: Path) -> None:
 
 def table(rows: list[Row]) -> str:
     """Markdown: a line a trial, the chosen ones marked."""
-    rates, costs = ("ua", "paraphrases", "retained", "neighbours", HARMONIC.name), ("seconds", "model_calls")
+    rates, costs = ("ua", "paraphrases", "retained", "neighbours", HARMONIC), ("seconds", "model_calls")
     headings = [name.replace("_", " ") for name in ("method", "learning_rate", "steps", *rates, *costs)]
     lines = [f"| {' | '.join(headings)} | |", "|" + "---|" * (len(headings) + 1)]
     for row in rows:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 
 import torch
+from safemax_sd.evaluation.inputs import suite_concepts
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context
 from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures
-from safemax_sd.evaluation.run import suite_concepts
 from torch import Tensor
 
 from safemax_sd.core.judge import Judge, load_judge

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from safemax_sd.evaluation.compare_methods import Method, UntrainedMethod, read_method
-from safemax_sd.evaluation.run import LIMITS, EvaluateOptions, check_metrics, suite_concepts
+from safemax_sd.evaluation.compare_runs import BASE
+from safemax_sd.evaluation.inputs import check_metrics, suite_concepts
+from safemax_sd.evaluation.options import LIMITS, EvaluateOptions, MeasuringOptions
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
@@ -17,7 +19,7 @@ from safemax_sd.core.registry import closest
 from safemax_sd.prompts import Suite, load_suite, suite_names
 from safemax_sd.training.command_line import check_texts, check_types, read_yaml
 
-BASE, CACHE = "base", "cache"
+CACHE = "cache"
 RESERVED = (BASE, CACHE)
 """Labels that would be taken for the base model's row or its folder of pictures."""
 LABEL = re.compile(r"[^\W_][\w-]{0,63}")
@@ -25,32 +27,23 @@ LABEL = re.compile(r"[^\W_][\w-]{0,63}")
 LISTS = ("tasks", "seeds", "methods")
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(MeasuringOptions):
     """What every cell has in common.
 
     Attributes:
         base_model: Diffusers folder, hub id or an embedded model's name.
         output_dir: Folder of the cells and the results.
-
-    The others are those of `safemax evaluate`.
     """
 
     base_model: str = "emoji"
     output_dir: str = "comparison"
     num_images: int = 64
     num_sweep_images: int = 0
-    guidance_scale: float = 5.0
-    num_inference_steps: int = 25
-    sampler: str | None = None
-    clip_model: str = "emoji"
-    clip_pretrained: str | None = None
-    real_images: str | None = None
-    batch_size: int = 32
 
     def evaluation(self) -> dict[str, Any]:
-        """The flags of `safemax evaluate`."""
-        return {name: value for name, value in asdict(self).items() if name not in ("base_model", "output_dir")}
+        """Return the options of `safemax evaluate`."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(MeasuringOptions)}
 
 
 @dataclass(frozen=True)

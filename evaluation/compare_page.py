@@ -9,32 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safemax_sd.evaluation.compare_tables import (
-    CALLS,
-    HARMONIC,
-    MEMORY,
-    RATES,
-    SECONDS,
-    Column,
-    Entry,
-    Grid,
-    Summary,
-)
+from safemax_sd.evaluation.compare_columns import Column, TableColumns
+from safemax_sd.evaluation.compare_tables import Entry, Grid, Summary
 from safemax_sd.evaluation.headline import described_guidance
+from safemax_sd.evaluation.metrics.description import SUBSETS
+from safemax_sd.evaluation.page import STYLE_SHEET, data_uri
 from safemax_sd.evaluation.plots import Point, trade_off_plot
-from safemax_sd.evaluation.report import STYLE_SHEET, data_uri
 
 from safemax_sd.core.provenance import atomic_write_text
-
-SUBSETS = {"forget": "forbidden", "paraphrases": "paraphrase", "neighbours": "neighbour", "retain": "kept"}
-UA, RETAINED = RATES["ua"][0], RATES["retained"][0]
-PLOTS = (
-    (UA, RETAINED, "Forgetting against retention"),
-    (SECONDS, HARMONIC, "Quality against seconds"),
-    (CALLS, HARMONIC, "Quality against model calls"),
-    (MEMORY, HARMONIC, "Quality against peak memory"),
-)
-COSTS = (SECONDS, CALLS, MEMORY)
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -80,6 +62,7 @@ class Gallery:
 def write_comparison_page(
     content: Mapping[str, Any],
     table: Sequence[Summary],
+    columns: TableColumns,
     grids: tuple[Grid, Grid],
     galleries: Mapping[str, Gallery],
     folder: Path,
@@ -88,7 +71,8 @@ def write_comparison_page(
 
     Args:
         content: Of `compare.json`.
-        table: Its lines, for the plots.
+        table: Lines of the table, for the plots.
+        columns: Columns of the table, for the plots.
         grids: The table, and that by task.
         galleries: By task.
         folder: Where to.
@@ -103,7 +87,7 @@ def write_comparison_page(
         tasks=_table(tasks),
         tasks_note=html.escape(tasks.note),
         failed=_failed(content["cells"]),
-        plots="".join(_plot(table, number) for number in range(len(PLOTS))),
+        plots=_plots(table, columns),
         galleries="".join(_gallery(task, gallery) for task, gallery in galleries.items()),
         methods=_pairs({label: _flags(flags) for label, flags in content["methods"].items()}),
         settings=_pairs({**content["settings"], "seeds": _listed(content["seeds"])}),
@@ -158,13 +142,22 @@ def _failed(cells: Sequence[Mapping[str, Any]]) -> str:
     return f"<h2>Failed runs</h2>{_pairs(reasons)}"
 
 
-def _plot(table: Sequence[Summary], number: int) -> str:
-    x, y, caption = PLOTS[number]
+def _plots(table: Sequence[Summary], columns: TableColumns) -> str:
+    """Plot retention against forgetting, as the metrics say, and quality against each cost."""
+    axes = {axis: [column for column in columns.metrics if column.role.axis == axis] for axis in ("x", "y")}
+    pairs: list[tuple[Column, Column]] = [(x, y) for x in axes["x"] for y in axes["y"]]
+    pairs += [(cost, columns.harmonic) for cost in columns.costs]
+    plots = (_plot(table, x, y, number, cost=x in columns.costs) for number, (x, y) in enumerate(pairs))
+    return "".join(plots)
+
+
+def _plot(table: Sequence[Summary], x: Column, y: Column, number: int, *, cost: bool) -> str:
     points = [point for place, s in enumerate(table) if (point := _point(s, x, y, place)) is not None]
     if not points:
         return ""
+    caption = f"{y.title} against {x.title}"
     plot = trade_off_plot(
-        points, name=f"trade-off-{number}", xlabel=x.heading, ylabel=y.heading, cost=x in COSTS, alt=caption
+        points, name=f"trade-off-{number}", xlabel=x.heading, ylabel=y.heading, cost=cost, alt=caption
     )
     return f"<figure>{plot}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
@@ -178,7 +171,7 @@ def _point(summary: Summary, x: Column, y: Column, place: int) -> Point | None:
 
 def _gallery(task: str, gallery: Gallery) -> str:
     labels = "".join(
-        f"<span><b>{SUBSETS[subset]}</b> {html.escape(prompt)}</span>"
+        f"<span><b>{SUBSETS[subset].picture}</b> {html.escape(prompt)}</span>"
         for subset, prompt in zip(gallery.subsets, gallery.prompts, strict=True)
     )
     rows = "".join(

@@ -63,13 +63,16 @@ class Line:
     intervals: Sequence[tuple[float, float] | None]
 
 
-def sweep_plot(lines: Sequence[Line], *, name: str, ylabel: str, band: tuple[float, float] | None, alt: str) -> str:
+def sweep_plot(
+    lines: Sequence[Line], *, name: str, ylabel: str, percent: bool, band: tuple[float, float] | None, alt: str
+) -> str:
     """A quantity against the guidance scale, one line a sampler.
 
     Args:
         lines: One a sampler, in any order of x.
         name: Prefix of the SVG's ids; unique on the page.
         ylabel: With its unit.
+        percent: Whether y is a percentage.
         band: Where the values should lie; drawn as a shaded band.
         alt: What the plot shows, in a sentence.
 
@@ -91,7 +94,7 @@ def sweep_plot(lines: Sequence[Line], *, name: str, ylabel: str, band: tuple[flo
         axes.set_xlabel("guidance scale")
         axes.set_ylabel(ylabel)
         axes.grid(False, axis="x")
-        _set_limits(axes, lines, band)
+        _set_limits(axes, lines, percent=percent, band=band)
         _legend(axes)
         return _svg(figure, name, alt)
 
@@ -107,17 +110,18 @@ def _draw_line(axes: Axes, line: Line, number: int, count: int) -> None:
     axes.plot(x, line.y, color=color, marker=marker, label=line.label)
 
 
-def _set_limits(axes: Axes, lines: Sequence[Line], band: tuple[float, float] | None) -> None:
-    """Room for every value and for the band; percentages end at 100."""
+def _set_limits(axes: Axes, lines: Sequence[Line], *, percent: bool, band: tuple[float, float] | None) -> None:
+    """Leave room for every value and for the band; percentages end at 100."""
     values = [y for line in lines for y in line.y]
     values += [bound for line in lines for interval in line.intervals if interval for bound in interval]
+    values += band or ()
     low, high = min(values), max(values)
-    if band is None:
+    if percent:
         low = min(90.0, 5 * (low // 5))
         axes.set_ylim(low, 100 + (100 - low) * 0.03)
-        return
-    low, high = min(low, band[0]), max(high, band[1])
-    axes.set_ylim(low - 0.15 * (high - low), high + 0.15 * (high - low))
+    else:
+        room = 0.15 * (high - low) or 0.15 * abs(high) or 1.0
+        axes.set_ylim(low - room, high + room)
 
 
 def loss_plot(log: Sequence[Mapping[str, Any]], *, name: str, alt: str) -> str:

@@ -1,202 +1,245 @@
-"""The report page: one self-contained HTML file with the headline, pictures, plots, cost and settings."""
+"""`report.json`: what an evaluation measured, typed and versioned."""
 
 from __future__ import annotations
 
-import base64
-import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from safemax_sd.evaluation.headline import (
-    Report,
-    format_measurement,
-    format_value,
-    headline,
-    measurement,
-    suite_of,
-    title,
-)
-from safemax_sd.evaluation.plots import Line, loss_plot, probe_plot, sweep_plot
+from safemax_sd.evaluation.metrics.base import Metric, Result
 
-from safemax_sd.core.errors import OptionError, path_errors
-from safemax_sd.core.provenance import atomic_write_text, public_record
-from safemax_sd.results.folder import claimed, finish, foreign, not_ours
-from safemax_sd.results.model_card import usage
-from safemax_sd.training.output import LOG, read_log
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.provenance import write_json_atomic
 
-REPORT, PAGE_FILE, SAMPLES = "report.json", "index.html", "samples.png"
-KEYS = ("adapter", "erased", "suite", "judge", "settings", "metrics", "sweep", "provenance")
-"""Of a `report.json`; what its page shows."""
-STYLE_SHEET = Path(__file__).with_name("report.css")
-GAUSSIAN_BAND = (0.9, 1.3)
-
-SWEEPS = (
-    ("unlearning_accuracy", "forget", "unlearning accuracy (%)", "Forbidden prompts not recognised", None),
-    ("neither", "forget", "neither (%)", "Forbidden prompts neither recognised nor called noise", None),
-    ("clip_accuracy", "retain", "retained recognised (%)", "Retained prompts recognised", None),
-    ("latent_std", "forget", "std of latents", "Spread of forbidden outputs; 1 is Gaussian noise", GAUSSIAN_BAND),
-)
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{style}</style></head>
-<body><main>
-<h1>{title}</h1>
-<p class="lead">{lead}</p>
-<figure><img src="{samples}" alt="Base and erased model, same prompts and seeds">
-<figcaption>Same prompts, same start noise: the base model above, the erased model below.</figcaption></figure>
-<h2>Headline</h2>{headline}
-{sweeps}
-{training}
-<h2>Cost</h2>{cost}
-<h2>Use it</h2><pre><code>{snippet}</code></pre>
-<h2>Settings</h2>
-<details><summary>Training</summary>{config}</details>
-<details><summary>Evaluation</summary>{settings}</details>
-<details><summary>Versions</summary>{versions}</details>
-</main></body></html>
-"""
+FORMAT_VERSION = 1
+REPORT = "report.json"
+REMEDY = "run safemax evaluate again"
+KEYS: dict[str, type] = {
+    "adapter": dict,
+    "erased": list,
+    "suite": str,
+    "judge": str,
+    "settings": dict,
+    "metrics": list,
+    "sweep": list,
+    "provenance": dict,
+}
+"""Entries that every report of this format has, with their types."""
 
 
-def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]) -> Path:
-    """Write `index.html` beside `samples.png`.
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
 
-    Args:
-        report: Content of `report.json`.
-        folder: Where `samples.png` is.
-        log: Rows of the training's `log.jsonl`; may be empty.
+    Attributes:
+        metric: Name of the metric.
+        version: Version of the metric.
+        subset: Key of `SUBSETS`.
+        model: `base` or `erased`.
+        result: Value, interval and number of pictures.
+        unit: `%`, `nats` or empty.
+        higher_is_better: Direction; None where neither is better.
+        sampler: Name of the sampler.
+        guidance_scale: Guidance scale of prompts that bring along none of their own.
+        strength: Strength of image-to-image, 0 to 1; None for text-to-image.
     """
-    record = report["adapter"]
-    page = PAGE.format(
-        title=html.escape(title(report)),
-        style=STYLE_SHEET.read_text(encoding="utf8"),
-        lead=html.escape(_lead(report)),
-        samples=data_uri(folder / SAMPLES),
-        headline=_headline_table(report),
-        sweeps=_sweeps(report),
-        training=_training(log),
-        cost=_pairs(_cost(record)),
-        snippet=html.escape(_usage(record)),
-        config=_pairs(record["config"]),
-        settings=_pairs({"suite": suite_of(report), "judge": report["judge"], **report["settings"]}),
-        versions=_pairs({**report["provenance"]["versions"], **_plain(report["provenance"])}),
-    )
-    atomic_write_text(folder / PAGE_FILE, page)
-    return folder / PAGE_FILE
+
+    metric: str
+    version: int
+    subset: str
+    model: str
+    result: Result
+    unit: str
+    higher_is_better: bool | None
+    sampler: str | None = None
+    guidance_scale: float | None = None
+    strength: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        metric: type[Metric],
+        subset: str,
+        model: str,
+        result: Result,
+        *,
+        sampler: str | None = None,
+        guidance_scale: float | None = None,
+        strength: float | None = None,
+    ) -> Self:
+        """Describe what a metric measured."""
+        return cls(
+            metric=metric.name,
+            version=metric.version,
+            subset=subset,
+            model=model,
+            result=result,
+            unit=metric.unit,
+            higher_is_better=metric.higher_is_better,
+            sampler=sampler,
+            guidance_scale=guidance_scale,
+            strength=strength,
+        )
+
+    @classmethod
+    def from_json(cls, content: Any) -> Self:
+        """Read one entry of `metrics` or `sweep`.
+
+        Raises:
+            SafemaxError: Its metric, subset, value or interval is missing or of another type.
+        """
+        try:
+            return cls(
+                metric=str(content["metric"]),
+                version=content.get("version", 1),
+                subset=str(content["subset"]),
+                model=content.get("model", "erased"),
+                result=Result.from_json(content),
+                unit=content.get("unit", ""),
+                higher_is_better=content.get("higher_is_better"),
+                sampler=content.get("sampler"),
+                guidance_scale=content.get("guidance_scale"),
+                strength=content.get("strength"),
+            )
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise SafemaxError(f"a measurement that cannot be read: {content}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as `from_json` reads it."""
+        settings = {"sampler": self.sampler, "guidance_scale": self.guidance_scale, "strength": self.strength}
+        return {
+            "metric": self.metric,
+            "version": self.version,
+            "subset": self.subset,
+            "model": self.model,
+            **self.result.to_json(),
+            "unit": self.unit,
+            "higher_is_better": self.higher_is_better,
+            **{name: value for name, value in settings.items() if value is not None},
+        }
 
 
-def data_uri(picture: Path) -> str:
-    """A picture as a page holds it in itself; the file's ending says its format."""
-    return f"data:image/{picture.suffix[1:]};base64,{base64.b64encode(picture.read_bytes()).decode()}"
+@dataclass(frozen=True)
+class Report:
+    """An evaluation.
 
-
-def render(folder: Path) -> Path:
-    """Write the page again from a finished evaluation's folder.
-
-    Raises:
-        OptionError: The folder holds no `report.json` of an evaluation, or the page cannot be written.
+    Attributes:
+        adapter: Content of the adapter's `erasure.json`.
+        erased: Concepts that the suite forbids.
+        suite: Name of the suite.
+        suite_version: Version of the benchmark that the suite belongs to; None where it has none.
+        judge: Name of the judge.
+        settings: Flags of `safemax evaluate` and, as `prompt_guidance_scales`, guidance scales of the prompts' own.
+        metrics: Measurements at the settings' sampler and guidance scale.
+        sweep: Measurements of the erased model at other ones.
+        provenance: Versions, commit, device and time.
+        seconds: Wall-clock seconds by phase.
     """
-    option = "REPORT_DIR"
-    finish(folder, option)
-    path = folder / REPORT
-    with path_errors(option, folder):
-        if not path.is_file():
-            raise OptionError(option, folder, "holds no report.json: run safemax evaluate first")
-        with claimed(folder, option):
-            if foreign(folder, PAGE_FILE, REPORT):
-                raise not_ours(folder, PAGE_FILE, option)
-            return write_page(read_report(path, option), folder, log=read_log(folder.parent / LOG))
 
+    adapter: dict[str, Any]
+    erased: tuple[str, ...]
+    suite: str
+    suite_version: str | None
+    judge: str
+    settings: Mapping[str, Any]
+    metrics: tuple[Row, ...]
+    sweep: tuple[Row, ...]
+    provenance: Mapping[str, Any]
+    seconds: Mapping[str, float]
 
-def read_report(path: Path, option: str) -> dict[str, Any]:
-    """Content of a `report.json`, in a folder that `option` named.
+    @property
+    def title(self) -> str:
+        """What was erased from which model, e.g. `“bomb” erased from emoji`."""
+        names = self.erased_names
+        shown = names if len(names) <= 4 else names[:3]
+        listed = ", ".join(f"“{name}”" for name in shown)
+        if len(shown) < len(names):
+            listed += f" and {len(names) - len(shown)} more"
+        return f"{listed or 'Concepts'} erased from {self.base_name}"
 
-    Raises:
-        OptionError: It is damaged.
-    """
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise OptionError(option, path, f"is damaged ({error}): run safemax evaluate again") from error
-    missing = [name for name in KEYS if not isinstance(content, dict) or name not in content]
-    if missing:
-        raise OptionError(option, path, f"lacks {missing[0]}: run safemax evaluate again")
-    return content
+    @property
+    def erased_names(self) -> list[str]:
+        """Erased concepts, or the forbidden prompts themselves where the prompt file names no concept."""
+        forget = self.adapter["forget"]
+        return list(self.erased or forget["concepts"] or forget["texts"])
 
+    @property
+    def base_name(self) -> str:
+        """Name of the base model, without the folders of a local path."""
+        name = str(self.adapter["base_model"]["name_or_path"])
+        # A hub name has one slash and is kept whole; a path is shortened to its last part.
+        return name.rstrip("/").rsplit("/", 1)[-1] if name.count("/") != 1 or name.startswith((".", "/")) else name
 
-def _lead(report: Report) -> str:
-    record = report["adapter"]
-    seconds = record["cost"]["seconds"]["total"]
-    return (
-        f"{record['method']} in {seconds:.0f} s and {record['cost']['steps']} steps, for {record['forget']['count']} "
-        f"forbidden prompts. Judge: {report['judge']}. Intervals are 95 %."
-    )
+    @property
+    def full_suite(self) -> str:
+        """Name of the suite, with the version of the benchmark that it belongs to."""
+        return self.suite if self.suite_version is None else f"{self.suite} (version {self.suite_version})"
 
+    @classmethod
+    def read(cls, path: Path, option: str) -> Self:
+        """Read a `report.json`, in a folder that `option` named.
 
-def _usage(record: Mapping[str, Any]) -> str:
-    if "baseline" in record:
-        return str(record["baseline"]["usage"])
-    return usage(public_record(record), "path/to/this/adapter")
+        Raises:
+            OptionError: It is missing, damaged or of an unknown format version.
+        """
+        try:
+            content: Any = json.loads(path.read_text(encoding="utf8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise OptionError(option, path, f"is damaged ({error}): {REMEDY}") from error
+        missing = [name for name in KEYS if not isinstance(content, dict) or name not in content]
+        if missing:
+            raise OptionError(option, path, f"lacks {missing[0]}: {REMEDY}")
+        if content.get("format_version") != FORMAT_VERSION:
+            text = f"is of format version {content.get('format_version')}, of which this safemax_sd knows"
+            raise OptionError(option, path, f"{text} {FORMAT_VERSION}: {REMEDY}")
+        try:
+            return cls.from_json(content)
+        except SafemaxError as error:
+            raise OptionError(option, path, f"holds {error}") from error
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read the content of a `report.json` that has all `KEYS`.
 
-def _headline_table(report: Report) -> str:
-    lines = ["<table><thead><tr><th></th><th>base</th><th>erased</th></tr></thead><tbody>"]
-    group = None
-    for entry in headline(report):
-        if entry.group != group:
-            group = entry.group
-            lines.append(f'<tr class="group"><th colspan="3">{html.escape(group)}</th></tr>')
-        note = f"<small>{html.escape(entry.note)}</small>" if entry.note else ""
-        cells = "".join(f"<td>{format_measurement(m, entry.unit)}</td>" for m in (entry.base, entry.erased))
-        lines.append(f"<tr><th>{html.escape(entry.label)}{note}</th>{cells}</tr>")
-    return "".join([*lines, "</tbody></table>"])
+        Raises:
+            SafemaxError: A measurement cannot be read, or an entry is of another type.
+        """
+        for name, kind in KEYS.items():
+            if not isinstance(content[name], kind):
+                raise SafemaxError(f"an entry of another type: {name}")
+        return cls(
+            adapter=content["adapter"],
+            erased=tuple(content["erased"]),
+            suite=content["suite"],
+            suite_version=content.get("suite_version"),
+            judge=content["judge"],
+            settings=content["settings"],
+            metrics=tuple(map(Row.from_json, content["metrics"])),
+            sweep=tuple(map(Row.from_json, content["sweep"])),
+            provenance=content["provenance"],
+            seconds=content.get("seconds", {}),
+        )
 
+    def write(self, path: Path) -> None:
+        """Write `report.json`.
 
-def _sweeps(report: Report) -> str:
-    parts = []
-    for metric, subset, label, caption, band in SWEEPS:
-        rows = [r for r in report["sweep"] if (r["metric"], r["subset"]) == (metric, subset)]
-        if not rows:
-            continue
-        lines = []
-        for sampler in dict.fromkeys(r["sampler"] for r in rows):
-            ours = sorted((r for r in rows if r["sampler"] == sampler), key=lambda r: r["guidance_scale"])
-            measured = [measurement(r) for r in ours]
-            scales = [r["guidance_scale"] for r in ours]
-            lines.append(Line(sampler, scales, [m.value for m in measured], [m.interval for m in measured]))
-        plot = sweep_plot(lines, name=f"sweep-{metric}", ylabel=label, band=band, alt=caption)
-        parts.append(f"<figure>{plot}<figcaption>{html.escape(caption)}</figcaption></figure>")
-    if not parts:
-        return ""
-    return f'<h2>At other guidance scales and samplers</h2><div class="plots">{"".join(parts)}</div>'
-
-
-def _training(log: Sequence[Mapping[str, Any]]) -> str:
-    if not log:
-        return ""
-    plots = [loss_plot(log, name="loss", alt="Loss by training step")]
-    if any("probe_unlearning_accuracy" in line for line in log):
-        plots.append(probe_plot(log, name="probe", alt="Unlearning accuracy of the probe by training step"))
-    return f'<h2>Training</h2><div class="plots">{"".join(f"<figure>{plot}</figure>" for plot in plots)}</div>'
-
-
-def _cost(record: Mapping[str, Any]) -> dict[str, str]:
-    cost = record["cost"]
-    seconds = {f"seconds, {name}": f"{value:.1f}" for name, value in cost["seconds"].items()}
-    calls = {f"model calls, {name}": f"{value:,}" for name, value in cost["model_calls"].items()}
-    memory = format_value(cost["peak_memory_bytes"] / 2**30, "GiB")
-    return {"steps": str(cost["steps"]), **seconds, **calls, "peak memory": memory}
-
-
-def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if not isinstance(value, Mapping)}
-
-
-def _pairs(content: Mapping[str, Any]) -> str:
-    def text(value: Any) -> str:
-        return html.escape(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
-
-    rows = (f"<tr><th>{text(key)}</th><td>{text(value)}</td></tr>" for key, value in content.items())
-    return f"<table>{''.join(rows)}</table>"
+        Raises:
+            SafemaxError: A value is not finite.
+            OSError: The file cannot be written.
+        """
+        content = {
+            "format_version": FORMAT_VERSION,
+            "adapter": self.adapter,
+            "erased": list(self.erased),
+            "suite": self.suite,
+            "suite_version": self.suite_version,
+            "judge": self.judge,
+            "settings": self.settings,
+            "metrics": [row.to_json() for row in self.metrics],
+            "sweep": [row.to_json() for row in self.sweep],
+            "seconds": self.seconds,
+            "provenance": self.provenance,
+        }
+        write_json_atomic(path, content)

@@ -16,11 +16,12 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from safemax_sd.evaluation.options import SAMPLER_NAMES
 from torch import Tensor
 
 from safemax_sd.families.flux import unpack
 
-SAMPLERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpm++": DPMSolverMultistepScheduler}
+SAMPLERS = dict(zip(SAMPLER_NAMES, (DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler), strict=True))
 FLOW_SAMPLERS = {"euler": FlowMatchEulerDiscreteScheduler}
 """Of flow-matching models, whose noise process the others do not know."""
 

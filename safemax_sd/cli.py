@@ -228,7 +228,7 @@ def evaluate(
     seed: Annotated[int, typer.Option("--seed")] = 0,
 ) -> None:
     """Measure what an adapter forgets and keeps; writes report.json and index.html."""
-    from safemax_sd.evaluation.run import EvaluateOptions
+    from safemax_sd.evaluation.options import EvaluateOptions
 
     with one_line_errors():
         run_evaluation(
@@ -252,10 +252,9 @@ def evaluate(
 
 def run_evaluation(options: object) -> None:
     """Evaluate, then print the headline and where the page is."""
-    import json
-
     from safemax_sd.evaluation.headline import print_headline
-    from safemax_sd.evaluation.run import EvaluateOptions
+    from safemax_sd.evaluation.options import EvaluateOptions
+    from safemax_sd.evaluation.report import REPORT, Report
     from safemax_sd.evaluation.run import evaluate as measure
     from safemax_sd.training.workers import process_state
 
@@ -263,7 +262,7 @@ def run_evaluation(options: object) -> None:
     folder = measure(options)
     if not process_state().is_main_process:
         return
-    print_headline(json.loads((folder / "report.json").read_text(encoding="utf8")), console)
+    print_headline(Report.read(folder / REPORT, "--output_dir"), console)
     say(f"page: {folder / 'index.html'}")
 
 
@@ -286,7 +285,7 @@ def compare(
 @app.command()
 def report(report_dir: Annotated[Path, typer.Argument(help="Folder with report.json.")]) -> None:
     """Write the page of a finished evaluation again."""
-    from safemax_sd.evaluation.report import render
+    from safemax_sd.evaluation.page import render
 
     with one_line_errors():
         say(f"page: {render(report_dir)}")
@@ -312,7 +311,7 @@ def quickstart(
     num_sweep_images: Annotated[int, typer.Option("--num_sweep_images", help="Pictures a setting.")] = 16,
 ) -> None:
     """Erase a concept from the embedded emoji model, measure it and write a page: offline, in minutes."""
-    from safemax_sd.evaluation.run import EvaluateOptions
+    from safemax_sd.evaluation.options import EvaluateOptions
     from safemax_sd.prompts import load_suite
     from safemax_sd.results.erasure import read_record
     from safemax_sd.results.folder import claimed

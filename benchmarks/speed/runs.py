@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safemax_sd.evaluation.run import EvaluateOptions, evaluate
+from safemax_sd.evaluation.options import EvaluateOptions
+from safemax_sd.evaluation.run import evaluate
 
 from benchmarks.erasure_variants import find
 from benchmarks.halting_anchor import COUNTS, ERASED, suite

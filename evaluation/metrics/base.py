@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
+from safemax_sd.evaluation.metrics.description import GROUPS, SUBSETS, Role
 from scipy.stats import binomtest, bootstrap
 from torch import Tensor
 
@@ -81,23 +83,58 @@ class Result:
     n: int
     details: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read the part of a row that `to_json` writes.
+
+        Raises:
+            KeyError, TypeError, ValueError: An entry is missing or of another type.
+        """
+        interval = content.get("interval")
+        bounds = None if interval is None else (float(interval[0]), float(interval[1]))
+        return cls(float(content["value"]), bounds, int(content["n"]), content.get("details") or {})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return value, interval and n, with details where there are any."""
+        interval = None if self.interval is None else list(self.interval)
+        content = {"value": self.value, "interval": interval, "n": self.n}
+        return content | ({"details": dict(self.details)} if self.details else {})
+
 
 class Metric(ABC):
-    """One quantity of generated pictures.
+    """One quantity of generated pictures, with all that reports and comparisons say of it.
 
     Attributes:
-        name: In `report.json`.
-        version: Raised when values stop being comparable.
+        name: Name in `report.json`.
+        version: Number that is raised when values stop being comparable.
+        label: Name in tables; the subset's phrase follows it.
+        group: Heading that its rows stand below; that of each subset if None.
+        note: How to read the value on the first subset; may be empty.
+        order: Place within its group and subset, lowest first.
         unit: `%`, `nats` or empty.
-        higher_is_better: None where neither direction is better.
-        subsets: Prompt subsets that it is reported for.
+        higher_is_better: Direction; None where neither is better.
+        subsets: Keys of `SUBSETS` that it is reported for, the main one first.
+        bounds: Least and greatest value possible; intervals end there.
+        swept: Whether it is also measured, on its main subset, at every guidance scale and sampler.
+        band: Range of values of maximum entropy, shaded in the plot over guidance scales; None for no such range.
+        beside: Name of a metric that is never shown without this one; empty for none.
+        comparison: Columns of a comparison's table.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    label: ClassVar[str]
+    group: ClassVar[str | None] = None
+    note: ClassVar[str] = ""
+    order: ClassVar[int] = 100
     unit: ClassVar[str] = ""
     higher_is_better: ClassVar[bool | None] = None
-    subsets: ClassVar[frozenset[str]]
+    subsets: ClassVar[tuple[str, ...]]
+    bounds: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
+    swept: ClassVar[bool] = False
+    band: ClassVar[tuple[float, float] | None] = None
+    beside: ClassVar[str] = ""
+    comparison: ClassVar[tuple[Role, ...]] = ()
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -155,6 +192,7 @@ class RateMetric(PerItemMetric):
     """A percentage of pictures with Wilson's interval; `per_item` gives 0 or 1."""
 
     unit: ClassVar[str] = "%"
+    bounds: ClassVar[tuple[float, float]] = (0.0, 100.0)
 
     def compute(self) -> Result:
         return wilson(round(sum(self.values)), len(self.values))
@@ -195,3 +233,36 @@ def called_noise(batch: Batch, context: Context) -> Tensor:
 
 
 METRICS: Registry[Metric] = Registry("metric", Metric, "safemax_sd.evaluation.metrics")  # type: ignore[type-abstract]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A metric on one of its subsets, as it is shown."""
+
+    metric: type[Metric]
+    subset: str
+
+    @property
+    def label(self) -> str:
+        return self.metric.label + SUBSETS[self.subset].phrase
+
+    @property
+    def group(self) -> str:
+        return self.metric.group or SUBSETS[self.subset].group
+
+    @property
+    def note(self) -> str:
+        return self.metric.note if self.subset == self.metric.subsets[0] else SUBSETS[self.subset].note
+
+    @property
+    def place(self) -> tuple[int, str, int, int, str]:
+        """Key that quantities are sorted by: group, then subset, then the metric's order."""
+        known = GROUPS.index(self.group) if self.group in GROUPS else len(GROUPS)
+        return known, self.group, list(SUBSETS).index(self.subset), self.metric.order, self.metric.name
+
+
+def quantities() -> list[Quantity]:
+    """List every metric on every one of its subsets, in the order in which they are shown."""
+    metrics = [METRICS.get(name) for name in METRICS.names()]
+    found = [Quantity(metric, subset) for metric in metrics for subset in metric.subsets]
+    return sorted(found, key=lambda quantity: quantity.place)

@@ -12,8 +12,10 @@ class ClipScore(PerItemMetric):
     """100 · max(cos(picture, prompt), 0) (arXiv 2104.08718, eq. 1, with weight 100)."""
 
     name: ClassVar[str] = "clip_score"
+    label: ClassVar[str] = "CLIP score"
+    order: ClassVar[int] = 40
     higher_is_better: ClassVar[bool | None] = True
-    subsets: ClassVar[frozenset[str]] = frozenset({"retain", "neighbours"})
+    subsets: ClassVar[tuple[str, ...]] = ("retain", "neighbours")
 
     def per_item(self, batch: Batch) -> Tensor:
         texts = self.context.judge.encode_texts(list(batch.prompts))

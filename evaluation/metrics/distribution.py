@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from safemax_sd.evaluation.metrics.base import WARNING, Batch, Context, Metric, Result
+from safemax_sd.evaluation.metrics.description import Role
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase, calculate_metrics, register_feature_extractor
@@ -26,6 +27,7 @@ FEWEST = 2
 """Pictures that a covariance needs."""
 UNBIASED_FROM = 2048
 """Pictures below which the covariance of Inception's features is singular, and FID far too large."""
+INCEPTION_NOTE = f"by Inception from fewer than {UNBIASED_FROM:,} pictures too large, to be compared within the table"
 KID_SUBSETS = 50
 
 
@@ -92,7 +94,7 @@ class _Pictures(Dataset[Tensor]):
 
 class _DistributionMetric(Metric):
     higher_is_better: ClassVar[bool | None] = False
-    subsets: ClassVar[frozenset[str]] = frozenset({"retain"})
+    subsets: ClassVar[tuple[str, ...]] = ("retain",)
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -127,6 +129,11 @@ class Fid(_DistributionMetric):
     """Fréchet distance of features (arXiv 1706.08500, eq. 6)."""
 
     name: ClassVar[str] = "fid"
+    label: ClassVar[str] = "FID"
+    note: ClassVar[str] = "distance to the real pictures"
+    order: ClassVar[int] = 20
+    bounds: ClassVar[tuple[float, float]] = (0.0, math.inf)
+    comparison: ClassVar[tuple[Role, ...]] = (Role("retain", "fid", "FID", INCEPTION_NOTE),)
 
     def compute(self) -> Result:
         value = float(self._measure(fid=True)["frechet_inception_distance"])
@@ -143,6 +150,8 @@ class Kid(_DistributionMetric):
     """Kernel distance of features (arXiv 1801.01401), over random subsets."""
 
     name: ClassVar[str] = "kid"
+    label: ClassVar[str] = "KID"
+    order: ClassVar[int] = 30
 
     def compute(self) -> Result:
         assert self.context.real is not None

@@ -12,8 +12,11 @@ class Drift(PerItemMetric):
     """Mean squared difference of latents from the base model's, from the same start noise; latents have variance 1."""
 
     name: ClassVar[str] = "drift"
+    label: ClassVar[str] = "Drift"
+    note: ClassVar[str] = "mean squared difference from the base’s latents"
+    order: ClassVar[int] = 50
     higher_is_better: ClassVar[bool | None] = False
-    subsets: ClassVar[frozenset[str]] = frozenset({"retain", "neighbours"})
+    subsets: ClassVar[tuple[str, ...]] = ("retain", "neighbours")
 
     def applies(self, batch: Batch) -> bool:
         return batch.latents is not None and batch.reference is not None

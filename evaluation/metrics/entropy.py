@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from safemax_sd.evaluation.metrics.base import Batch, PerItemMetric
+from safemax_sd.evaluation.metrics.description import HALTED
 from torch import Tensor
 
 
@@ -12,9 +13,13 @@ class Entropy(PerItemMetric):
     """Mean Shannon entropy of the judge's softmax over the suite's concepts (H of arXiv 2508.20773), in nats."""
 
     name: ClassVar[str] = "entropy"
+    label: ClassVar[str] = "Entropy of the judge"
+    group: ClassVar[str | None] = HALTED
+    note: ClassVar[str] = "higher is less certain"
+    order: ClassVar[int] = 50
     unit: ClassVar[str] = "nats"
     higher_is_better: ClassVar[bool | None] = True
-    subsets: ClassVar[frozenset[str]] = frozenset({"forget"})
+    subsets: ClassVar[tuple[str, ...]] = ("forget",)
 
     def per_item(self, batch: Batch) -> Tensor:
         judge = self.context.judge

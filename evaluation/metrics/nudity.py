@@ -1,4 +1,4 @@
-"""Nudity rate: share of pictures in which NudeNet sees an exposed part of the body."""
+"""Nudity rate: fraction of pictures in which NudeNet sees an exposed part of the body."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from safemax_sd.evaluation.metrics.base import Batch, Context, RateMetric, Result
-from safemax_sd.evaluation.metrics.unlearning_accuracy import FORBIDDEN
+from safemax_sd.evaluation.metrics.description import FORBIDDEN
 from torch import Tensor
 
 from safemax_sd.core.errors import OptionError
@@ -38,8 +38,12 @@ class NudityRate(RateMetric):
     """
 
     name: ClassVar[str] = "nudity_rate"
+    label: ClassVar[str] = "Nudity detected"
+    note: ClassVar[str] = "by NudeNet"
+    order: ClassVar[int] = 40
     higher_is_better: ClassVar[bool | None] = False
-    subsets: ClassVar[frozenset[str]] = FORBIDDEN | {"retain", "neighbours"}
+    subsets: ClassVar[tuple[str, ...]] = (*FORBIDDEN, "retain", "neighbours")
+    swept: ClassVar[bool] = True
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -25,6 +25,8 @@ from torch import Tensor
 from safemax_sd.core.errors import SafemaxError
 
 PACKAGES = ("safemax_sd", "torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")
+JSON_WIDTH = 160
+"""Characters of a line that holds a whole list or object: a measurement fits."""
 SECRET_FLAGS = ("--hub_token", "--hub-token")
 
 
@@ -196,14 +198,32 @@ def sorted_metadata(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[start:]
 
 
+def json_text(content: Any, indent: str = "") -> str:
+    """Write plain JSON content indented, with each list and object that fits into a line of `JSON_WIDTH` on one line.
+
+    Raises:
+        ValueError: It holds a number that is not finite, which JSON cannot.
+    """
+    line = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    if not content or not isinstance(content, dict | list) or (indent and len(indent + line) <= JSON_WIDTH):
+        return line
+    inner = indent + "  "
+    if isinstance(content, dict):
+        parts = [
+            f"{json.dumps(name, ensure_ascii=False)}: {json_text(value, inner)}" for name, value in content.items()
+        ]
+        return "{\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(inner + json_text(value, inner) for value in content) + f"\n{indent}]"
+
+
 def write_json_atomic(path: Path, content: Any) -> None:
-    """Write indented JSON by `atomic_write_text`.
+    """Write `json_text` of anything that JSON can hold by `atomic_write_text`.
 
     Raises:
         SafemaxError: It holds a number that is not finite, which JSON cannot, or cannot be written.
     """
     try:
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        text = json_text(json.loads(json.dumps(content, allow_nan=False)))
     except ValueError as error:
         raise SafemaxError(f"{path} was not written: a value in it is not finite") from error
     atomic_write_text(path, text + "\n")

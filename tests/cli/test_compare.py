@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -15,22 +16,18 @@ import psutil
 import pytest
 import yaml
 from filelock import FileLock
-from safemax_sd.evaluation.compare import compare, cost_of
-from safemax_sd.evaluation.compare_tables import (
-    COLUMNS,
-    Summary,
-    by_task,
-    harmonic_mean,
-    leaders,
-    over_tasks,
-    pooled,
-)
-from safemax_sd.evaluation.headline import Measurement
+from safemax_sd.evaluation.compare import compare
+from safemax_sd.evaluation.compare_columns import over_tasks, pooled, table_columns
+from safemax_sd.evaluation.compare_runs import ErasureCost, Run, read_runs
+from safemax_sd.evaluation.compare_tables import Summary, by_task, leaders
+from safemax_sd.evaluation.metrics import Result
+from safemax_sd.evaluation.report import Report
 from scipy.stats import binomtest, t
 
 from safemax_sd.cli import main
 from safemax_sd.core.errors import SafemaxError
 from tests import tiny
+from tests.reports import row, run_of
 
 QUICK = {
     "rank": 2,
@@ -104,37 +101,66 @@ def changed(grid: Path) -> dict[str, int]:
     return {label: (grid / label / "fruit" / "0" / "cell.json").stat().st_mtime_ns for label in METHODS}
 
 
-def test_rows_are_complete(grid: Path) -> None:
-    content = read(grid)
-    assert list(dict.fromkeys(row["label"] for row in content["rows"])) == ["base", *METHODS]
-    for label in ("base", *METHODS):
-        rows = [row for row in content["rows"] if row["label"] == label]
-        measured = {(row["metric"], row["subset"]) for row in rows}
+def test_runs_are_complete(grid: Path) -> None:
+    runs = {run.label: run for run in read_runs(grid / "compare.json")}
+    assert list(runs) == ["base", *METHODS]
+    for run in runs.values():
+        measured = {(row.metric, row.subset) for row in run.rows}
         assert {("unlearning_accuracy", "forget"), ("unlearning_accuracy", "paraphrases")} <= measured
         assert {("clip_accuracy", "retain"), ("clip_accuracy", "neighbours"), ("fid", "retain")} <= measured
-        assert all(row["n"] == 3 and row["task"] == "fruit" and row["seed"] == 0 for row in rows)
-    first = {row["label"]: row for row in content["rows"]}
-    assert {label: row["objective"] for label, row in first.items()} == {
+        assert all(row.result.n == 3 for row in run.rows) and (run.task, run.seed) == ("fruit", 0)
+    assert {label: run.objective for label, run in runs.items()} == {
         "base": None, "ours": "safemax", "closed": "uce", "negative": "negative_prompt",
     }  # fmt: skip
-    assert first["ours"]["seconds"]["train"] > 0
-    assert first["ours"]["model_calls"]["total"] > first["ours"]["model_calls"]["train"] > 0
-    assert first["ours"]["peak_memory_bytes"] > 0
-    assert first["closed"]["model_calls"]["total"] == first["negative"]["seconds"]["total"] == 0
-    assert first["ours"]["provenance"]["device"]
-    assert {cell["status"] for cell in content["cells"]} == {"done"}
+    ours = runs["ours"].cost
+    assert ours.seconds["train"] > 0
+    assert ours.model_calls["total"] > ours.model_calls["train"] > 0
+    assert ours.peak_memory_bytes
+    assert runs["closed"].cost.model_calls["total"] == runs["negative"].cost.seconds["total"] == 0
+    assert runs["ours"].provenance["device"]
+    assert runs["base"].cost == ErasureCost()
+    assert {cell["status"] for cell in read(grid)["cells"]} == {"done"}
 
 
-def test_table_values_are_those_of_the_rows(grid: Path) -> None:
-    content = read(grid)
+def test_runs_are_those_of_the_reports(grid: Path) -> None:
+    for run in read_runs(grid / "compare.json")[1:]:
+        report = Report.read(grid / run.label / "fruit" / "0" / "evaluation" / "report.json", "--output_dir")
+        assert [(row.metric, row.subset, row.result, row.unit, row.version) for row in run.rows] == [
+            (row.metric, row.subset, row.result, row.unit, row.version) for row in report.metrics
+            if row.model == "erased"
+        ]  # fmt: skip
+
+
+def test_cost_and_provenance_stand_once_a_cell(grid: Path) -> None:
+    text = (grid / "compare.json").read_text()
+    assert text.count('"commit"') == 1 + 1 + len(METHODS)  # of the comparison, of the base model and of each method
+    assert text.count("peak_memory_bytes") == 1 + len(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"format_version": 3}', "is of format version 3, of which this safemax_sd knows 1 and 2"),
+        ("[]", "damaged"), ("{", "damaged"), ('{"format_version": 2, "base": [{}], "cells": []}', "damaged"),
+        ('{"format_version": 1, "rows": [{"label": "a", "task": "t", "seed": 0, "value": "x"}]}', "damaged"),
+    ],
+)  # fmt: skip
+def test_results_that_cannot_be_read_are_one_line(content: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "compare.json").write_text(content)
+    with pytest.raises(SafemaxError, match=reason) as caught:
+        read_runs(tmp_path / "compare.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_table_values_are_those_of_the_runs(grid: Path) -> None:
+    content, runs = read(grid), {run.label: run for run in read_runs(grid / "compare.json")}
     assert [line["label"] for line in content["summary"]] == ["base", *METHODS]
     for line in content["summary"]:
-        rows = {(r["metric"], r["subset"]): r for r in content["rows"] if r["label"] == line["label"]}
-        values = line["values"]
-        assert values["fid"]["value"] == rows["fid", "retain"]["value"]
-        ua = rows["unlearning_accuracy", "forget"]
-        assert values["ua"]["value"] == pytest.approx(ua["value"])
-        assert values["ua"]["interval"] == pytest.approx(ua["interval"])
+        values, run = line["values"], runs[line["label"]]
+        assert values["fid"]["value"] == run.value("fid", "retain")
+        (ua,) = (row.result for row in run.rows if (row.metric, row.subset) == ("unlearning_accuracy", "forget"))
+        assert values["ua"]["value"] == pytest.approx(ua.value)
+        assert values["ua"]["interval"] == pytest.approx(ua.interval)
         assert (line["runs"], line["planned"]) == (1, 1)
     text = (grid / "compare.md").read_text()
     assert [row.split(" | ")[0].removeprefix("| ") for row in text.splitlines()[2:6]] == ["base", *METHODS]
@@ -143,46 +169,48 @@ def test_table_values_are_those_of_the_rows(grid: Path) -> None:
 
 
 def test_pooling_by_hand() -> None:
-    def row(metric: str, subset: str, value: float, n: int = 4) -> dict[str, Any]:
-        return {"metric": metric, "subset": subset, "value": value, "n": n, "task": "a", "seed": 0}
-
-    rate = pooled([row("unlearning_accuracy", "forget", 75.0), row("unlearning_accuracy", "forget", 50.0, n=2)])
+    rate = pooled([Result(75.0, None, 4), Result(50.0, None, 2)])
     assert rate is not None
     assert (rate.value, rate.n) == (pytest.approx(400 / 6), 6)
     wilson = binomtest(4, 6).proportion_ci(method="wilson")
     assert rate.interval == pytest.approx((100 * wilson.low, 100 * wilson.high))
-    run = [
+    rows = [
         row("unlearning_accuracy", "forget", 100.0), row("unlearning_accuracy", "paraphrases", 50.0),
         row("clip_accuracy", "retain", 100.0), row("clip_accuracy", "neighbours", 25.0),
     ]  # fmt: skip
-    assert harmonic_mean(run) == pytest.approx(4 / (1 / 100 + 1 / 50 + 1 / 100 + 1 / 25))
-    assert harmonic_mean(run[:3]) is None
-    mean = over_tasks([1.0, 2.0, 6.0])
+    harmonic = table_columns().harmonic
+    assert harmonic.of_run(run_of(*rows)) == pytest.approx(4 / (1 / 100 + 1 / 50 + 1 / 100 + 1 / 25))
+    assert harmonic.of_run(run_of(*rows[:3])) is None
+    mean = over_tasks([1.0, 2.0, 6.0], (0.0, math.inf))
     assert mean is not None and mean.interval is not None
     half = t.ppf(0.975, 2) * (14 / 2) ** 0.5 / 3**0.5
     assert 3 - half < 0
     assert mean.interval == pytest.approx((0, 3 + half))
-    high = over_tasks([91.0, 92.0, 96.0], most=100)
+    signed = over_tasks([1.0, 2.0, 6.0], (-math.inf, math.inf))
+    assert signed is not None and signed.interval == pytest.approx((3 - half, 3 + half))
+    high = over_tasks([91.0, 92.0, 96.0], (0.0, 100.0))
     assert high is not None
     assert high.interval == pytest.approx((93 - half, 93 + half))
-    high = over_tasks([97.0, 98.0, 100.0], most=100)
+    high = over_tasks([97.0, 98.0, 100.0], (0.0, 100.0))
     assert high is not None and high.interval is not None
     assert high.interval[1] == 100
 
 
 def test_leaders_by_hand() -> None:
-    def line(label: str, **values: Measurement) -> Summary:
-        return Summary(label, 1, 1, {column.name: values.get(column.name) for column in COLUMNS})
+    def line(label: str, **values: Result) -> Summary:
+        return Summary(label, 1, 1, {column.name: values.get(column.name) for column in columns})
+
+    columns = table_columns().all
 
     table = [
-        line("base", ua=Measurement(100.0, (90.0, 100.0), 9), fid=Measurement(0.1, None, 2)),
-        line("best", ua=Measurement(95.0, (93.0, 97.0), 9), fid=Measurement(0.3, (0.2, 0.4), 2)),
-        line("held", ua=Measurement(93.5, (93.2, 93.8), 9), fid=Measurement(0.35, None, 2)),
-        line("holds", ua=Measurement(92.0, (88.0, 96.0), 9), fid=Measurement(0.5, (0.25, 0.75), 2)),
-        line("apart", ua=Measurement(92.0, (91.0, 94.9), 9), fid=Measurement(0.5, (0.41, 0.6), 2)),
-        line("unknown", seconds=Measurement(1.0, None, 2)),
+        line("base", ua=Result(100.0, (90.0, 100.0), 9), fid=Result(0.1, None, 2)),
+        line("best", ua=Result(95.0, (93.0, 97.0), 9), fid=Result(0.3, (0.2, 0.4), 2)),
+        line("held", ua=Result(93.5, (93.2, 93.8), 9), fid=Result(0.35, None, 2)),
+        line("holds", ua=Result(92.0, (88.0, 96.0), 9), fid=Result(0.5, (0.25, 0.75), 2)),
+        line("apart", ua=Result(92.0, (91.0, 94.9), 9), fid=Result(0.5, (0.41, 0.6), 2)),
+        line("unknown", seconds=Result(1.0, None, 2)),
     ]
-    assert leaders(table) == {(label, name) for label in ("best", "held", "holds") for name in ("ua", "fid")}
+    assert leaders(table, columns) == {(label, name) for label in ("best", "held", "holds") for name in ("ua", "fid")}
 
 
 def test_scores_by_hand() -> None:
@@ -191,18 +219,15 @@ def test_scores_by_hand() -> None:
         ("retained", "clip_accuracy", "retain"), ("neighbours", "clip_accuracy", "neighbours"),
     )  # fmt: skip
 
-    def run(label: str, task: str, seed: int, **values: float) -> list[dict[str, Any]]:
-        return [
-            {"label": label, "task": task, "seed": seed, "metric": metric, "subset": subset,
-             "value": values.get(name, 100.0), "n": 4}
-            for name, metric, subset in parts
-        ]  # fmt: skip
+    def run(label: str, task: str, seed: int, measured: int = 4, **values: float) -> Run:
+        rows = [row(metric, subset, values.get(name, 100.0)) for name, metric, subset in parts[:measured]]
+        return run_of(*rows, label=label, task=task, seed=seed)
 
-    rows = [
-        *run("base", "a", 0), *run("x", "a", 0, neighbours=50.0), *run("x", "a", 1), *run("y", "a", 0, ua=75.0),
-        *run("y", "b", 0), *run("x", "c", 0)[:3],
+    runs = [
+        run("y", "a", 0, ua=75.0), run("x", "a", 0, neighbours=50.0), run("x", "a", 1), run("y", "b", 0),
+        run("x", "c", 0, measured=3),
     ]  # fmt: skip
-    scores = by_task(rows, ["y", "x"])
+    scores = by_task(runs, ["y", "x"], table_columns().harmonic)
     assert list(scores) == ["y", "x"]
     assert list(scores["x"]) == ["a"]  # nothing is said of "c", where the neighbours were not measured
     found = scores["x"]["a"]
@@ -216,8 +241,9 @@ def test_scores_by_hand() -> None:
 def test_an_edit_costs_what_it_does_beside_its_anchor() -> None:
     cost = {"seconds": {"total": 100.0, "train": 90.0}, "model_calls": {"train": 5, "replay": 2}}
     record = {"cost": {**cost, "peak_memory_bytes": 7}, "edit": {"seconds": {"solve": 0.5, "total": 2.0}}}
-    assert cost_of(record)["seconds"] == {"solve": 0.5, "total": 2.0, "anchor": 100.0}
-    assert cost_of(record)["model_calls"] == {"total": 0, "anchor": 7}
+    found = ErasureCost.of(record)
+    assert found.seconds == {"solve": 0.5, "total": 2.0, "anchor": 100.0}
+    assert found.model_calls == {"total": 0, "anchor": 7}
 
 
 def test_page_is_self_contained(grid: Path) -> None:
@@ -232,18 +258,16 @@ def test_page_is_self_contained(grid: Path) -> None:
 def test_a_second_call_runs_nothing_and_a_removed_cell_is_redone_alone(
     grid: Path, place: Path, tiny_model: Path
 ) -> None:
-    before, rows = changed(grid), read(grid)["rows"]
+    before, runs = changed(grid), read_runs(grid / "compare.json")
     compare(str(write_config(place, tiny_model)))
     assert changed(grid) == before
-    assert read(grid)["rows"] == rows
+    assert read_runs(grid / "compare.json") == runs
     shutil.rmtree(grid / "closed")
     compare(str(write_config(place, tiny_model)))
     after = changed(grid)
     assert {label for label in METHODS if after[label] != before[label]} == {"closed"}
-    values = [
-        [(row["label"], row["metric"], row["subset"], row["value"]) for row in r] for r in (rows, read(grid)["rows"])
-    ]
-    assert values[0] == values[1]
+    again = read_runs(grid / "compare.json")
+    assert [(run.label, run.rows) for run in again] == [(run.label, run.rows) for run in runs]
 
 
 def test_a_cell_whose_evaluation_failed_is_only_evaluated(
@@ -256,7 +280,7 @@ def test_a_cell_whose_evaluation_failed_is_only_evaluated(
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("safemax_sd.evaluation.compare.evaluate_cell", full)
+        patch.setattr("safemax_sd.evaluation.compare_cell.evaluate_cell", full)
         assert compare(str(write_config(place, tiny_model)))[1] == ["ours, fruit, seed 0: OSError: the disk is full"]
     weights = folder / "pytorch_lora_weights.safetensors"
     before = weights.stat().st_mtime_ns

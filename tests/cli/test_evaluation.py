@@ -6,14 +6,19 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safemax_sd.evaluation.headline import headline
+from safemax_sd.evaluation.options import EvaluateOptions
+from safemax_sd.evaluation.outputs import update_model_card
+from safemax_sd.evaluation.prompt_settings import start_seeds
 from safemax_sd.evaluation.real import embedded_pictures
-from safemax_sd.evaluation.run import EvaluateOptions, evaluate, start_seeds, update_model_card
+from safemax_sd.evaluation.report import Report
+from safemax_sd.evaluation.run import evaluate
 
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.core.judge import load_judge
@@ -90,7 +95,8 @@ def test_a_prompt_s_own_seed_is_drawn_from_once() -> None:
     assert len({seed for run in seeds for seed in run[:3]}) == 6
 
 
-def test_report_holds_every_subset_and_setting(evaluated: Path) -> None:
+def test_report_holds_every_subset_and_setting(evaluated: Path, tmp_path: Path) -> None:
+    typed = Report.read(evaluated / "report.json", "--output_dir")
     report = json.loads((evaluated / "report.json").read_text())
     subsets = {row["subset"] for row in report["metrics"]}
     assert subsets == {"forget", "retain", "neighbours", "paraphrases", "image_to_image"}
@@ -101,9 +107,12 @@ def test_report_holds_every_subset_and_setting(evaluated: Path) -> None:
     assert report["erased"] == ["bomb"]
     drift = [row for row in report["metrics"] if row["metric"] == "drift"]
     assert {row["model"] for row in drift} == {"erased"}
-    labels = [row.label for row in headline(report)]
+    labels = [row.label for row in headline(typed)]
     assert "Unlearning accuracy" in labels
-    assert "FID of retained pictures" in labels
+    assert "FID on retained prompts" in labels
+    typed.write(tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert {**again, "files": report["files"]} == report
 
 
 def test_what_is_written_names_no_folder_of_this_machine(evaluated: Path) -> None:
@@ -120,7 +129,7 @@ def test_page_is_self_contained(evaluated: Path) -> None:
 
 
 def test_the_model_card_shows_the_report(evaluated: Path, erased: Path) -> None:
-    report = json.loads((evaluated / "report.json").read_text())
+    report = Report.read(evaluated / "report.json", "--output_dir")
     card = (erased / "README.md").read_text()
     assert "](evaluation/samples.png)" in card
     table = card.split("## Measured\n\n")[1].split("\n\n")[0].splitlines()
@@ -129,18 +138,18 @@ def test_the_model_card_shows_the_report(evaluated: Path, erased: Path) -> None:
     row = next(line for line in table if line.startswith("| Unlearning accuracy |"))
     assert row.count("n = 6") == 2
     assert row.count("[") == 2
-    for said in ("emoji/bomb", "sampler ddim", "guidance scale 5, 3 steps", report["provenance"]["device"]):
+    for said in ("emoji/bomb", "sampler ddim", "guidance scale 5, 3 steps", report.provenance["device"]):
         assert said in card
     assert card.startswith("---\nlibrary_name")
 
 
 def test_an_evaluation_elsewhere_leaves_the_model_card(evaluated: Path, erased: Path, tmp_path: Path) -> None:
-    report = json.loads((evaluated / "report.json").read_text())
+    report = Report.read(evaluated / "report.json", "--output_dir")
     before = (erased / "README.md").read_text()
-    update_model_card(erased, {**report, "suite": "another"}, tmp_path)
+    update_model_card(erased, replace(report, suite="another"), tmp_path)
     assert (erased / "README.md").read_text() == before
     inside = erased / "at guidance 7"
-    update_model_card(erased, {**report, "suite": "another"}, inside)
+    update_model_card(erased, replace(report, suite="another"), inside)
     assert "](at%20guidance%207/samples.png)" in (erased / "README.md").read_text()
     update_model_card(erased, report, evaluated)
     assert (erased / "README.md").read_text() == before

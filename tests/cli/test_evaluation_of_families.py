@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from safemax_sd.evaluation.run import EvaluateOptions, evaluate
+from safemax_sd.evaluation.options import EvaluateOptions
+from safemax_sd.evaluation.run import evaluate
 
 from safemax_sd.core.errors import OptionError
 from safemax_sd.train import train

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safemax_sd.evaluation.run import EvaluateOptions, evaluate
+from safemax_sd.evaluation.options import EvaluateOptions
+from safemax_sd.evaluation.run import evaluate
 from typer.testing import CliRunner
 
 from safemax_sd.adapters import lora as adapter

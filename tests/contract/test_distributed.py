@@ -15,7 +15,8 @@ import psutil
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from safemax_sd.evaluation.run import EvaluateOptions, evaluate
+from safemax_sd.evaluation.options import EvaluateOptions
+from safemax_sd.evaluation.run import evaluate
 from safetensors.torch import load_file
 
 from safemax_sd.adapters.lora import WEIGHTS_NAME

@@ -6,45 +6,33 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 from safemax_sd.evaluation.compare_page import _table
 from safemax_sd.evaluation.compare_tables import Entry, Grid, latex, markdown
 from safemax_sd.evaluation.headline import measured_markdown, print_headline
+from safemax_sd.evaluation.metrics import Result
+from safemax_sd.evaluation.metrics.unlearning_accuracy import UnlearningAccuracy
+from safemax_sd.evaluation.report import Row
 
 from safemax_sd.cli import console, main, report_marks, report_redirection, say
 from safemax_sd.core.escaping import latex_text, markdown_code, markdown_text, printable
 from safemax_sd.results.erasure import read_record
 from safemax_sd.results.model_card import describe
+from tests.reports import report_of, row
 
 HOSTILE = ("[/x]", "[bold]red", ":bomb:", "a|b", "`code`", "*all*", "_under_", "100 %_&#$~^{}\\", "\x1b[31mred")
-
-
-def report_of(name: str) -> dict[str, Any]:
-    return {
-        "erased": [name],
-        "suite": name,
-        "judge": name,
-        "adapter": {"base_model": {"name_or_path": "emoji"}},
-        "settings": {"guidance_scale": 5.0, "num_inference_steps": 2, "sampler": "ddim", "seed": 0},
-        "provenance": {"commit": None, "device": "cpu", "versions": {"safemax_sd": "1"}},
-        "metrics": [
-            {"metric": "unlearning_accuracy", "subset": "forget", "value": 100.0, "interval": [97.1, 100.0], "n": 128,
-             "unit": "%", "column": column}
-            for column in (name, "other")
-        ],
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("markup", [True, False])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_headline_prints_names_as_they_are(name: str, markup: bool) -> None:
     out = io.StringIO()
-    print_headline(report_of(name), Console(file=out, markup=markup, width=200))
+    print_headline(
+        report_of(row("unlearning_accuracy", "forget", 100.0), name=name), Console(file=out, markup=markup, width=200)
+    )
     assert f"“{printable(name)}” erased from emoji" in out.getvalue()
-    assert f"Unlearning accuracy: {printable(name)}" in out.getvalue()
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -127,22 +115,23 @@ def test_tables_keep_their_columns() -> None:
 
 
 def test_a_card_s_table_and_sentence_hold_no_foreign_marks() -> None:
-    text = measured_markdown(report_of("a|`b`"))
-    row = text.splitlines()[2]
-    assert len(re.split(r"(?<!\\)\|", row)) == 5
+    measured = Row.of(UnlearningAccuracy, "forget", "erased", Result(100.0, (97.1, 100.0), 128, {"warning": "a|`b`"}))
+    text = measured_markdown(report_of(measured, name="a|`b`"))
+    line = text.splitlines()[2]
+    assert len(re.split(r"(?<!\\)\|", line)) == 5
     assert r"prompts of a\|\`b\`: judge a\|\`b\`" in text
 
 
 def test_the_published_comparison_is_tabulated_as_before() -> None:
-    from safemax_sd.evaluation.compare_tables import by_task, summaries, summary_grid, task_grid
+    from safemax_sd.evaluation.compare_columns import table_columns
+    from safemax_sd.evaluation.compare_runs import read_runs
+    from safemax_sd.evaluation.compare_tables import by_task, task_grid
 
-    content = json.loads(Path("docs/results/emoji_comparison/compare.json").read_text())
+    path = Path("docs/results/emoji_comparison/compare.json")
+    content = json.loads(path.read_text())
     labels, tasks = list(content["methods"]), list(content["tasks"])
-    grids = (
-        summary_grid(summaries(content["rows"], ["base", *labels], 20)),
-        task_grid(by_task(content["rows"], labels), tasks),
-    )
+    grid = task_grid(by_task(read_runs(path), labels, table_columns().harmonic), tasks)
     published = Path("docs/results/emoji_comparison/compare.md").read_text().splitlines()
-    assert [line for line in markdown([grids[1]]).splitlines() if line.startswith("|")] == [
+    assert [line for line in markdown([grid]).splitlines() if line.startswith("|")] == [
         line for line in published[published.index("| method | " + " | ".join(tasks) + " |") :] if line.startswith("|")
     ]

@@ -14,8 +14,10 @@ from safemax_sd.evaluation.baselines import BASELINES
 from safemax_sd.evaluation.baselines.base import Baseline
 from safemax_sd.evaluation.generate import Generator, Job
 from safemax_sd.evaluation.headline import measured_markdown
+from safemax_sd.evaluation.options import EvaluateOptions
+from safemax_sd.evaluation.prompt_settings import guidance_scales, own_guidance
 from safemax_sd.evaluation.real import RealPictures
-from safemax_sd.evaluation.run import EvaluateOptions, Evaluation, guidance_scales, own_guidance
+from safemax_sd.evaluation.run import Evaluation
 
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.prompts import Prompt, load_prompts, load_suite
@@ -24,6 +26,7 @@ from safemax_sd.train import read_input
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.probe import UnlearningProbe
 from tests import tiny
+from tests.reports import report_of
 
 STEPS = 2
 SCALES = (3.0, 7.5, 3.0, 3.0, 7.5)
@@ -85,10 +88,8 @@ def test_the_report_says_which_guidance_was_used(tiny_model: Path, tmp_path: Pat
     assert own_guidance(load_suite("emoji/bomb")) == {}
     assert guidance_scales([Prompt("x"), Prompt("y", guidance=9.0)], 5.0) == (5.0, 9.0)
     settings = {"guidance_scale": 4.0, "num_inference_steps": 2, "sampler": "ddim", "seed": 0}
-    made = {"commit": None, "device": "cpu", "versions": {"safemax_sd": "0"}}
-    report = {"metrics": [], "suite": "x", "judge": "y", "provenance": made, "settings": settings}
-    assert "guidance scale 4, 2 steps" in measured_markdown(report)
-    report["settings"] = {**settings, **own_guidance(suite)}
+    assert "guidance scale 4, 2 steps" in measured_markdown(report_of(settings=settings))
+    report = report_of(settings={**settings, **own_guidance(suite)})
     assert "guidance scale 4 (the prompts’ own where a file gives it: retain), 2 steps" in measured_markdown(report)
 
 

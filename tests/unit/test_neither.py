@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safemax_sd.evaluation.compare_tables import NOTE, RATES, markdown, summaries, summary_grid
+from safemax_sd.evaluation.compare_columns import table_columns
+from safemax_sd.evaluation.compare_runs import read_runs
+from safemax_sd.evaluation.compare_tables import markdown, summaries, summary_grid, table_note
 from safemax_sd.evaluation.headline import headline, headline_markdown
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context
 from safemax_sd.evaluation.metrics.base import called_noise
@@ -19,6 +20,7 @@ from safemax_sd.evaluation.real import embedded_pictures
 from benchmarks.judge_calibration import blend, judged
 from safemax_sd.core.judge import load_judge
 from safemax_sd.prompts import load_suite
+from tests.reports import report_of, row, run_of
 
 CALIBRATION = Path("docs/results/2026-11-27-judge-calibration.json")
 CONCEPTS = ["bomb", "dog", "pizza", "key"]
@@ -70,51 +72,50 @@ def test_it_is_not_measured_without_real_pictures(context: Context) -> None:
     assert not METRICS.get("neither")(without_real).applies(batch_of(context, torch.zeros(1, 3, 64, 64)))
 
 
-def row(metric: str, subset: str, value: float, **more: Any) -> dict[str, Any]:
-    return {"metric": metric, "subset": subset, "model": "erased", "value": value, "interval": None, "n": 4,
-            "unit": "%", "label": "a", "task": "t", "seed": 0, "seconds": {}, "model_calls": {},
-            "peak_memory_bytes": None, **more}  # fmt: skip
-
-
 @pytest.mark.parametrize("subset", ["forget", "paraphrases", "image_to_image"])
 def test_the_headline_has_it_beside_every_unlearning_accuracy(subset: str) -> None:
-    strengths = [{"strength": s} for s in (0.5, 0.8)] if subset == "image_to_image" else [{}]
-    old = {"metrics": [row("unlearning_accuracy", subset, 100.0, **strength) for strength in strengths]}
-    shown = headline(old)
+    strengths = [0.5, 0.8] if subset == "image_to_image" else [None]
+    old = [row("unlearning_accuracy", subset, 100.0, strength=strength) for strength in strengths]
+    shown = headline(report_of(*old))
     assert [entry.metric for entry in shown] == ["unlearning_accuracy"] * len(strengths) + ["neither"] * len(strengths)
     assert all(entry.erased is None for entry in shown if entry.metric == "neither")
     table = headline_markdown(shown).splitlines()[-1]
     assert "neither" in table.lower() and table.endswith("| – | – |")
-    measured = {"metrics": [*old["metrics"], *(row("neither", subset, 75.0, **strength) for strength in strengths)]}
+    measured = report_of(*old, *(row("neither", subset, 75.0, strength=strength) for strength in strengths))
     values = [entry.erased.value for entry in headline(measured) if entry.metric == "neither" and entry.erased]
     assert values == [75.0] * len(strengths)
 
 
 def test_a_report_without_unlearning_accuracy_has_no_row_for_it() -> None:
-    assert [entry.metric for entry in headline({"metrics": [row("clip_accuracy", "retain", 100.0)]})] == [
-        "clip_accuracy"
-    ]
+    assert [entry.metric for entry in headline(report_of(row("clip_accuracy", "retain", 100.0)))] == ["clip_accuracy"]
 
 
 def test_comparisons_show_it_and_older_ones_a_dash() -> None:
     old = [row("unlearning_accuracy", "forget", 100.0), row("unlearning_accuracy", "paraphrases", 100.0)]
-    headings = [RATES[name][0].heading for name in ("neither", "paraphrases_neither")]
+    columns = table_columns()
+    headings = ("neither %", "neither on paraphrases %")
     for rows, wanted in (
         (old, "–"),
         ([*old, row("neither", "forget", 50.0), row("neither", "paraphrases", 50.0)], "5"),
     ):
-        head, _, line = markdown([summary_grid(summaries(rows, ["a"], 1))]).splitlines()[:3]
+        table = summaries([run_of(*rows)], ["a"], 1, columns.all)
+        head, _, line = markdown([summary_grid(table, columns)]).splitlines()[:3]
         cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
         assert all(cells[heading].startswith(wanted) for heading in headings)
         assert "**5" not in line  # neither direction is better
-    assert "neither" in NOTE
+    assert "neither: forbidden prompts" in table_note(columns)
 
 
 def test_the_published_comparison_can_still_be_tabulated() -> None:
-    content = json.loads(Path("docs/results/emoji_comparison/compare.json").read_text())
-    table = summaries(content["rows"], ["base", *content["methods"]], 20)
+    path = Path("docs/results/emoji_comparison/compare.json")
+    content = json.loads(path.read_text())
+    table = summaries(read_runs(path), ["base", *content["methods"]], 20, table_columns().all)
     assert len(table) == 1 + len(content["methods"])
-    assert all(line.values["neither"] is None and line.values["ua"] is not None for line in table)
+    for line, published in zip(table, content["summary"], strict=True):
+        assert line.values["neither"] is None
+        for name, value in published["values"].items():
+            assert (line.values[name] is None) == (value is None)
+            assert value is None or line.values[name].value == pytest.approx(value["value"])
 
 
 def test_blends_keep_their_variance_and_end_in_the_picture_and_in_noise() -> None:

@@ -13,14 +13,16 @@ import pytest
 import torch
 from PIL import Image
 from safemax_sd.evaluation.headline import headline
+from safemax_sd.evaluation.inputs import check_metrics
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context
 from safemax_sd.evaluation.metrics.nudity import EXPOSED, THRESHOLD, NudityRate, as_files_are_read, shows_nudity
-from safemax_sd.evaluation.run import check_metrics, row
+from safemax_sd.evaluation.report import Row
 from torch import Tensor
 
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.judge import load_judge
 from safemax_sd.prompts import load_suite
+from tests.reports import report_of
 
 SUITE = "nsfw/nudity"
 BOXES, LABELS = 2100, 18
@@ -138,9 +140,9 @@ def test_the_rate_counts_what_the_detector_reports() -> None:
     ours.update(batch(torch.zeros(5, 3, 64, 48)))
     result = ours.compute()
     assert ours.values == [1, 0, 0, 0, 1] and result.value == 40
-    written = row("nudity_rate", "forget", "erased", result, sampler="ddim")
-    assert written["details"]["classes"] == list(EXPOSED) and written["unit"] == "%"
-    assert headline({"metrics": [written]})[0].label == "Nudity detected"
+    written = Row.of(NudityRate, "forget", "erased", result)
+    assert written.to_json()["details"]["classes"] == list(EXPOSED) and written.unit == "%"
+    assert headline(report_of(written))[0].label == "Nudity detected"
 
 
 def test_real_labels_are_the_ones_that_count() -> None:

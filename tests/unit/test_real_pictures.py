@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from safemax_sd.evaluation.headline import headline
+from safemax_sd.evaluation.inputs import kept_pictures
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
 from safemax_sd.evaluation.metrics.distribution import INCEPTION, JUDGE_EXTRACTOR, Fid
+from safemax_sd.evaluation.options import EvaluateOptions
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
-from safemax_sd.evaluation.run import EvaluateOptions, kept_pictures, row
+from safemax_sd.evaluation.report import Row
 
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.core.judge import Judge, load_judge
 from safemax_sd.prompts import Suite, load_suite
 from tests import tiny
+from tests.reports import report_of
 
 OPTIONS = {"adapter": "", "clip_model": "emoji"}
 
@@ -113,9 +116,9 @@ def test_the_headline_prints_the_warning(judge: Judge) -> None:
     metric = Fid(Context(judge, ["a", "b"], {}, pictures, INCEPTION))
     metric.update(Batch(pictures, pictures.flatten(1), ["a"] * 4, ["a"] * 4))
     result = Result(9.0, None, 4, metric._bias())
-    rows = [row("fid", "retain", model, result) for model in ("base", "erased")]
-    assert [entry.label for entry in headline({"metrics": rows})] == [
-        "FID of retained pictures (too large: fewer than 2,048 pictures)"
+    rows = [Row.of(Fid, "retain", model, result) for model in ("base", "erased")]
+    assert [entry.label for entry in headline(report_of(*rows))] == [
+        "FID on retained prompts (too large: fewer than 2,048 pictures)"
     ]
 
 

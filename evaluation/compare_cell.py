@@ -1,0 +1,202 @@
+"""A cell of a comparison, one method on one task with one seed: its folder, state and run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from PIL import Image
+from safemax_sd.evaluation.compare_methods import Erasure, Method
+from safemax_sd.evaluation.compare_runs import BASE
+from safemax_sd.evaluation.generate import clear_cache
+from safemax_sd.evaluation.metrics import METRICS
+from safemax_sd.evaluation.options import EvaluateOptions
+from safemax_sd.evaluation.outputs import CACHE, Shown, evaluation_folder
+from safemax_sd.evaluation.report import REPORT, Report
+from safemax_sd.evaluation.run import Evaluation, run_and_write
+
+from safemax_sd.core.errors import OptionError, SafemaxError, path_errors
+from safemax_sd.core.provenance import Stopwatch, write_json_atomic
+from safemax_sd.training.checkpoints import all_checkpoints, discard
+
+TILES_QUALITY = 85
+"""Lossy: noise does not compress, and a page has hundreds of these pictures."""
+HELD = {"started": set[str](), "erased": set[str](), "failed": {"reason"}, "done": {"prompts", "subsets"}}
+"""What a state holds beside its settings, by status."""
+DAMAGED = "is missing or damaged: remove the cell's folder, and it is run again"
+STATE, LOCK = "cell.json", ".lock"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task with one seed.
+
+    Attributes:
+        label: Label of the method.
+        method: What erases.
+        task: Name of the suite.
+        erasure: What is erased, and where.
+        evaluation: Options of the evaluation, as `safemax evaluate` has them.
+    """
+
+    label: str
+    method: Method
+    task: str
+    erasure: Erasure
+    evaluation: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.erasure.folder
+
+    @property
+    def evaluated(self) -> Path:
+        return self.folder / "evaluation"
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}, {self.task}, seed {self.erasure.seed}"
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that the cell's results depend on, as it is stored; the size of batches is left out."""
+        content = {
+            "method": self.method.identity(),
+            "base_model": self.erasure.base_model,
+            "prompts": {part: prompts.sha256 for part, prompts in self.erasure.suite.parts.items()},
+            "seed": self.erasure.seed,
+            "evaluation": {name: value for name, value in self.evaluation.items() if name != "batch_size"},
+            "metrics": {name: METRICS.get(name).version for name in METRICS.names()},
+        }
+        stored: dict[str, Any] = json.loads(json.dumps(content))
+        return stored
+
+    def state(self) -> dict[str, Any]:
+        """Read what the folder says of itself; empty where there is nothing.
+
+        Raises:
+            OptionError: It says nothing that can be read.
+        """
+        path = self.folder / STATE
+        with path_errors("--output_dir", self.folder):
+            if not path.exists():
+                return {}
+        try:
+            content: Any = json.loads(path.read_text(encoding="utf8"))
+        except (OSError, ValueError) as error:
+            raise OptionError("--output_dir", path, DAMAGED) from error
+        status = content.get("status") if isinstance(content, dict) else None
+        needed = HELD.get(status) if isinstance(status, str) else None
+        if needed is None or not needed | {"settings"} <= content.keys():
+            raise OptionError("--output_dir", path, DAMAGED)
+        return dict(content)
+
+    def check_results(self) -> None:
+        """Check that all that a done cell's tables and page are made of is there.
+
+        Raises:
+            OptionError: A file is missing or damaged.
+        """
+        self.report()
+        for path in (self.tiles(BASE), self.tiles("erased")):
+            if not path.is_file():
+                raise OptionError("--output_dir", path, DAMAGED)
+
+    def is_erased(self, state: dict[str, Any]) -> bool:
+        """Tell whether a state says that only the evaluation is left."""
+        erased = state.get("status") == "erased" or bool(state.get("erased"))
+        return erased and bool(state["settings"] == self.identity())
+
+    def write(self, status: str, **more: Any) -> None:
+        with path_errors("--output_dir", self.folder):
+            write_json_atomic(self.folder / STATE, {"status": status, "settings": self.identity(), **more})
+
+    def report(self) -> Report:
+        """Read what a done cell measured.
+
+        Raises:
+            OptionError: The report is missing, damaged or of an unknown version.
+        """
+        path = self.evaluated / REPORT
+        try:
+            return Report.read(path, "--output_dir")
+        except OptionError as error:
+            raise OptionError("--output_dir", path, DAMAGED) from error
+
+    def tiles(self, model: str) -> Path:
+        """Return the file with the pictures to show of the `base` or the `erased` model, side by side."""
+        return self.evaluated / f"tiles_{model}.webp"
+
+    def options(self) -> EvaluateOptions:
+        """Return the options of its evaluation."""
+        return EvaluateOptions(
+            adapter=str(self.folder),
+            suite=self.erasure.suite.name,
+            output_dir=str(self.evaluated),
+            **self.evaluation,
+        )
+
+
+@contextmanager
+def taken(cell: Cell) -> Iterator[bool]:
+    """Lock the cell; yields False if another process holds it. The lock ends with the process."""
+    with path_errors("--output_dir", cell.folder):
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(cell.folder / LOCK)
+        with suppress(Timeout):
+            lock.acquire(blocking=False)
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
+
+
+def run_cell(cell: Cell, base_cache: Path) -> None:
+    """Erase and evaluate; a failure is written down with its reason, and with whether the erasure can be kept."""
+    erased = cell.is_erased(cell.state())
+    try:
+        if not erased:
+            cell.write("started")
+            cell.method.erase(cell.erasure)
+            erased = True
+            cell.write("erased")
+        shown = evaluate_cell(cell, base_cache)
+        save_tiles(cell, shown)
+        clean(cell)
+        cell.write("done", prompts=shown.prompts, subsets=shown.subsets)
+    except Exception as error:  # whatever it is, the other cells can still be run
+        text = " ".join(str(error).split())[:300]
+        reason = text if isinstance(error, SafemaxError) else f"{type(error).__name__}: {text}"
+        cell.write("failed", reason=reason, erased=erased)
+
+
+def evaluate_cell(cell: Cell, base_cache: Path) -> Shown:
+    """Measure a cell whose erasure is done; returns the pictures to show."""
+    clock = Stopwatch()
+    options = cell.options()
+    with evaluation_folder(options):
+        with clock.phase("load"):
+            subject = cell.method.subject(cell.erasure)
+            evaluation = Evaluation(options, subject, base_cache_dir=base_cache)
+        return run_and_write(evaluation, clock)[1]
+
+
+def save_tiles(cell: Cell, shown: Shown) -> None:
+    """Put the pictures to show into one row each for the base and the erased model."""
+    for model, images in ((BASE, shown.base), ("erased", shown.erased)):
+        width, height = images[0].size
+        row = Image.new("RGB", (width * len(images), height))
+        for place, image in enumerate(images):
+            row.paste(image, (place * width, 0))
+        row.save(cell.tiles(model), quality=TILES_QUALITY)
+
+
+def clean(cell: Cell) -> None:
+    """Remove what a done cell needs no more: its pictures and checkpoints would fill the disk."""
+    clear_cache(cell.evaluated / CACHE)
+    for checkpoint in all_checkpoints(cell.folder):
+        discard(checkpoint)

@@ -1,0 +1,48 @@
+"""Reports and comparison runs with values by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safemax_sd.evaluation.compare_runs import Run
+from safemax_sd.evaluation.metrics import METRICS, Result
+from safemax_sd.evaluation.report import Report, Row
+
+SETTINGS = {"guidance_scale": 5.0, "num_inference_steps": 2, "sampler": "ddim", "seed": 0}
+
+
+def row(
+    metric: str,
+    subset: str,
+    value: float,
+    *,
+    model: str = "erased",
+    n: int = 4,
+    interval: tuple[float, float] | None = None,
+    strength: float | None = None,
+) -> Row:
+    """Return one measurement."""
+    return Row.of(METRICS.get(metric), subset, model, Result(value, interval, n), strength=strength)
+
+
+def report_of(*rows: Row, name: str = "bomb", **changes: Any) -> Report:
+    """Return a report of these measurements, in which suite, judge and erased concept have one name."""
+    content = {
+        "adapter": {
+            "base_model": {"name_or_path": "emoji"},
+            "forget": {"concepts": [], "texts": []},
+        },
+        "erased": [name],
+        "suite": name,
+        "judge": name,
+        "settings": SETTINGS,
+        "metrics": [row.to_json() for row in rows],
+        "sweep": [],
+        "provenance": {"commit": None, "device": "cpu", "versions": {"safemax_sd": "1"}},
+    }
+    return Report.from_json({**content, **changes})
+
+
+def run_of(*rows: Row, label: str = "a", task: str = "t", seed: int = 0) -> Run:
+    """Return a run of these measurements."""
+    return Run(label, "safemax", task, seed, rows)

@@ -1,0 +1,79 @@
+"""Reports are typed and versioned, and metrics say of themselves how they are shown."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safemax_sd.evaluation.headline import headline
+from safemax_sd.evaluation.metrics import METRICS
+from safemax_sd.evaluation.metrics.base import quantities
+from safemax_sd.evaluation.metrics.description import GROUPS, SUBSETS
+from safemax_sd.evaluation.page import render
+from safemax_sd.evaluation.report import Report
+
+from safemax_sd.core.errors import OptionError
+from tests.reports import report_of, row
+
+PUBLISHED = sorted(Path("docs/results").glob("emoji_*.json"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_reports_are_read_and_rendered(path: Path, tmp_path: Path) -> None:
+    shutil.copy(path, tmp_path / "report.json")
+    Image.new("RGB", (8, 8)).save(tmp_path / "samples.png")
+    content = json.loads(path.read_text())
+    report = Report.read(tmp_path / "report.json", "REPORT_DIR")
+    assert [row.to_json() for row in report.metrics] == content["metrics"]
+    assert [row.to_json() for row in report.sweep] == content["sweep"]
+    page = render(tmp_path).read_text()
+    assert report.title in page
+    for shown in headline(report):
+        assert shown.label in page
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"format_version": 2}, "is of format version 2, of which this safemax_sd knows 1"),
+        ({"format_version": None}, "is of format version None"),
+        ({"metrics": [{"metric": "fid", "subset": "retain", "n": 2}]}, "holds a measurement that cannot be read"),
+        ({"metrics": [{"metric": "fid", "subset": "retain", "value": 1, "n": 2, "interval": [1]}]}, "cannot be read"),
+        ({"metrics": ["fid"]}, "holds a measurement that cannot be read: fid"),
+        ({"adapter": []}, "holds an entry of another type: adapter"),
+        ({"metrics": {}}, "holds an entry of another type: metrics"),
+    ],
+)
+def test_a_report_that_cannot_be_read_is_one_line(change: dict[str, object], reason: str, tmp_path: Path) -> None:
+    content = json.loads(PUBLISHED[0].read_text())
+    (tmp_path / "report.json").write_text(json.dumps({**content, **change}))
+    with pytest.raises(OptionError, match=reason) as caught:
+        Report.read(tmp_path / "report.json", "REPORT_DIR")
+    assert "\n" not in str(caught.value)
+
+
+def test_every_metric_describes_itself() -> None:
+    columns = []
+    for name in METRICS.names():
+        metric = METRICS.get(name)
+        assert metric.label and metric.subsets and set(metric.subsets) <= SUBSETS.keys()
+        assert metric.group in (None, *GROUPS)
+        assert not metric.beside or metric.beside in METRICS.names()
+        assert {role.subset for role in metric.comparison} <= set(metric.subsets)
+        columns += [role.column for role in metric.comparison]
+    assert len(set(columns)) == len(columns)
+    shown = quantities()
+    assert len({(quantity.label, quantity.subset) for quantity in shown}) == len(shown)
+    places = [GROUPS.index(quantity.group) for quantity in shown]
+    assert places == sorted(places)
+
+
+def test_only_what_was_measured_at_the_reports_own_setting_is_in_the_headline() -> None:
+    report = report_of(row("clip_accuracy", "retain", 90.0))
+    other = report_of(row("clip_accuracy", "retain", 90.0), settings={**report.settings, "guidance_scale": 7.5})
+    here = [{**entry.to_json(), "guidance_scale": 5.0} for entry in report.metrics]
+    assert len(headline(report_of(metrics=here))) == 1
+    assert headline(report_of(metrics=here, settings=other.settings)) == []
