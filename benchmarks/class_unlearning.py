@@ -31,12 +31,11 @@ from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
 from benchmarks.classes.data import Dataset, load_dataset, write_folder
 from benchmarks.classes.measure import Sampling, draw, forgetting, pictures, retention
 from benchmarks.classes.summary import gallery, plot, summary
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
-from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.results.erasure import load_erased
 from safemax_sd.train import train
 from safemax_sd.training import checkpoints
+from safemax_sd.training.config import TrainConfig, config_class
 
 FORGOTTEN_AT = 99.0
 """Unlearning accuracy with rejection, in percent, from which a class counts as forgotten."""
@@ -169,12 +168,11 @@ class Study:
             settings |= SMALL_CIFAR10.get(method, {})
         if variant.real_data:
             settings["train_data_dir"] = str(write_folder(self.dataset, self.folder / "pictures"))
-        return OBJECTIVES.get(variant.objective).Config(
+        return config_class(variant.objective)(
             **self.prompt_files(forgotten),
             pretrained_model_name_or_path=str(self.base),
             output_dir=str(output_dir),
             overwrite_output_dir=True,
-            objective=variant.objective,
             seed=self.arguments.seed,
             **{"checkpointing_steps": 1_000_000, **settings, **changes},
         )

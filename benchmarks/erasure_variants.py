@@ -15,9 +15,9 @@ from typing import Any
 from safemax_sd.evaluation.options import EvaluateOptions
 from safemax_sd.evaluation.run import evaluate
 
-from safemax_sd.objectives.safemax import SafemaxConfig
 from safemax_sd.prompts import load_suite
 from safemax_sd.train import train
+from safemax_sd.training.config import config_class
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def measure(name: str, changes: dict[str, Any], arguments: argparse.Namespace) -
     suite = load_suite(arguments.suite)
     folder = arguments.work_dir / f"{arguments.suite.replace('/', '_')}_{list(VARIANTS).index(name)}_{arguments.seed}"
     if not (folder / "erasure.json").exists():
-        config = SafemaxConfig(
+        config = config_class("safemax")(
             forget_prompts=str(suite.path("forget")),
             retain_prompts=str(suite.path("retain")),
             output_dir=str(folder),

@@ -35,11 +35,10 @@ from safemax_sd.erasing.anchored import change_concepts, erase
 from safemax_sd.erasing.edits.uce import UceSettings
 from safemax_sd.erasing.redirect import redirect
 from safemax_sd.families import LoadOptions
-from safemax_sd.objectives.halting_anchor import HaltingAnchorConfig
-from safemax_sd.objectives.safemax import SafemaxConfig
 from safemax_sd.prompts import load_prompts, pick
 from safemax_sd.results.erasure import read_record
 from safemax_sd.train import train
+from safemax_sd.training.config import config_class
 
 GROUPED = [concept for group in FORBIDDEN_GROUPS.values() for concept in group]
 LOOK_ALIKES = [concept for group in NEIGHBOURS.values() for concept in group]
@@ -106,10 +105,9 @@ def train_anchor(work_dir: Path) -> Path:
             [row for number, concept in enumerate(kept) for row in spread_prompts(concept, number)],
         )
         train(
-            HaltingAnchorConfig(
+            config_class("halting_anchor")(
                 retain_prompts=str(work_dir / VOCABULARY),
                 output_dir=str(folder),
-                objective="halting_anchor",
                 overwrite_output_dir=True,
             )
         )
@@ -171,7 +169,7 @@ def adapter(method: str, count: int, synonyms: bool, work_dir: Path) -> Path:
             )
         else:
             train(
-                SafemaxConfig(
+                config_class("safemax")(
                     forget_prompts=files["forget"],
                     retain_prompts=files["retain"],
                     output_dir=str(output),

@@ -25,8 +25,8 @@ from safemax_sd.evaluation.compare_columns import HARMONIC
 from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.methods import SEARCH, trained_methods
 from safemax_sd.core.errors import SafemaxError
-from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.train import LOSS_NOT_FINITE
+from safemax_sd.training.config import config_class
 
 RATES, LONGER = (1, 5, 25), 2
 Row = dict[str, Any]
@@ -82,7 +82,7 @@ class Trial:
 def trial(method: str, *, rate: int, steps: int) -> Trial:
     """A method's setting with multiples of its learning rate and steps."""
     flags = trained_methods(SEARCH)[method]
-    config = OBJECTIVES.get(flags["objective"]).Config
+    config = config_class(flags["objective"])
     own = {"learning_rate": config.learning_rate, "max_train_steps": config.max_train_steps, **flags}
     changed = {"learning_rate": own["learning_rate"] * rate, "max_train_steps": own["max_train_steps"] * steps}
     return Trial(method, {**flags, **changed}, rate, steps)

@@ -17,8 +17,8 @@ from safemax_sd.evaluation.subjects import Adapter, Subject
 
 from safemax_sd.adapters.halting_marks import HaltingMarksSettings
 from safemax_sd.assets import resolve_anchor
-from safemax_sd.core.config import TrainConfig, literals
 from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.options import choices_of
 from safemax_sd.core.registry import closest
 from safemax_sd.erasing.edits.halting_marks import HaltingMarks
 from safemax_sd.erasing.edits.uce import Uce
@@ -28,6 +28,7 @@ from safemax_sd.results.erasure import read_record
 from safemax_sd.train import read_input
 from safemax_sd.training.children import run_child
 from safemax_sd.training.command_line import check_types
+from safemax_sd.training.config import config_class
 
 OUTPUT = "output.txt"
 FLAGS = "train.yaml"
@@ -134,15 +135,14 @@ class TrainedMethod(Method):
         for flag in flags:
             if flag in GIVEN:
                 raise OptionError("--config", self.where, f"{flag} is the comparison's to give")
-        return check_types(flags, objective.Config, self.where)
+        return check_types(flags, config_class(self.name), self.where)
 
     def settings(self) -> dict[str, Any]:
-        config: TrainConfig = OBJECTIVES.get(self.name).Config(**self.flags)
-        return {flag: value for flag, value in config.record().items() if flag not in GIVEN}
+        record = config_class(self.name)(**self.flags).record()
+        return {flag: value for flag, value in record.items() if flag not in GIVEN}
 
     def check(self, erasure: Erasure) -> None:
-        config: TrainConfig = OBJECTIVES.get(self.name).Config(**self._all_flags(erasure))
-        read_input(config)
+        read_input(config_class(self.name)(**self._all_flags(erasure)))
 
     def erase(self, erasure: Erasure) -> None:
         path = erasure.folder / FLAGS
@@ -230,7 +230,7 @@ class UntrainedMethod(Method):
         hints = get_type_hints(settings)
         checked = check_types(flags, settings, self.where)
         for name, value in checked.items():
-            allowed = literals(hints[name])
+            allowed = choices_of(hints[name])
             if allowed and value not in allowed:
                 text = f"{name} must be one of {', '.join(allowed)}{closest(str(value), allowed)}, not {value!r}"
                 raise OptionError("--config", self.where, text)

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from safemax_sd.adapters import weights as trainable
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.provenance import Cost, Stopwatch
 from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
@@ -38,6 +37,7 @@ from safemax_sd.results.samples import save_samples, track_samples
 from safemax_sd.training import checkpoints
 from safemax_sd.training.children import end_with_starter, told_to_launcher
 from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.optimizers import check_optimizer, make_optimizer
 from safemax_sd.training.output import RECORD, RunLog, check_tracker, clear, run_folder, write_results
 from safemax_sd.training.probe import UnlearningProbe
@@ -157,7 +157,7 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
     """
     config.validate()
     check_optimizer(config)
-    hub.check(config)
+    hub.check(config, config.tracker)
     check_tracker(config)
     objective = OBJECTIVES.get(config.objective)
     if not objective.names_concepts and config.forget_prompts:

@@ -17,12 +17,12 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.families import ModelFamily
 from safemax_sd.families.ddpm import ClassConditionalDDPM
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.recording.schedule import Recording
 from safemax_sd.train import read_input
+from safemax_sd.training.config import TrainConfig
 
 CONCEPTS = ("apple", "pear", "plum")
 FORGET = (("a red apple", "apple"), ("red apple on a table", "apple"))

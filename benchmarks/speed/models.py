@@ -17,8 +17,8 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from safemax_sd.assets import resolve_model
-from safemax_sd.objectives.safemax import SafemaxConfig
 from safemax_sd.prompts import load_suite
+from safemax_sd.training.config import TrainConfig, config_class
 
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 TOKENS = 77
@@ -161,11 +161,11 @@ def _text_encoder(tokenizer: CLIPTokenizer, size: Size, number: int) -> CLIPText
     return CLIPTextModel(config) if number == 0 else CLIPTextModelWithProjection(config)
 
 
-def config_of(name: str, work_dir: Path, device: torch.device) -> SafemaxConfig:
+def config_of(name: str, work_dir: Path, device: torch.device) -> TrainConfig:
     """SAFEMax on a size, with its default flags but for the batch and a short replay."""
     size, suite = SIZES[name], load_suite(SUITE)
     forget, retain = size.batch
-    return SafemaxConfig(
+    return config_class("safemax")(
         pretrained_model_name_or_path=str(build(name, work_dir / "models" / name, device)),
         forget_prompts=str(suite.path("forget")),
         retain_prompts=str(suite.path("retain")),

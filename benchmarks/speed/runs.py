@@ -23,10 +23,11 @@ from benchmarks.speed.contest import Row, clock, contest, ratios
 from benchmarks.speed.models import SUITE
 from benchmarks.speed.steps import Candidate, Counter, ready, tensors_of
 from safemax_sd.core.provenance import Stopwatch
-from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
+from safemax_sd.objectives.safemax import Safemax
 from safemax_sd.prompts import load_suite
 from safemax_sd.recording.replay import ReplayBank
 from safemax_sd.train import Run, optimizer_step
+from safemax_sd.training.config import TrainConfig, config_class
 
 FORGOTTEN_AT, PROBE_STEPS, KEPT_IMAGES = 99, 25, 64
 PROCESSES = (1, 2)
@@ -86,9 +87,9 @@ def log_of(output: Path) -> list[Row]:
     return [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf8").splitlines()]
 
 
-def emoji_config(folder: Path, output: Path) -> SafemaxConfig:
+def emoji_config(folder: Path, output: Path) -> TrainConfig:
     """SAFEMax with its defaults on the embedded model and the prompts of a folder; all is recorded before it steps."""
-    return SafemaxConfig(
+    return config_class("safemax")(
         forget_prompts=str(folder / "forget.csv"),
         retain_prompts=str(folder / "retain.csv"),
         output_dir=str(output),
@@ -178,7 +179,7 @@ def scaling_with_processes(work_dir: Path, alternations: int) -> Iterator[Row]:
 
 def seconds_of_steps(processes: int, work_dir: Path) -> list[float]:
     """Of a short run in so many processes."""
-    config, prompts = SafemaxConfig(), load_suite(SUITE)
+    config, prompts = config_class("safemax")(), load_suite(SUITE)
     output = work_dir / "processes" / str(processes)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     train(

@@ -31,6 +31,7 @@ from safemax_sd.train import (
     positions,
     read_input,
 )
+from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.workers import make_accelerator
 
 Step = Callable[[], object]
@@ -80,12 +81,13 @@ class Bench:
         alternations: Steps that will be measured; ESD's numbers of sampling steps are spread evenly over them.
     """
 
-    def __init__(self, config: SafemaxConfig, alternations: int) -> None:
+    def __init__(self, config: TrainConfig, alternations: int) -> None:
         self.run = ready(config)
         self.device, self.family, self.alternations = self.run.accelerator.device, self.run.family, alternations
         self.counter = Counter()
         self.counter.watch(self.family.denoiser)
         assert isinstance(self.run.objective, Safemax)
+        assert isinstance(config, SafemaxConfig)
         still = replace(config, halt_rollout=0.0)
         self.still = replace(self.run, config=still, objective=Safemax(still, self.run.objective.data))
         self.conditioning = self.run.objective.data.retain.to(self.device)
@@ -228,7 +230,7 @@ class Bench:
         return self.run.accelerator.prepare(optimizer, LambdaLR(optimizer, lambda step: 1.0))
 
 
-def ready(config: SafemaxConfig, clock: Stopwatch | None = None) -> Run:
+def ready(config: TrainConfig, clock: Stopwatch | None = None) -> Run:
     """A run before its first step."""
     return build_run(config, make_accelerator(config), *read_input(config), clock or Stopwatch())
 

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from safemax_sd.core.config import SHARE, Range, check_ranges
+from safemax_sd.core.options import SHARE, Range, check_values, option
 
 MARKS_FILE = "halting_marks.safetensors"
 MARKS = "marks"
@@ -31,6 +30,7 @@ LOWEST = 0.5
 ROWS_AT_ONCE = 512
 RIDGE = 1e-4
 """Of the mean squared entry of a kept state."""
+WEIGHT = Range("must be in 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,13 @@ class HaltingMarksSettings:
         faint: Strength up to which a mark on a kept token does not matter.
     """
 
-    retain_weight: float = 3.0
-    excess_weight: float = 10.0
-    faint: float = 0.15
-
-    ranges: ClassVar[dict[str, Range]] = {
-        **dict.fromkeys(
-            ("retain_weight", "excess_weight"),
-            Range("must be in 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000),
-        ),
-        "faint": SHARE,
-    }
+    retain_weight: float = option(3.0, allowed=WEIGHT)
+    excess_weight: float = option(10.0, allowed=WEIGHT)
+    faint: float = option(0.15, allowed=SHARE)
 
     def __post_init__(self) -> None:
         """Raises OptionError for the first value that cannot be used."""
-        check_ranges(self, self.ranges)
+        check_values(self)
 
 
 def readouts(marks: int, forbidden: dict[str, Tensor], kept: Tensor, settings: HaltingMarksSettings) -> Tensor:

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from safemax_sd.adapters import lora
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.options import SHARE, Range, RunOptions, option
 from safemax_sd.families import ModelFamily
+from safemax_sd.families.base import LoraTargets
 
 FULL_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass
+class WeightsOptions(RunOptions):
+    """Flags of what is trained and how it is stored."""
+
+    group: ClassVar[str] = "LoRA"
+
+    trainable: Literal["lora", "full"] = option("lora", "Train a LoRA, or every weight of the denoiser.")
+    lora_targets: LoraTargets = option("all", "Which layers get a LoRA.")
+    rank: int = option(
+        16, "LoRA rank (alpha equals it).", Range("must be in 1 to 4,096", lambda value: 1 <= value <= 4096)
+    )
+    lora_dropout: float = option(0.0, "LoRA dropout.", SHARE)
+    output_kohya_format: bool = option(False, "Also write the adapter for A1111 and ComfyUI.")
 
 
 class Trainable(ABC):
@@ -49,7 +67,7 @@ class Trainable(ABC):
 class Lora(Trainable):
     """A LoRA next to frozen base weights."""
 
-    def __init__(self, family: ModelFamily, config: TrainConfig, rank_pattern: dict[str, int] | None = None) -> None:
+    def __init__(self, family: ModelFamily, config: WeightsOptions, rank_pattern: dict[str, int] | None = None) -> None:
         if config.output_kohya_format and not family.kohya_format:
             raise OptionError("--output_kohya_format", True, f"A1111 and ComfyUI know no {family.name} models")
         self.family, self.kohya = family, config.output_kohya_format
@@ -95,6 +113,6 @@ class FullModel(Trainable):
             tensor.copy_(stored[name])
 
 
-def attach(family: ModelFamily, config: TrainConfig, rank_pattern: dict[str, int] | None = None) -> Trainable:
+def attach(family: ModelFamily, config: WeightsOptions, rank_pattern: dict[str, int] | None = None) -> Trainable:
     """Make the weights that `--trainable` names trainable; `rank_pattern`: layers whose LoRA is of another rank."""
     return FullModel(family) if config.trainable == "full" else Lora(family, config, rank_pattern)

@@ -10,7 +10,6 @@ import torch
 
 from safemax_sd.adapters.lora import save_changes
 from safemax_sd.adapters.low_rank import LowRank
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.provenance import Cost, Stopwatch
 from safemax_sd.erasing.edits import EditData
@@ -19,6 +18,7 @@ from safemax_sd.erasing.token_states import last_token_states
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.prompts import PromptSet, check_disjoint
 from safemax_sd.results.folder import claimed, replacing
+from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.output import RECORD, check_output_dir, write_results
 
 

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from safemax_sd.core.config import Schedule, TrainConfig, option
+from safemax_sd.core.options import COUNT, NOT_NEGATIVE, RunOptions, option
 from safemax_sd.core.registry import Registry
 from safemax_sd.diffusion.process import DiffusionProcess
 from safemax_sd.families import Conditioning, ModelFamily
@@ -178,17 +178,41 @@ def prior_generator(seed: int, kind: int, number: int) -> torch.Generator:
     return Positions(seed, PRIOR_STEP, range(0), range(0)).generator(kind, number)
 
 
+LearningRateSchedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+]
+"""Schedules of diffusers.optimization; its piecewise_constant needs rules that no flag gives."""
+
+
 @dataclass
-class FullWeightsConfig(TrainConfig):
+class ObjectiveOptions(RunOptions):
+    """Flags that any objective reads. One with flags of its own adds them in a subclass, its `Config`.
+
+    There it may also give flags of other components defaults of its own.
+    """
+
+    group: ClassVar[str] = "Objective"
+
+    objective: str = option("safemax", "Erasure method; `--objective NAME --help` lists its own flags.")
+    retain_weight: float = option(10.0, "Weight of the retain loss.", NOT_NEGATIVE)
+    train_batch_size: int = option(8, "Forget samples a step, micro-batch and process.", COUNT)
+    retain_batch_size: int | None = option(None, "Retain samples; three times the forget samples if not given.", COUNT)
+
+    @property
+    def retain_samples(self) -> int:
+        """Retain samples a step, micro-batch and process."""
+        return self.retain_batch_size or 3 * self.train_batch_size
+
+
+@dataclass
+class FullWeightsConfig(ObjectiveOptions):
     """What Selective Amnesia's and SalUn's published DDPM experiments have in common."""
 
     trainable: Literal["lora", "full"] = option("full", "Full only: the method's prior is that of the base weights.")
-    train_batch_size: int = option(128, "Forget samples a step, micro-batch and process.")
+    train_batch_size: int = option(128)
     retain_batch_size: int | None = option(128, "Retain samples.")
-    learning_rate: float = option(1e-4, "Of AdamW.")
-    lr_scheduler: Schedule = option("constant", "Name of a schedule of diffusers.optimization.")
-    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
-    adam_beta2: float = option(0.999, "β2.")
+    lr_scheduler: LearningRateSchedule = option("constant")
+    adam_beta2: float = option(0.999)
 
 
 class Objective(ABC):
@@ -197,7 +221,7 @@ class Objective(ABC):
     Attributes:
         name: Value of `--objective`.
         paper: Where it was published.
-        Config: Its flags: those of `TrainConfig` and its own.
+        Config: Flags that it reads, with its own; `training.config` adds all others.
         trainable: Values of `--trainable` that it works with.
         names_concepts: Whether `--forget_prompts` says what to erase; where not, `--retain_prompts` is all there is.
         needs_tokens: Whether it works on the states of a prompt's words, which not every family has.
@@ -206,19 +230,19 @@ class Objective(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    Config: ClassVar[type[TrainConfig]] = TrainConfig
+    Config: ClassVar[type[ObjectiveOptions]] = ObjectiveOptions
     trainable: ClassVar[frozenset[str]] = frozenset({"lora", "full"})
     names_concepts: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = False
     data: ErasureData
 
     @classmethod
-    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
         """Return what the frozen model is to record, and for which prompts beside those of the two files."""
         return ReplayNeeds()
 
     @abstractmethod
-    def __init__(self, config: TrainConfig, data: ErasureData) -> None:
+    def __init__(self, config: ObjectiveOptions, data: ErasureData) -> None:
         """Keep what is needed of the training flags and the data; no work beyond that."""
 
     def prepare(self, student: Student) -> int:

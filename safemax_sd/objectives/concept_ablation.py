@@ -16,10 +16,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.core.config import POSITIVE, Range, Schedule, TrainConfig, option
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import POSITIVE, option
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import Batch, LossTerms, Objective, Positions, Predict, Student, draw_noised
+from safemax_sd.families.base import LoraTargets
+from safemax_sd.objectives.base import (
+    Batch,
+    LearningRateSchedule,
+    LossTerms,
+    Objective,
+    ObjectiveOptions,
+    Positions,
+    Predict,
+    Student,
+    draw_noised,
+)
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
@@ -27,28 +38,24 @@ FORGET, ANCHOR = 0, 1
 
 
 @dataclass
-class ConceptAblationConfig(TrainConfig):
+class ConceptAblationConfig(ObjectiveOptions):
     """Concept Ablation's own flags, and its published settings for flags that all methods have."""
 
     anchor_concept: str = option("", "Text in place of a concept's name that makes a forbidden prompt its anchor.")
-    anchor_trajectories: int = option(1000, "Pictures generated of anchor prompts.")
+    anchor_trajectories: int = option(1000, "Pictures generated of anchor prompts.", POSITIVE)
     ablation_weights: Literal["cross_attention_kv", "all"] = option(
         "cross_attention_kv", "Which train of --trainable full; of a LoRA --lora_targets says it."
     )
     retain_prompts: str = option("", "Not learned from; kept for the record and the probe.")
 
     retain_weight: float = option(1.0, "λ, of the denoising loss on anchor prompts.")
-    train_batch_size: int = option(8, "Forget samples a step, micro-batch and process.")
     retain_batch_size: int | None = option(8, "Samples of anchor prompts for the denoising loss.")
     trainable: Literal["lora", "full"] = option("full", "The weights, as published, or a LoRA.")
-    lora_targets: Literal["all", "attention", "cross_attention"] = option("cross_attention", "Which layers get a LoRA.")
-    max_train_steps: int = option(100, "Optimizer steps.")
-    learning_rate: float = option(1.6e-5, "Of AdamW.")
-    lr_scheduler: Schedule = option("constant", "Name of a schedule of diffusers.optimization.")
-    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
-    adam_beta2: float = option(0.999, "β2.")
-
-    ranges: ClassVar[dict[str, Range]] = {**TrainConfig.ranges, "anchor_trajectories": POSITIVE}
+    lora_targets: LoraTargets = option("cross_attention")
+    max_train_steps: int = option(100)
+    learning_rate: float = option(1.6e-5)
+    lr_scheduler: LearningRateSchedule = option("constant")
+    adam_beta2: float = option(0.999)
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class ConceptAblation(Objective):
 
     name: ClassVar[str] = "concept_ablation"
     paper: ClassVar[str] = "arXiv 2303.13516"
-    Config: ClassVar[type[TrainConfig]] = ConceptAblationConfig
+    Config: ClassVar[type[ObjectiveOptions]] = ConceptAblationConfig
     config: ConceptAblationConfig
 
     def __init__(self, config: ConceptAblationConfig, data: ErasureData) -> None:
@@ -79,7 +86,7 @@ class ConceptAblation(Objective):
         self.config, self.data, self.anchors = config, data, data.extra
 
     @classmethod
-    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
         assert isinstance(config, ConceptAblationConfig)
         return ReplayNeeds("nothing", anchor_prompts(forget, config.anchor_concept), config.anchor_trajectories)
 

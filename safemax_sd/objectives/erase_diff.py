@@ -16,11 +16,22 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from safemax_sd.core.config import NOT_NEGATIVE, POSITIVE, Range, Schedule, TrainConfig, option
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
 from safemax_sd.diffusion.process import DiffusionProcess
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import Batch, LossTerms, Mean, Objective, Positions, Predict, Student, draw_noised
+from safemax_sd.objectives.base import (
+    Batch,
+    LearningRateSchedule,
+    LossTerms,
+    Mean,
+    Objective,
+    ObjectiveOptions,
+    Positions,
+    Predict,
+    Student,
+    draw_noised,
+)
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
@@ -32,32 +43,26 @@ LOSS_SCALE = 1024.0
 
 
 @dataclass
-class EraseDiffConfig(TrainConfig):
+class EraseDiffConfig(ObjectiveOptions):
     """EraseDiff's own flags, and its published settings for flags that all methods have."""
 
     lambda_rule: Literal["gradient", "gap", "fixed"] = option(
         "gradient", "a = η·‖∇f‖², or a = η·(f(θ) − f(φ_K)), or λ = η whatever the gradients."
     )
-    lambda_rate: float = option(0.1, "η.")
-    inner_steps: int = option(2, "K, of gradient descent on the forget loss; taken where the gap is asked for.")
+    lambda_rate: float = option(0.1, "η.", NOT_NEGATIVE)
+    inner_steps: int = option(
+        2, "K, of gradient descent on the forget loss; taken where the gap is asked for.", POSITIVE
+    )
 
     retain_weight: float = option(1.0, "Weight of the denoising loss on what is kept.")
-    train_batch_size: int = option(8, "Forget samples a step, micro-batch and process.")
     retain_batch_size: int | None = option(8, "Retain samples.")
     trainable: Literal["lora", "full"] = option("full", "Every weight, as published, or a LoRA.")
-    max_train_steps: int = option(500, "Optimizer steps.")
+    max_train_steps: int = option(500)
     learning_rate: float = option(1e-5, "Of AdamW and of the inner steps.")
-    lr_scheduler: Schedule = option("constant", "Name of a schedule of diffusers.optimization.")
-    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
-    adam_beta2: float = option(0.999, "β2.")
+    lr_scheduler: LearningRateSchedule = option("constant")
+    adam_beta2: float = option(0.999)
     forget_trajectories: int = option(800, "Pictures generated of forbidden prompts where none are given.")
     retain_trajectories: int = option(800, "Pictures generated of prompts to keep where none are given.")
-
-    ranges: ClassVar[dict[str, Range]] = {
-        **TrainConfig.ranges,
-        "lambda_rate": NOT_NEGATIVE,
-        "inner_steps": POSITIVE,
-    }
 
 
 class EraseDiff(Objective):
@@ -69,7 +74,7 @@ class EraseDiff(Objective):
 
     name: ClassVar[str] = "erase_diff"
     paper: ClassVar[str] = "arXiv 2401.05779"
-    Config: ClassVar[type[TrainConfig]] = EraseDiffConfig
+    Config: ClassVar[type[ObjectiveOptions]] = EraseDiffConfig
     config: EraseDiffConfig
 
     def __init__(self, config: EraseDiffConfig, data: ErasureData) -> None:
@@ -80,7 +85,7 @@ class EraseDiff(Objective):
         self.weight = config.lambda_rate
 
     @classmethod
-    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
         return ReplayNeeds("samples")
 
     def prepare(self, student: Student) -> int:

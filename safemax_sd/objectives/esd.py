@@ -14,10 +14,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.core.config import NOT_NEGATIVE, POSITIVE, Schedule, TrainConfig, option
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import Batch, LossTerms, Objective, Positions, Predict, Student
+from safemax_sd.families.base import LoraTargets
+from safemax_sd.objectives.base import (
+    Batch,
+    LearningRateSchedule,
+    LossTerms,
+    Objective,
+    ObjectiveOptions,
+    Positions,
+    Predict,
+    Student,
+)
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
@@ -27,34 +37,28 @@ CROSS_ATTENTION = ".attn2."
 
 
 @dataclass
-class EsdConfig(TrainConfig):
+class EsdConfig(ObjectiveOptions):
     """ESD's own flags; the defaults are those of the authors' code for Stable Diffusion 1.4."""
 
-    negative_guidance: float = option(2.0, "η: how far the target lies on the other side of the empty prompt.")
-    start_guidance: float = option(3.0, "Guidance of the sampling that gives x_t.")
-    esd_inference_steps: int = option(50, "Steps of a whole such sampling.")
+    negative_guidance: float = option(
+        2.0, "η: how far the target lies on the other side of the empty prompt.", NOT_NEGATIVE
+    )
+    start_guidance: float = option(3.0, "Guidance of the sampling that gives x_t.", POSITIVE)
+    esd_inference_steps: int = option(50, "Steps of a whole such sampling.", POSITIVE)
     esd_states: Literal["sampled", "replayed"] = option("sampled", "x_t by sampling for each step, or from the replay.")
     esd_weights: Literal["cross_attention", "others", "all"] = option(
         "cross_attention", "Which train of --trainable full: ESD-x, ESD-u or both; of a LoRA --lora_targets says it."
     )
     retain_prompts: str = option("", "Not learned from; kept for the record and the probe.")
 
-    train_batch_size: int = option(1, "Forget samples a step, micro-batch and process.")
+    train_batch_size: int = option(1)
     retain_batch_size: int | None = option(1, "Not used: nothing is trained to stay.")
     trainable: Literal["lora", "full"] = option("full", "The weights, as published, or a LoRA.")
-    lora_targets: Literal["all", "attention", "cross_attention"] = option("cross_attention", "Which layers get a LoRA.")
-    max_train_steps: int = option(200, "Optimizer steps.")
-    learning_rate: float = option(5e-5, "Of AdamW.")
-    lr_scheduler: Schedule = option("constant", "Name of a schedule of diffusers.optimization.")
-    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
-    adam_beta2: float = option(0.999, "β2.")
-
-    ranges: ClassVar = {
-        **TrainConfig.ranges,
-        "negative_guidance": NOT_NEGATIVE,
-        "start_guidance": POSITIVE,
-        "esd_inference_steps": POSITIVE,
-    }
+    lora_targets: LoraTargets = option("cross_attention")
+    max_train_steps: int = option(200)
+    learning_rate: float = option(5e-5)
+    lr_scheduler: LearningRateSchedule = option("constant")
+    adam_beta2: float = option(0.999)
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,14 @@ class Esd(Objective):
 
     name: ClassVar[str] = "esd"
     paper: ClassVar[str] = "arXiv 2303.07345"
-    Config: ClassVar[type[TrainConfig]] = EsdConfig
+    Config: ClassVar[type[ObjectiveOptions]] = EsdConfig
     config: EsdConfig
 
     def __init__(self, config: EsdConfig, data: ErasureData) -> None:
         self.config, self.data = config, data
 
     @classmethod
-    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
         assert isinstance(config, EsdConfig)
         return ReplayNeeds("steps" if config.esd_states == "replayed" else "nothing")
 

@@ -20,12 +20,15 @@ from tqdm import tqdm
 
 from safemax_sd.adapters.halting_marks import MARKS, MARKS_FILE, HaltingMarksSettings, readouts
 from safemax_sd.adapters.lora import ADAPTER
-from safemax_sd.core.config import POSITIVE, SHARE, Range, option
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import POSITIVE, SHARE, Range, option
 from safemax_sd.core.provenance import write_tensors_atomic
 from safemax_sd.families import TOKEN_STATES, Conditioning
-from safemax_sd.objectives.base import Student
+from safemax_sd.objectives.base import (
+    Student,
+)
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
+from safemax_sd.prompts import PromptOptions
 from safemax_sd.recording.data import ErasureData
 
 MOST_PRACTISED_SHARE = 0.5
@@ -40,13 +43,15 @@ STRENGTH = Range("must be more than 0 and at most 4", lambda value: 0 < value <=
 
 
 @dataclass
-class HaltingAnchorConfig(SafemaxConfig):
+class HaltingAnchorConfig(SafemaxConfig, PromptOptions):
     """The halting anchor's own flags. Strengths are coordinates along a mark, 1 being its length."""
 
-    forget_prompts: str = option("", "Not used: the anchor is trained before there is anything to forget.")
-    rank: int = option(32, "LoRA rank (alpha equals it).")
-    learning_rate: float = option(1e-3, "Of AdamW.")
-    lr_warmup_steps: int = option(10, "Steps of linear warm-up.")
+    forget_prompts: str = option(
+        "", "Not used: the anchor is trained before there is anything to forget.", required=False
+    )
+    rank: int = option(32)
+    learning_rate: float = option(1e-3)
+    lr_warmup_steps: int = option(10)
     train_batch_size: int = option(12, "Marked samples a step, micro-batch and process.")
     forget_trajectories: int = option(64, "Trajectories of the frozen model recorded for prompts to be marked.")
     retain_trajectories: int = option(512, "Trajectories of the frozen model recorded for prompts to keep.")
@@ -55,25 +60,14 @@ class HaltingAnchorConfig(SafemaxConfig):
     retain_near_share: float = option(0.0, "Not used: there is nothing forbidden yet.")
     replay_unguided_share: float = option(0.5, "Share of trajectories to keep that are recorded at guidance 1.")
     retain_noise: float = option(0.2, "Share of retain samples on noise: there only the empty prompt is to halt.")
-    max_train_steps: int = option(2000, "Optimizer steps.")
-    marks: int = option(8, "Number of marks; concepts share them if there are more.")
-    mark_length: float = option(4.0, "Length of a mark, in mean lengths of a token state.")
-    mark_least: float = option(0.75, "Strength of a mark from which a token halts the denoising.")
-    mark_most: float = option(1.25, "Largest strength that is trained to halt.")
-    mark_kept: float = option(0.5, "Largest strength that changes nothing.")
+    max_train_steps: int = option(2000)
+    marks: int = option(8, "Number of marks; concepts share them if there are more.", POSITIVE)
+    mark_length: float = option(4.0, "Length of a mark, in mean lengths of a token state.", POSITIVE)
+    mark_least: float = option(0.75, "Strength of a mark from which a token halts the denoising.", STRENGTH)
+    mark_most: float = option(1.25, "Largest strength that is trained to halt.", STRENGTH)
+    mark_kept: float = option(0.5, "Largest strength that changes nothing.", SHARE)
 
-    practice_edits: int = option(192, "Edits to learn from, each of concepts chosen at random.")
-
-    required: ClassVar[tuple[str, ...]] = ("retain_prompts", "output_dir")
-    ranges: ClassVar[dict[str, Range]] = {
-        **SafemaxConfig.ranges,
-        "marks": POSITIVE,
-        "mark_length": POSITIVE,
-        "mark_least": STRENGTH,
-        "mark_most": STRENGTH,
-        "mark_kept": SHARE,
-        "practice_edits": POSITIVE,
-    }
+    practice_edits: int = option(192, "Edits to learn from, each of concepts chosen at random.", POSITIVE)
 
 
 class HaltingAnchor(Safemax):

@@ -14,9 +14,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from safemax_sd.core.config import NOT_NEGATIVE, POSITIVE, SHARE, Range, TrainConfig, option
+from safemax_sd.core.options import NONZERO_SHARE, NOT_NEGATIVE, POSITIVE, SHARE, option
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import Batch, LossTerms, Objective, Positions, Predict, Student, prior_generator
+from safemax_sd.objectives.base import (
+    Batch,
+    LossTerms,
+    Objective,
+    ObjectiveOptions,
+    Positions,
+    Predict,
+    Student,
+    prior_generator,
+)
 from safemax_sd.objectives.decay import Decay
 from safemax_sd.recording.data import ErasureData
 
@@ -52,13 +61,12 @@ class _Sample:
 
 
 @dataclass
-class SafemaxConfig(TrainConfig):
+class SafemaxConfig(ObjectiveOptions):
     """SAFEMax's own flags."""
 
-    train_batch_size: int = option(6, "Forget samples a step, micro-batch and process.")
-    max_train_steps: int = option(350, "Optimizer steps.")
+    train_batch_size: int = option(6)
+    max_train_steps: int = option(350)
     learning_rate: float = option(2e-3, "Of AdamW; for prodigy about 1.")
-    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
     forget_trajectories: int = option(32, "Trajectories of the frozen model recorded for forbidden prompts.")
     retain_trajectories: int = option(256, "The same for prompts to keep.")
     replay_inference_steps: int = option(6, "Sampling steps of those trajectories.")
@@ -70,25 +78,18 @@ class SafemaxConfig(TrainConfig):
     )
 
     decay: Literal["exponential", "constant", "linear", "cutoff"] = option("exponential", "Shape of D(t).")
-    decay_lambda: float = option(1.0, "λ in D(t) = exp(-λ·t/T).")
+    decay_lambda: float = option(1.0, "λ in D(t) = exp(-λ·t/T).", NOT_NEGATIVE)
     target: Literal["closed_form", "sampled"] = option("closed_form", "Maximum-entropy target or draws of it.")
-    target_guidance: float = option(4.0, "Guidance scale up to which outputs are trained to be noise.")
-    halt_unconditional: float = option(0.33, "Share of forget samples on noise that must stay noise.")
-    halt_below: float = option(0.6, "Highest t/T of those samples.")
-    halt_rollout: float = option(0.5, "Share of those to which the student itself has sampled.")
-    halt_restoring: float = option(1.0, "Rate at which noise that is off N(0, I) is drawn back to it; 0: it stays.")
-    retain_noise: float = option(0.0, "Share of retain samples on that noise: there only the empty prompt is to halt.")
-
-    ranges: ClassVar[dict[str, Range]] = {
-        **TrainConfig.ranges,
-        "decay_lambda": NOT_NEGATIVE,
-        "target_guidance": POSITIVE,
-        "halt_unconditional": SHARE,
-        "halt_rollout": SHARE,
-        "retain_noise": SHARE,
-        "halt_restoring": NOT_NEGATIVE,
-        "halt_below": Range("must be more than 0 and at most 1", lambda value: 0 < value <= 1),
-    }
+    target_guidance: float = option(4.0, "Guidance scale up to which outputs are trained to be noise.", POSITIVE)
+    halt_unconditional: float = option(0.33, "Share of forget samples on noise that must stay noise.", SHARE)
+    halt_below: float = option(0.6, "Highest t/T of those samples.", NONZERO_SHARE)
+    halt_rollout: float = option(0.5, "Share of those to which the student itself has sampled.", SHARE)
+    halt_restoring: float = option(
+        1.0, "Rate at which noise that is off N(0, I) is drawn back to it; 0: it stays.", NOT_NEGATIVE
+    )
+    retain_noise: float = option(
+        0.0, "Share of retain samples on that noise: there only the empty prompt is to halt.", SHARE
+    )
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Safemax(Objective):
 
     name: ClassVar[str] = "safemax"
     paper: ClassVar[str] = "arXiv 2508.20773"
-    Config: ClassVar[type[TrainConfig]] = SafemaxConfig
+    Config: ClassVar[type[ObjectiveOptions]] = SafemaxConfig
     config: SafemaxConfig
 
     def __init__(self, config: SafemaxConfig, data: ErasureData) -> None:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from safemax_sd.core.config import Range, TrainConfig, option
+from safemax_sd.core.options import NONZERO_SHARE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
     Batch,
     FullWeightsConfig,
     LossTerms,
     Objective,
+    ObjectiveOptions,
     Positions,
     Predict,
     Student,
@@ -41,15 +42,9 @@ class SalunConfig(FullWeightsConfig):
     """SalUn's own flags, and its published settings for flags that all methods have."""
 
     retain_weight: float = option(3.07, "α, of the loss on what is kept.")
-    saliency_share: float = option(0.5, "Share of all weights, the most salient, that train.")
-    max_train_steps: int = option(1000, "Optimizer steps.")
+    saliency_share: float = option(0.5, "Share of all weights, the most salient, that train.", NONZERO_SHARE)
     forget_trajectories: int = option(800, "Pictures generated of forbidden prompts where none are given.")
     retain_trajectories: int = option(800, "Pictures generated of prompts to keep where none are given.")
-
-    ranges: ClassVar[dict[str, Range]] = {
-        **TrainConfig.ranges,
-        "saliency_share": Range("must be more than 0 and at most 1", lambda value: 0 < value <= 1),
-    }
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ class Salun(Objective):
 
     name: ClassVar[str] = "salun"
     paper: ClassVar[str] = "arXiv 2310.12508"
-    Config: ClassVar[type[TrainConfig]] = SalunConfig
+    Config: ClassVar[type[ObjectiveOptions]] = SalunConfig
     trainable: ClassVar[frozenset[str]] = frozenset({"full"})
 
     def __init__(self, config: SalunConfig, data: ErasureData) -> None:
@@ -89,7 +84,7 @@ class Salun(Objective):
         return len(self.data.forget_samples)
 
     @classmethod
-    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
         return ReplayNeeds("samples")
 
     def draw(self, positions: Positions) -> SalunBatch:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from safemax_sd.core.config import NOT_NEGATIVE, POSITIVE, Range, TrainConfig, option
+from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
     Batch,
     FullWeightsConfig,
     LossTerms,
     Objective,
+    ObjectiveOptions,
     Positions,
     Predict,
     Student,
@@ -38,19 +39,14 @@ class SelectiveAmnesiaConfig(FullWeightsConfig):
     """Selective Amnesia's own flags, and its published settings for flags that all methods have."""
 
     retain_weight: float = option(1.0, "γ, of generative replay.")
-    ewc_weight: float = option(10.0, "λ, of the elastic weight consolidation.")
-    fisher_samples: int = option(5000, "Samples that the Fisher information is averaged over.")
-    fisher_timesteps: int = option(1000, "Timesteps of each; fewer than the model's are spread evenly and scaled up.")
-    max_train_steps: int = option(20_000, "Optimizer steps.")
+    ewc_weight: float = option(10.0, "λ, of the elastic weight consolidation.", NOT_NEGATIVE)
+    fisher_samples: int = option(5000, "Samples that the Fisher information is averaged over.", POSITIVE)
+    fisher_timesteps: int = option(
+        1000, "Timesteps of each; fewer than the model's are spread evenly and scaled up.", POSITIVE
+    )
+    max_train_steps: int = option(20_000)
     forget_trajectories: int = option(500, "Pictures generated of forbidden prompts, for the Fisher information.")
     retain_trajectories: int = option(4500, "Pictures generated of prompts to keep, for it and for replay.")
-
-    ranges: ClassVar[dict[str, Range]] = {
-        **TrainConfig.ranges,
-        "ewc_weight": NOT_NEGATIVE,
-        "fisher_samples": POSITIVE,
-        "fisher_timesteps": POSITIVE,
-    }
 
 
 class SelectiveAmnesia(Objective):
@@ -58,7 +54,7 @@ class SelectiveAmnesia(Objective):
 
     name: ClassVar[str] = "selective_amnesia"
     paper: ClassVar[str] = "arXiv 2305.10120"
-    Config: ClassVar[type[TrainConfig]] = SelectiveAmnesiaConfig
+    Config: ClassVar[type[ObjectiveOptions]] = SelectiveAmnesiaConfig
     trainable: ClassVar[frozenset[str]] = frozenset({"full"})
 
     def __init__(self, config: SelectiveAmnesiaConfig, data: ErasureData) -> None:
@@ -74,7 +70,7 @@ class SelectiveAmnesia(Objective):
         return calls
 
     @classmethod
-    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
         return ReplayNeeds("samples")
 
     def draw(self, positions: Positions) -> Batch:

@@ -17,13 +17,14 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from safemax_sd.core.config import NOT_NEGATIVE, POSITIVE, Range, TrainConfig, option
+from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
     Batch,
     FullWeightsConfig,
     LossTerms,
     Objective,
+    ObjectiveOptions,
     Positions,
     Predict,
     Student,
@@ -47,22 +48,17 @@ TINY_FISHER = 1e-15
 class SfrOnConfig(FullWeightsConfig):
     """SFR-on's own flags, and its published settings for flags that all methods have."""
 
-    forget_weight: float = option(10.0, "Weight of the forget loss at first; a cosine takes it to 0.")
-    adaptive_power: float = option(0.5, "λ: samples weigh as their loss to the power of -λ.")
-    saliency_threshold: float = option(1.0, "γ: forgetting moves weights of at least this forget to retain Fisher.")
-    fisher_batch_size: int = option(128, "Samples whose mean loss has one squared gradient.")
-    retain_weight: float = option(1.0, "Weight of the retain loss.")
+    forget_weight: float = option(10.0, "Weight of the forget loss at first; a cosine takes it to 0.", POSITIVE)
+    adaptive_power: float = option(0.5, "λ: samples weigh as their loss to the power of -λ.", NOT_NEGATIVE)
+    saliency_threshold: float = option(
+        1.0, "γ: forgetting moves weights of at least this forget to retain Fisher.", NOT_NEGATIVE
+    )
+    fisher_batch_size: int = option(128, "Samples whose mean loss has one squared gradient.", POSITIVE)
+    retain_weight: float = option(1.0)
+    max_grad_norm: float = option(1.0, "Norm to which gradients are clipped, those of the Fisher information too.")
     max_train_steps: int = option(300, "Optimizer steps: a fast and a slow one for each of 150 iterations.")
     forget_trajectories: int = option(1000, "Pictures generated of forbidden prompts where none are given.")
     retain_trajectories: int = option(1000, "Pictures generated of prompts to keep where none are given.")
-
-    ranges: ClassVar[dict[str, Range]] = {
-        **TrainConfig.ranges,
-        "forget_weight": POSITIVE,
-        "adaptive_power": NOT_NEGATIVE,
-        "saliency_threshold": NOT_NEGATIVE,
-        "fisher_batch_size": POSITIVE,
-    }
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class SfrOn(Objective):
 
     name: ClassVar[str] = "sfr_on"
     paper: ClassVar[str] = "arXiv 2409.19732"
-    Config: ClassVar[type[TrainConfig]] = SfrOnConfig
+    Config: ClassVar[type[ObjectiveOptions]] = SfrOnConfig
     trainable: ClassVar[frozenset[str]] = frozenset({"full"})
     config: SfrOnConfig
 
@@ -96,7 +92,7 @@ class SfrOn(Objective):
         self.mean_coefficients: list[Tensor] = []
 
     @classmethod
-    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
         return ReplayNeeds("samples")
 
     def prepare(self, student: Student) -> int:

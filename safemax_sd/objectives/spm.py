@@ -15,10 +15,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.core.config import NOT_NEGATIVE, POSITIVE, Range, Schedule, TrainConfig, option
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, Range, option
 from safemax_sd.families import TOKEN_STATES, Conditioning
-from safemax_sd.objectives.base import Batch, LossTerms, Objective, Positions, Predict, Student, prior_generator
+from safemax_sd.objectives.base import (
+    Batch,
+    LearningRateSchedule,
+    LossTerms,
+    Objective,
+    ObjectiveOptions,
+    Positions,
+    Predict,
+    Student,
+    prior_generator,
+)
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 from safemax_sd.recording.likeness import likeness
@@ -31,35 +41,31 @@ SMALLEST_WEIGHT = 1e-6
 
 
 @dataclass
-class SpmConfig(TrainConfig):
+class SpmConfig(ObjectiveOptions):
     """SPM's own flags; the defaults are those of the authors' code for Stable Diffusion 1.4."""
 
-    negative_guidance: float = option(1.0, "γ: how far the target lies on the other side of the empty prompt.")
-    start_guidance: float = option(3.0, "Guidance of the sampling that gives x_t.")
-    spm_inference_steps: int = option(30, "Steps of a whole such sampling.")
+    negative_guidance: float = option(
+        1.0, "γ: how far the target lies on the other side of the empty prompt.", NOT_NEGATIVE
+    )
+    start_guidance: float = option(3.0, "Guidance of the sampling that gives x_t.", POSITIVE)
+    spm_inference_steps: int = option(
+        30, "Steps of a whole such sampling.", Range("must be 2 or more", lambda value: value >= 2)
+    )
     spm_anchors: Literal["prompts", "latent"] = option(
         "prompts", "Anchors: the prompts to keep, or random token states, as in the authors' code."
     )
     retain_weight: float = option(1000.0, "Weight of latent anchoring.")
 
-    rank: int = option(1, "LoRA rank (alpha equals it).")
-    train_batch_size: int = option(1, "Forget samples a step, micro-batch and process.")
+    rank: int = option(1)
+    train_batch_size: int = option(1)
     retain_batch_size: int | None = option(4, "Anchors, spread evenly over the forget samples, whose x_t they share.")
-    max_train_steps: int = option(3000, "Optimizer steps.")
-    learning_rate: float = option(1e-4, "Of AdamW.")
-    lr_scheduler: Schedule = option("cosine_with_restarts", "Name of a schedule of diffusers.optimization.")
-    lr_warmup_steps: int = option(500, "Steps of linear warm-up.")
-    lr_num_cycles: int = option(3, "Cycles of cosine_with_restarts.")
-    adam_beta2: float = option(0.999, "β2.")
-    adam_weight_decay: float = option(0.01, "Weight decay of the LoRA.")
+    max_train_steps: int = option(3000)
+    lr_scheduler: LearningRateSchedule = option("cosine_with_restarts")
+    lr_warmup_steps: int = option(500)
+    lr_num_cycles: int = option(3)
+    adam_beta2: float = option(0.999)
+    adam_weight_decay: float = option(0.01)
     max_grad_norm: float = option(1e6, "Gradients are clipped to this norm; none is so large.")
-
-    ranges: ClassVar[dict[str, Range]] = {
-        **TrainConfig.ranges,
-        "negative_guidance": NOT_NEGATIVE,
-        "start_guidance": POSITIVE,
-        "spm_inference_steps": Range("must be 2 or more", lambda value: value >= 2),
-    }
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Spm(Objective):
 
     name: ClassVar[str] = "spm"
     paper: ClassVar[str] = "arXiv 2312.16145"
-    Config: ClassVar[type[TrainConfig]] = SpmConfig
+    Config: ClassVar[type[ObjectiveOptions]] = SpmConfig
     trainable: ClassVar[frozenset[str]] = frozenset({"lora"})
     config: SpmConfig
 
@@ -96,7 +102,7 @@ class Spm(Objective):
         self._weights: dict[int, Tensor] = {}
 
     @classmethod
-    def needs(cls, config: TrainConfig, forget: PromptSet) -> ReplayNeeds:
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
         return ReplayNeeds("nothing")
 
     def prepare(self, student: Student) -> int:

@@ -4,12 +4,21 @@ May import core.
 """
 
 from safemax_sd.prompts.length import warn_over_long, without_cut_text
-from safemax_sd.prompts.loading import GUIDANCE_BOUND, Prompt, PromptSet, check_disjoint, load_prompts, pick
+from safemax_sd.prompts.loading import (
+    GUIDANCE_BOUND,
+    Prompt,
+    PromptOptions,
+    PromptSet,
+    check_disjoint,
+    load_prompts,
+    pick,
+)
 from safemax_sd.prompts.suites import Suite, load_suite, suite_names
 
 __all__ = [
     "GUIDANCE_BOUND",
     "Prompt",
+    "PromptOptions",
     "PromptSet",
     "Suite",
     "check_disjoint",

@@ -8,8 +8,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import Options, option
 from safemax_sd.core.registry import closest
 from safemax_sd.prompts.rows import PROMPT, READERS, SHOWN, BadLine, Row, Table
 
@@ -21,6 +23,18 @@ CONCEPT_COLUMNS = ("concept", "class", ARTIST, "label_str", "profession", CATEGO
 LARGEST_SEED = 2**32 - 1
 GUIDANCE_BOUND = 1000
 """Guidance scales lie above 0 and below this."""
+
+
+@dataclass
+class PromptOptions(Options):
+    """Flags that name the prompt files."""
+
+    group: ClassVar[str] = "Prompts"
+
+    forget_prompts: str = option(
+        "", "CSV with a `prompt` column, or text with one a line: what to erase.", required=True, path=True
+    )
+    retain_prompts: str = option("", "The same format: what to keep.", required=True, path=True)
 
 
 @dataclass(frozen=True)

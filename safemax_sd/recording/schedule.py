@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from safemax_sd.core.config import TrainConfig
+from safemax_sd.adapters.weights import WeightsOptions
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import COUNT, NOT_NEGATIVE, SHARE, Range, option
 from safemax_sd.families import TOKEN_STATES, Conditioning, ModelFamily
+from safemax_sd.families.options import BaseModelOptions
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, Extra, ReplayNeeds
 from safemax_sd.recording.likeness import nearest
@@ -23,6 +25,46 @@ from safemax_sd.recording.replay import MEMORY, Recorder, ReplayBank, Samples, S
 
 SEEDS, RETAIN_SEED, EXTRA_SEED = 1_000_003, 500_000, 750_000
 """Of start noise: from one run's seed to the next, and where within them those of kept and extra prompts begin."""
+TRAJECTORIES = Range("must be in 1 to 1,000,000", lambda value: 1 <= value <= 1_000_000)
+
+
+@dataclass
+class ReplayOptions(WeightsOptions, BaseModelOptions):
+    """Flags of what is recorded."""
+
+    group: ClassVar[str] = "Replay"
+
+    forget_trajectories: int = option(
+        64, "Trajectories of the frozen model recorded for forbidden prompts.", TRAJECTORIES
+    )
+    retain_trajectories: int = option(512, "The same for prompts to keep.", TRAJECTORIES)
+    replay_guidance_scale: float = option(
+        4.0,
+        "Guidance of those trajectories and of validation pictures.",
+        Range("must be more than 0 and below 1000", lambda value: 0 < value < 1000),
+    )
+    replay_unguided_share: float = option(0.0, "Share of trajectories to keep that are recorded at guidance 1.", SHARE)
+    replay_inference_steps: int = option(
+        20,
+        "Sampling steps of those trajectories.",
+        Range("must be in 1 to 1,000", lambda value: 1 <= value <= 1000),
+    )
+    retain_perturbation: float = option(0.5, "Largest noise mixed into half of the recorded states to keep.", SHARE)
+    retain_near_share: float = option(
+        0.0,
+        "Share of trajectories to keep, of the prompts whose token states are most like forbidden ones.",
+        SHARE,
+    )
+    replay_batch_size: int = option(32, "Trajectories sampled together.", COUNT)
+    replay_span: float = option(
+        0.0,
+        "Share of the training of a LoRA during which trajectories are recorded, evenly; 0: all before it.",
+        SHARE,
+    )
+    replay_memory_gib: float = option(
+        8.0, "Replay banks beyond this lie on disk, in --output_dir while it runs.", NOT_NEGATIVE
+    )
+    train_data_dir: str | None = option(None, "Folder with a subfolder of real pictures for each concept.", path=True)
 
 
 class Recording:
@@ -40,7 +82,7 @@ class Recording:
     """
 
     def __init__(
-        self, config: TrainConfig, needs: ReplayNeeds, family: ModelFamily, forget: PromptSet, retain: PromptSet
+        self, config: ReplayOptions, needs: ReplayNeeds, family: ModelFamily, forget: PromptSet, retain: PromptSet
     ) -> None:
         if config.replay_unguided_share > 0 and not family.classifier_free:
             text = f"needs predictions without guidance, which {family.name} models with a guidance input do not make"
@@ -108,7 +150,7 @@ class Recording:
 
 
 def trajectory_prompts(
-    config: TrainConfig, conditioning: Mapping[str, Conditioning], *, near: bool
+    config: ReplayOptions, conditioning: Mapping[str, Conditioning], *, near: bool
 ) -> dict[str, Tensor]:
     """Row of each trajectory's prompt, int64, of those to `forget` and to `retain`; `near`: `--retain_near_share`."""
     kept, forbidden = conditioning["retain"], conditioning["forget"]
@@ -120,7 +162,13 @@ def trajectory_prompts(
 
 
 def recorder(
-    config: TrainConfig, family: ModelFamily, name: str, conditioning: Conditioning, shown: Tensor, *, keep_steps: bool
+    config: ReplayOptions,
+    family: ModelFamily,
+    name: str,
+    conditioning: Conditioning,
+    shown: Tensor,
+    *,
+    keep_steps: bool,
 ) -> Recorder:
     """What records the trajectories for prompts to `forget` or to `retain`."""
     kept = name == "retain"
@@ -141,7 +189,7 @@ def recorder(
     )
 
 
-def record_extra(config: TrainConfig, family: ModelFamily, needs: ReplayNeeds) -> Extra | None:
+def record_extra(config: ReplayOptions, family: ModelFamily, needs: ReplayNeeds) -> Extra | None:
     """Encode the prompts that a method brings along and let the frozen model draw as many samples as it asks for."""
     prompts = needs.extra_prompts
     if not prompts:
@@ -177,7 +225,7 @@ def with_nearest(kept: Conditioning, forbidden: Conditioning, trajectories: int,
     return torch.cat([evenly, nearest(kept, forbidden)[torch.arange(near) % len(kept)]])
 
 
-def bank_storage(config: TrainConfig, name: str, latent_shape: tuple[int, ...], trajectories: int) -> Storage:
+def bank_storage(config: ReplayOptions, name: str, latent_shape: tuple[int, ...], trajectories: int) -> Storage:
     """Memory for a bank of one process, if it is not too large; else files in the output folder."""
     size = bank_bytes(latent_shape, trajectories, config.replay_inference_steps)
     if PartialState().num_processes == 1 and size <= config.replay_memory_gib * 2**30:

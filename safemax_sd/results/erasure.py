@@ -11,8 +11,9 @@ import torch
 
 from safemax_sd.adapters import weights as trainable
 from safemax_sd.adapters.lora import WEIGHTS_NAME
-from safemax_sd.core.config import TrainConfig
+from safemax_sd.adapters.weights import WeightsOptions
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import flags_of
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.families.base import LoraTargets
 from safemax_sd.objectives import OBJECTIVES
@@ -108,9 +109,12 @@ def check_record(record: Any, directory: Path, option: str) -> None:
     for name, choices in CHOICES.items():
         if any(part.get(name, choices[0]) not in choices for part in (record["config"], record["base_model"])):
             raise damaged(option, directory, name)
+    flags = {flag.name: flag for flag in flags_of(WeightsOptions)}
     for name in ("rank", "lora_dropout"):
-        if not TrainConfig.ranges[name].holds(record["config"][name]):
-            raise damaged(option, directory, f"config.{name}")
+        try:
+            flags[name].check(record["config"][name])
+        except OptionError as error:
+            raise damaged(option, directory, f"config.{name}") from error
 
 
 def damaged(option: str, directory: Path, entry: str) -> OptionError:
@@ -136,12 +140,11 @@ def load_erased(
     if record["method"] not in OBJECTIVES.names():
         text = f"was written by {record['method']}, which trains nothing: load it with diffusers"
         raise OptionError("--adapter", directory, text)
-    config_class = OBJECTIVES.get(record["method"]).Config
-    known = {entry.name for entry in dataclasses.fields(config_class)}
-    config = config_class(**{name: value for name, value in record["config"].items() if name in known})
+    known = {entry.name for entry in dataclasses.fields(WeightsOptions)}
+    options = WeightsOptions(**{name: value for name, value in record["config"].items() if name in known})
     family = load_base(record, device)
     ranks = record.get("edit", {}).get("rank_pattern")
-    trainable.attach(family, config, ranks).load(weights or Path(directory))
+    trainable.attach(family, options, ranks).load(weights or Path(directory))
     family.denoiser.requires_grad_(False).eval()
     return family
 

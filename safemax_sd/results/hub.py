@@ -3,40 +3,67 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.options import option
 from safemax_sd.core.provenance import public_record
+from safemax_sd.objectives.base import ObjectiveOptions
 
 FILES = ("*.safetensors", "erasure.json", "README.md", "samples/*.png", "unet/*", "transformer/*")
 """What makes up a run's output; in the output folder, not below it."""
 
 RECORD = "erasure.json"
-
 TOKEN_SAFE_TRACKERS = (None, "tensorboard")
+GIVEN = "(given)"
+"""Shown of a token in place of its value."""
 
 
-def check(config: TrainConfig) -> None:
+@dataclass
+class HubOptions(ObjectiveOptions):
+    """Flags of the upload."""
+
+    group: ClassVar[str] = "Hub"
+
+    push_to_hub: bool = option(False, "Upload the finished adapter to the Hugging Face hub.")
+    hub_model_id: str | None = option(None, "Repository on the hub; named like --output_dir if not given.")
+    hub_private: bool = option(False, "Make the repository private if it is not there yet.")
+    hub_token: str | None = option(
+        None, "Token of the hub; that of `hf auth login` or HF_TOKEN if not given.", secret=True
+    )
+
+
+def check(config: HubOptions, tracker: str | None) -> None:
     """Refuse before training what could not be uploaded after it.
+
+    Args:
+        config: Flags.
+        tracker: Name of the tracker in use, if any.
 
     Raises:
         OptionError: A flag of the hub without `--push_to_hub`, a name that the hub does not take, no token, or one that
             a tracker might show.
     """
     if not config.push_to_hub:
-        for name in ("hub_model_id", "hub_private", "hub_token"):
-            if getattr(config, name):
-                raise OptionError(f"--{name}", _shown(config, name), "needs --push_to_hub")
+        given = {
+            "hub_model_id": config.hub_model_id,
+            "hub_private": config.hub_private,
+            "hub_token": GIVEN if config.hub_token else None,
+        }
+        for name, value in given.items():
+            if value:
+                raise OptionError(f"--{name}", value, "needs --push_to_hub")
         return
-    if config.hub_token is not None and config.tracker not in TOKEN_SAFE_TRACKERS:
+    if config.hub_token is not None and tracker not in TOKEN_SAFE_TRACKERS:
         # wandb and others keep the command line with the run.
-        text = f"may be published by --report_to {config.report_to}: leave it out and run `hf auth login`"
-        raise OptionError("--hub_token", _shown(config, "hub_token"), text)
+        text = f"may be published by --report_to {tracker}: leave it out and run `hf auth login`"
+        raise OptionError("--hub_token", GIVEN, text)
     try:
         validate_repo_id(repo_id(config))
     except HFValidationError as error:
@@ -48,11 +75,7 @@ def check(config: TrainConfig) -> None:
         raise OptionError("--push_to_hub", True, "needs a token of the hub: run `hf auth login` or set HF_TOKEN")
 
 
-def _shown(config: TrainConfig, name: str) -> object:
-    return "(given)" if name in config.secret else getattr(config, name)
-
-
-def repo_id(config: TrainConfig) -> str:
+def repo_id(config: HubOptions) -> str:
     """Where the run is uploaded to: `name`, of the token's owner, or `owner/name`."""
     return config.hub_model_id or Path(config.output_dir).resolve().name
 
@@ -71,7 +94,7 @@ def published(path: Path) -> bytes | Path:
     return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf8")
 
 
-def push(config: TrainConfig) -> str:
+def push(config: HubOptions) -> str:
     """Upload a finished run in one commit; returns the repository's address.
 
     Raises:

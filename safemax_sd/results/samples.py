@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from safemax_sd.core.errors import path_errors
+from safemax_sd.core.options import COUNT, STEPS, Options, option
 from safemax_sd.core.pictures import contact_sheet
 from safemax_sd.core.provenance import atomic_write_bytes
 
@@ -19,6 +21,17 @@ SMALL = 256
 SAMPLES = "samples"
 SOFTWARE = "safemax_sd"
 """Of a picture's metadata; tells a run's pictures from others of the same name."""
+
+
+@dataclass
+class ValidationOptions(Options):
+    """Flags of the pictures drawn during training."""
+
+    group: ClassVar[str] = "Validation pictures"
+
+    validation_prompt: list[str] = option([], "Prompts to draw during training.")
+    num_validation_images: int = option(4, "Pictures of each.", COUNT)
+    validation_steps: int = option(100, "Steps between them.", STEPS)
 
 
 def to_pil(pictures: Tensor) -> list[Image.Image]:

@@ -8,24 +8,35 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate import Accelerator
 
 from safemax_sd.adapters.weights import Trainable
 from safemax_sd.core.errors import OptionError, path_errors
+from safemax_sd.core.options import COUNT, STEPS, RunOptions, option
 from safemax_sd.core.provenance import Cost, write_json_atomic
 from safemax_sd.results.folder import files_in, remove
-from safemax_sd.training.resume import CONDITIONS
 
 logger = logging.getLogger("safemax_sd")
 
 PATTERN = re.compile(r"checkpoint-(\d+)")
-COST = "cost.json"
+CONDITIONS, COST = "conditions.json", "cost.json"
 MANIFEST = "manifest.json"
 """SHA-256 of all other files of a checkpoint."""
+
+
+@dataclass
+class CheckpointOptions(RunOptions):
+    """Flags of what is saved while a run goes on."""
+
+    group: ClassVar[str] = "Checkpoints"
+
+    checkpointing_steps: int = option(100, "Steps between checkpoints.", STEPS)
+    checkpoints_total_limit: int | None = option(2, "Number of checkpoints to keep; the oldest are removed.", COUNT)
+    resume_from_checkpoint: str | None = option(None, "`latest`, a checkpoint-N in --output_dir, or a path.", path=True)
 
 
 def register(accelerator: Accelerator, trainable: Trainable) -> None:

@@ -11,10 +11,10 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from safemax_sd.core.config import TrainConfig, literals
 from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.options import choices_of, flags_of, option
 from safemax_sd.core.registry import closest
-from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.training.config import TrainConfig, config_class
 
 MERGE = "tag:yaml.org,2002:merge"
 
@@ -32,11 +32,11 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     path = _value(words, "--config")
     defaults = {} if path is None else read_yaml(path)
     objective = _value(words, "--objective") or str(defaults.get("objective", TrainConfig.objective))
-    config_class = OBJECTIVES.get(objective).Config
+    chosen = config_class(objective)
     if path is not None:
-        defaults = check_types(defaults, config_class, path)
+        defaults = check_types(defaults, chosen, path)
     parser: Any = HfArgumentParser(
-        config_class,  # type: ignore[arg-type]
+        option_groups(chosen),  # type: ignore[arg-type]
         prog="safemax train",
         description="Erase concepts; writes a LoRA.",
         allow_abbrev=False,
@@ -45,9 +45,20 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     parser.set_defaults(**defaults)
     known, unknown = parser.parse_known_args(words)
     if unknown:
-        flags = [f"--{entry.name}" for entry in dataclasses.fields(config_class)]
+        flags = [f"--{entry.name}" for entry in dataclasses.fields(chosen)]
         raise SafemaxError(f"unknown option {unknown[0]}{closest(unknown[0], flags)} for --objective {objective}")
-    return config_class(**vars(known))
+    return chosen(**vars(known))
+
+
+def option_groups(config: type[TrainConfig]) -> list[type[Any]]:
+    """Return the flags as one dataclass for each group, of which HfArgumentParser makes the sections of its help."""
+    groups: dict[str, list[tuple[str, Any, Any]]] = {}
+    for flag in flags_of(config):
+        groups.setdefault(flag.group, []).append((flag.name, flag.hint, option(flag.default, flag.help)))
+    return [
+        dataclasses.make_dataclass(group, fields, namespace={"_argument_group_name": group})
+        for group, fields in groups.items()
+    ]
 
 
 def _value(words: Sequence[str], flag: str) -> str | None:
@@ -126,7 +137,7 @@ def _checked(path: str, key: str, value: Any, hint: Any) -> Any:
     if getattr(hint, "__origin__", None) is list:
         parts = value if isinstance(value, list) else [value]
         return check_texts(parts, key, path)
-    if str in kinds or any(literals(kind) for kind in kinds):
+    if str in kinds or choices_of(hint):
         return check_texts([value], key, path)[0]
     raise OptionError("--config", path, f"{key} cannot be {value!r}")
 

@@ -5,20 +5,47 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.options import COUNT, MOMENT, NOT_NEGATIVE, POSITIVE, Range, option
+from safemax_sd.objectives.base import LearningRateSchedule, ObjectiveOptions
+from safemax_sd.training.workers import AcceleratorOptions
 
 logger = logging.getLogger("safemax_sd")
 
 LOW_PRODIGY_RATE = 0.1
 
 
-def check_optimizer(config: TrainConfig) -> None:
+@dataclass
+class OptimizerOptions(AcceleratorOptions, ObjectiveOptions):
+    """Flags of the optimizer and its learning rate."""
+
+    group: ClassVar[str] = "Optimizer"
+
+    learning_rate: float = option(1e-4, "Learning rate of AdamW; for prodigy about 1.", POSITIVE)
+    scale_lr: bool = option(False, "Multiply the rate by batch, accumulation and processes.")
+    lr_scheduler: LearningRateSchedule = option("cosine", "Name of a schedule of diffusers.optimization.")
+    lr_warmup_steps: int = option(
+        0,
+        "Steps of linear warm-up.",
+        Range("must be in 0 to 1,000,000,000", lambda value: 0 <= value <= 1_000_000_000),
+    )
+    lr_num_cycles: int = option(1, "Cycles of cosine_with_restarts.", COUNT)
+    optimizer: Literal["adamw", "prodigy"] = option("adamw", "AdamW, or Prodigy of prodigyopt.")
+    use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes.")
+    adam_beta1: float = option(0.9, "β1.", MOMENT)
+    adam_beta2: float = option(0.99, "β2.", MOMENT)
+    adam_weight_decay: float = option(0.0, "Weight decay of the LoRA.", NOT_NEGATIVE)
+    adam_epsilon: float = option(1e-8, "ε of either optimizer.", POSITIVE)
+    max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.", POSITIVE)
+
+
+def check_optimizer(config: OptimizerOptions) -> None:
     """Refuse before training an optimizer that is not to be had, and warn of a rate that belongs to another.
 
     Raises:
@@ -35,7 +62,7 @@ def check_optimizer(config: TrainConfig) -> None:
     optimizer_class(config)
 
 
-def optimizer_class(config: TrainConfig) -> Any:
+def optimizer_class(config: OptimizerOptions) -> Any:
     """The class that the flags name.
 
     Raises:
@@ -53,7 +80,9 @@ def _optional(package: str, flag: str) -> Any:
         raise SafemaxError(f"{flag} needs the {package} package: pip install {package}") from error
 
 
-def make_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter], processes: int) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: OptimizerOptions, parameters: Sequence[nn.Parameter], processes: int
+) -> torch.optim.Optimizer:
     """The optimizer that the flags name.
 
     Raises:
@@ -73,7 +102,7 @@ def make_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter], proc
     return optimizer
 
 
-def _more(config: TrainConfig) -> dict[str, bool]:
+def _more(config: OptimizerOptions) -> dict[str, bool]:
     """What else the optimizer's class is told."""
     if config.optimizer == "prodigy":
         # As in diffusers' scripts: unguarded, the small rates of the warm-up would be taken for large distances.

@@ -7,8 +7,9 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -16,8 +17,8 @@ from accelerate.utils import LoggerType
 
 from safemax_sd.adapters.halting_marks import MARKS_FILE
 from safemax_sd.adapters.lora import KOHYA_NAME, WEIGHTS_NAME
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.core.errors import OptionError, path_errors
+from safemax_sd.core.options import RunOptions, option
 from safemax_sd.core.provenance import (
     Cost,
     atomic_write_text,
@@ -28,13 +29,15 @@ from safemax_sd.core.provenance import (
 )
 from safemax_sd.core.registry import closest
 from safemax_sd.families import ModelFamily
+from safemax_sd.objectives.base import ObjectiveOptions
 from safemax_sd.prompts import PromptSet
 from safemax_sd.results.erasure import FORMAT_VERSION
 from safemax_sd.results.folder import check_no_model, foreign, not_ours
 from safemax_sd.results.model_card import last_sample, write_model_card
 from safemax_sd.results.samples import SAMPLES, is_ours, remove_samples
 from safemax_sd.training import checkpoints
-from safemax_sd.training.workers import claimed_by_main, from_main
+from safemax_sd.training.checkpoints import CheckpointOptions
+from safemax_sd.training.workers import TrackerOptions, claimed_by_main, from_main
 
 logger = logging.getLogger("safemax_sd")
 
@@ -49,8 +52,17 @@ LOG_BEGINS = b'{"step": '
 TRACES = (*WEIGHTS, RECORD, LOG)
 
 
+@dataclass
+class OutputOptions(CheckpointOptions):
+    """Flags of the output folder."""
+
+    group: ClassVar[str] = RunOptions.group
+
+    overwrite_output_dir: bool = option(False, "Replace another run in --output_dir.")
+
+
 @contextmanager
-def run_folder(config: TrainConfig, accelerator: Accelerator) -> Iterator[Path | None]:
+def run_folder(config: OutputOptions, accelerator: Accelerator) -> Iterator[Path | None]:
     """Claim the output folder for a run, to be called by all its processes; yields the checkpoint to resume from.
 
     Raises:
@@ -62,7 +74,7 @@ def run_folder(config: TrainConfig, accelerator: Accelerator) -> Iterator[Path |
         yield from_main(accelerator.state, lambda: checkpoint_to_resume(config))
 
 
-def checkpoint_to_resume(config: TrainConfig) -> Path | None:
+def checkpoint_to_resume(config: OutputOptions) -> Path | None:
     """See that the run may write to its claimed output folder, and find what it resumes from, if anything.
 
     Raises:
@@ -129,7 +141,7 @@ def clear(directory: Path) -> None:
         remove_samples(directory)
 
 
-def check_tracker(config: TrainConfig) -> None:
+def check_tracker(config: TrackerOptions) -> None:
     """Refuse a tracker that would be left out without a word.
 
     Raises:
@@ -150,7 +162,7 @@ def check_tracker(config: TrainConfig) -> None:
 class RunLog:
     """`log.jsonl`, one line a step, and the trackers of `--report_to`."""
 
-    def __init__(self, path: Path, accelerator: Accelerator, *, config: TrainConfig, resume_step: int) -> None:
+    def __init__(self, path: Path, accelerator: Accelerator, *, config: TrackerOptions, resume_step: int) -> None:
         self.accelerator = accelerator
         self._path = path if accelerator.is_main_process else None
         self._started = time.monotonic()
@@ -199,7 +211,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def write_results(
     folder: Path,
-    config: TrainConfig,
+    config: ObjectiveOptions,
     family: ModelFamily,
     forget: PromptSet | None,
     retain: PromptSet,

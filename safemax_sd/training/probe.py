@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.judge import Judge, load_judge
+from safemax_sd.core.options import PERCENTAGE, STEPS, option
 from safemax_sd.families import Conditioning, ModelFamily
 from safemax_sd.prompts import PromptSet, pick
 from safemax_sd.recording.replay import start_noise
+from safemax_sd.recording.schedule import ReplayOptions
 
 PROBE_PICTURES = 32
 PROBE_SEED = 900_000
+
+
+@dataclass
+class ProbeOptions(ReplayOptions):
+    """Flags of early stopping; the probe draws its pictures as the replay does."""
+
+    group: ClassVar[str] = "Probe"
+
+    stop_at_unlearning_accuracy: float | None = option(
+        None, "Stop when a probe of the forbidden prompts reaches this percentage.", PERCENTAGE
+    )
+    clip_model: str = option("emoji", "Judge of that probe: emoji, or an open_clip model name.", path=True)
+    clip_pretrained: str | None = option(None, "open_clip's pretrained tag or a weight file.", path=True)
+    probe_steps: int = option(50, "Steps between probes.", STEPS)
 
 
 @dataclass
@@ -36,11 +52,13 @@ class UnlearningProbe:
     truth: torch.Tensor
     captions: list[str]
     threshold: float
-    config: TrainConfig
+    config: ProbeOptions
     model_calls: int
 
     @staticmethod
-    def build(config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet) -> UnlearningProbe | None:
+    def build(
+        config: ProbeOptions, family: ModelFamily, forget: PromptSet, retain: PromptSet
+    ) -> UnlearningProbe | None:
         """The probe that the flags ask for, or None.
 
         Raises:

@@ -9,11 +9,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from safemax_sd.assets import resolve_model
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.core.errors import OptionError
 from safemax_sd.prompts import PromptSet
+from safemax_sd.training.checkpoints import CONDITIONS
+from safemax_sd.training.config import TrainConfig
 
-CONDITIONS = "conditions.json"
 OPTION = "--resume_from_checkpoint"
 FREE = frozenset(
     {

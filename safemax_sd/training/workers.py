@@ -7,15 +7,16 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.options import COUNT, RunOptions, option
 from safemax_sd.results.folder import claimed
 
 T = TypeVar("T")
@@ -29,7 +30,39 @@ PROCESS_LOST = (
 )
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
+@dataclass
+class AcceleratorOptions(RunOptions):
+    """Flags of how a step is computed."""
+
+    group: ClassVar[str] = "Precision and memory"
+
+    gradient_accumulation_steps: int = option(1, "Micro-batches a step.", COUNT)
+    gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "Autocast of the denoiser; what accelerate launch says if not given, else no."
+    )
+    enable_xformers_memory_efficient_attention: bool = option(False, "xformers attention where it works.")
+    torch_compile: Literal["inductor", "aot_eager", "eager"] | None = option(
+        None, "Compile the denoiser for training, with this backend."
+    )
+
+
+@dataclass
+class TrackerOptions(AcceleratorOptions):
+    """Flags of the experiment tracker."""
+
+    group: ClassVar[str] = "Tracker"
+
+    report_to: str | None = option(None, "Tracker: tensorboard, wandb, mlflow …; none for none.")
+    logging_dir: str = option("logs", "Folder for trackers inside --output_dir.", path=True)
+
+    @property
+    def tracker(self) -> str | None:
+        """Name of the tracker that `--report_to` asks for; None for none."""
+        return None if self.report_to == "none" else self.report_to
+
+
+def make_accelerator(config: TrackerOptions) -> Accelerator:
     logging_dir = str(Path(config.output_dir) / config.logging_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,

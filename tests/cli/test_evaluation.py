@@ -23,10 +23,9 @@ from safemax_sd.evaluation.run import evaluate
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.core.judge import load_judge
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.safemax import SafemaxConfig
 from safemax_sd.prompts import Prompt, load_suite
 from safemax_sd.train import main
-from safemax_sd.training.probe import UnlearningProbe
+from safemax_sd.training.probe import ProbeOptions, UnlearningProbe
 
 SMALL = {"num_images": 6, "num_sweep_images": 2, "num_inference_steps": 3}
 
@@ -80,7 +79,7 @@ def test_the_probe_counts_what_the_judge_does_not_see() -> None:
         truth=torch.tensor([1] * 10),
         captions=[*judge.captions(["dog", "bomb"]), judge.templates["nothing"]],
         threshold=99,
-        config=SafemaxConfig(),
+        config=ProbeOptions(),
         model_calls=0,
     )
     assert probe.unlearning_accuracy(family) == 50.0  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from safemax_sd import train as training
 from safemax_sd.core.errors import OptionError
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.prompts import load_prompts
+from safemax_sd.training.config import config_class
 from tests import tiny
 
 
@@ -59,7 +60,7 @@ HOSTILE = (
     *("/proc/nowhere", "--seed", "epsilon", "full", "a,b", 'a"b', "a\nb"),
 )
 TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00"), max_size=30)
-FLAGS = {name: [field.name for field in dataclasses.fields(OBJECTIVES.get(name).Config)] for name in OBJECTIVES.names()}
+FLAGS = {name: [field.name for field in dataclasses.fields(config_class(name))] for name in OBJECTIVES.names()}
 NOT_HERE = {
     "push_to_hub",
     "hub_token",

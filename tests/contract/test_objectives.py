@@ -17,7 +17,6 @@ from torch import Tensor
 
 from safemax_sd.adapters import lora as adapter
 from safemax_sd.adapters import weights as trainable
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Positions
@@ -25,6 +24,7 @@ from safemax_sd.results.erasure import load_erased, read_record
 from safemax_sd.results.model_card import usage
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.config import TrainConfig
 from tests import stock, tiny
 
 MODELS = ("tiny_model", "tiny_v_model", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_ddpm")

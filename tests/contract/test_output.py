@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from safemax_sd.adapters import lora as adapter
 from safemax_sd.adapters.halting_marks import MARKS_FILE
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.core.errors import OptionError, SafemaxError
-from safemax_sd.objectives import OBJECTIVES, Student
+from safemax_sd.objectives import Student
 from safemax_sd.objectives.safemax import Safemax
 from safemax_sd.train import main, train
 from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.config import TrainConfig, config_class
 from safemax_sd.training.output import BESIDE_WEIGHTS, WEIGHTS
 from tests import tiny
 
@@ -68,7 +68,7 @@ def test_a_used_folder_is_refused_and_kept(config: TrainConfig) -> None:
 
 def test_another_kind_of_weights_takes_the_place_of_the_first(config: TrainConfig) -> None:
     anchor = {name: getattr(config, name) for name in ("pretrained_model_name_or_path", "retain_prompts", "output_dir")}
-    output = train(OBJECTIVES.get("halting_anchor").Config(**FEW, **anchor, objective="halting_anchor"))
+    output = train(config_class("halting_anchor")(**FEW, **anchor))
     assert {path.name for path in output.iterdir()} & {*WEIGHTS, *BESIDE_WEIGHTS} == {adapter.WEIGHTS_NAME, MARKS_FILE}
     train(replace(config, trainable="full", overwrite_output_dir=True))
     assert {path.name for path in output.iterdir()} & {*WEIGHTS, *BESIDE_WEIGHTS} == {"unet"}

@@ -20,7 +20,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from safemax_sd.adapters import lora as adapter
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.provenance import Cost, Stopwatch
 from safemax_sd.erasing.edits.uce import UceSettings
@@ -32,6 +31,7 @@ from safemax_sd.results.folder import claimed
 from safemax_sd.train import build_run, main, read_input, save_results, train
 from safemax_sd.training import checkpoints
 from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.output import read_log, run_folder
 from safemax_sd.training.workers import make_accelerator
 from tests import tiny

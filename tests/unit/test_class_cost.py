@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
 from safemax_sd.core import provenance
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.config import TrainConfig
 from tests import tiny
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import pytest
 from safemax_sd.evaluation.compare_config import read_comparison
 
 from safemax_sd.adapters.halting_marks import HaltingMarksSettings
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.options import flags_of
 from safemax_sd.objectives import OBJECTIVES
-from safemax_sd.objectives.safemax import SafemaxConfig
 from safemax_sd.objectives.salun import SalunConfig
 from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.config import config_class
 from safemax_sd.training.optimizers import check_optimizer
 
 OBJECTIVE_NAMES = OBJECTIVES.names()
@@ -34,7 +32,7 @@ def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> N
     config = parse_config(["--config", str(path), "--rank", "8"])
     assert (config.learning_rate, config.rank, config.forget_prompts) == (1e-4, 8, "f.csv")
     assert config.validation_prompt == ["a", "b"]
-    assert config.max_train_steps == SafemaxConfig().max_train_steps
+    assert config.max_train_steps == config_class("safemax").max_train_steps
 
 
 @pytest.mark.parametrize(
@@ -97,7 +95,7 @@ def test_wrong_type() -> None:
     ],
 )
 def test_values_out_of_range(changes: dict[str, object], message: str) -> None:
-    config = replace(SafemaxConfig(forget_prompts="f", retain_prompts="r", output_dir="o"), **changes)  # type: ignore[arg-type]
+    config = config_class("safemax")(**{"forget_prompts": "f", "retain_prompts": "r", "output_dir": "o", **changes})  # type: ignore[arg-type]
     with pytest.raises(SafemaxError, match=message):
         config.validate()
 
@@ -114,16 +112,11 @@ def test_the_comparison_names_methods_and_tasks_that_there_are() -> None:
     assert len(comparison.seeds) >= 2
 
 
-def numeric(config: type[TrainConfig]) -> list[str]:
-    hints = get_type_hints(config)
-    kinds = {entry.name: {hints[entry.name], *get_args(hints[entry.name])} for entry in dataclasses.fields(config)}
-    return [name for name, found in kinds.items() if {int, float} & found]
-
-
 @pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
 def test_every_number_has_a_range_that_holds_its_default(objective: str) -> None:
-    config = OBJECTIVES.get(objective).Config
-    assert set(numeric(config)) <= set(config.ranges)
+    config = config_class(objective)
+    for flag in flags_of(config):
+        assert flag.allowed or not {int, float} & {flag.hint, *get_args(flag.hint)}, flag.name
     with pytest.raises(OptionError, match="is required"):
         config().validate()
     config(forget_prompts="f", retain_prompts="r", output_dir="o").validate()

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.assets import ANCHORS
-from safemax_sd.core.config import TrainConfig
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.provenance import public_path, public_record
 from safemax_sd.families import LoadOptions
@@ -28,6 +27,7 @@ from safemax_sd.results.export import export_pipeline
 from safemax_sd.results.model_card import describe, usage
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.resume import check_conditions, conditions
 from tests import tiny
 

@@ -1,0 +1,63 @@
+"""All flags of a training, composed from those of its components and of the chosen objective into one flat class."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+from safemax_sd.adapters.weights import WeightsOptions
+from safemax_sd.core.options import RunOptions, option
+from safemax_sd.families.options import BaseModelOptions
+from safemax_sd.objectives.base import OBJECTIVES, Objective, ObjectiveOptions
+from safemax_sd.prompts import PromptOptions
+from safemax_sd.recording.schedule import ReplayOptions
+from safemax_sd.results.hub import HubOptions
+from safemax_sd.results.samples import ValidationOptions
+from safemax_sd.training.checkpoints import CheckpointOptions
+from safemax_sd.training.optimizers import OptimizerOptions
+from safemax_sd.training.output import OutputOptions
+from safemax_sd.training.probe import ProbeOptions
+from safemax_sd.training.workers import AcceleratorOptions, TrackerOptions
+
+
+@dataclass
+class TrainConfig(
+    # Fields, and with them groups of flags in the help text, are in the reverse order of a dataclass's bases.
+    HubOptions,
+    TrackerOptions,
+    OutputOptions,
+    CheckpointOptions,
+    ValidationOptions,
+    ProbeOptions,
+    OptimizerOptions,
+    AcceleratorOptions,
+    ObjectiveOptions,
+    ReplayOptions,
+    WeightsOptions,
+    RunOptions,
+    BaseModelOptions,
+    PromptOptions,
+):
+    """Flags that every objective has; names are those of diffusers' training scripts wherever these have one."""
+
+    group: ClassVar[str] = RunOptions.group
+
+    config: str | None = option(None, "YAML file of flags; the command line wins.", path=True)
+
+
+def config_class(objective: str) -> type[TrainConfig]:
+    """Return the flags of a training with an objective: its own `Config` with all others.
+
+    Raises:
+        OptionError: There is no such objective.
+    """
+    return _composed(OBJECTIVES.get(objective))
+
+
+@cache
+def _composed(objective: type[Objective]) -> type[TrainConfig]:
+    own = () if issubclass(TrainConfig, objective.Config) else (objective.Config,)
+    chosen = ("objective", str, option(objective.name))
+    return dataclasses.make_dataclass(f"{objective.__name__}TrainConfig", [chosen], bases=(*own, TrainConfig))
