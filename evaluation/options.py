@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from safemax_sd.core.config import option
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import option
 from safemax_sd.core.provenance import public_path
 from safemax_sd.core.registry import closest
 from safemax_sd.prompts import GUIDANCE_BOUND

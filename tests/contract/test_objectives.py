@@ -193,9 +193,7 @@ def load_ddpm_unet(output: Path, config: TrainConfig) -> torch.nn.Module:
 
 
 @CASES
-def test_the_model_cards_lines_draw_a_picture(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_cards_lines_draw_a_picture(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(usage(read_record(finished), str(finished)))
     with Image.open(tmp_path / "erased.png") as picture:
