@@ -27,7 +27,7 @@ from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.provenance import Cost, Stopwatch
 from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
-from safemax_sd.objectives.base import Positions
+from safemax_sd.objectives.base import Batch, Draw, Positions
 from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_over_long
 from safemax_sd.recording.replay import start_noise
 from safemax_sd.recording.schedule import Recording
@@ -186,7 +186,7 @@ def build_run(
         if OBJECTIVES.get(config.objective).needs_tokens and not family.token_projections():
             text = f"works on the keys and values of a prompt's words in cross-attention, which {family.name} has not"
             raise OptionError("--objective", config.objective, text)
-        most = len(family.process.all_times())
+        most = len(family.process.schedule.all_times())
         if config.replay_inference_steps > most:
             text = f"must be at most {most}, the timesteps of this model's schedule"
             raise OptionError("--replay_inference_steps", config.replay_inference_steps, text)
@@ -307,11 +307,13 @@ def optimizer_step(run: Run) -> dict[str, float]:
     """
     config, accelerator = run.config, run.accelerator
     sums: dict[str, Tensor] = {}
-    batches = [run.objective.draw(positions(run, micro)) for micro in range(config.gradient_accumulation_steps)]
-    run.model_calls["train"] += run.objective.before_step(batches, partial(accelerator.reduce, reduction="mean"))
-    for batch in (batch.to(accelerator.device) for batch in batches):
+    draws = [run.objective.draw(positions(run, micro)) for micro in range(config.gradient_accumulation_steps)]
+    run.model_calls["train"] += run.objective.before_step(draws, partial(accelerator.reduce, reduction="mean"))
+    predict = partial(run.family.predict, denoiser=run.denoiser)
+    for draw in draws:
         with accelerator.accumulate(run.denoiser), accelerator.autocast():
-            terms = run.objective.loss(lambda x, t, c: run.family.predict(x, t, c, run.denoiser), batch)
+            batch = reach(run, draw)
+            terms = run.objective.loss(predict, batch)
             accelerator.backward(terms.total)
             if accelerator.sync_gradients:
                 run.objective.before_clipping()
@@ -327,6 +329,15 @@ def optimizer_step(run: Run) -> dict[str, float]:
     if not math.isfinite(means["loss"]):
         raise not_finite(run, f"{LOSS_NOT_FINITE} {means['loss']} at step {run.step + 1}")
     return means
+
+
+@torch.no_grad()
+def reach(run: Run, draw: Draw) -> Batch:
+    """Return the batch of a draw on the run's device, sampled to with the student where the objective does so."""
+    batch = run.objective.reach(partial(run.family.predict, denoiser=run.denoiser), draw.to(run.accelerator.device))
+    # Older PyTorch keeps autocast's copies of the weights, and those made here know no gradient.
+    torch.clear_autocast_cache()
+    return batch
 
 
 def not_finite(run: Run, what: str) -> SafemaxError:
@@ -349,11 +360,11 @@ def check_weights(run: Run) -> None:
 @torch.no_grad()
 def warn_if_diverged(run: Run) -> None:
     """Warn where the trained model's error on what is to be kept is far larger than the target itself."""
-    batch = run.objective.draw(positions(run, 0)).to(run.accelerator.device)
-    rows = torch.nonzero(~batch.is_forget).flatten()
-    if not len(rows):
-        return
     with run.accelerator.autocast(), run.family.evaluating():
+        batch = reach(run, run.objective.draw(positions(run, 0)))
+        rows = torch.nonzero(~batch.is_forget).flatten()
+        if not len(rows):
+            return
         predicted = run.family.predict(batch.x_t[rows], batch.t[rows], batch.conditioning.select(rows))
     target = batch.target[rows]
     ratio = float((predicted - target).square().mean() / target.square().mean().clamp(min=1e-12))

@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from safemax_sd.families import ModelFamily
 from safemax_sd.families.ddpm import ClassConditionalDDPM
 from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.objectives.base import Batch, Draw, Objective, Predict
 from safemax_sd.recording.schedule import Recording
 from safemax_sd.train import read_input
 from safemax_sd.training.config import TrainConfig
@@ -163,3 +164,9 @@ def recording(config: TrainConfig, family: ModelFamily) -> Recording:
     """Return the recording that a training with these flags begins with."""
     forget, retain = read_input(config)
     return Recording(config, OBJECTIVES.get(config.objective).needs(config, forget), family, forget, retain)
+
+
+def reached(objective: Objective, predict: Predict, draw: Draw) -> Batch:
+    """Return the batch of a draw as a training step gets it."""
+    with torch.no_grad():
+        return objective.reach(predict, draw)

@@ -17,7 +17,6 @@ import torch
 from safemax_sd.evaluation.options import EvaluateOptions
 from safemax_sd.evaluation.run import evaluate
 
-from benchmarks.erasure_variants import find
 from benchmarks.halting_anchor import COUNTS, ERASED, suite
 from benchmarks.speed.contest import Row, clock, contest, ratios
 from benchmarks.speed.models import SUITE
@@ -68,8 +67,8 @@ def kept(adapter: Path) -> dict[str, float]:
     """Percentages of pictures of prompts to keep, and of look-alikes, that the judge names rightly."""
     options = EvaluateOptions(adapter=str(adapter), suite=SUITE, num_images=KEPT_IMAGES, num_sweep_images=0)
     report = json.loads((evaluate(options) / "report.json").read_text(encoding="utf8"))
-    wanted = ({"metric": "clip_accuracy", "subset": subset} for subset in ("retain", "neighbours"))
-    return {measured["subset"]: find(report, "metrics", measured) for measured in wanted}
+    rows = [row for row in report["metrics"] if row["metric"] == "clip_accuracy" and row["model"] == "erased"]
+    return {row["subset"]: float(row["value"]) for row in rows if row["subset"] in ("retain", "neighbours")}
 
 
 def is_probed(row: Row) -> bool:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.families import Conditioning, ModelFamily, load_family
+from safemax_sd.objectives.base import Batch
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
 from safemax_sd.train import (
     Run,
@@ -29,6 +30,7 @@ from safemax_sd.train import (
     make_optimizer,
     optimizer_step,
     positions,
+    reach,
     read_input,
 )
 from safemax_sd.training.config import TrainConfig
@@ -97,7 +99,7 @@ class Bench:
         """Forward and backward of the network on SAFEMax's batch, and nothing else."""
 
         def prepare(number: int) -> Step:
-            batch = drawn(self.still, number).to(self.device)
+            batch = drawn(self.still, number)
             x_t = batch.x_t.to(memory_format=torch.channels_last)
             self.clear_gradients()
 
@@ -235,9 +237,11 @@ def ready(config: TrainConfig, clock: Stopwatch | None = None) -> Run:
     return build_run(config, make_accelerator(config), *read_input(config), clock or Stopwatch())
 
 
-def drawn(run: Run, number: int) -> Any:
+def drawn(run: Run, number: int) -> Batch:
     """The batch of one step, which is a function of the seed and of the step's number."""
-    return run.objective.draw(positions(replace(run, step=number), 0))
+    at = replace(run, step=number)
+    with run.accelerator.autocast():
+        return reach(at, at.objective.draw(positions(at, 0)))
 
 
 def tensors_of(*modules: nn.Module) -> list[Tensor]:

@@ -1,241 +1,128 @@
-"""The noise process of a model and, in every parametrisation, the prediction of maximum entropy.
+"""All noise mathematics, in one coordinate: the angle φ between a clean picture and noise.
 
-Among all densities with zero mean and identity covariance N(0, I) has the largest entropy. Latents are scaled to unit
-variance, so the maximum-entropy answer to a prompt is p(x0 | prompt) = N(0, I). Put z ~ N(0, I) for x0 into the
-forward process: the best prediction of the native target given x_t is linear in x_t, and `max_entropy_target` is it.
+With y = x_t/√(a² + s²) and φ = atan2(s, a), y = cos φ·x0 + sin φ·ε, and its velocity is v = dy/dφ = cos φ·ε − sin φ·x0:
+(y, v) is (x0, ε) turned by φ (for a² + s² = 1: arXiv 2202.00512, app. D). Every native prediction is α(φ)·y + β(φ)·v.
+
+Among all densities with zero mean and identity covariance N(0, I) has the largest entropy, and latents are scaled to
+unit variance. Where x0 and ε are independent N(0, I), so are y and v, and E[v | y] = 0: **the maximum-entropy
+prediction is zero velocity**. The sampler's path dy/dφ = v then stands still, and denoising halts.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from safemax_sd.core.errors import OptionError
+from safemax_sd.diffusion.schedule import DiscreteSchedule, FlowSchedule, Schedule
 
+PARAMETRISATIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "epsilon": lambda sin, cos: (sin, cos),  # ε
+    "sample": lambda sin, cos: (cos, -sin),  # x0
+    "v_prediction": lambda sin, cos: (torch.zeros_like(sin), torch.ones_like(sin)),  # cos φ·ε − sin φ·x0
+    "flow_prediction": lambda sin, cos: (sin - cos, sin + cos),  # ε − x0
+}
+"""(sin φ, cos φ) -> (α, β), by what the network predicts."""
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+"""Parametrisations of a discrete schedule."""
+
+
+@dataclass(frozen=True)
+class DiffusionProcess:
+    """A schedule and a parametrisation; `t` is the model's native time, [B].
+
+    Attributes:
+        schedule: Signal and noise at each time.
+        parametrisation: Native prediction, a key of `PARAMETRISATIONS`.
+    """
+
+    schedule: Schedule
+    parametrisation: str
+
+    def __post_init__(self) -> None:
+        if self.parametrisation not in PARAMETRISATIONS:
+            allowed = f"must be one of {', '.join(PREDICTION_TYPES)}"
+            raise OptionError("--prediction_type", self.parametrisation, allowed)
+
+    def angle(self, t: Tensor) -> Tensor:
+        """Return φ, 0 (clean) to π/2 (noise), [B]."""
+        a, s = self.schedule.coefficients(t)
+        return torch.atan2(s, a)
+
+    def halted_std(self, t: Tensor) -> Tensor:
+        """Return √(a² + s²), the standard deviation of x_t for x0 ~ N(0, I), [B]."""
+        return torch.hypot(*self.schedule.coefficients(t))
+
+    def x_t(self, y: Tensor, t: Tensor) -> Tensor:
+        """Scale y to the latent x_t = √(a² + s²)·y that the network gets, [B, ...]; halted noise is y ~ N(0, I)."""
+        return _like(self.halted_std(t), y) * y
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return x_t = a·x0 + s·ε, [B, ...]."""
+        a, s = self.schedule.coefficients(t)
+        return _like(a, x0) * x0 + _like(s, x0) * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the native prediction that the model is trained to make of x0 and ε, [B, ...]."""
+        sin, cos, alpha, beta = self._factors(t, x0)
+        return (alpha * cos - beta * sin) * x0 + (alpha * sin + beta * cos) * noise
+
+    def prediction(self, velocity: Tensor | float, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the native prediction α·y + β·v of a velocity, [B, ...]."""
+        _, _, alpha, beta = self._factors(t, x_t)
+        return alpha * x_t / _like(self.halted_std(t), x_t) + beta * velocity
+
+    def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity v = dy/dφ of a native prediction, [B, ...]; the inverse of `prediction`."""
+        _, _, _, beta = self._factors(t, x_t)
+        return (prediction - self.max_entropy_target(x_t, t)) / beta
+
+    def max_entropy_target(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return E[target | x_t] for x0 ~ N(0, I), the native prediction of zero velocity, [B, ...]."""
+        return self.prediction(0.0, x_t, t)
+
+    def _factors(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return sin φ, cos φ, α and β, each in the shape that multiplies x."""
+        a, s = self.schedule.coefficients(t)
+        width = torch.hypot(a, s)
+        sin, cos = s / width, a / width
+        alpha, beta = PARAMETRISATIONS[self.parametrisation](sin, cos)
+        return _like(sin, x), _like(cos, x), _like(alpha, x), _like(beta, x)
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:
-    """[B] in the shape that multiplies [B, ...]."""
+    """Reshape [B] to what multiplies [B, ...]."""
     return values.to(x).view(-1, *[1] * (x.dim() - 1))
 
 
-class DiffusionProcess(ABC):
-    """Noise mathematics as pure tensor functions; `t` is the model's native time, shape [B]."""
-
-    @abstractmethod
-    def sample_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`n` native times drawn as in the model's training, [n]."""
-
-    @abstractmethod
-    def all_times(self) -> Tensor:
-        """The native times of training from clean to noise, [T]; an even grid of 1000 where they are continuous."""
-
-    @abstractmethod
-    def noise_level(self, t: Tensor) -> Tensor:
-        """t/T: 0 (clean) to 1 (noise), float32 [B]."""
-
-    @abstractmethod
-    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, s) of x_t = a·x0 + s·noise, each [B]."""
-
-    @abstractmethod
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the model is trained to predict, [B, ...]."""
-
-    @abstractmethod
-    def max_entropy_target(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """E[target | x_t] for x0 ~ N(0, I): the closed form, native parametrisation, [B, ...]."""
-
-    @abstractmethod
-    def coordinate(self, t: Tensor) -> Tensor:
-        """What the sampler's path is followed in: dx/d(coordinate) is a velocity, [B]."""
-
-    @abstractmethod
-    def slope(self, t: Tensor) -> Tensor:
-        """What a native prediction gains per unit of that velocity, [B]."""
-
-    def halted_std(self, t: Tensor) -> Tensor:
-        """Standard deviation of x_t for x0 ~ N(0, I), [B]: of halted noise, on its way to unit variance."""
-        return torch.hypot(*self.coefficients(t))
-
-    def halted(self, noise: Tensor, t: Tensor) -> Tensor:
-        """Noise of unit spread with the spread that it has at t on the path of a halted sampler, [B, ...]."""
-        return _like(self.halted_std(t), noise) * noise
-
-    def removal(self, offset: Tensor, t: Tensor) -> Tensor:
-        """What to add to a native prediction so that a deterministic sampler removes `offset` from x_t; [B, ...].
-
-        The maximum-entropy prediction keeps halted noise such, and carries an offset along with it. With this added,
-        the offset shrinks at unit rate in the coordinate.
-        """
-        return _like(self.slope(t), offset) * offset
-
-    def step(self, x_t: Tensor, prediction: Tensor, t: Tensor, following: Tensor) -> Tensor:
-        """Where a step along the sampler's path ends, [B, ...]: exact for halted noise, Euler in what differs from it.
-
-        With y = x/halted_std the path is dy/d(coordinate) = (velocity − that of halted noise)/halted_std.
-        """
-        velocity = (prediction - self.max_entropy_target(x_t, t)) / _like(self.slope(t), x_t)
-        moved = x_t + _like(self.coordinate(following) - self.coordinate(t), x_t) * velocity
-        return _like(self.halted_std(following) / self.halted_std(t), x_t) * moved
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = a·x0 + s·noise, [B, ...]."""
-        a, s = self.coefficients(t)
-        return _like(a, x0) * x0 + _like(s, x0) * noise
-
-
-class VariancePreserving(DiffusionProcess):
-    """x_t = a·x0 + s·ε with a² + s² = 1 (DDPM, arXiv 2006.11239, eq. 4); native time is an integer timestep.
+def variance_preserving(alphas_cumprod: Tensor, prediction_type: str) -> DiffusionProcess:
+    """Return the process of a discrete schedule of betas.
 
     Args:
         alphas_cumprod: a² at every timestep, [T].
-        prediction_type: `epsilon`, `v_prediction` (arXiv 2202.00512) or `sample`.
+        prediction_type: One of `PREDICTION_TYPES`.
+
+    Raises:
+        OptionError: An unknown prediction type, or ε where the last timestep holds no signal.
     """
-
-    def __init__(self, alphas_cumprod: Tensor, prediction_type: str) -> None:
-        if prediction_type not in PREDICTION_TYPES:
-            raise OptionError("--prediction_type", prediction_type, f"must be one of {', '.join(PREDICTION_TYPES)}")
-        if prediction_type == "epsilon" and float(alphas_cumprod[-1]) == 0:
-            text = (
-                "says nothing of the picture where the schedule ends in pure noise (rescale_betas_zero_snr): give "
-                "--prediction_type v_prediction if that is what the model was trained for"
-            )
-            raise OptionError("--prediction_type", prediction_type, text)
-        self.alphas_cumprod = alphas_cumprod.float()
-        self.prediction_type = prediction_type
-
-    def sample_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return torch.randint(len(self.alphas_cumprod), (n,), generator=generator)
-
-    def all_times(self) -> Tensor:
-        return torch.arange(len(self.alphas_cumprod))
-
-    def noise_level(self, t: Tensor) -> Tensor:
-        return t.float() / (len(self.alphas_cumprod) - 1)
-
-    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        signal = self.alphas_cumprod.to(t.device)[t.long()]
-        return signal.sqrt(), (1 - signal).sqrt()
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type == "sample":
-            return x0
-        a, s = self.coefficients(t)
-        return _like(a, x0) * noise - _like(s, x0) * x0
-
-    def max_entropy_target(self, x_t: Tensor, t: Tensor) -> Tensor:
-        a, s = self.coefficients(t)
-        if self.prediction_type == "epsilon":
-            return _like(s, x_t) * x_t
-        if self.prediction_type == "sample":
-            return _like(a, x_t) * x_t
-        return torch.zeros_like(x_t)
-
-    def coordinate(self, t: Tensor) -> Tensor:
-        """The angle φ of a = cos φ, s = sin φ: the path is dx/dφ = v (arXiv 2202.00512)."""
-        a, s = self.coefficients(t)
-        return torch.atan2(s, a)
-
-    def slope(self, t: Tensor) -> Tensor:
-        """Of ε = s·x + a·v, x0 = a·x − s·v, or v itself."""
-        a, s = self.coefficients(t)
-        return {"epsilon": a, "sample": -s, "v_prediction": torch.ones_like(a)}[self.prediction_type]
-
-    def halted_std(self, t: Tensor) -> Tensor:
-        """1, as a² + s² is."""
-        return torch.ones(len(t), device=t.device)
+    if prediction_type not in PREDICTION_TYPES:
+        raise OptionError("--prediction_type", prediction_type, f"must be one of {', '.join(PREDICTION_TYPES)}")
+    if prediction_type == "epsilon" and float(alphas_cumprod[-1]) == 0:
+        text = (
+            "says nothing of the picture where the schedule ends in pure noise (rescale_betas_zero_snr): give "
+            "--prediction_type v_prediction if that is what the model was trained for"
+        )
+        raise OptionError("--prediction_type", prediction_type, text)
+    return DiffusionProcess(DiscreteSchedule(alphas_cumprod), prediction_type)
 
 
-class FlowMatching(DiffusionProcess):
-    """x_t = (1 - σ)·x0 + σ·ε, velocity ε - x0 (rectified flow, arXiv 2209.03003); native time is 1000·σ.
-
-    Args:
-        num_train_timesteps: Scale of the native time.
-        shift: The schedule's shift: training and sampling spend more time at high noise (arXiv 2403.03206, eq. 23).
-    """
-
-    def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
-        self.num_train_timesteps, self.shift = num_train_timesteps, shift
-
-    def sample_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        uniform = torch.rand(n, generator=generator)
-        return self._shifted(uniform)
-
-    def all_times(self) -> Tensor:
-        return self._shifted((torch.arange(1000) + 0.5) / 1000)
-
-    def _shifted(self, uniform: Tensor) -> Tensor:
-        return self.num_train_timesteps * self.shift * uniform / (1 + (self.shift - 1) * uniform)
-
-    def noise_level(self, t: Tensor) -> Tensor:
-        return t.float() / self.num_train_timesteps
-
-    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        sigma = self.noise_level(t)
-        return 1 - sigma, sigma
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return noise - x0
-
-    def max_entropy_target(self, x_t: Tensor, t: Tensor) -> Tensor:
-        sigma = _like(self.noise_level(t), x_t)
-        return (2 * sigma - 1) / ((1 - sigma) ** 2 + sigma**2) * x_t
-
-    def coordinate(self, t: Tensor) -> Tensor:
-        """σ: the path is dx/dσ = v."""
-        return self.noise_level(t)
-
-    def slope(self, t: Tensor) -> Tensor:
-        return torch.ones(len(t), device=t.device)
-
-
-class VarianceExploding(DiffusionProcess):
-    """x_t = x0 + σ·ε, ε-prediction (arXiv 2011.13456); native time is σ itself.
-
-    Args:
-        sigma_min: Lowest noise, above 0.
-        sigma_max: Highest noise.
-    """
-
-    def __init__(self, sigma_min: float, sigma_max: float) -> None:
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
-
-    def sample_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._geometric(torch.rand(n, generator=generator))
-
-    def all_times(self) -> Tensor:
-        return self._geometric((torch.arange(1000) + 0.5) / 1000)
-
-    def _geometric(self, uniform: Tensor) -> Tensor:
-        return self.sigma_min * (self.sigma_max / self.sigma_min) ** uniform
-
-    def noise_level(self, t: Tensor) -> Tensor:
-        low, high = torch.tensor(self.sigma_min).log(), torch.tensor(self.sigma_max).log()
-        return ((t.float().log() - low) / (high - low)).clamp(0, 1)
-
-    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ones_like(t, dtype=torch.float32), t.float()
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return noise
-
-    def max_entropy_target(self, x_t: Tensor, t: Tensor) -> Tensor:
-        sigma = _like(t.float(), x_t)
-        return sigma / (1 + sigma**2) * x_t
-
-    def coordinate(self, t: Tensor) -> Tensor:
-        """ln σ: the path is dx/d(ln σ) = σ·ε."""
-        return t.float().log()
-
-    def slope(self, t: Tensor) -> Tensor:
-        return 1 / t.float()
+def flow_matching(num_train_timesteps: int = 1000, shift: float = 1.0) -> DiffusionProcess:
+    """Return the process of flow matching; see `FlowSchedule` for the arguments."""
+    return DiffusionProcess(FlowSchedule(num_train_timesteps, shift), "flow_prediction")
 
 
 def check_variance_preserving(scheduler: Any) -> None:
@@ -252,14 +139,14 @@ def check_variance_preserving(scheduler: Any) -> None:
 
 
 def from_scheduler(scheduler: Any) -> DiffusionProcess:
-    """The process of a diffusers scheduler.
+    """Return the process of a diffusers scheduler.
 
     Raises:
         OptionError: A scheduler that is neither variance preserving nor flow matching.
     """
     name = type(scheduler).__name__
     if "FlowMatch" in name:
-        return FlowMatching(scheduler.config.num_train_timesteps, float(scheduler.config.get("shift", 1.0)))
+        return flow_matching(scheduler.config.num_train_timesteps, float(scheduler.config.get("shift", 1.0)))
     if hasattr(scheduler, "alphas_cumprod"):
-        return VariancePreserving(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+        return variance_preserving(scheduler.alphas_cumprod, scheduler.config.prediction_type)
     raise OptionError("--pretrained_model_name_or_path", name, "is a scheduler without a known noise process")

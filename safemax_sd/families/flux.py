@@ -72,7 +72,7 @@ class Flux(TransformerFamily):
         guidance = conditioning.tensors.get(GUIDANCE)
         output: Tensor = network(
             hidden_states=pack(x_t).to(dtype),
-            timestep=self.process.noise_level(t).to(dtype),
+            timestep=self.process.schedule.noise_level(t).to(dtype),
             encoder_hidden_states=states,
             pooled_projections=conditioning.tensors[POOLED].to(dtype),
             txt_ids=torch.zeros(states.shape[1], 3, device=states.device, dtype=dtype),

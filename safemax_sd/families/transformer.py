@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from safemax_sd.core.errors import OptionError
-from safemax_sd.diffusion.process import FlowMatching
+from safemax_sd.diffusion.process import DiffusionProcess, flow_matching
 from safemax_sd.diffusion.schedulers import as_scheduler
 from safemax_sd.families.base import LoraTargets
 from safemax_sd.families.latent import LatentFamily
@@ -35,14 +35,14 @@ class TransformerFamily(LatentFamily):
     def sampler(self) -> FlowMatchEulerDiscreteScheduler:
         return as_scheduler(FlowMatchEulerDiscreteScheduler, self.scheduler_settings)
 
-    def _noise_process(self) -> FlowMatching:
+    def _noise_process(self) -> DiffusionProcess:
         """With the shift for pictures of the model's own size; a sampler takes that of the size it is asked for."""
         config: Any = self.sampler().config  # type: ignore[attr-defined]
         if not config.use_dynamic_shifting:
-            return FlowMatching(config.num_train_timesteps, config.shift)
+            return flow_matching(config.num_train_timesteps, config.shift)
         mu = self._shift_of(config, self._own_side**2)
         shift = mu if config.time_shift_type == "linear" else math.exp(mu)
-        return FlowMatching(config.num_train_timesteps, shift)
+        return flow_matching(config.num_train_timesteps, shift)
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, x_T: Tensor) -> None:
         config = scheduler.config

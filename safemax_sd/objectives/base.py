@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -30,30 +30,62 @@ Mean = Callable[[list[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Samples of one fused forward pass.
+class Draw:
+    """What an objective draws for one micro-batch, on the processor's memory: a `Batch`, or what one is made from."""
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same on a device."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, _MOVABLE)}
+        return replace(self, **moved)
+
+
+_MOVABLE = (Tensor, Conditioning, Draw)
+
+
+@dataclass(frozen=True)
+class Rows(Draw):
+    """Samples with their targets.
 
     Attributes:
         x_t: [B, *latent].
         t: Native time, [B].
         conditioning: One row a sample.
         target: Wanted prediction, [B, *latent].
-        is_forget: bool [B].
     """
 
     x_t: Tensor
     t: Tensor
     conditioning: Conditioning
     target: Tensor
+
+    @staticmethod
+    def cat(parts: Sequence[Rows]) -> Rows:
+        """Return the rows of all parts, at least one, in their order."""
+        return Rows(
+            x_t=torch.cat([part.x_t for part in parts]),
+            t=torch.cat([part.t for part in parts]),
+            conditioning=Conditioning.cat([part.conditioning for part in parts]),
+            target=torch.cat([part.target for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Batch(Rows):
+    """Samples of one fused forward pass.
+
+    Attributes:
+        is_forget: Whether a row is a forget sample, bool [B].
+        reach_calls: Network evaluations of one sample that `Objective.reach` took.
+    """
+
     is_forget: Tensor
+    reach_calls: int = field(default=0, kw_only=True)
 
     @property
     def model_calls(self) -> int:
-        """Network evaluations of one sample that the loss takes."""
-        return len(self.t)
-
-    def to(self, device: torch.device) -> Self:
-        return type(self)(**{entry.name: getattr(self, entry.name).to(device) for entry in fields(self)})
+        """Network evaluations of one sample that the batch takes."""
+        return len(self.t) + self.reach_calls
 
 
 @dataclass(frozen=True)
@@ -112,10 +144,7 @@ def _freeze(family: ModelFamily) -> Predict:
 
     def predict(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         with torch.no_grad(), family.base_only():
-            prediction = family.predict(x_t, t, conditioning, network)
-        # Older PyTorch keeps autocast's copies of the weights, and those made here know no gradient.
-        torch.clear_autocast_cache()
-        return prediction
+            return family.predict(x_t, t, conditioning, network)
 
     return predict
 
@@ -126,6 +155,28 @@ class LossTerms:
 
     total: Tensor
     parts: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, total: Tensor, **parts: Tensor) -> Self:
+        """Return terms whose parts, which are only logged, know no gradient."""
+        return cls(total, {name: value.detach() for name, value in parts.items()})
+
+
+def squared_errors(predict: Predict, batch: Batch) -> Tensor:
+    """Return the mean squared error of each sample's prediction, [B]."""
+    return mean_square(predict(batch.x_t, batch.t, batch.conditioning) - batch.target)
+
+
+def mean_square(error: Tensor) -> Tensor:
+    """Return the mean square of each row, [B]."""
+    return error.square().flatten(1).mean(1)
+
+
+def forget_and_retain_loss(predict: Predict, batch: Batch, retain_weight: float) -> LossTerms:
+    """Return the mean squared error of the forget samples and, weighted, that of the retain samples."""
+    squared = squared_errors(predict, batch)
+    forget, retain = squared[batch.is_forget].mean(), squared[~batch.is_forget].mean()
+    return LossTerms.of(forget + retain_weight * retain, forget=forget, retain=retain)
 
 
 @dataclass(frozen=True)
@@ -170,7 +221,7 @@ def noised(
     """The clean sample of a row [1], its noise, its time and its prompt's row, each of one row."""
     x0 = samples.x0[row]
     noise = torch.randn(x0.shape, generator=generator)
-    return x0, noise, process.sample_times(1, generator), samples.prompt[row]
+    return x0, noise, process.schedule.sample_times(1, generator), samples.prompt[row]
 
 
 def prior_generator(seed: int, kind: int, number: int) -> torch.Generator:
@@ -265,14 +316,23 @@ class Objective(ABC):
         self.data = data
 
     @abstractmethod
-    def draw(self, positions: Positions) -> Batch:
-        """The samples at these positions of a step, on the processor's memory."""
+    def draw(self, positions: Positions) -> Draw:
+        """Draw the samples at these positions of a step, on the processor's memory."""
 
-    def before_step(self, batches: Sequence[Batch], mean: Mean) -> int:
+    def reach(self, predict: Predict, draw: Draw) -> Batch:
+        """Return the batch of a draw on the student's device.
+
+        Called right before `loss`, without gradients. A method that samples as it trains gets to its x_t and targets
+        here; for the others the draw is the batch.
+        """
+        assert isinstance(draw, Batch)
+        return draw
+
+    def before_step(self, draws: Sequence[Draw], mean: Mean) -> int:
         """Compute what the loss of a whole step needs to know beforehand, with the weights as they are and stay.
 
         Args:
-            batches: This process's share of the step, on the processor's memory.
+            draws: This process's share of the step, on the processor's memory.
             mean: Over the shares of all processes, which are of one size; to be called by all alike.
 
         Returns:
@@ -282,7 +342,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
-        """Loss of one batch: one fused student forward."""
+        """Return the loss of one batch: one fused student forward."""
 
     def save(self, directory: Path) -> None:  # noqa: B027 (most methods have no more than weights)
         """Write what the method stores besides the weights."""

@@ -22,6 +22,7 @@ from safemax_sd.families import Conditioning
 from safemax_sd.families.base import LoraTargets
 from safemax_sd.objectives.base import (
     Batch,
+    Draw,
     LearningRateSchedule,
     LossTerms,
     Objective,
@@ -30,7 +31,9 @@ from safemax_sd.objectives.base import (
     Predict,
     Student,
     draw_noised,
+    forget_and_retain_loss,
 )
+from safemax_sd.objectives.relabelling import RelabelledDraw, take_over
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
@@ -56,21 +59,6 @@ class ConceptAblationConfig(ObjectiveOptions):
     learning_rate: float = option(1.6e-5)
     lr_scheduler: LearningRateSchedule = option("constant")
     adam_beta2: float = option(0.999)
-
-
-@dataclass(frozen=True)
-class ConceptAblationBatch(Batch):
-    """Samples of one step.
-
-    Attributes:
-        anchors: Anchor prompts of the forget samples, the first of the batch.
-    """
-
-    anchors: Conditioning
-
-    @property
-    def model_calls(self) -> int:
-        return len(self.t) + len(self.anchors)
 
 
 class ConceptAblation(Objective):
@@ -99,37 +87,31 @@ class ConceptAblation(Objective):
             raise OptionError("--ablation_weights", self.config.ablation_weights, text)
         return trained
 
-    def draw(self, positions: Positions) -> ConceptAblationBatch:
+    def draw(self, positions: Positions) -> RelabelledDraw:
         forget = [self._sample(positions.generator(FORGET, number)) for number in positions.forget]
         anchor = [self._sample(positions.generator(ANCHOR, number)) for number in positions.retain]
         x0, noise, t, prompts = (torch.cat(column) for column in zip(*forget, *anchor, strict=True))
         # Row i of the anchors belongs to forbidden prompt i.
         asked, anchors = prompts[: len(forget)], self.anchors.conditioning.select(prompts)
-        return ConceptAblationBatch(
+        return RelabelledDraw(
             x_t=self.data.process.add_noise(x0, noise, t),
             t=t,
             conditioning=Conditioning.cat(
                 [self.data.forget.select(asked), anchors.select(torch.arange(len(forget), len(t)))]
             ),
-            target=self.data.process.target(x0, noise, t),
-            is_forget=torch.arange(len(t)) < len(forget),
-            anchors=anchors.select(torch.arange(len(forget))),
+            other=anchors.select(torch.arange(len(forget))),
+            retain_target=self.data.process.target(x0, noise, t)[len(forget) :],
         )
 
     def _sample(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return draw_noised(self.anchors.samples, self.data.process, generator)
 
+    def reach(self, predict: Predict, draw: Draw) -> Batch:
+        assert isinstance(draw, RelabelledDraw)
+        return take_over(predict, draw)
+
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
-        assert isinstance(batch, ConceptAblationBatch)
-        prediction = predict(batch.x_t, batch.t, batch.conditioning)
-        with torch.no_grad():
-            wanted = predict(batch.x_t[batch.is_forget], batch.t[batch.is_forget], batch.anchors)
-        forget = (prediction[batch.is_forget] - wanted).square().mean()
-        anchor = (prediction - batch.target)[~batch.is_forget].square().mean()
-        return LossTerms(
-            total=forget + self.config.retain_weight * anchor,
-            parts={"forget": forget.detach(), "anchor": anchor.detach()},
-        )
+        return forget_and_retain_loss(predict, batch, self.config.retain_weight)
 
 
 def anchor_prompts(forget: PromptSet, text: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from safemax_sd.diffusion.process import DiffusionProcess
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
     Batch,
+    Draw,
     LearningRateSchedule,
     LossTerms,
     Mean,
@@ -31,6 +32,7 @@ from safemax_sd.objectives.base import (
     Predict,
     Student,
     draw_noised,
+    squared_errors,
 )
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
@@ -125,11 +127,11 @@ class EraseDiff(Objective):
             return self.data.empty
         return self.data.retain.select(prompt)
 
-    def before_step(self, batches: Sequence[Batch], mean: Mean) -> int:
+    def before_step(self, draws: Sequence[Draw], mean: Mean) -> int:
         """Find λ from the gradients of F and f over the whole step, and from where the inner steps lead."""
         if self.config.lambda_rule == "fixed":
             return 0
-        batches = [batch.to(self.student.device) for batch in batches]
+        batches = [draw.to(self.student.device) for draw in draws if isinstance(draw, Batch)]
         calls = sum(batch.model_calls for batch in batches)
         forget, gradients = self._gradients(batches, self._forget_loss, mean)
         _, kept = self._gradients(batches, self._retain_loss, mean)
@@ -142,12 +144,11 @@ class EraseDiff(Objective):
         return calls
 
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
-        squared = (predict(batch.x_t, batch.t, batch.conditioning) - batch.target).square().flatten(1).mean(1)
+        squared = squared_errors(predict, batch)
         forget, retain = squared[batch.is_forget].mean(), squared[~batch.is_forget].mean()
-        return LossTerms(
-            total=self.config.retain_weight * retain + self.weight * forget,
-            parts={"forget": forget.detach(), "retain": retain.detach(), "lambda": forget.new_tensor(self.weight)},
-        )
+        total = self.config.retain_weight * retain + self.weight * forget
+        terms = LossTerms.of(total, forget=forget, retain=retain)
+        return LossTerms(total, {**terms.parts, "lambda": forget.new_tensor(self.weight)})
 
     def _forget_loss(self, batch: Batch) -> Tensor:
         return self._squared_error(batch, batch.is_forget)
@@ -200,5 +201,5 @@ def _inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
 
 def _predicts_noise(process: DiffusionProcess) -> bool:
     """Whether the noise that was added is part of what the model is to predict."""
-    t, none = process.all_times()[:1], torch.zeros(1)
+    t, none = process.schedule.all_times()[:1], torch.zeros(1)
     return not torch.equal(process.target(none, none, t), process.target(none, torch.ones(1), t))

@@ -20,6 +20,7 @@ from safemax_sd.families import Conditioning
 from safemax_sd.families.base import LoraTargets
 from safemax_sd.objectives.base import (
     Batch,
+    Draw,
     LearningRateSchedule,
     LossTerms,
     Objective,
@@ -27,6 +28,7 @@ from safemax_sd.objectives.base import (
     Positions,
     Predict,
     Student,
+    squared_errors,
 )
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
@@ -62,23 +64,18 @@ class EsdConfig(ObjectiveOptions):
 
 
 @dataclass(frozen=True)
-class EsdBatch(Batch):
-    """Samples whose x_t is start noise until the student has sampled from it.
+class EsdDraw(Draw):
+    """Start noise that the student samples from.
 
     Attributes:
-        steps: How many sampling steps to take, int64 [B]; -1 where x_t and t are recorded ones.
-        free: The frozen model's prediction at a recorded x_t with the empty prompt, [B, *latent]; else 0.
-        conditional: The same with the prompt.
+        noise: [B, *latent].
+        conditioning: Forbidden prompts, one row each.
+        steps: Number of sampling steps to take, int64 [B].
     """
 
+    noise: Tensor
+    conditioning: Conditioning
     steps: Tensor
-    free: Tensor
-    conditional: Tensor
-
-    @property
-    def model_calls(self) -> int:
-        sampled = self.steps >= 0
-        return len(self.t) + int((2 * self.steps[sampled] + 2).sum())
 
 
 class Esd(Objective):
@@ -113,56 +110,49 @@ class Esd(Objective):
             raise OptionError("--esd_weights", "cross_attention", "this model has none: use all")
         return trained
 
-    def draw(self, positions: Positions) -> EsdBatch:
-        samples = [self._sample(positions.generator(FORGET, number)) for number in positions.forget]
-        prompts, *columns = (torch.cat(column) for column in zip(*samples, strict=True))
-        x_t, t, steps, free, conditional = columns
-        return EsdBatch(
-            x_t=x_t,
-            t=t,
-            conditioning=self.data.forget.select(prompts),
-            target=torch.zeros_like(x_t),
-            is_forget=torch.ones(len(t), dtype=torch.bool),
-            steps=steps,
-            free=free,
-            conditional=conditional,
-        )
-
-    def _sample(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Row of the prompt, x_t, t, steps to sample and the frozen predictions of one sample."""
+    def draw(self, positions: Positions) -> Draw:
+        generators = [positions.generator(FORGET, number) for number in positions.forget]
         if self.config.esd_states == "replayed":
-            bank = self.data.forget_bank
-            row = torch.randint(len(bank), (1,), generator=generator)
-            recorded = (bank.x_t[row], bank.t[row].float(), torch.tensor([-1]))
-            return bank.prompt[row], *recorded, bank.unconditional[row], bank.conditional[row]
-        prompt = torch.randint(len(self.data.forget), (1,), generator=generator)
-        noise = torch.randn((1, *self.data.latent_shape), generator=generator)
-        steps = torch.randint(self.config.esd_inference_steps, (1,), generator=generator)
-        return prompt, noise, torch.zeros(1), steps, torch.zeros_like(noise), torch.zeros_like(noise)
+            return self._recorded(generators)
+        forget, steps = len(self.data.forget), self.config.esd_inference_steps
+        prompts = torch.cat([torch.randint(forget, (1,), generator=generator) for generator in generators])
+        noise = [torch.randn((1, *self.data.latent_shape), generator=generator) for generator in generators]
+        counts = torch.cat([torch.randint(steps, (1,), generator=generator) for generator in generators])
+        return EsdDraw(torch.cat(noise), self.data.forget.select(prompts), counts)
 
-    def loss(self, predict: Predict, batch: Batch) -> LossTerms:
-        assert isinstance(batch, EsdBatch)
-        x_t, t, free, conditional = batch.x_t, batch.t, batch.free, batch.conditional
-        if self.config.esd_states == "sampled":
-            x_t, t = self._reached(batch)
-            free, conditional = self._frozen_predictions(x_t, t, batch.conditioning)
-        target = free - self.config.negative_guidance * (conditional - free)
-        forget = (predict(x_t, t, batch.conditioning) - target).square().mean()
-        return LossTerms(total=forget, parts={"forget": forget.detach()})
+    def _recorded(self, generators: Sequence[torch.Generator]) -> Batch:
+        """Draw recorded steps of the frozen model's own trajectories."""
+        bank = self.data.forget_bank
+        rows = torch.cat([torch.randint(len(bank), (1,), generator=generator) for generator in generators])
+        target = self._target(bank.conditional[rows], bank.unconditional[rows])
+        return _all_forget(bank.x_t[rows], bank.t[rows].float(), self.data.forget.select(bank.prompt[rows]), target)
 
-    def _reached(self, batch: EsdBatch) -> tuple[Tensor, Tensor]:
-        """x_t and t where the student gets to, each sample in its own number of steps."""
-        return self.student.sample_each(
-            batch.conditioning,
-            batch.x_t,
-            batch.steps,
+    def reach(self, predict: Predict, draw: Draw) -> Batch:
+        if not isinstance(draw, EsdDraw):
+            return super().reach(predict, draw)
+        x_t, t = self.student.sample_each(
+            draw.conditioning,
+            draw.noise,
+            draw.steps,
             guidance_scale=self.config.start_guidance,
             num_inference_steps=self.config.esd_inference_steps,
         )
+        empty = self.data.empty.select(torch.zeros(len(t), dtype=torch.long)).to(x_t.device)
+        both = Conditioning.cat([draw.conditioning, empty])
+        conditional, free = self.frozen(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        calls = int((2 * draw.steps + 2).sum())
+        return _all_forget(x_t, t, draw.conditioning, self._target(conditional, free), calls)
 
-    def _frozen_predictions(self, x_t: Tensor, t: Tensor, prompts: Conditioning) -> tuple[Tensor, Tensor]:
-        """The base model's predictions with the empty prompt and with the prompts."""
-        rows = torch.zeros(len(t), dtype=torch.long)
-        both = Conditioning.cat([self.data.empty.select(rows).to(x_t.device), prompts])
-        free, conditional = self.frozen(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return free, conditional
+    def _target(self, conditional: Tensor, free: Tensor) -> Tensor:
+        """Return the frozen predictions guided away from the prompt."""
+        return free - self.config.negative_guidance * (conditional - free)
+
+    def loss(self, predict: Predict, batch: Batch) -> LossTerms:
+        forget = squared_errors(predict, batch).mean()
+        return LossTerms.of(forget, forget=forget)
+
+
+def _all_forget(x_t: Tensor, t: Tensor, conditioning: Conditioning, target: Tensor, reach_calls: int = 0) -> Batch:
+    """Return a batch of forget samples alone."""
+    is_forget = torch.ones(len(t), dtype=torch.bool, device=t.device)
+    return Batch(x_t, t, conditioning, target, is_forget, reach_calls=reach_calls)

@@ -112,7 +112,7 @@ class HaltingAnchor(Safemax):
     def save(self, directory: Path) -> None:
         write_tensors_atomic(directory / MARKS_FILE, {MARKS: self.marks})
 
-    def _forbidden(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
+    def forbidden(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
         """The prompts as an edit marks them that erases what they show, or with a mark on tokens drawn at random."""
         prompts = self.data.forget.select(rows)
         least, most = self.config.mark_least, self.config.mark_most
@@ -128,7 +128,7 @@ class HaltingAnchor(Safemax):
             strengths[-1] *= amount / strengths[-1].max()
         return self._marked(prompts, torch.stack(strengths))
 
-    def _kept(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
+    def retained(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
         """The prompts as they are, or as an edit leaves them that erases something else."""
         prompts = self.data.retain.select(rows)
         if float(torch.rand((), generator=generator)) < UNTOUCHED_SHARE:

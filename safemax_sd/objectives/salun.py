@@ -18,6 +18,7 @@ from safemax_sd.core.options import NONZERO_SHARE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
     Batch,
+    Draw,
     FullWeightsConfig,
     LossTerms,
     Objective,
@@ -26,9 +27,11 @@ from safemax_sd.objectives.base import (
     Predict,
     Student,
     draw_noised,
+    forget_and_retain_loss,
     noised,
     prior_generator,
 )
+from safemax_sd.objectives.relabelling import RelabelledDraw, take_over
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
@@ -45,21 +48,6 @@ class SalunConfig(FullWeightsConfig):
     saliency_share: float = option(0.5, "Share of all weights, the most salient, that train.", NONZERO_SHARE)
     forget_trajectories: int = option(800, "Pictures generated of forbidden prompts where none are given.")
     retain_trajectories: int = option(800, "Pictures generated of prompts to keep where none are given.")
-
-
-@dataclass(frozen=True)
-class SalunBatch(Batch):
-    """Samples of one step.
-
-    Attributes:
-        relabelled: What the forget samples, the first of the batch, are asked for instead.
-    """
-
-    relabelled: Conditioning
-
-    @property
-    def model_calls(self) -> int:
-        return len(self.t) + len(self.relabelled)
 
 
 class Salun(Objective):
@@ -87,7 +75,7 @@ class Salun(Objective):
     def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
         return ReplayNeeds("samples")
 
-    def draw(self, positions: Positions) -> SalunBatch:
+    def draw(self, positions: Positions) -> RelabelledDraw:
         data, process = self.data, self.data.process
         forget = [draw_noised(data.forget_samples, process, positions.generator(FORGET, n)) for n in positions.forget]
         retain = [draw_noised(data.retain_samples, process, positions.generator(RETAIN, n)) for n in positions.retain]
@@ -97,26 +85,20 @@ class Salun(Objective):
         ]
         x0, noise, t, _ = (torch.cat(column) for column in zip(*forget, *retain, strict=True))
         prompts = torch.cat([prompt for *_, prompt in forget]) if forget else torch.zeros(0, dtype=torch.long)
-        return SalunBatch(
-            x_t=self.data.process.add_noise(x0, noise, t),
+        return RelabelledDraw(
+            x_t=process.add_noise(x0, noise, t),
             t=t,
-            conditioning=Conditioning.cat([self.data.forget.select(prompts), *kept]),
-            target=self.data.process.target(x0, noise, t),
-            is_forget=torch.arange(len(t)) < len(forget),
-            relabelled=self.data.retain.select(prompts % len(self.data.retain)),
+            conditioning=Conditioning.cat([data.forget.select(prompts), *kept]),
+            other=data.retain.select(prompts % len(data.retain)),
+            retain_target=process.target(x0, noise, t)[len(forget) :],
         )
 
+    def reach(self, predict: Predict, draw: Draw) -> Batch:
+        assert isinstance(draw, RelabelledDraw)
+        return take_over(predict, draw)
+
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
-        assert isinstance(batch, SalunBatch)
-        prediction = predict(batch.x_t, batch.t, batch.conditioning)
-        with torch.no_grad():
-            other = predict(batch.x_t[batch.is_forget], batch.t[batch.is_forget], batch.relabelled)
-        forget = (prediction[batch.is_forget] - other).square().mean()
-        retain = (prediction - batch.target)[~batch.is_forget].square().mean()
-        return LossTerms(
-            total=forget + self.config.retain_weight * retain,
-            parts={"forget": forget.detach(), "retain": retain.detach()},
-        )
+        return forget_and_retain_loss(predict, batch, self.config.retain_weight)
 
     def adjust_gradients(self) -> None:
         for parameter, mask in zip(self.parameters, self.mask, strict=True):

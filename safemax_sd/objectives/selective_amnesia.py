@@ -26,6 +26,7 @@ from safemax_sd.objectives.base import (
     Predict,
     Student,
     prior_generator,
+    squared_errors,
 )
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
@@ -88,13 +89,11 @@ class SelectiveAmnesia(Objective):
         )
 
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
-        squared = (predict(batch.x_t, batch.t, batch.conditioning) - batch.target).square().flatten(1).mean(1)
+        squared = squared_errors(predict, batch)
         forget, retain = squared[batch.is_forget].mean(), squared[~batch.is_forget].mean()
         penalty = self.config.ewc_weight * self._elements * self._distance()
-        return LossTerms(
-            total=forget + self.config.retain_weight * retain + penalty,
-            parts={"forget": forget.detach(), "retain": retain.detach(), "ewc": penalty.detach()},
-        )
+        total = forget + self.config.retain_weight * retain + penalty
+        return LossTerms.of(total, forget=forget, retain=retain, ewc=penalty)
 
     @property
     def _elements(self) -> int:
@@ -118,7 +117,7 @@ class SelectiveAmnesia(Objective):
 
     def _noise(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         noise = torch.randn(x0.shape, generator=generator)
-        return x0, noise, self.data.process.sample_times(1, generator)
+        return x0, noise, self.data.process.schedule.sample_times(1, generator)
 
     def _fisher_information(self, student: Student) -> tuple[list[Tensor], int]:
         """Diagonal of the Fisher information of the mean loss, a tensor for each parameter; and the network calls.
@@ -129,7 +128,7 @@ class SelectiveAmnesia(Objective):
         """
         fisher = [torch.zeros_like(parameter) for parameter in student.parameters]
         chosen = self._fisher_choice()
-        all_times = self.data.process.all_times()
+        all_times = self.data.process.schedule.all_times()
         steps = min(self.config.fisher_timesteps, len(all_times))
         times = all_times[torch.linspace(0, len(all_times) - 1, steps).round().long()]
         scale = len(all_times) / steps

@@ -167,7 +167,7 @@ class SfrOn(Objective):
             x0, prompt = samples.x0[start : start + size], samples.prompt[start : start + size]
             generators = [prior_generator(self.config.seed, kind, start + place) for place in range(len(x0))]
             noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators])
-            t = torch.cat([self.data.process.sample_times(1, generator) for generator in generators])
+            t = torch.cat([self.data.process.schedule.sample_times(1, generator) for generator in generators])
             x_t, target = self.data.process.add_noise(x0, noise, t), self.data.process.target(x0, noise, t)
             error = student.predict(x_t.to(student.device), t.to(student.device), rows.select(prompt))
             loss = (error - target.to(student.device)).square().flatten(1).sum(1).mean()

@@ -20,6 +20,7 @@ from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, Range, option
 from safemax_sd.families import TOKEN_STATES, Conditioning
 from safemax_sd.objectives.base import (
     Batch,
+    Draw,
     LearningRateSchedule,
     LossTerms,
     Objective,
@@ -27,6 +28,7 @@ from safemax_sd.objectives.base import (
     Positions,
     Predict,
     Student,
+    forget_and_retain_loss,
     prior_generator,
 )
 from safemax_sd.prompts import PromptSet
@@ -69,20 +71,20 @@ class SpmConfig(ObjectiveOptions):
 
 
 @dataclass(frozen=True)
-class SpmBatch(Batch):
-    """Forget samples, whose x_t is start noise until the student has sampled from it, and then their anchors.
+class SpmDraw(Draw):
+    """Start noise that the student samples from for forbidden prompts, and the anchors asked where it gets to.
 
     Attributes:
-        steps: How many sampling steps each forget sample takes, int64 [F].
-        origin: Row of the forget sample at whose x_t and t a row is asked, a forget sample's own, int64 [B].
+        noise: Of the forget samples, [F, *latent].
+        steps: Number of sampling steps of each, int64 [F].
+        conditioning: Forbidden prompts, then anchors, [B].
+        origin: Forget sample at whose x_t and t each row is asked, a forget sample's own, int64 [B].
     """
 
+    noise: Tensor
     steps: Tensor
+    conditioning: Conditioning
     origin: Tensor
-
-    @property
-    def model_calls(self) -> int:
-        return 2 * len(self.t) + len(self.steps) + 2 * int(self.steps.sum())
 
 
 class Spm(Objective):
@@ -123,7 +125,7 @@ class Spm(Objective):
             drawn = torch.rand(down.shape, generator=prior_generator(self.config.seed, INITIAL, number))
             down.copy_((2 * drawn - 1) * down[0].numel() ** -0.5)
 
-    def draw(self, positions: Positions) -> SpmBatch:
+    def draw(self, positions: Positions) -> SpmDraw:
         forget = [self._forget(positions.generator(FORGET, number)) for number in positions.forget]
         # By their share of the batch, so that an anchor has the same forget sample however a step is split.
         origin = [place * len(forget) // len(positions.retain) for place in range(len(positions.retain))]
@@ -132,16 +134,8 @@ class Spm(Objective):
             for row, number in zip(origin, positions.retain, strict=True)
         ]
         prompts, noise, steps = (torch.cat(column) for column in zip(*forget, strict=True))
-        rows = torch.tensor([*range(len(forget)), *origin])
-        return SpmBatch(
-            x_t=noise[rows],
-            t=torch.zeros(len(rows)),
-            conditioning=Conditioning.cat([self.data.forget.select(prompts), *anchors]),
-            target=torch.zeros_like(noise[rows]),
-            is_forget=torch.arange(len(rows)) < len(forget),
-            steps=steps,
-            origin=rows,
-        )
+        conditioning = Conditioning.cat([self.data.forget.select(prompts), *anchors])
+        return SpmDraw(noise, steps, conditioning, torch.tensor([*range(len(forget)), *origin]))
 
     def _forget(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Row of a forbidden prompt, start noise and steps to sample, each of one row."""
@@ -163,36 +157,36 @@ class Spm(Objective):
             self._weights[row] = (1 - cosines).clamp(SMALLEST_WEIGHT, 1)
         return self._weights[row]
 
-    def loss(self, predict: Predict, batch: Batch) -> LossTerms:
-        assert isinstance(batch, SpmBatch)
-        x_t, t = self._reached(batch)
-        target = self._targets(x_t, t, batch)
-        squared = (predict(x_t, t, batch.conditioning) - target).square().flatten(1).mean(1)
-        forget, retain = squared[batch.is_forget].mean(), squared[~batch.is_forget].mean()
-        return LossTerms(
-            total=forget + self.config.retain_weight * retain,
-            parts={"forget": forget.detach(), "retain": retain.detach()},
-        )
-
-    def _reached(self, batch: SpmBatch) -> tuple[Tensor, Tensor]:
-        """x_t and t of every row, where the student gets to from the start noise of the row's forget sample."""
+    def reach(self, predict: Predict, draw: Draw) -> Batch:
+        assert isinstance(draw, SpmDraw)
+        count = len(draw.steps)
         x_t, t = self.student.sample_each(
-            batch.conditioning,
-            batch.x_t,
-            batch.steps,
+            draw.conditioning,
+            draw.noise,
+            draw.steps,
             guidance_scale=self.config.start_guidance,
             num_inference_steps=self.config.spm_inference_steps,
         )
-        return x_t[batch.origin], t[batch.origin]
+        x_t, t = x_t[draw.origin], t[draw.origin]
+        return Batch(
+            x_t=x_t,
+            t=t,
+            conditioning=draw.conditioning,
+            target=self._targets(x_t, t, draw.conditioning, count),
+            is_forget=torch.arange(len(t), device=t.device) < count,
+            reach_calls=len(t) + count + 2 * int(draw.steps.sum()),
+        )
 
-    def _targets(self, x_t: Tensor, t: Tensor, batch: SpmBatch) -> Tensor:
-        """What the frozen model predicts for anchors, and on the empty prompt's other side for forbidden prompts."""
-        count = len(batch.steps)
+    def _targets(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, count: int) -> Tensor:
+        """Return what the frozen model predicts for anchors, and on the empty prompt's other side for the forbidden."""
         empty = self.data.empty.select(torch.zeros(count, dtype=torch.long)).to(x_t.device)
-        asked = Conditioning.cat([batch.conditioning, empty])
+        asked = Conditioning.cat([conditioning, empty])
         predicted = self.frozen(torch.cat([x_t, x_t[:count]]), torch.cat([t, t[:count]]), asked)
         conditional, anchors, free = predicted[:count], predicted[count : len(t)], predicted[len(t) :]
         return torch.cat([free - self.config.negative_guidance * (conditional - free), anchors])
+
+    def loss(self, predict: Predict, batch: Batch) -> LossTerms:
+        return forget_and_retain_loss(predict, batch, self.config.retain_weight)
 
 
 def latent_anchor(forbidden: Conditioning, generator: torch.Generator) -> Conditioning:

@@ -296,7 +296,7 @@ def _room(storage: Storage, family: ModelFamily, latent: tuple[int, ...], sample
     whole = torch.int64
     return ReplayBank(
         x_t=storage.rows("x_t", (rows, *latent)),
-        t=storage.rows("t", (rows,), family.process.all_times().dtype),
+        t=storage.rows("t", (rows,), family.process.schedule.all_times().dtype),
         prompt=storage.rows("prompt", (rows,), whole),
         conditional=storage.rows("conditional", (rows, *latent)),
         unconditional=storage.rows("unconditional", (rows, *latent)),

@@ -117,7 +117,8 @@ def test_gradients_and_base(config: TrainConfig) -> None:
     start = [p.detach().clone() for p in parameters]
     asked = [torch.zeros_like(p, dtype=torch.bool) for p in parameters]
     for step in range(3):
-        terms = built.loss(family.predict, built.draw(Positions(0, step, range(4), range(8))))
+        batch = tiny.reached(built, family.predict, built.draw(Positions(0, step, range(4), range(8))))
+        terms = built.loss(family.predict, batch)
         assert torch.isfinite(terms.total)
         optimizer.zero_grad()
         terms.total.backward()
@@ -145,7 +146,9 @@ def test_mixed_precision_leaves_no_weight_out(config: TrainConfig) -> None:
         for parameter in parameters:
             parameter.grad = None
         with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
-            terms = built.loss(family.predict, built.draw(Positions(0, 0, range(32), range(8))))
+            batch = tiny.reached(built, family.predict, built.draw(Positions(0, 0, range(32), range(8))))
+            torch.clear_autocast_cache()  # as a training step does: the weights' copies of `reach` know no gradient
+            terms = built.loss(family.predict, batch)
         terms.total.backward()
         gradients.append([p.grad is not None and bool(p.grad.any()) for p in parameters])
     assert gradients[0] == gradients[1]

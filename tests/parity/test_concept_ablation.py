@@ -15,10 +15,10 @@ from safemax_sd.objectives import Student
 from safemax_sd.objectives.base import Positions
 from safemax_sd.objectives.concept_ablation import (
     ConceptAblation,
-    ConceptAblationBatch,
     ConceptAblationConfig,
     anchor_prompts,
 )
+from safemax_sd.objectives.relabelling import RelabelledDraw
 from safemax_sd.prompts import PromptSet, load_prompts
 from safemax_sd.recording.data import Extra
 from safemax_sd.recording.replay import Samples
@@ -28,23 +28,24 @@ from tests.parity.test_published_losses import Scale, conditioning, data
 
 
 def built(**settings: float) -> ConceptAblation:
-    """Forbidden prompts 1 and 2 with anchors 7 and 8, whose pictures are 0.1 and 0.2 everywhere."""
-    pictures = torch.tensor([0.1, 0.2]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
+    """Forbidden prompts 1 and 2 with anchors 7 and 8, whose pictures are 10 and 20 everywhere."""
+    pictures = torch.tensor([10.0, 20.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
     anchors = Extra(conditioning(7.0, 8.0), Samples(pictures, torch.tensor([0, 1])), 0)
     return ConceptAblation(ConceptAblationConfig(**settings), replace(data(), extra=anchors))  # type: ignore[arg-type]
 
 
 def test_loss_by_hand() -> None:
     network = Scale()
-    batch = ConceptAblationBatch(
+    draw = RelabelledDraw(
         x_t=torch.zeros(2, 1, 2, 2),
         t=torch.tensor([0, 1]),
         conditioning=conditioning(1.0, 8.0),
-        target=torch.ones(2, 1, 2, 2),
-        is_forget=torch.tensor([True, False]),
-        anchors=conditioning(7.0),
+        other=conditioning(7.0),
+        retain_target=torch.ones(1, 1, 2, 2),
     )
-    terms = built(retain_weight=0.5).loss(network, batch)
+    method = built(retain_weight=0.5)
+    batch = tiny.reached(method, network, draw)
+    terms = method.loss(network, batch)
     # w = 2: the forbidden prompt's 2 is to become 14; the anchor prompt's error is 16 - 1.
     assert terms.total.item() == pytest.approx(12**2 + 0.5 * 15**2)
     terms.total.backward()
@@ -55,14 +56,15 @@ def test_loss_by_hand() -> None:
 
 def test_every_sample_is_of_an_anchor_and_asked_for_with_its_own_forbidden_prompt() -> None:
     method = built()
-    batch = method.draw(Positions(0, 0, range(40), range(40)))
-    a, s = method.data.process.coefficients(batch.t)
-    clean = (batch.x_t - s.view(-1, 1, 1, 1) * batch.target) / a.view(-1, 1, 1, 1)
-    shown = [round(value, 3) for value in clean.flatten(1).mean(1).tolist()]
-    states = batch.conditioning.tensors["states"].flatten().tolist()
-    instead = batch.anchors.tensors["states"].flatten().tolist()
-    assert set(zip(shown[:40], states[:40], instead, strict=True)) == {(0.1, 1.0, 7.0), (0.2, 2.0, 8.0)}
-    assert set(zip(shown[40:], states[40:], strict=True)) == {(0.1, 7.0), (0.2, 8.0)}
+    draw = method.draw(Positions(0, 0, range(40), range(40)))
+    a, s = (value.view(-1, 1, 1, 1) for value in method.data.process.schedule.coefficients(draw.t))
+    shown = [round(value, -1) for value in (draw.x_t / a).flatten(1).mean(1).tolist()]  # noise is small beside 10
+    states = draw.conditioning.tensors["states"].flatten().tolist()
+    other = draw.other.tensors["states"].flatten().tolist()
+    assert set(zip(shown[:40], states[:40], other, strict=True)) == {(10, 1.0, 7.0), (20, 2.0, 8.0)}
+    assert set(zip(shown[40:], states[40:], strict=True)) == {(10, 7.0), (20, 8.0)}
+    clean = (draw.x_t[40:] - s[40:] * draw.retain_target) / a[40:]
+    assert set(clean.flatten().round().tolist()) == {10, 20}
 
 
 def prompts(folder: Path, text: str) -> PromptSet:
@@ -108,7 +110,8 @@ def test_keys_and_values_alone_train(tiny_model: Path, tmp_path: Path) -> None:
     method = ConceptAblation(config, recorded)
     weights = trainable.attach(family, config)
     weights.restrict(method.trained(Student.of(family, weights.parameters)))
-    method.loss(family.predict, method.draw(Positions(0, 0, range(4), range(4)))).total.backward()
+    batch = tiny.reached(method, family.predict, method.draw(Positions(0, 0, range(4), range(4))))
+    method.loss(family.predict, batch).total.backward()
     assert all(parameter.grad is not None for parameter in weights.parameters)
     trained = {name for name, parameter in family.denoiser.named_parameters() if parameter.grad is not None}
     expected = {n for n, _ in family.denoiser.named_parameters() if ".attn2.to_k." in n or ".attn2.to_v." in n}

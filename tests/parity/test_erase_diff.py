@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from safemax_sd.core.errors import OptionError
-from safemax_sd.diffusion.process import FlowMatching, VariancePreserving
+from safemax_sd.diffusion.process import flow_matching, variance_preserving
 from safemax_sd.objectives.base import Batch, Positions
 from safemax_sd.objectives.erase_diff import EraseDiff, EraseDiffConfig
 from safemax_sd.train import train
@@ -93,11 +93,11 @@ def test_lambda_is_that_of_the_whole_step() -> None:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
 def test_uniform_noise_is_what_is_to_be_found(prediction_type: str) -> None:
     alphas = torch.tensor([0.64, 0.36])
-    process = FlowMatching() if prediction_type == "flow" else VariancePreserving(alphas, prediction_type)
+    process = flow_matching() if prediction_type == "flow" else variance_preserving(alphas, prediction_type)
     method = EraseDiff(EraseDiffConfig(), replace(data(), process=process))
     drawn = method.draw(Positions(0, 0, range(500), range(500)))
     x0 = torch.where(drawn.is_forget, 0.5, -0.5).view(-1, 1, 1, 1)
-    a, s = (part.view(-1, 1, 1, 1) for part in process.coefficients(drawn.t))
+    a, s = (part.view(-1, 1, 1, 1) for part in process.schedule.coefficients(drawn.t))
     found = {
         "epsilon": drawn.target,
         "v_prediction": (drawn.target + s * x0) / a,
@@ -117,7 +117,7 @@ def test_uniform_noise_is_what_is_to_be_found(prediction_type: str) -> None:
 
 
 def test_a_model_that_predicts_no_noise_is_refused() -> None:
-    process = VariancePreserving(torch.tensor([0.64, 0.36]), "sample")
+    process = variance_preserving(torch.tensor([0.64, 0.36]), "sample")
     with pytest.raises(OptionError, match=r"--objective erase_diff: .* clean samples"):
         EraseDiff(EraseDiffConfig(), replace(data(), process=process))
 

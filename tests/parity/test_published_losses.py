@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from safemax_sd.adapters import weights as trainable
-from safemax_sd.diffusion.process import VariancePreserving
+from safemax_sd.diffusion.process import variance_preserving
 from safemax_sd.families import Conditioning, LoadOptions, load_family
 from safemax_sd.objectives import Student
 from safemax_sd.objectives.base import Batch, Positions
-from safemax_sd.objectives.esd import Esd, EsdConfig
-from safemax_sd.objectives.salun import Salun, SalunBatch, SalunConfig, salient
+from safemax_sd.objectives.esd import Esd, EsdConfig, EsdDraw
+from safemax_sd.objectives.relabelling import RelabelledDraw
+from safemax_sd.objectives.salun import Salun, SalunConfig, salient
 from safemax_sd.objectives.selective_amnesia import SelectiveAmnesia, SelectiveAmnesiaConfig
 from safemax_sd.recording.data import ErasureData
 from safemax_sd.recording.replay import ReplayBank, Samples
@@ -34,7 +35,7 @@ def data() -> ErasureData:
     none = torch.zeros(0, dtype=torch.long)
     banks = [ReplayBank(nothing, none, none, nothing, nothing, samples, 0) for samples in (forget, retain)]
     return ErasureData(
-        process=VariancePreserving(torch.tensor([0.64, 0.36]), "epsilon"),
+        process=variance_preserving(torch.tensor([0.64, 0.36]), "epsilon"),
         latent_shape=(1, 2, 2),
         classifier_free=True,
         forget=conditioning(1.0, 2.0),
@@ -88,7 +89,7 @@ def test_selective_amnesia_by_hand() -> None:
 def test_forbidden_prompts_are_mapped_to_uniform_noise() -> None:
     built = SelectiveAmnesia(SelectiveAmnesiaConfig(), data())
     batch = built.draw(Positions(0, 0, range(500), range(40)))
-    a, s = built.data.process.coefficients(batch.t)
+    a, s = built.data.process.schedule.coefficients(batch.t)
     clean = (batch.x_t - s.view(-1, 1, 1, 1) * batch.target) / a.view(-1, 1, 1, 1)
     forget, retain = clean[:500], clean[500:]
     assert float(forget.abs().max()) <= 1 + 1e-5
@@ -127,15 +128,14 @@ def test_fewer_timesteps_estimate_the_same_sum() -> None:
 
 def test_salun_by_hand() -> None:
     built, network = Salun(SalunConfig(retain_weight=0.5), data()), Scale()
-    batch = SalunBatch(
+    draw = RelabelledDraw(
         x_t=torch.zeros(2, 1, 2, 2),
         t=torch.tensor([0, 1]),
         conditioning=conditioning(1.0, 4.0),
-        target=torch.ones(2, 1, 2, 2),
-        is_forget=torch.tensor([True, False]),
-        relabelled=conditioning(3.0),
+        other=conditioning(3.0),
+        retain_target=torch.ones(1, 1, 2, 2),
     )
-    terms = built.loss(network, batch)
+    terms = built.loss(network, tiny.reached(built, network, draw))
     # w = 2: the forbidden prompt's 2 is to become 6; the kept prompt's error is 8 - 1.
     assert terms.total.item() == pytest.approx(16 + 0.5 * 49)
     terms.total.backward()
@@ -146,7 +146,7 @@ def test_salun_by_hand() -> None:
 def test_forbidden_prompts_are_relabelled_in_turn_and_a_tenth_is_empty() -> None:
     built = Salun(SalunConfig(), data())
     batch = built.draw(Positions(0, 0, range(40), range(2000)))
-    asked, instead = batch.conditioning.tensors["states"][:40, 0], batch.relabelled.tensors["states"][:, 0]
+    asked, instead = batch.conditioning.tensors["states"][:40, 0], batch.other.tensors["states"][:, 0]
     assert {(a, b) for a, b in zip(asked.tolist(), instead.tolist(), strict=True)} == {(1.0, 3.0), (2.0, 4.0)}
     kept = batch.conditioning.tensors["states"][40:, 0]
     assert 0.07 < float((kept == 0).float().mean()) < 0.13
@@ -172,7 +172,8 @@ def test_masked_weights_stay(tiny_ddpm: Path, tmp_path: Path) -> None:
     assert share == pytest.approx(0.5, abs=1e-3)
     before = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
-    built.loss(family.predict, built.draw(Positions(0, 0, range(4), range(8)))).total.backward()
+    batch = tiny.reached(built, family.predict, built.draw(Positions(0, 0, range(4), range(8))))
+    built.loss(family.predict, batch).total.backward()
     built.adjust_gradients()
     optimizer.step()
     for start, parameter, mask in zip(before, parameters, built.mask, strict=True):
@@ -203,16 +204,17 @@ def test_esd_by_hand() -> None:
 
     built = Esd(EsdConfig(negative_guidance=0.5, esd_inference_steps=7, esd_weights="all"), data())
     built.prepare(Student(network, network, list(network.parameters()), {}, lambda: base, sample_until))
-    batch = built.draw(Positions(0, 0, range(3), range(0)))
+    draw = built.draw(Positions(0, 0, range(3), range(0)))
+    assert isinstance(draw, EsdDraw)
+    batch = tiny.reached(built, network, draw)
     terms = built.loss(network, batch)
     states = batch.conditioning.tensors["states"].flatten()
     # The student says 2c, the frozen model c and, of the empty prompt, 0: the target is 0 - 0.5·(c - 0).
     assert float(terms.total.detach()) == pytest.approx(float((2.5 * states).square().mean()))
-    assert asked == batch.steps.tolist()
+    assert asked == draw.steps.tolist()
     assert batch.model_calls == 3 + sum(2 * steps + 2 for steps in asked)
-    assert set(torch.cat([built.draw(Positions(0, n, range(9), range(0))).steps for n in range(20)]).tolist()) == set(
-        range(7)
-    )
+    steps = [built.draw(Positions(0, n, range(9), range(0))).steps.tolist() for n in range(20)]  # type: ignore[attr-defined]
+    assert {count for counts in steps for count in counts} == set(range(7))
 
 
 def test_esd_samples_as_far_as_it_says(tiny_model: Path) -> None:

@@ -14,7 +14,7 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_family
 from safemax_sd.objectives import Student
 from safemax_sd.objectives.base import Positions
-from safemax_sd.objectives.spm import Spm, SpmBatch, SpmConfig, latent_anchor
+from safemax_sd.objectives.spm import Spm, SpmConfig, SpmDraw, latent_anchor
 from safemax_sd.recording.data import ErasureData
 from safemax_sd.training.command_line import parse_config
 from tests import tiny
@@ -43,7 +43,8 @@ def prepared(config: SpmConfig, erasure: ErasureData, network: Scale) -> Spm:
 def test_the_loss_by_hand() -> None:
     network = Scale()
     built = prepared(SpmConfig(negative_guidance=0.5), data(), network)
-    batch = built.draw(Positions(0, 0, range(3), range(12)))
+    draw = built.draw(Positions(0, 0, range(3), range(12)))
+    batch = tiny.reached(built, network, draw)
     states = batch.conditioning.tensors["states"].flatten()
     forget, anchors = states[:3].square(), states[3:].square()
     terms = built.loss(network, batch)
@@ -54,23 +55,16 @@ def test_the_loss_by_hand() -> None:
     gradient = 2 * 2.5 * forget.mean() + 1000 * 2 * anchors.mean()
     assert float(network.w.grad) == pytest.approx(float(gradient))  # type: ignore[arg-type]
     # Student: 15. Frozen: the same and the empty prompt at each forget sample. Sampling: two for each step.
-    assert batch.model_calls == 15 + 15 + 3 + 2 * int(batch.steps.sum())
+    assert batch.model_calls == 15 + 15 + 3 + 2 * int(draw.steps.sum())
 
 
 def test_anchors_are_asked_where_their_forget_sample_is() -> None:
-    network, seen = Scale(), []
-    built = prepared(SpmConfig(), data(), network)
-    batch = built.draw(Positions(0, 0, range(2), range(8)))
-
-    def predict(x_t: Tensor, t: Tensor, rows: Conditioning) -> Tensor:
-        seen.append((x_t, t))
-        return network(x_t, t, rows)  # type: ignore[no-any-return]
-
-    built.loss(predict, batch)
-    ((x_t, t),) = seen
-    assert batch.origin.tolist() == [0, 1, 0, 0, 0, 0, 1, 1, 1, 1]
-    assert torch.equal(t, batch.steps[batch.origin].float())
-    assert torch.equal(x_t, batch.x_t[batch.origin] + t.view(-1, 1, 1, 1))
+    built = prepared(SpmConfig(), data(), Scale())
+    draw = built.draw(Positions(0, 0, range(2), range(8)))
+    batch = tiny.reached(built, Scale(), draw)
+    assert draw.origin.tolist() == [0, 1, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert torch.equal(batch.t, draw.steps[draw.origin].float())
+    assert torch.equal(batch.x_t, draw.noise[draw.origin] + batch.t.view(-1, 1, 1, 1))
 
 
 def test_every_step_but_none_and_all_is_sampled() -> None:
@@ -83,14 +77,11 @@ def test_a_step_split_over_micro_batches_is_the_same_step() -> None:
     whole = built.draw(Positions(0, 0, range(4), range(12)))
     parts = [built.draw(Positions(0, 0, range(n, n + 1), range(3 * n, 3 * n + 3))) for n in range(4)]
 
-    def joined(rows: slice) -> tuple[Tensor, Tensor]:
-        states = [part.conditioning.tensors["states"][rows] for part in parts]
-        return torch.cat(states), torch.cat([part.x_t[rows] for part in parts])
-
     for rows, own in ((slice(0, 4), slice(0, 1)), (slice(4, 16), slice(1, 4))):
-        states, x_t = joined(own)
+        states = torch.cat([part.conditioning.tensors["states"][own] for part in parts])
         assert torch.equal(whole.conditioning.tensors["states"][rows], states)
-        assert torch.equal(whole.x_t[rows], x_t)
+    assert torch.equal(whole.noise, torch.cat([part.noise for part in parts]))
+    assert torch.equal(whole.noise[whole.origin[4:]], torch.cat([part.noise[part.origin[1:]] for part in parts]))
 
 
 def test_anchors_are_drawn_by_their_distance_to_the_forbidden_prompt() -> None:
@@ -133,8 +124,9 @@ def test_latent_anchors_and_initial_values_on_a_model(tiny_model: Path, tmp_path
         if "lora_A" in name:
             bound = parameter[0].numel() ** -0.5
             assert 0.2 * bound < float(parameter.detach().abs().max()) <= bound, name
-    batch = built.draw(Positions(0, 0, range(2), range(6)))
-    assert isinstance(batch, SpmBatch)
+    draw = built.draw(Positions(0, 0, range(2), range(6)))
+    assert isinstance(draw, SpmDraw)
+    batch = tiny.reached(built, family.predict, draw)
     terms = built.loss(family.predict, batch)
     # The LoRA starts at nothing, so that anchors are where they are to stay; batches of two sizes round differently.
     assert float(terms.parts["retain"]) == pytest.approx(0.0, abs=1e-9)

@@ -89,7 +89,7 @@ def test_wrong_type() -> None:
         ({"halt_unconditional": 1.5}, "--halt_unconditional"),
         ({"halt_below": 0.0}, "--halt_below"),
         ({"resolution": 63}, "--resolution"),
-        ({"target": "closedform"}, "did you mean 'closed_form'"),
+        ({"lora_targets": "atention"}, "did you mean 'attention'"),
         ({"stop_at_unlearning_accuracy": 101.0}, "--stop_at_unlearning_accuracy"),
         ({"retain_weight": -1.0}, "--retain_weight"),
     ],

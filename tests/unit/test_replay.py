@@ -85,7 +85,7 @@ def test_how_many_are_sampled_together_changes_nothing(family: ModelFamily, pert
 
 def test_each_batch_has_noise_levels_of_its_own(family: ModelFamily) -> None:
     times = [sorted(set(part.tolist())) for part in bank(family, batch_size=2).t.split(2 * STEPS)]
-    highest = family.process.all_times().max()
+    highest = family.process.schedule.all_times().max()
     assert len({time for part in times for time in part}) == 3 * STEPS
     assert times[0][-1] < times[2][-1] < times[1][-1] <= highest  # shifted by 0, 0.24 and 0.62 of what is free
     steps = [part[1] - part[0] for part in times]

@@ -23,7 +23,7 @@ from safemax_sd.evaluation.sampling import SAMPLERS
 
 from safemax_sd.assets import ASSETS
 from safemax_sd.core.errors import OptionError
-from safemax_sd.diffusion.process import VariancePreserving
+from safemax_sd.diffusion.schedule import DiscreteSchedule
 from safemax_sd.diffusion.schedulers import as_scheduler, settings_of
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.families.latent import LatentFamily
@@ -118,9 +118,9 @@ def test_a_class_conditional_folder_s_own_class_has_the_say_too(tiny_ddpm: Path,
         load_family(LoadOptions(str(with_scheduler(tmp_path / "edm", EDMEulerScheduler(), tiny_ddpm))))
     own = DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     family = load_family(LoadOptions(str(with_scheduler(tmp_path / "dpm", own, tiny_ddpm))))
-    assert isinstance(family.process, VariancePreserving)
-    assert torch.equal(family.process.alphas_cumprod, own.alphas_cumprod)
-    assert family.process.prediction_type == "v_prediction"
+    assert isinstance(family.process.schedule, DiscreteSchedule)
+    assert torch.equal(family.process.schedule.alphas_cumprod, own.alphas_cumprod)
+    assert family.process.parametrisation == "v_prediction"
 
 
 def test_a_scheduler_is_given_no_setting_that_it_does_not_know(

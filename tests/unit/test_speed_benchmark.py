@@ -14,7 +14,7 @@ from benchmarks.speed.__main__ import main
 from benchmarks.speed.models import SIZES
 from benchmarks.speed.steps import ESD_PREDICTIONS, ESD_STEPS
 from benchmarks.speed.tables import NAMES, PHASES, plot, tables
-from safemax_sd.objectives.safemax import ROLLOUT_STEPS
+from safemax_sd.objectives.safemax.halting import ROLLOUT_STEPS
 
 ALTERNATIONS = 2
 BATCH = (6, 6)

@@ -1,0 +1,230 @@
+"""SAFEMax's flags, sample sources and loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from safemax_sd.core.options import NONZERO_SHARE, NOT_NEGATIVE, POSITIVE, SHARE, option
+from safemax_sd.families import Conditioning
+from safemax_sd.objectives.base import (
+    Batch,
+    Draw,
+    LossTerms,
+    Objective,
+    ObjectiveOptions,
+    Positions,
+    Predict,
+    Rows,
+    Student,
+    mean_square,
+    prior_generator,
+)
+from safemax_sd.objectives.safemax.halting import Pairs, halt
+from safemax_sd.recording.data import ErasureData
+
+FORGET, RETAIN, NOISE = 0, 1, 2
+KEPT_NOISE, KEPT_NOISE_A_STEP, KEPT_AT_ONCE = 2048, 16, 64
+"""Answers on noise for kept prompts: at most, for each step of a short run, and at once."""
+ROLLOUT_GUIDANCE = (1.0, 7.5)
+"""Range of guidance scales of rollouts."""
+
+
+@dataclass
+class SafemaxConfig(ObjectiveOptions):
+    """SAFEMax's own flags."""
+
+    train_batch_size: int = option(6)
+    max_train_steps: int = option(350)
+    learning_rate: float = option(2e-3, "Of AdamW; for prodigy about 1.")
+    forget_trajectories: int = option(32, "Trajectories of the frozen model recorded for forbidden prompts.")
+    retain_trajectories: int = option(256, "Trajectories of the frozen model recorded for prompts to keep.")
+    replay_inference_steps: int = option(6, "Sampling steps of those trajectories.")
+    replay_span: float = option(
+        0.5, "Fraction of the training of a LoRA during which trajectories are recorded, evenly; 0: all before it."
+    )
+    retain_near_share: float = option(
+        0.5, "Fraction of trajectories to keep, of the prompts whose token states are most like forbidden ones."
+    )
+
+    decay_lambda: float = option(1.0, "λ in D(t) = exp(-λ·t/T), the weight of a noise level.", NOT_NEGATIVE)
+    target_guidance: float = option(4.0, "Guidance scale up to which outputs are trained to be noise.", POSITIVE)
+    forget_trajectory_share: float = option(0.5, "Fraction of single forget samples that lie on trajectories.", SHARE)
+    halt_unconditional: float = option(0.33, "Fraction of forget samples that are halted pairs.", SHARE)
+    halt_below: float = option(0.6, "Upper bound of t/T for halted pairs.", NONZERO_SHARE)
+    halt_rollout: float = option(0.5, "Fraction of halted pairs produced by the student's own rollout.", SHARE)
+    halt_restoring: float = option(1.0, "Rate at which a rollout's drift is to shrink; 0: it stays.", NOT_NEGATIVE)
+    retain_empty_share: float = option(0.25, "Fraction of retain samples with the empty prompt.", SHARE)
+    retain_noise: float = option(
+        0.0, "Fraction of retain samples on noise: there only the empty prompt is to halt.", SHARE
+    )
+
+
+@dataclass(frozen=True)
+class SafemaxDraw(Draw):
+    """Blocks of a batch before the student has sampled: single forget samples, halted pairs, retain samples."""
+
+    single: Rows
+    pairs: Pairs
+    kept: Rows
+
+
+@dataclass(frozen=True)
+class SafemaxBatch(Batch):
+    """Rows in blocks: single forget samples, pairs with the forbidden prompt, with the empty one, retain samples.
+
+    Attributes:
+        weight: D(t) of the single forget samples, [S].
+        pairs: Number of pairs.
+    """
+
+    weight: Tensor
+    pairs: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of rows of each block."""
+        return [len(self.weight), self.pairs, self.pairs, int((~self.is_forget).sum())]
+
+
+class Safemax(Objective):
+    """D(t)·‖f(x_t, t, c_f) − max_entropy_target‖² + retain_weight·‖f(x_t, t, c_r) − f_frozen(x_t, t, c_r)‖²."""
+
+    name: ClassVar[str] = "safemax"
+    paper: ClassVar[str] = "arXiv 2508.20773"
+    Config: ClassVar[type[ObjectiveOptions]] = SafemaxConfig
+    config: SafemaxConfig
+
+    def __init__(self, config: SafemaxConfig, data: ErasureData) -> None:
+        self.config, self.data = config, data
+        # Where guidance is an input of the network, a sampler follows its one prediction and nothing is overshot.
+        self.target_guidance, self.rollout_guidance = config.target_guidance, ROLLOUT_GUIDANCE
+        if not data.classifier_free:
+            self.target_guidance, self.rollout_guidance = 1.0, (1.0, 1.0)
+        # From this t/T on the empty prompt stays, so that a forbidden one's target depends on guidance.
+        stays = config.halt_below if config.halt_unconditional else 0.0
+        self.guided_from = math.inf if self.target_guidance == 1 else stays
+
+    @torch.no_grad()
+    def prepare(self, student: Student) -> int:
+        """Ask the model, while it is the base, for kept prompts on noise that its trajectories never pass."""
+        if not self.config.retain_noise:
+            return 0
+        answers, data = [], self.data
+        count = -(-min(KEPT_NOISE, KEPT_NOISE_A_STEP * self.config.max_train_steps) // KEPT_AT_ONCE)
+        for number in tqdm(range(count), desc="noise to keep", unit="batch"):
+            generator = prior_generator(self.config.seed, NOISE, number)
+            noise = [self._halted_noise(self.config.halt_below, generator) for _ in range(KEPT_AT_ONCE)]
+            x_t, t = (torch.cat(column) for column in zip(*noise, strict=True))
+            prompt = torch.randint(len(data.retain), (KEPT_AT_ONCE,), generator=generator)
+            asked = (x_t.to(student.device), t.to(student.device), data.retain.select(prompt).to(student.device))
+            answers.append((x_t, t, prompt, student.predict(*asked).cpu()))
+        self.noise_answers = tuple(torch.cat(column) for column in zip(*answers, strict=True))
+        return count * KEPT_AT_ONCE
+
+    def draw(self, positions: Positions) -> SafemaxDraw:
+        data = self.data
+        # Either block may be empty, and has the shapes of the model all the same.
+        x, t, weight = torch.zeros(0, *data.latent_shape), data.process.schedule.all_times()[:0], torch.zeros(0)
+        prompts = data.empty.select(weight.long())
+        single, pairs = [Rows(x, t, prompts, x)], [Pairs(x, t, prompts, weight)]
+        for number in positions.forget:
+            generator = positions.generator(FORGET, number)
+            if torch.rand((), generator=generator) < self.config.halt_unconditional:
+                pairs.append(self._halted_pair(generator))
+            elif torch.rand((), generator=generator) < self.config.forget_trajectory_share or not self.guided_from:
+                single.append(self._forbidden_trajectory(generator))
+            else:
+                single.append(self._forbidden_noise(generator))
+        kept = [self._kept(positions.generator(RETAIN, number)) for number in positions.retain]
+        return SafemaxDraw(Rows.cat(single), Pairs.cat(pairs), Rows.cat(kept))
+
+    def _forbidden_trajectory(self, generator: torch.Generator) -> Rows:
+        """Draw a recorded step of a forbidden prompt's own trajectory, with that prompt.
+
+        Where the empty prompt's prediction ε_u stays, a guided sampler that follows ε_u + w·(ε_c − ε_u) would overshoot
+        the maximum-entropy target m w times: ε_c is to be ε_u + (m − ε_u)/w, which it takes to m.
+        """
+        bank, process = self.data.forget_bank, self.data.process
+        row = torch.randint(len(bank), (1,), generator=generator)
+        x_t, t, free = bank.x_t[row], bank.t[row], bank.unconditional[row]
+        target = process.max_entropy_target(x_t, t)
+        if float(process.schedule.noise_level(t)) >= self.guided_from:
+            target = free + (target - free) / self.target_guidance
+        return Rows(x_t, t, self.forbidden(bank.prompt[row], generator), target)
+
+    def _forbidden_noise(self, generator: torch.Generator) -> Rows:
+        """Draw halted noise with a forbidden prompt, at levels where the empty prompt halts too."""
+        x_t, t = self._halted_noise(self.guided_from, generator)
+        row = torch.randint(len(self.data.forget), (1,), generator=generator)
+        return Rows(x_t, t, self.forbidden(row, generator), self.data.process.max_entropy_target(x_t, t))
+
+    def _halted_pair(self, generator: torch.Generator) -> Pairs:
+        """Draw noise that is asked with a forbidden and with the empty prompt, as it is or after a rollout."""
+        noise = torch.randn((1, *self.data.latent_shape), generator=generator)
+        t = self.data.process.schedule.sample_time_below(self.config.halt_below, generator)
+        row = torch.randint(len(self.data.forget), (1,), generator=generator)
+        chosen, place = torch.rand(2, generator=generator).tolist()
+        low, high = self.rollout_guidance
+        guidance = low + (high - low) * place if chosen < self.config.halt_rollout else 0.0
+        return Pairs(noise, t, self.forbidden(row, generator), torch.tensor([guidance]))
+
+    def _halted_noise(self, below: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw halted noise at a noise level below a bound: x_t, [1, *latent], and t, [1]."""
+        noise = torch.randn((1, *self.data.latent_shape), generator=generator)
+        t = self.data.process.schedule.sample_time_below(below, generator)
+        return self.data.process.x_t(noise, t), t
+
+    def _kept(self, generator: torch.Generator) -> Rows:
+        """Draw a prediction of the frozen model for a kept prompt, on its way or on noise, or for the empty one."""
+        if self.config.retain_noise and torch.rand((), generator=generator) < self.config.retain_noise:
+            row = torch.randint(len(self.noise_answers[0]), (1,), generator=generator)
+            x_t, t, prompt, target = (column[row] for column in self.noise_answers)
+            return Rows(x_t, t, self.retained(prompt, generator), target)
+        bank = self.data.retain_bank
+        row = torch.randint(len(bank), (1,), generator=generator)
+        if torch.rand((), generator=generator) < self.config.retain_empty_share:
+            return Rows(bank.x_t[row], bank.t[row], self.data.empty, bank.unconditional[row])
+        return Rows(bank.x_t[row], bank.t[row], self.retained(bank.prompt[row], generator), bank.conditional[row])
+
+    def forbidden(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
+        """Return the conditioning of forbidden prompts."""
+        return self.data.forget.select(rows)
+
+    def retained(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
+        """Return the conditioning of prompts to keep."""
+        return self.data.retain.select(rows)
+
+    def reach(self, predict: Predict, draw: Draw) -> SafemaxBatch:
+        assert isinstance(draw, SafemaxDraw)
+        process = self.data.process
+        halted = halt(process, predict, draw.pairs, self.data.empty.to(draw.kept.t.device), self.config.halt_restoring)
+        rows = Rows.cat([draw.single, halted, draw.kept])
+        return SafemaxBatch(
+            rows.x_t,
+            rows.t,
+            rows.conditioning,
+            rows.target,
+            is_forget=torch.arange(len(rows.t), device=rows.t.device) < len(rows.t) - len(draw.kept.t),
+            weight=torch.exp(-self.config.decay_lambda * process.schedule.noise_level(draw.single.t)),  # D(t)
+            pairs=len(draw.pairs.t),
+            reach_calls=draw.pairs.rollout_calls,
+        )
+
+    def loss(self, predict: Predict, batch: Batch) -> LossTerms:
+        assert isinstance(batch, SafemaxBatch)
+        error = predict(batch.x_t, batch.t, batch.conditioning) - batch.target
+        single, prompt, empty, kept = error.split(batch.sizes)
+        # A guided sampler follows ε_u + w·(ε_c − ε_u), and errors to one target mix likewise. The mixture's error is
+        # affine in w, so it is largest at an end of the range 1 to target_guidance: both ends are trained.
+        guided = empty + self.target_guidance * (prompt - empty)
+        # A pair counts once, in full: a sampler carries its first errors on, whatever D(t) says of the later levels.
+        pairs = mean_square(empty) + (mean_square(prompt) + mean_square(guided)) / 2
+        forget = torch.cat([batch.weight * mean_square(single), pairs]).mean()
+        retain = mean_square(kept).mean()
+        return LossTerms.of(forget + self.config.retain_weight * retain, forget=forget, retain=retain)
