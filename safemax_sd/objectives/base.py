@@ -39,6 +39,14 @@ class Draw:
         moved = {name: value.to(device) for name, value in values.items() if isinstance(value, _MOVABLE)}
         return replace(self, **moved)
 
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """Return the rows of all parts, at least one, in their order; for draws of tensors and conditionings alone."""
+        columns = ([getattr(part, entry.name) for part in parts] for entry in fields(cls))
+        return cls(
+            *(Conditioning.cat(rows) if isinstance(rows[0], Conditioning) else torch.cat(rows) for rows in columns)
+        )
+
 
 _MOVABLE = (Tensor, Conditioning, Draw)
 
@@ -58,16 +66,6 @@ class Rows(Draw):
     t: Tensor
     conditioning: Conditioning
     target: Tensor
-
-    @staticmethod
-    def cat(parts: Sequence[Rows]) -> Rows:
-        """Return the rows of all parts, at least one, in their order."""
-        return Rows(
-            x_t=torch.cat([part.x_t for part in parts]),
-            t=torch.cat([part.t for part in parts]),
-            conditioning=Conditioning.cat([part.conditioning for part in parts]),
-            target=torch.cat([part.target for part in parts]),
-        )
 
 
 @dataclass(frozen=True)

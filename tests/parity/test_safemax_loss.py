@@ -249,3 +249,9 @@ def test_more_trajectories_are_drawn_from_once_they_are_there() -> None:
 
 def no_sampler(*_: object, **__: object) -> tuple[Tensor, Tensor]:
     raise AssertionError("SAFEMax does not sample this way")
+
+
+def test_all_pairs_of_a_step_are_rolled_out_or_none() -> None:
+    built = safemax(halt_unconditional=1.0, halt_rollout=0.25)
+    rolled = [built.draw(Positions(0, step, range(5), range(1))).pairs.guidance > 0 for step in range(8)]
+    assert [int(pairs.sum()) for pairs in rolled] == [0, 0, 0, 5, 0, 0, 0, 5]

@@ -8,7 +8,6 @@ what it has drifted by is an error that would be carried on to the end, and is t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,16 +35,6 @@ class Pairs(Draw):
     t: Tensor
     conditioning: Conditioning
     guidance: Tensor
-
-    @staticmethod
-    def cat(parts: Sequence[Pairs]) -> Pairs:
-        """Return the pairs of all parts, at least one, in their order."""
-        return Pairs(
-            noise=torch.cat([part.noise for part in parts]),
-            t=torch.cat([part.t for part in parts]),
-            conditioning=Conditioning.cat([part.conditioning for part in parts]),
-            guidance=torch.cat([part.guidance for part in parts]),
-        )
 
     @property
     def rollout_calls(self) -> int:

@@ -57,7 +57,9 @@ class SafemaxConfig(ObjectiveOptions):
     forget_trajectory_share: float = option(0.5, "Fraction of single forget samples that lie on trajectories.", SHARE)
     halt_unconditional: float = option(0.33, "Fraction of forget samples that are halted pairs.", SHARE)
     halt_below: float = option(0.6, "Upper bound of t/T for halted pairs.", NONZERO_SHARE)
-    halt_rollout: float = option(0.5, "Fraction of halted pairs produced by the student's own rollout.", SHARE)
+    halt_rollout: float = option(
+        0.5, "Fraction of steps whose halted pairs are produced by the student's own rollout.", SHARE
+    )
     halt_restoring: float = option(1.0, "Rate at which a rollout's drift is to shrink; 0: it stays.", NOT_NEGATIVE)
     retain_empty_share: float = option(0.25, "Fraction of retain samples with the empty prompt.", SHARE)
     retain_noise: float = option(
@@ -133,10 +135,13 @@ class Safemax(Objective):
         x, t, weight = torch.zeros(0, *data.latent_shape), data.process.schedule.all_times()[:0], torch.zeros(0)
         prompts = data.empty.select(weight.long())
         single, pairs = [Rows(x, t, prompts, x)], [Pairs(x, t, prompts, weight)]
+        # All pairs of a step are rolled out or none: a few rows of one take as long as many of a training pass.
+        rollout = self.config.halt_rollout
+        rolled_out = math.floor((positions.step + 1) * rollout) > math.floor(positions.step * rollout)
         for number in positions.forget:
             generator = positions.generator(FORGET, number)
             if torch.rand((), generator=generator) < self.config.halt_unconditional:
-                pairs.append(self._halted_pair(generator))
+                pairs.append(self._halted_pair(generator, rolled_out=rolled_out))
             elif torch.rand((), generator=generator) < self.config.forget_trajectory_share or not self.guided_from:
                 single.append(self._forbidden_trajectory(generator))
             else:
@@ -164,15 +169,14 @@ class Safemax(Objective):
         row = torch.randint(len(self.data.forget), (1,), generator=generator)
         return Rows(x_t, t, self.forbidden(row, generator), self.data.process.max_entropy_target(x_t, t))
 
-    def _halted_pair(self, generator: torch.Generator) -> Pairs:
+    def _halted_pair(self, generator: torch.Generator, *, rolled_out: bool) -> Pairs:
         """Draw noise that is asked with a forbidden and with the empty prompt, as it is or after a rollout."""
         noise = torch.randn((1, *self.data.latent_shape), generator=generator)
         t = self.data.process.schedule.sample_time_below(self.config.halt_below, generator)
         row = torch.randint(len(self.data.forget), (1,), generator=generator)
-        chosen, place = torch.rand(2, generator=generator).tolist()
         low, high = self.rollout_guidance
-        guidance = low + (high - low) * place if chosen < self.config.halt_rollout else 0.0
-        return Pairs(noise, t, self.forbidden(row, generator), torch.tensor([guidance]))
+        guidance = (low + (high - low) * torch.rand(1, generator=generator)) * rolled_out
+        return Pairs(noise, t, self.forbidden(row, generator), guidance)
 
     def _halted_noise(self, below: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw halted noise at a noise level below a bound: x_t, [1, *latent], and t, [1]."""
