@@ -254,14 +254,20 @@ class ObjectiveOptions(RunOptions):
 
 
 @dataclass
-class FullWeightsConfig(ObjectiveOptions):
+class AuthorsAdamW(ObjectiveOptions):
+    """AdamW as in the code of several published methods: a constant rate, and PyTorch's own β2."""
+
+    lr_scheduler: LearningRateSchedule = option("constant")
+    adam_beta2: float = option(0.999)
+
+
+@dataclass
+class FullWeightsConfig(AuthorsAdamW):
     """What Selective Amnesia's and SalUn's published DDPM experiments have in common."""
 
     trainable: Literal["lora", "full"] = option("full", "Full only: the method's prior is that of the base weights.")
     train_batch_size: int = option(128)
     retain_batch_size: int | None = option(128, "Retain samples.")
-    lr_scheduler: LearningRateSchedule = option("constant")
-    adam_beta2: float = option(0.999)
 
 
 class Objective(ABC):
@@ -269,7 +275,6 @@ class Objective(ABC):
 
     Attributes:
         name: Value of `--objective`.
-        paper: Where it was published.
         Config: Flags that it reads, with its own; `training.config` adds all others.
         trainable: Values of `--trainable` that it works with.
         names_concepts: Whether `--forget_prompts` says what to erase; where not, `--retain_prompts` is all there is.
@@ -278,7 +283,6 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
-    paper: ClassVar[str]
     Config: ClassVar[type[ObjectiveOptions]] = ObjectiveOptions
     trainable: ClassVar[frozenset[str]] = frozenset({"lora", "full"})
     names_concepts: ClassVar[bool] = True

@@ -21,9 +21,9 @@ from safemax_sd.core.options import POSITIVE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.families.base import LoraTargets
 from safemax_sd.objectives.base import (
+    AuthorsAdamW,
     Batch,
     Draw,
-    LearningRateSchedule,
     LossTerms,
     Objective,
     ObjectiveOptions,
@@ -41,7 +41,7 @@ FORGET, ANCHOR = 0, 1
 
 
 @dataclass
-class ConceptAblationConfig(ObjectiveOptions):
+class ConceptAblationConfig(AuthorsAdamW):
     """Concept Ablation's own flags, and its published settings for flags that all methods have."""
 
     anchor_concept: str = option("", "Text in place of a concept's name that makes a forbidden prompt its anchor.")
@@ -57,15 +57,12 @@ class ConceptAblationConfig(ObjectiveOptions):
     lora_targets: LoraTargets = option("cross_attention")
     max_train_steps: int = option(100)
     learning_rate: float = option(1.6e-5)
-    lr_scheduler: LearningRateSchedule = option("constant")
-    adam_beta2: float = option(0.999)
 
 
 class ConceptAblation(Objective):
     """‖f_θ(x_t, t, c_f) − sg f_θ(x_t, t, c_a)‖² + λ·‖ε − f_θ(x_t, t, c_a)‖² on pictures of the anchor prompts."""
 
     name: ClassVar[str] = "concept_ablation"
-    paper: ClassVar[str] = "arXiv 2303.13516"
     Config: ClassVar[type[ObjectiveOptions]] = ConceptAblationConfig
     config: ConceptAblationConfig
 

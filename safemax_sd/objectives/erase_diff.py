@@ -21,9 +21,9 @@ from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
 from safemax_sd.diffusion.process import DiffusionProcess
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
+    AuthorsAdamW,
     Batch,
     Draw,
-    LearningRateSchedule,
     LossTerms,
     Mean,
     Objective,
@@ -45,7 +45,7 @@ LOSS_SCALE = 1024.0
 
 
 @dataclass
-class EraseDiffConfig(ObjectiveOptions):
+class EraseDiffConfig(AuthorsAdamW):
     """EraseDiff's own flags, and its published settings for flags that all methods have."""
 
     lambda_rule: Literal["gradient", "gap", "fixed"] = option(
@@ -61,8 +61,6 @@ class EraseDiffConfig(ObjectiveOptions):
     trainable: Literal["lora", "full"] = option("full", "Every weight, as published, or a LoRA.")
     max_train_steps: int = option(500)
     learning_rate: float = option(1e-5, "Of AdamW and of the inner steps.")
-    lr_scheduler: LearningRateSchedule = option("constant")
-    adam_beta2: float = option(0.999)
     forget_trajectories: int = option(800, "Pictures generated of forbidden prompts where none are given.")
     retain_trajectories: int = option(800, "Pictures generated of prompts to keep where none are given.")
 
@@ -75,7 +73,6 @@ class EraseDiff(Objective):
     """
 
     name: ClassVar[str] = "erase_diff"
-    paper: ClassVar[str] = "arXiv 2401.05779"
     Config: ClassVar[type[ObjectiveOptions]] = EraseDiffConfig
     config: EraseDiffConfig
 

@@ -19,9 +19,9 @@ from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.families.base import LoraTargets
 from safemax_sd.objectives.base import (
+    AuthorsAdamW,
     Batch,
     Draw,
-    LearningRateSchedule,
     LossTerms,
     Objective,
     ObjectiveOptions,
@@ -39,7 +39,7 @@ CROSS_ATTENTION = ".attn2."
 
 
 @dataclass
-class EsdConfig(ObjectiveOptions):
+class EsdConfig(AuthorsAdamW):
     """ESD's own flags; the defaults are those of the authors' code for Stable Diffusion 1.4."""
 
     negative_guidance: float = option(
@@ -59,8 +59,6 @@ class EsdConfig(ObjectiveOptions):
     lora_targets: LoraTargets = option("cross_attention")
     max_train_steps: int = option(200)
     learning_rate: float = option(5e-5)
-    lr_scheduler: LearningRateSchedule = option("constant")
-    adam_beta2: float = option(0.999)
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,6 @@ class Esd(Objective):
     """‖f_θ(x_t, t, c_f) − [f(x_t, t, ∅) − η·(f(x_t, t, c_f) − f(x_t, t, ∅))]‖², x_t sampled by the student."""
 
     name: ClassVar[str] = "esd"
-    paper: ClassVar[str] = "arXiv 2303.07345"
     Config: ClassVar[type[ObjectiveOptions]] = EsdConfig
     config: EsdConfig
 

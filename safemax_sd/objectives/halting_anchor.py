@@ -78,7 +78,6 @@ class HaltingAnchor(Safemax):
     """
 
     name: ClassVar[str] = "halting_anchor"
-    paper: ClassVar[str] = "this project"
     Config: ClassVar[type[SafemaxConfig]] = HaltingAnchorConfig
     trainable: ClassVar[frozenset[str]] = frozenset({"lora"})
     names_concepts: ClassVar[bool] = False

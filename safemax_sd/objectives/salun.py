@@ -57,7 +57,6 @@ class Salun(Objective):
     """
 
     name: ClassVar[str] = "salun"
-    paper: ClassVar[str] = "arXiv 2310.12508"
     Config: ClassVar[type[ObjectiveOptions]] = SalunConfig
     trainable: ClassVar[frozenset[str]] = frozenset({"full"})
 

@@ -54,7 +54,6 @@ class SelectiveAmnesia(Objective):
     """‖ε − ε_θ(x_t, t, c_f)‖² of uniform noise + γ·‖ε − ε_θ(x_t, t, c_r)‖² of replay + λ·Σ F·(θ − θ*)²."""
 
     name: ClassVar[str] = "selective_amnesia"
-    paper: ClassVar[str] = "arXiv 2305.10120"
     Config: ClassVar[type[ObjectiveOptions]] = SelectiveAmnesiaConfig
     trainable: ClassVar[frozenset[str]] = frozenset({"full"})
 

@@ -80,7 +80,6 @@ class SfrOn(Objective):
     """
 
     name: ClassVar[str] = "sfr_on"
-    paper: ClassVar[str] = "arXiv 2409.19732"
     Config: ClassVar[type[ObjectiveOptions]] = SfrOnConfig
     trainable: ClassVar[frozenset[str]] = frozenset({"full"})
     config: SfrOnConfig

@@ -94,7 +94,6 @@ class Spm(Objective):
     """
 
     name: ClassVar[str] = "spm"
-    paper: ClassVar[str] = "arXiv 2312.16145"
     Config: ClassVar[type[ObjectiveOptions]] = SpmConfig
     trainable: ClassVar[frozenset[str]] = frozenset({"lora"})
     config: SpmConfig

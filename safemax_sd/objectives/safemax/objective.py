@@ -98,7 +98,6 @@ class Safemax(Objective):
     """D(t)·‖f(x_t, t, c_f) − max_entropy_target‖² + retain_weight·‖f(x_t, t, c_r) − f_frozen(x_t, t, c_r)‖²."""
 
     name: ClassVar[str] = "safemax"
-    paper: ClassVar[str] = "arXiv 2508.20773"
     Config: ClassVar[type[ObjectiveOptions]] = SafemaxConfig
     config: SafemaxConfig
 
