@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,10 @@ def test_each_folder_says_what_lives_there(room: str) -> None:
     assert docstring
     if room != "assets":
         assert "May import " in docstring
+
+
+def test_the_wheel_holds_every_folder() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["tool"]["setuptools"]
+    packages = {own_name(path).removesuffix(".__init__") for path in sources() if path.name == "__init__.py"}
+    assert set(setuptools["packages"]) == packages | {"safemax_sd", *setuptools["package-dir"]}
+    assert set(setuptools["package-data"]) <= set(setuptools["packages"])
