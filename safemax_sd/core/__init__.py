@@ -1,4 +1,4 @@
-"""Errors, discovery, provenance, the judge, pictures: what every other folder may use.
+"""Errors, flags, discovery, provenance, the judge and pictures, which every other folder may use.
 
 May import nothing of this package but assets.
 """

@@ -1,4 +1,4 @@
-"""Errors that a user can mend; the command line prints them in one line and exits with code 2."""
+"""Errors that a user can fix; the command line prints them in one line and exits with code 2."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from safetensors import SafetensorError
 from safemax_sd.core.escaping import printable
 
 TORCH_FILE_ERRORS = ("inline_container", "PytorchStreamWriter", "Parent directory ")
-"""What `torch.save` says in a RuntimeError where the file system refuses."""
+"""Texts in the RuntimeError of `torch.save` when the file system refuses a write."""
 LONGEST_VALUE = 200
+"""Characters of a value that an error message shows."""
 
 
 class SafemaxError(Exception):
-    """Something the user can mend; the message is one line and says how.
+    """An error that the user can fix; its message is one line and says how.
 
     Args:
-        message: Text; characters that do not print, such as line breaks in what a user gave, are written as escapes.
+        message: Text; unprintable characters, such as line breaks in a user's input, are written as escapes.
     """
 
     def __init__(self, message: str) -> None:
@@ -26,12 +27,12 @@ class SafemaxError(Exception):
 
 
 class OptionError(SafemaxError):
-    """An option has a value that cannot be used.
+    """An option whose value cannot be used.
 
     Args:
-        option: As typed on the command line, such as `--rank`.
-        value: What was given; a long one is cut in the message.
-        allowed: What is wrong with it or what would be allowed.
+        option: Option as typed on the command line, such as `--rank`.
+        value: Value that was given; the message cuts a long one.
+        allowed: The problem, or the values that are allowed.
     """
 
     def __init__(self, option: str, value: object, allowed: str) -> None:
@@ -44,14 +45,14 @@ class OptionError(SafemaxError):
 
 @contextmanager
 def path_errors(option: str, path: object) -> Iterator[None]:
-    """Name the option, the path and the reason where the file system refuses to read or write.
+    """Turn the file system's errors inside the block into one line with the option, the path and the reason.
 
     Args:
-        option: As typed on the command line, such as `--output_dir`.
+        option: Option as typed on the command line, such as `--output_dir`.
         path: File or folder.
 
     Raises:
-        OptionError: No permission, no space, a name that is too long, a file in place of a folder ….
+        OptionError: No permission, no space left, a name that is too long, a file in place of a folder, ….
     """
     try:
         yield

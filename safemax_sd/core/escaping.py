@@ -1,4 +1,4 @@
-"""Text that a user wrote, such as names of concepts and folders, escaped for a terminal, Markdown and LaTeX."""
+"""Escapes for users' text, such as names of concepts and folders, in a terminal, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -56,24 +56,24 @@ LATEX_ACCENTS = {
 
 
 def printable(text: str) -> str:
-    """One line: what does not print, such as line breaks and a terminal's control codes, is written as an escape."""
+    """Return a text as one line, with line breaks, control codes and other unprintable characters as escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def markdown_text(text: str) -> str:
-    """One line without Markdown's marks, which may stand in a table; underscores within words are none."""
+    """Return a text as one line with Markdown's markup escaped, also for tables; underscores within words are none."""
     return re.sub(r"[\\`*\[\]<>#|~&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(text))
 
 
 def markdown_code(text: str) -> str:
-    """One line as a code span, fenced by more backticks than it holds."""
+    """Return a text as one line of code, fenced by more backticks than it contains."""
     line = printable(text)
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
 
 def latex_text(text: str) -> str:
-    """One line that LaTeX sets without a package; what it has no command for is named by its code, as (U+1F4A3)."""
+    """Return a text as one line for LaTeX without packages; unknown characters become codes such as (U+1F4A3)."""
     return "".join(_latex_character(character) for character in printable(text))
 
 

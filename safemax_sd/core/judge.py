@@ -27,17 +27,16 @@ PHOTO_TEMPLATES = {
 
 
 class Judge:
-    """Features of pictures and texts in one space, L2-normalised.
+    """An open_clip model that embeds pictures and texts in one space, L2-normalised.
 
     Args:
         model: open_clip model.
-        tokenizer: Its tokenizer.
-        size: Side of the square pictures it reads.
-        mean: Of its input, three channels.
-        std: Of its input, three channels.
-        templates: Captions of a `concept`, of a `style`, of an `artist`, and of `nothing` at all; those of photos where
-            one lacks.
-        name: For reports.
+        tokenizer: Tokenizer of the model.
+        size: Side of the model's square input, in pixels.
+        mean: Mean that the input is normalised by, one for each of three channels.
+        std: Standard deviation that the input is normalised by, one for each of three channels.
+        templates: Captions of a `concept`, a `style`, an `artist` and `nothing`; missing ones are `PHOTO_TEMPLATES`'.
+        name: Name in reports.
     """
 
     def __init__(
@@ -58,7 +57,13 @@ class Judge:
 
     @torch.inference_mode()
     def encode_images(self, pictures: Tensor) -> Tensor:
-        """Features, float32 [N, D], of pictures [N, 3, H, W] in 0 to 1.
+        """Embed pictures.
+
+        Args:
+            pictures: Float [N, 3, H, W] in 0 to 1; they are resized to the model's input.
+
+        Returns:
+            L2-normalised features, float32 [N, D].
 
         Raises:
             SafemaxError: Pictures or features are not finite.
@@ -74,7 +79,7 @@ class Judge:
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Features, float32 [N, D]."""
+        """Return the L2-normalised features of texts, float32 [N, D]."""
         device = next(self.model.parameters()).device
         parts = []
         for start in range(0, len(texts), BATCH):
@@ -83,11 +88,11 @@ class Judge:
         return self._finite(torch.cat(parts), "captions")
 
     def captions(self, concepts: Sequence[str], artists: Collection[str] = ()) -> list[str]:
-        """Ask for each concept.
+        """Return a caption for each concept.
 
         Args:
-            concepts: Names; one that ends in " style" is asked for as a style.
-            artists: Those that are artists' names: asked for as the style of what they paint.
+            concepts: Names; one that ends in " style" gets the caption of a style.
+            artists: Concepts that are artists' names, whose caption describes the style of a painting.
         """
 
         def kind(concept: str) -> str:
@@ -103,14 +108,14 @@ class Judge:
         return float(self.model.logit_scale.exp())
 
     def similarities(self, pictures: Tensor, texts: Sequence[str]) -> Tensor:
-        """Cosine similarities [N, len(texts)]."""
+        """Return the cosine similarities of pictures [N, 3, H, W] and texts, float32 [N, len(texts)]."""
         return self.encode_images(pictures) @ self.encode_texts(texts).T
 
     def _finite(self, features: Tensor, what: str) -> Tensor:
-        """Return features that are finite: among others, the first caption would be taken for the likeliest.
+        """Return features that are finite; among NaNs, the first caption would pass for the most similar.
 
         Raises:
-            SafemaxError: They are not.
+            SafemaxError: A feature is not finite.
         """
         if not features.isfinite().all():
             raise SafemaxError(f"features of {what} by the judge {self.name} are not finite")
@@ -120,7 +125,12 @@ class Judge:
 def load_judge(
     clip_model: str = "emoji", clip_pretrained: str | None = None, device: str | torch.device = "cpu"
 ) -> Judge:
-    """The embedded judge (`emoji`), any open_clip model with its pretrained tag or weight file, or a local folder.
+    """Load the embedded judge, an open_clip model or a judge from a local folder.
+
+    Args:
+        clip_model: `emoji` for the embedded judge, the name of an open_clip model, or a folder.
+        clip_pretrained: Pretrained tag or weight file of an open_clip model.
+        device: Device of the model.
 
     Raises:
         OptionError: Unknown model, missing weights, or weights that do not fit.

@@ -1,8 +1,8 @@
 """Flags as fields of dataclasses.
 
-A component declares its flags in a dataclass beside itself; the bases of that class are those of the components whose
-flags it reads as well. `training.config` composes all of them and an objective's own into one flat class. Where a class
-redeclares a flag, it states what is different: its default and, if need be, its help text.
+A component declares its flags in a dataclass beside itself, which inherits from the dataclasses of other components
+whose flags it reads as well. `training.config` composes all of them and the objective's own into one flat class. A
+class that redeclares a flag states only what differs: the default and, if need be, the help text.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from safemax_sd.core.registry import closest
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers that a flag takes.
+    """Numbers that a flag accepts.
 
     Attributes:
-        text: For the error message, as in "must be more than 0".
-        holds: Whether a finite number is allowed.
+        text: Error message, such as "must be more than 0".
+        holds: Predicate that is true of a finite number in the range.
     """
 
     text: str
@@ -55,15 +55,15 @@ def option(
     path: bool | None = None,
     secret: bool | None = None,
 ) -> Any:
-    """Declare a flag as a dataclass field. What is None is as in the class that this one redeclares the flag of.
+    """Declare a flag as a dataclass field; a redeclared flag inherits each argument that is None.
 
     Args:
-        default: Its value if it is not given.
+        default: Value of the flag if it is not given.
         text: Help text.
         allowed: Range of a number.
-        required: Whether an empty value is an error.
-        path: Whether it names a file or folder, whose absolute path is never written down.
-        secret: Whether it is never written down.
+        required: True if an empty value is an error.
+        path: True for a file or folder, whose absolute path is never recorded.
+        secret: True for a value that is never recorded.
     """
     stated = {"help": text, "allowed": allowed, "required": required, "path": path, "secret": secret}
     metadata = {key: value for key, value in stated.items() if value is not None}
@@ -74,18 +74,18 @@ def option(
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag as the declarations of a class and its bases make it.
+    """A flag, merged from its declarations in a class and that class's bases.
 
     Attributes:
-        name: Without dashes.
-        hint: Type of its value.
-        default: Of the nearest declaration.
-        group: Heading in the help text, of the class that declares the flag first.
+        name: Name without dashes.
+        hint: Type of the value.
+        default: Default of the nearest declaration.
+        group: Heading in the help text, from the class that declares the flag first.
         help: Help text.
         allowed: Range of a number.
-        required: Whether an empty value is an error.
-        path: Whether it names a file or folder.
-        secret: Whether it is never written down.
+        required: True if an empty value is an error.
+        path: True for a file or folder.
+        secret: True for a value that is never recorded.
     """
 
     name: str
@@ -100,14 +100,14 @@ class Flag:
 
     @property
     def optional(self) -> bool:
-        """Whether it may be None."""
+        """True if the value may be None."""
         return NoneType in get_args(self.hint)
 
     def check(self, value: Any) -> None:
-        """Check a value other than None.
+        """Check a value; None passes.
 
         Raises:
-            OptionError: It is out of range or none of the choices.
+            OptionError: The value is out of range or not one of the choices.
         """
         if value is None:
             return
@@ -120,7 +120,7 @@ class Flag:
 
 
 def choices_of(hint: Any) -> tuple[str, ...]:
-    """Return the values of a `Literal`, which may be optional; none for any other type."""
+    """Return the values of a `Literal` type, optional or not; an empty tuple for any other type."""
     parts = (hint, *get_args(hint))
     return tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
 
@@ -148,17 +148,17 @@ def check_values(options: object) -> None:
     """Check every value of a dataclass of flags.
 
     Raises:
-        OptionError: The first that is out of its range or none of its choices.
+        OptionError: A value is out of range or not one of the choices; the first one is named.
     """
     for flag in flags_of(type(options)):
         flag.check(getattr(options, flag.name))
 
 
 class Options:
-    """Base of the dataclasses of flags that a command line is composed of.
+    """Base class of the dataclasses of flags that a command line is composed of.
 
     Attributes:
-        group: Heading of their flags in the help text.
+        group: Heading of the flags in the help text.
     """
 
     group: ClassVar[str] = ""
@@ -167,7 +167,7 @@ class Options:
         """Check every value before anything is read or written.
 
         Raises:
-            OptionError: The first that is missing or cannot be used.
+            OptionError: A value is missing or cannot be used; the first one is named.
         """
         for flag in flags_of(type(self)):
             if flag.required and not getattr(self, flag.name):
@@ -175,7 +175,7 @@ class Options:
         check_values(self)
 
     def record(self) -> dict[str, Any]:
-        """Return every value that may be written down: no secrets, and no folders of this machine."""
+        """Return every value that may be recorded: no secrets, and no folders of this machine."""
         shown = [flag for flag in flags_of(type(self)) if not flag.secret]
         paths = {flag.name for flag in shown if flag.path}
         values = {flag.name: getattr(self, flag.name) for flag in shown}
@@ -184,12 +184,12 @@ class Options:
 
 @dataclass
 class RunOptions(Options):
-    """Flags that say which run it is, for components of every folder."""
+    """Flags of a run as a whole, which components of every folder read."""
 
     group: ClassVar[str] = "Run"
 
     output_dir: str = option("", "Folder for the adapter, its record and its checkpoints.", required=True, path=True)
     max_train_steps: int = option(1000, "Optimizer steps.", STEPS)
     seed: int = option(
-        0, "Seed of everything drawn.", Range("must be in 0 to 4,294,967,295", lambda value: 0 <= value < 2**32)
+        0, "Seed of every random draw.", Range("must be in 0 to 4,294,967,295", lambda value: 0 <= value < 2**32)
     )

@@ -17,16 +17,16 @@ MAX_LINES = 3
 def contact_sheet(
     images: Sequence[Image.Image], columns: int, *, labels: Sequence[str] | None = None, scale: float = 1
 ) -> Image.Image:
-    """Pictures in rows of `columns`, each with its label below.
+    """Arrange pictures in rows of `columns`, each with its label below.
 
     Args:
-        images: At least one; smaller ones are centred in a tile of the largest one's size.
-        columns: Pictures a row.
-        labels: One a picture; long ones wrap and are cut after three lines.
+        images: At least one picture; smaller ones are centred in a tile of the largest one's size.
+        columns: Pictures in a row.
+        labels: One label for each picture; long ones wrap and are cut after three lines.
         scale: Enlargement; whole numbers keep pixels sharp.
 
     Raises:
-        ValueError: No pictures, no columns, or as many labels as there are pictures is not so.
+        ValueError: `images` is empty, `columns` < 1, or `len(labels) != len(images)`.
     """
     if not images or columns < 1:
         raise ValueError("a contact sheet needs pictures and at least one column")
@@ -50,16 +50,16 @@ def contact_sheet(
 def before_after(
     base: Sequence[Image.Image], erased: Sequence[Image.Image], prompts: Sequence[str], *, scale: float = 1
 ) -> Image.Image:
-    """The base model's pictures in a row, the erased model's in a row below, the prompts below both.
+    """Arrange the base model's pictures in a row, the erased model's below it and the prompts below both.
 
     Args:
         base: At least one picture.
-        erased: One for each of `base`.
-        prompts: One for each of `base`.
+        erased: One picture for each of `base`.
+        prompts: One prompt for each of `base`.
         scale: Enlargement; whole numbers keep pixels sharp.
 
     Raises:
-        ValueError: The three are not equally long, or empty.
+        ValueError: `base` is empty, or the three differ in length.
     """
     if not base or not len(base) == len(erased) == len(prompts):
         raise ValueError(f"{len(base)} base pictures, {len(erased)} erased ones and {len(prompts)} prompts")
@@ -83,7 +83,7 @@ def before_after(
 
 
 def enlarge(image: Image.Image, scale: float) -> Image.Image:
-    """The picture in RGB at `scale` times its size: repeated pixels for whole numbers, Lanczos otherwise."""
+    """Return a picture in RGB at `scale` times its size: repeated pixels for whole numbers, Lanczos otherwise."""
     image = image.convert("RGB")
     if scale == 1:
         return image
@@ -100,7 +100,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _wrap(text: str, width: float) -> list[str]:
-    """Break a text into at most three lines that fit `width` pixels; a cut text ends in an ellipsis."""
+    """Break a text into at most three lines of `width` pixels; a cut text ends in an ellipsis."""
     font = _font()
     lines: list[str] = []
     for word in text.split():
@@ -115,8 +115,8 @@ def _wrap(text: str, width: float) -> list[str]:
 
 
 def _shorten(line: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Cut a line that is wider than `width` pixels, to at least one letter and an ellipsis."""
-    head = line[: max(1, int(width))]  # as many letters of a pixel each; a line of millions is not measured
+    """Shorten a line that is wider than `width` pixels, to at least one letter and an ellipsis."""
+    head = line[: max(1, int(width))]  # a letter takes a pixel or more: no need to measure a line of millions
     if len(head) == len(line) and font.getlength(line) <= width:
         return line
     fitting = bisect_right(range(1, len(head) + 1), width, key=lambda count: font.getlength(head[:count] + "…"))

@@ -1,4 +1,4 @@
-"""What a result has to say of its making: versions, commit, device, seconds, peak memory; and atomic writes."""
+"""Provenance of results: versions, commit, device, seconds and peak memory; and atomic writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from safemax_sd.core.errors import SafemaxError
 
 PACKAGES = ("safemax_sd", "torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")
 JSON_WIDTH = 160
-"""Characters of a line that holds a whole list or object: a measurement fits."""
+"""Longest line, in characters, that a whole list or object is written on; a measurement fits."""
 SECRET_FLAGS = ("--hub_token", "--hub-token")
 
 
@@ -38,7 +38,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree this package runs from; None for an installed copy."""
+    """Return the commit of the source tree that this package runs from; None for an installed copy."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
@@ -48,9 +48,10 @@ def _commit() -> str | None:
 
 
 def public_path(path: str) -> str:
-    """Return a path without the folders of this machine: as it is where it is relative, else what others know of it.
+    """Return a path without the folders of this machine.
 
-    An absolute path into the working folder is given from there; of any other its last part is left.
+    A relative path stays as it is. An absolute one becomes relative to the working folder if it lies there; of any
+    other, only the last part is kept.
     """
     if not Path(path).is_absolute():
         return path
@@ -59,7 +60,7 @@ def public_path(path: str) -> str:
 
 
 def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of an `erasure.json` as others may see it: a base model's folder by its last part alone."""
+    """Return the content of an `erasure.json` for publication: only the last part of a base model's folder."""
     base = record["base_model"]
     name = base["name_or_path"]
     shown = f"path/to/{Path(name).name}" if Path(name).is_absolute() else name
@@ -70,7 +71,7 @@ def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _command() -> list[str]:
-    """The command line of this process, without secrets and without this machine's folders."""
+    """Return the command line of this process, without secrets and without this machine's folders."""
     words = [Path(sys.argv[0]).name]
     for before, word in pairwise(sys.argv):
         flag, equals, value = word.partition("=")
@@ -82,7 +83,12 @@ def _command() -> list[str]:
 
 
 def provenance(seed: int | None, device: torch.device) -> dict[str, Any]:
-    """Versions, commit, device, command and seed (None: nothing was drawn) of the running process."""
+    """Return the versions, commit, device and command of the running process.
+
+    Args:
+        seed: Seed of the run; None if nothing was drawn at random.
+        device: Device of the run.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "versions": {package: _version(package) for package in PACKAGES},
@@ -97,7 +103,7 @@ def provenance(seed: int | None, device: torch.device) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Wall-clock seconds by phase; time in a phase within another counts toward the inner one alone."""
+    """Wall-clock seconds by phase; time in a nested phase counts toward the inner phase only."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -106,18 +112,18 @@ class Stopwatch:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By phase, up to now."""
+        """Seconds by phase, up to now."""
         self._count()
         return dict(self._seconds)
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """Count time that was spent before."""
+        """Add seconds by phase that were spent before."""
         for name, spent in seconds.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside toward `name`."""
+        """Count the time inside the block toward `name`."""
         self._count()
         self._open.append(name)
         try:
@@ -127,7 +133,7 @@ class Stopwatch:
             self._open.pop()
 
     def _count(self) -> None:
-        """Give the time since the last call to the innermost open phase."""
+        """Add the time since the last call to the innermost open phase."""
         now = time.monotonic()
         if self._open:
             self.add({self._open[-1]: now - self._since})
@@ -136,11 +142,11 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run has taken.
+    """Cost of a run.
 
     Attributes:
-        seconds: By phase.
-        model_calls: Network evaluations of one sample, by phase.
+        seconds: Wall-clock seconds by phase.
+        model_calls: Network evaluations by phase; a batch of B samples counts as B.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -148,11 +154,11 @@ class Cost:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most bytes allocated on a CUDA device, elsewhere the process's largest resident size."""
+    """Return the peak of the bytes allocated on a CUDA device, otherwise of the process's resident size."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux":
-        # Not getrusage's: there a new process begins with the most that the one that started it has held.
+        # getrusage's peak is no use on Linux: a new process inherits the peak of the process that started it.
         status = Path("/proc/self/status").read_text(encoding="utf8")
         return 1024 * int(re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[0])
     unit = 1 if sys.platform == "darwin" else 1024
@@ -163,7 +169,7 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
-        OSError: It cannot be written; what was there before is untouched. See `errors.path_errors`.
+        OSError: The file cannot be written; an older file of that name is untouched. See `errors.path_errors`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.safemax-tmp")
     try:
@@ -175,34 +181,38 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """`atomic_write_bytes` of UTF-8."""
+    """Write a text as UTF-8, whole or not at all."""
     atomic_write_bytes(path, text.encode("utf8"))
 
 
 def write_tensors_atomic(path: Path, tensors: dict[str, Tensor]) -> None:
-    """`atomic_write_bytes` of a safetensors file."""
+    """Write a safetensors file, whole or not at all."""
     atomic_write_bytes(path, save(tensors))
 
 
 def sorted_metadata(content: bytes) -> bytes:
-    """The same safetensors file with the entries of its metadata in order.
+    """Sort the metadata entries in the content of a safetensors file.
 
-    The library orders them at random in each process, so that the same tensors saved again would be another file.
+    The library orders them at random in each process, so the same tensors saved twice would make different files.
     """
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     if "__metadata__" in header:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf8")
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes, as the library has it
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes, as in the library's own files
     return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def json_text(content: Any, indent: str = "") -> str:
-    """Write plain JSON content indented, with each list and object that fits into a line of `JSON_WIDTH` on one line.
+    """Format JSON content with indentation, where each list or object that fits `JSON_WIDTH` stays on one line.
+
+    Args:
+        content: Values of the types that `json` reads.
+        indent: Blanks that the content is indented by.
 
     Raises:
-        ValueError: It holds a number that is not finite, which JSON cannot.
+        ValueError: A number is not finite, which JSON cannot express.
     """
     line = json.dumps(content, ensure_ascii=False, allow_nan=False)
     if not content or not isinstance(content, dict | list) or (indent and len(indent + line) <= JSON_WIDTH):
@@ -217,10 +227,10 @@ def json_text(content: Any, indent: str = "") -> str:
 
 
 def write_json_atomic(path: Path, content: Any) -> None:
-    """Write `json_text` of anything that JSON can hold by `atomic_write_text`.
+    """Write content as a JSON file, whole or not at all; see `json_text` for the layout.
 
     Raises:
-        SafemaxError: It holds a number that is not finite, which JSON cannot, or cannot be written.
+        SafemaxError: A number is not finite, which JSON cannot express.
     """
     try:
         text = json_text(json.loads(json.dumps(content, allow_nan=False)))

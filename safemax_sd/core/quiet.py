@@ -1,4 +1,4 @@
-"""Silence libraries where what they say is nothing that a user could act on."""
+"""Silence the libraries' messages that a user cannot act on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let diffusers and transformers print errors alone inside: no warnings, no progress bars of their loading."""
+    """Silence diffusers and transformers inside the block, except for errors: no warnings, no progress bars."""
     libraries = (diffusers_logging, transformers_logging)
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:

@@ -1,4 +1,4 @@
-"""Discovery: a method, metric, attack or model family is one file whose class registers itself by its `name`."""
+"""Discovery: a method, metric, attack or model family is one file, whose class is found by its `name`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ T = TypeVar("T")
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest of `names`, or nothing where none is near."""
+    """Return ` (did you mean 'x'?)` for the nearest of `names`, or an empty string if none is near."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 class Registry(Generic[T]):
-    """The concrete subclasses of `base` in the modules of one package.
+    """Concrete subclasses of `base` in the modules of one package.
 
     Args:
-        kind: What they are, for messages.
+        kind: Noun for the subclasses in error messages, such as `objective`.
         base: Abstract base class with a `name` attribute.
         package: Import path of the package whose modules are searched.
     """
@@ -33,14 +33,14 @@ class Registry(Generic[T]):
         self.kind, self.base, self.package = kind, base, package
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """Return all names, sorted."""
         return sorted(self._classes())
 
     def get(self, name: str) -> type[T]:
-        """The class of that name.
+        """Return the class with a name.
 
         Raises:
-            OptionError: There is none; the message names the nearest.
+            OptionError: No class has that name; the message suggests the nearest.
         """
         classes = self._classes()
         if name not in classes:
@@ -57,7 +57,7 @@ class Registry(Generic[T]):
             if inspect.isabstract(cls):
                 continue
             name = str(cls.name)
-            if found.get(name, cls) is not cls:  # a class with two bases is met once for each
+            if found.get(name, cls) is not cls:  # a class with two bases is listed twice
                 raise TypeError(f"two {self.kind} classes are named {name!r}: {found[name]} and {cls}")
             found[name] = cls
         return found
