@@ -14,17 +14,17 @@ PICTURES = ASSETS / "emoji_pictures"
 
 
 def resolve_model(name_or_path: str) -> str:
-    """The folder of an embedded model, or `name_or_path` itself where it is none."""
+    """Return the folder of an embedded model, or `name_or_path` itself if it names none."""
     return str(ASSETS / name_or_path) if name_or_path in BUNDLED else name_or_path
 
 
 def resolve_anchor(name_or_path: str) -> Path:
-    """The folder of an embedded model's halting anchor, or `name_or_path` itself where it names none."""
+    """Return the folder of an embedded model's halting anchor, or `name_or_path` itself if it names none."""
     return ANCHORS.get(name_or_path, Path(name_or_path))
 
 
 def accept_tiny_autoencoder(record: logging.LogRecord) -> bool:
-    """Logging filter: drop diffusers' warning that a pipeline's autoencoder is an AutoencoderTiny, which works."""
+    """Tell whether to log a record: not diffusers' warning of an AutoencoderTiny in a pipeline, which works."""
     return "Expected types for vae" not in record.getMessage()
 
 

@@ -1,4 +1,4 @@
-"""Prompt files: loading and checking them, and the suites that ship with the package.
+"""Prompt files, loaded and checked, and the suites that ship with the package.
 
 May import core.
 """

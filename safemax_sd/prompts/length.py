@@ -1,4 +1,4 @@
-"""Prompts that are longer than a model reads: told in one line a file, without printing them whole."""
+"""Warnings of prompts that are longer than a model reads: one line for each file, without the whole prompt."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ logger = logging.getLogger("safemax_sd")
 
 LIBRARIES = ("diffusers", "transformers")
 OF_CUT_PROMPTS = ("The following part of your input was truncated", "Token indices sequence length is longer")
-"""How their warnings of a prompt that is cut begin; diffusers' holds all that is cut."""
+"""Beginnings of the libraries' warnings of a cut prompt; diffusers' warning prints all that is cut."""
 
 
 def warn_over_long(prompts: PromptSet, tokenizer: Any, *, option: str) -> None:
-    """Warn of prompts that the tokenizer (None: there is none) cuts, and say how many tokens are lost."""
+    """Warn of prompts that the tokenizer cuts, with the number of tokens lost; without a tokenizer, do nothing."""
     if tokenizer is None:
         return
     limit = tokenizer.model_max_length
@@ -34,7 +34,7 @@ def warn_over_long(prompts: PromptSet, tokenizer: Any, *, option: str) -> None:
 
 @contextmanager
 def without_cut_text() -> Iterator[None]:
-    """Keep diffusers and transformers from printing what they cut off prompts, batch by batch."""
+    """Keep diffusers and transformers from printing what they cut off the prompts of each batch."""
     handlers = [handler for name in LIBRARIES for handler in logging.getLogger(name).handlers]
     for handler in handlers:
         handler.addFilter(_is_of_something_else)

@@ -19,10 +19,10 @@ logger = logging.getLogger("safemax_sd")
 
 ARTIST, CATEGORIES = "artist", "categories"
 CONCEPT_COLUMNS = ("concept", "class", ARTIST, "label_str", "profession", CATEGORIES)
-"""Columns in which the public prompt sets keep the concept, the first that is there counts."""
+"""Columns in which public prompt sets keep the concept; the first one present counts."""
 LARGEST_SEED = 2**32 - 1
 GUIDANCE_BOUND = 1000
-"""Guidance scales lie above 0 and below this."""
+"""Upper bound of guidance scales, itself excluded; the lower bound is 0, excluded too."""
 
 
 @dataclass
@@ -32,9 +32,9 @@ class PromptOptions(Options):
     group: ClassVar[str] = "Prompts"
 
     forget_prompts: str = option(
-        "", "CSV with a `prompt` column, or text with one a line: what to erase.", required=True, path=True
+        "", "Prompts to forget: CSV with a `prompt` column, or one prompt a line.", required=True, path=True
     )
-    retain_prompts: str = option("", "The same format: what to keep.", required=True, path=True)
+    retain_prompts: str = option("", "Prompts to retain, in the same format.", required=True, path=True)
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Prompt:
     """One prompt of a file.
 
     Attributes:
-        text: The prompt.
-        concept: What it shows, if the file says.
-        seed: `evaluation_seed`: of the start noise, if given.
-        guidance: `evaluation_guidance`: the scale to draw it with, if given.
+        text: Text of the prompt.
+        concept: Concept that the prompt shows, if the file names it.
+        seed: Seed of the start noise (`evaluation_seed`), if given.
+        guidance: Guidance scale to sample with (`evaluation_guidance`), if given.
     """
 
     text: str
@@ -55,7 +55,7 @@ class Prompt:
 
     @property
     def shows(self) -> str:
-        """Its concept, or the prompt itself where the file does not say."""
+        """The concept, or the prompt's text if the file names none."""
         return self.concept or self.text
 
 
@@ -64,9 +64,9 @@ class PromptSet:
     """The prompts of one file.
 
     Attributes:
-        prompts: At least one, no two alike in text, seed and guidance.
+        prompts: At least one prompt; no two agree in text, seed and guidance.
         source: Path as given.
-        sha256: Of the file's bytes.
+        sha256: Hash of the file's bytes.
         concept_column: Column that the concepts come from, if there is one.
     """
 
@@ -84,16 +84,16 @@ class PromptSet:
 
     @property
     def concepts(self) -> tuple[str, ...]:
-        """Distinct concepts in the order in which they first occur."""
+        """Distinct concepts in the order of their first occurrence."""
         return tuple(dict.fromkeys(prompt.concept for prompt in self.prompts if prompt.concept))
 
     @property
     def artists(self) -> tuple[str, ...]:
-        """Those concepts that are artists: a picture shows their style, not themselves."""
+        """Concepts that are artists; a picture shows their style, not themselves."""
         return self.concepts if self.concept_column == ARTIST else ()
 
     def each_text_once(self) -> PromptSet:
-        """Keep the first of the prompts that differ by seed or guidance alone, which only drawing needs."""
+        """Keep the first of the prompts with the same text; seed and guidance matter only for sampling."""
         first: dict[str, Prompt] = {}
         for prompt in self.prompts:
             first.setdefault(prompt.text, prompt)
@@ -101,17 +101,19 @@ class PromptSet:
 
 
 def load_prompts(path: str | Path, *, option: str) -> PromptSet:
-    """Read a prompt file; blank lines are left out, duplicates and rows without a prompt too (with a warning).
+    """Read a prompt file.
 
-    Only a line feed, a carriage return or both end a line, and in CSV and TSV only outside quotes.
+    Blank lines are left out; so are duplicates and rows without a prompt, with a warning. Only a line feed, a carriage
+    return or both end a line, and within the quotes of CSV and TSV not even these.
 
     Args:
-        path: `.csv`, `.tsv` or `.jsonl` with a `prompt` column (optional seed, guidance and concept columns), or `.txt`
-            or no ending for one prompt a line; in UTF-8.
+        path: UTF-8 file: `.csv`, `.tsv` or `.jsonl` with a `prompt` column (seed, guidance and concept columns are
+            optional), or `.txt` or no ending with one prompt a line.
         option: Flag to name in errors.
 
     Raises:
-        OptionError: No such file, nothing in it, another format, no `prompt` column, or a line that cannot be used.
+        OptionError: The file is missing, empty or in another format, has no `prompt` column, or has a line that cannot
+            be used.
     """
     data, table = _read(Path(path), option)
     if not table.columns:
@@ -169,7 +171,9 @@ def _prompts(rows: Sequence[Row], concept_column: str | None) -> list[Prompt]:
 
 
 def _shared_categories(listed: list[str | None]) -> list[str | None]:
-    """Name the categories that all prompts have, if any: a file of violence also lists "violence, sexual".
+    """Replace each prompt's categories by those that all prompts share, if any.
+
+    A file about violence lists some prompts as "violence, sexual"; its concept is violence.
 
     Args:
         listed: Categories of each prompt, separated by commas.
@@ -206,7 +210,11 @@ def _guidance(row: Row, column: str) -> float | None:
 
 
 def check_disjoint(forget: PromptSet, retain: PromptSet) -> None:
-    """Raises OptionError where a prompt is to be forgotten and kept."""
+    """Check that no prompt is both to be forgotten and to be retained, regardless of case.
+
+    Raises:
+        OptionError: A prompt is in both sets.
+    """
     both = sorted({t.casefold() for t in forget.texts} & {t.casefold() for t in retain.texts})
     if both:
         more = f" and {len(both) - 1} more" if len(both) > 1 else ""
@@ -216,5 +224,5 @@ def check_disjoint(forget: PromptSet, retain: PromptSet) -> None:
 
 
 def pick(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """`count` prompts spread evenly over some; each several times where they are fewer."""
+    """Pick `count` prompts at even distances; fewer prompts than that are repeated."""
     return [prompts[i * len(prompts) // count] for i in range(count)]

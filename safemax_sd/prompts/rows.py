@@ -1,4 +1,4 @@
-"""Read the rows of a prompt file: CSV and TSV with a header, JSON lines, or text with one prompt a line."""
+"""Rows of a prompt file: CSV and TSV with a header, JSON lines, or text with one prompt a line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 PROMPT = "prompt"
 SHOWN = 100
-"""Letters of a file's own text that stand in a message."""
+"""Characters of a file's text that a message quotes."""
 
 
 class BadLine(ValueError):
@@ -19,7 +19,7 @@ class BadLine(ValueError):
 
     Args:
         line: Number of the line, from 1.
-        reason: What is wrong with it.
+        reason: Problem with the line.
     """
 
     def __init__(self, line: int, reason: str) -> None:
@@ -29,7 +29,7 @@ class BadLine(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt with what the file says of it.
+    """One prompt with the file's other columns.
 
     Attributes:
         line: Number of the line on which it begins, from 1.
@@ -40,10 +40,10 @@ class Row:
     cells: dict[str, Any]
 
     def text(self, column: str) -> str:
-        """Return a cell as text without the blanks around it; empty where there is none.
+        """Return a cell as text without surrounding blanks; an empty string if there is no cell.
 
         Raises:
-            BadLine: Neither text nor a number (JSON only).
+            BadLine: The cell is neither text nor a number (JSON only), or is no valid Unicode.
         """
         value = self.cells.get(column)
         if value is None:
@@ -58,11 +58,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All of a file's rows.
+    """All rows of a file.
 
     Attributes:
-        columns: Their names, each once; empty where the file is.
-        rows: In the file's order.
+        columns: Distinct names of the columns; empty if the file is.
+        rows: Rows in the file's order.
     """
 
     columns: tuple[str, ...]
@@ -86,7 +86,7 @@ def read_json_lines(text: str) -> Table:
     """Read one JSON object a line.
 
     Raises:
-        BadLine: No JSON object, or a name that occurs twice in one.
+        BadLine: A line is no JSON object, or names a column twice.
     """
     rows = []
     for number, line in _lines(text):
@@ -108,11 +108,11 @@ READERS: dict[str, Callable[[str], Table]] = {
     ".txt": read_text,
     "": read_text,
 }
-"""By the ending of a file's name, in lower case."""
+"""Readers by the ending of a file's name, in lower case."""
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Yield each line that is not blank, with its number; `str.splitlines` would also split at U+2028 and its like."""
+    """Yield the lines that are not blank with their numbers; `str.splitlines` would also split at U+2028 and others."""
     return ((number, line) for number, line in enumerate(io.StringIO(text, newline=None), 1) if line.strip())
 
 
@@ -133,7 +133,7 @@ def _read_separated(text: str, delimiter: str) -> Table:
 
 
 def _records(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the cells of each row with the number of the line on which it begins."""
+    """Yield the number of the line on which each row begins, and the row's cells."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
@@ -155,10 +155,10 @@ def _header(line: int, cells: list[str]) -> tuple[str, ...]:
 
 
 def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object.
+    """Return a JSON object's names and values as a dictionary.
 
     Raises:
-        ValueError: A name occurs twice; the last one would win.
+        ValueError: A name occurs twice, of which Python would silently keep the last.
     """
     cells: dict[str, Any] = {}
     for name, value in pairs:

@@ -1,4 +1,4 @@
-"""The prompt suites that ship with the package: folders with forget, retain, neighbours and paraphrases."""
+"""Prompt suites that ship with the package: folders with forget, retain, neighbours and paraphrases."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from safemax_sd.prompts.loading import PromptSet, load_prompts
 
 _HERE = Path(__file__).resolve().parent
 ROOT = _HERE / "data" if (_HERE / "data").is_dir() else _HERE.parents[1] / "prompts"
-"""The suites: beside this file once installed, at the top of the source tree."""
+"""Folder of the suites: beside this file in an installed package, `prompts/` at the top of the source tree."""
 VERSION = "version.txt"
-"""In the folder of suites that are versioned together."""
+"""File with the version of a benchmark, in the folder of its suites."""
 PARTS = ("forget", "retain", "neighbours", "paraphrases")
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What one erasure is measured on.
+    """The prompts that one erasure is measured on.
 
     Attributes:
-        name: Such as `emoji/bomb`.
-        folder: Holds one CSV for each part.
-        parts: Of `PARTS`, those that exist; `forget` and `retain` always do.
-        version: Of the benchmark that the suite belongs to, such as `1`; None where it belongs to none.
+        name: Name, such as `emoji/bomb`.
+        folder: Folder with one CSV for each part.
+        parts: Prompts of each of `PARTS` that exists; `forget` and `retain` always do.
+        version: Version of the benchmark that the suite belongs to, such as `1`; None if it belongs to none.
     """
 
     name: str
@@ -38,15 +38,15 @@ class Suite:
 
 
 def suite_names() -> list[str]:
-    """Names of the suites that ship with the package."""
+    """Return the names of the suites that ship with the package, sorted."""
     return sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.glob("*/*/forget.csv"))
 
 
 def load_suite(name_or_folder: str) -> Suite:
-    """A shipped suite by name, or a folder of the same layout.
+    """Load a shipped suite by name, or any folder of the same layout.
 
     Raises:
-        OptionError: Neither, or the folder lacks forget.csv or retain.csv.
+        OptionError: The name is neither, or the folder lacks forget.csv or retain.csv.
     """
     names = suite_names()
     folder = ROOT / name_or_folder if name_or_folder in names else Path(name_or_folder)
