@@ -1,6 +1,6 @@
 """Choose each trained method's learning rate and steps by the same small search, on a task of its own.
 
-    python -m benchmarks.method_search --work_dir search --output docs/results/emoji_search.jsonl
+    python -m benchmarks.method_search --work_dir search --output docs/results/DATE-emoji-search.jsonl
     python -m benchmarks.method_search --output docs/results/emoji_search.jsonl --table
 
 Every method of `benchmarks/emoji/search.yaml` gets as many trials: its flags there, the same with 5 and with 25 times
