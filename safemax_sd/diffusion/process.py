@@ -26,9 +26,9 @@ PARAMETRISATIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] =
     "v_prediction": lambda sin, cos: (torch.zeros_like(sin), torch.ones_like(sin)),  # cos φ·ε − sin φ·x0
     "flow_prediction": lambda sin, cos: (sin - cos, sin + cos),  # ε − x0
 }
-"""(sin φ, cos φ) -> (α, β), by what the network predicts."""
+"""Functions (sin φ, cos φ) -> (α, β), by the quantity that the network predicts."""
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-"""Parametrisations of a discrete schedule."""
+"""Parametrisations that a discrete schedule allows."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class DiffusionProcess:
         return torch.hypot(*self.schedule.coefficients(t))
 
     def x_t(self, y: Tensor, t: Tensor) -> Tensor:
-        """Scale y to the latent x_t = √(a² + s²)·y that the network gets, [B, ...]; halted noise is y ~ N(0, I)."""
+        """Scale y to the network's input x_t = √(a² + s²)·y, [B, ...]; halted noise is y ~ N(0, I)."""
         return _like(self.halted_std(t), y) * y
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class DiffusionProcess:
         return _like(a, x0) * x0 + _like(s, x0) * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return the native prediction that the model is trained to make of x0 and ε, [B, ...]."""
+        """Return the training target for x0 and ε in the native parametrisation, [B, ...]."""
         sin, cos, alpha, beta = self._factors(t, x0)
         return (alpha * cos - beta * sin) * x0 + (alpha * sin + beta * cos) * noise
 
@@ -95,7 +95,7 @@ class DiffusionProcess:
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:
-    """Reshape [B] to what multiplies [B, ...]."""
+    """Reshape values [B] to multiply x [B, ...]."""
     return values.to(x).view(-1, *[1] * (x.dim() - 1))
 
 
@@ -107,7 +107,7 @@ def variance_preserving(alphas_cumprod: Tensor, prediction_type: str) -> Diffusi
         prediction_type: One of `PREDICTION_TYPES`.
 
     Raises:
-        OptionError: An unknown prediction type, or ε where the last timestep holds no signal.
+        OptionError: The prediction type is unknown, or is ε although the last timestep holds no signal.
     """
     if prediction_type not in PREDICTION_TYPES:
         raise OptionError("--prediction_type", prediction_type, f"must be one of {', '.join(PREDICTION_TYPES)}")
@@ -126,10 +126,10 @@ def flow_matching(num_train_timesteps: int = 1000, shift: float = 1.0) -> Diffus
 
 
 def check_variance_preserving(scheduler: Any) -> None:
-    """Check that a scheduler of diffusers stands for a discrete variance-preserving process.
+    """Check that a diffusers scheduler has a discrete variance-preserving process.
 
     Raises:
-        OptionError: EDM's and other continuous noise levels, flow matching or consistency models.
+        OptionError: The scheduler is for continuous noise levels (such as EDM's), flow matching or consistency models.
     """
     config, name = scheduler.config, type(scheduler).__name__
     odd = config.get("timestep_type", "discrete") != "discrete" or config.get("use_flow_sigmas")
@@ -142,7 +142,7 @@ def from_scheduler(scheduler: Any) -> DiffusionProcess:
     """Return the process of a diffusers scheduler.
 
     Raises:
-        OptionError: A scheduler that is neither variance preserving nor flow matching.
+        OptionError: The scheduler is neither variance preserving nor flow matching.
     """
     name = type(scheduler).__name__
     if "FlowMatch" in name:

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 CONTINUOUS_TIMES = 1000
-"""Points of an even grid over a continuous time."""
+"""Points of the even grid that stands for a continuous time."""
 
 
 class Schedule(ABC):
-    """A forward process; `t` is the model's native time, [B]."""
+    """Signal a and noise s of a forward process; `t` is the model's native time, [B]."""
 
     @abstractmethod
     def sample_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw native times as in the model's training, [n]."""
 
     def sample_time_below(self, bound: float, generator: torch.Generator) -> Tensor:
-        """Draw a native time of the model's training, [1], whose noise level is below a bound."""
+        """Draw a native time as in the model's training, [1], with a noise level t/T below `bound`."""
         t = self.sample_times(1, generator)
         while float(self.noise_level(t)) >= bound:
             t = self.sample_times(1, generator)
@@ -27,7 +27,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def all_times(self) -> Tensor:
-        """Return the native times of training from clean to noise, [T]; an even grid where they are continuous."""
+        """Return the native times of training from clean to noise, [T]; an even grid if time is continuous."""
 
     @abstractmethod
     def noise_level(self, t: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Schedule(ABC):
 
 
 class DiscreteSchedule(Schedule):
-    """Variance-preserving: a² + s² = 1 (DDPM, arXiv 2006.11239, eq. 4); native time is an integer timestep.
+    """Variance-preserving schedule, a² + s² = 1 (DDPM, arXiv 2006.11239, eq. 4); native time is an integer timestep.
 
     Args:
         alphas_cumprod: a² at every timestep, [T].
@@ -63,11 +63,11 @@ class DiscreteSchedule(Schedule):
 
 
 class FlowSchedule(Schedule):
-    """Linear: a = 1 − σ, s = σ (rectified flow, arXiv 2209.03003); native time is σ·num_train_timesteps.
+    """Linear schedule, a = 1 − σ and s = σ (rectified flow, arXiv 2209.03003); native time is σ·num_train_timesteps.
 
     Args:
         num_train_timesteps: Scale of the native time.
-        shift: The schedule's shift: training and sampling spend more time at high noise (arXiv 2403.03206, eq. 23).
+        shift: Shift of training and sampling to high noise, 1 for none (arXiv 2403.03206, eq. 23).
     """
 
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:

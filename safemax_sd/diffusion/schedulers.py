@@ -1,4 +1,4 @@
-"""One scheduler's settings for another scheduler class, which takes other things for granted."""
+"""Conversion of a scheduler to another class, whose defaults may differ."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ LEFT_OUT = {
     "rescale_betas_zero_snr": False,
     "set_alpha_to_one": True,
 }
-"""Behaviour of the classes that have no such setting: nothing is clipped, and the last step ends without noise."""
+"""Behaviour of classes without these settings: nothing is clipped, and the last step ends without noise."""
 
 
 def settings_of(scheduler: Any) -> dict[str, Any]:
-    """Return all that a scheduler of diffusers goes by, for `as_scheduler`.
+    """Return all settings of a diffusers scheduler, for `as_scheduler`.
 
-    diffusers passes on what a folder's file says and lets the new class fill in the rest with its own defaults: a DDIM
-    sampler made from a DPM++ folder would clip latents to ±1. Here the folder's own class has the say.
+    diffusers converts only the settings in a folder's file; the new class fills in the rest with its own defaults, so a
+    DDIM sampler made from a DPM++ folder would clip latents to ±1. Here the defaults are the folder's own class's.
     """
     own = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return {**LEFT_OUT, **own}
@@ -31,10 +31,10 @@ def as_scheduler(kind: type[Any], settings: dict[str, Any]) -> Any:
 
     Args:
         kind: Scheduler class of diffusers.
-        settings: From `settings_of`.
+        settings: Settings that `settings_of` returned.
     """
     if kind is DDIMScheduler and settings.get("timestep_spacing") == "linspace":
-        # DDIM steps by T // N timesteps however its grid is spaced, so that it would leave a linear grid.
+        # DDIM always steps by T // N timesteps, which would leave a linearly spaced grid.
         spacing = "trailing" if settings["rescale_betas_zero_snr"] else "leading"
         settings = {**settings, "timestep_spacing": spacing}
     known = signature(kind.__init__).parameters

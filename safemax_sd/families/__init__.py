@@ -1,4 +1,4 @@
-"""Model families: one file each, found by discovery and chosen from a pipeline folder's `model_index.json`.
+"""Model families: one file each, found by discovery and chosen by a pipeline folder's `model_index.json`.
 
 May import diffusion, prompts, core.
 """

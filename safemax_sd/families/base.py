@@ -1,4 +1,4 @@
-"""What the rest of the package knows of a diffusion model: `ModelFamily` and `Conditioning`."""
+"""The interface to a diffusion model: `ModelFamily` and `Conditioning`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ from safemax_sd.diffusion.process import DiffusionProcess
 
 LoraTargets = Literal["all", "attention", "cross_attention"]
 
-
 TOKEN_STATES = "encoder_hidden_states"
+"""Name in `Conditioning` of the text encoder's output for each token, [B, L, D]."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a denoiser is conditioned on, one row a prompt.
+    """Inputs of a denoiser besides x_t and t, one row for each prompt.
 
     Attributes:
-        tensors: Each [B, ...]; the names are the family's own. Only a family that attends to tokens has `TOKEN_STATES`,
-            [B, L, D].
+        tensors: Tensors [B, ...] by names of the family's own. Only families that attend to tokens have `TOKEN_STATES`.
     """
 
     tensors: dict[str, Tensor]
@@ -41,14 +40,14 @@ class Conditioning:
         return len(next(iter(self.tensors.values())))
 
     def select(self, rows: Tensor) -> Conditioning:
-        """The rows named by an integer tensor [N], in that order."""
+        """Return the rows with the indices of an integer tensor [N], in that order."""
         return Conditioning({name: tensor[rows.to(tensor.device)] for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device) -> Conditioning:
         return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def with_token_states(self, states: Tensor) -> Conditioning:
-        """The same with other token states, [B, L, D]."""
+        """Return the same conditioning with other token states, [B, L, D]."""
         return Conditioning({**self.tensors, TOKEN_STATES: states})
 
     @staticmethod
@@ -62,11 +61,11 @@ class TrajectoryPoint:
     """One step of the frozen model's guided sampling.
 
     Attributes:
-        x_t: Input of the step, [B, *latent].
+        x_t: Latents before the step, [B, *latent].
         t: Native time, [B].
         conditional: Prediction given the prompt, [B, *latent].
         unconditional: Prediction given the empty prompt, [B, *latent].
-        following: The latent after the step, [B, *latent].
+        following: Latents after the step, [B, *latent].
     """
 
     x_t: Tensor
@@ -78,12 +77,12 @@ class TrajectoryPoint:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Where and how a base model is loaded.
+    """Settings that load a base model.
 
     Attributes:
         name_or_path: Folder in diffusers' format, hub id, or the name of an embedded model.
-        dtype: Of the frozen weights; trainable parameters are float32 whatever this is.
-        prediction_type: `epsilon` or `v_prediction` to override the scheduler's own; None keeps that.
+        dtype: Type of the frozen weights; trainable parameters are always float32.
+        prediction_type: `epsilon` or `v_prediction` to override the scheduler's prediction type; None keeps it.
         revision: Revision on the hub.
         variant: Variant of the weight files, such as `fp16`.
         cache_dir: Folder of hub downloads.
@@ -99,7 +98,7 @@ class LoadOptions:
     prediction_type: str | None = None
 
     def record(self, family: str | None) -> dict[str, str | None]:
-        """Return what a run's record keeps as `base_model`; `from_record` reads it back."""
+        """Return the entry `base_model` of a run's record, which `from_record` reads back."""
         return {
             "name_or_path": self.name_or_path,
             "revision": self.revision,
@@ -113,7 +112,7 @@ class LoadOptions:
     def from_record(
         cls, record: dict[str, Any], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> Self:
-        """Return how the base model of a record was loaded, to load it again."""
+        """Return the settings that load the base model of a record again."""
         base, config = record["base_model"], record["config"]
         # The first records kept these two among the flags.
         cache_dir, prediction_type = (base.get(key, config.get(key)) for key in ("cache_dir", "prediction_type"))
@@ -129,20 +128,20 @@ class LoadOptions:
 
 
 class ModelFamily(ABC):
-    """A kind of text-to-image model. Subclasses live in one file each and are chosen without a flag.
+    """A kind of text-to-image model. Each subclass is one file and is chosen by the model folder, not by a flag.
 
     Attributes:
-        name: Recorded in `erasure.json`.
+        name: Name in `erasure.json`.
         pipeline_classes: Values of `_class_name` in `model_index.json` that this family loads.
-        denoiser: The trainable network, base weights frozen.
-        process: Its noise process.
+        denoiser: Network that is trained; its base weights are frozen.
+        process: Noise process of the model.
         empty: Conditioning of the empty prompt, one row.
-        kohya_format: Whether A1111 and ComfyUI know the model, so that a LoRA in their format is of use.
-        classifier_free: Whether guidance mixes the predictions with and without the prompt; where not, its scale is an
-            input of the network (see `with_guidance`) and a sampler follows the one prediction.
-        denoiser_part: What the pipeline calls the denoiser (`unet`, `transformer`).
-        tokenizer: Of the prompts, to tell which are too long; None where there is none.
-        options: How `load_family` loaded it.
+        kohya_format: True if A1111 and ComfyUI support the model and can use a LoRA in their format.
+        classifier_free: True if guidance mixes the predictions with and without the prompt. Otherwise the guidance
+            scale is an input of the network (see `with_guidance`) and a sampler follows its one prediction.
+        denoiser_part: Name of the denoiser in the pipeline (`unet`, `transformer`).
+        tokenizer: Tokenizer of the prompts, to find those that are too long; None if the model has none.
+        options: Settings that `load_family` loaded the model with.
     """
 
     name: ClassVar[str]
@@ -162,51 +161,69 @@ class ModelFamily(ABC):
         """Load and freeze the base model.
 
         Raises:
-            OptionError: A part of the folder is missing or cannot be used.
+            OptionError: A part of the model is missing or cannot be used.
         """
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of each prompt, computed without gradients."""
+        """Encode prompts without gradients, one row for each."""
 
     @abstractmethod
     def latent_shape(self, resolution: int | None) -> tuple[int, ...]:
-        """Shape of one latent for pictures of `resolution` pixels (None: the model's own)."""
+        """Return the shape of one latent for pictures of `resolution` pixels (None: the model's own size)."""
 
     @abstractmethod
     def picture_size(self, resolution: int | None) -> int:
-        """Side in pixels of pictures of `resolution` (None: the model's own)."""
+        """Return the side of pictures of `resolution` pixels (None: the model's own size)."""
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None) -> Tensor:
-        """Native prediction, float32 [B, *latent]; `denoiser` is the wrapped network when training is distributed."""
+        """Return the native prediction.
+
+        Args:
+            x_t: Latents, [B, *latent].
+            t: Native time, [B].
+            conditioning: One row for each latent.
+            denoiser: Wrapped network of distributed training; None for the family's own.
+
+        Returns:
+            Prediction, float32 [B, *latent].
+        """
 
     @abstractmethod
     def sampler(self) -> Any:
-        """A fresh deterministic scheduler of diffusers (DDIM or Euler) for the model's process; starts at N(0, I)."""
+        """Build a deterministic scheduler of diffusers (DDIM or Euler) for the model's process, starting at N(0, I)."""
 
     def predict_both(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-        """Predictions given the prompts and given the empty prompt, in one call of the network."""
+        """Return the predictions given the prompts and given the empty prompt, from one call of the network."""
         both = Conditioning.cat([conditioning.to(x_t.device), self._empty_for(conditioning).to(x_t.device)])
         conditional, unconditional = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return conditional, unconditional
 
     def _empty_for(self, conditioning: Conditioning) -> Conditioning:
-        """The empty prompt's conditioning, a row for each of these."""
+        """Return the empty prompt's conditioning with as many rows as `conditioning`."""
         return self.empty.select(torch.zeros(len(conditioning), dtype=torch.long))
 
     def with_guidance(self, conditioning: Conditioning, guidance_scale: float | Tensor) -> Conditioning:
-        """The conditioning of sampling at a guidance scale (or one a row): the same, unless that is a network input."""
+        """Return the conditioning for sampling at a guidance scale, which may be a tensor [B].
+
+        It is the same at every scale unless the scale is an input of the network.
+        """
         return conditioning
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, x_T: Tensor) -> None:
-        """Prepare a sampler for latents like x_T, as the stock pipeline does."""
+        """Set a sampler's steps for latents like x_T, as the stock pipeline does."""
         scheduler.set_timesteps(num_inference_steps, device=x_T.device)
 
     def shift_timesteps(self, scheduler: Any, share: float) -> None:
-        """Move the steps of a prepared sampler to higher noise levels by a share of a step, 0 to 1.
+        """Move a sampler's steps to higher noise levels by a fraction of a step.
 
-        DDIM's are equally far apart. Where the first is the highest already ("trailing" spacing), nothing moves.
+        DDIM's steps are equally far apart. If the first is at the highest noise level already ("trailing" spacing),
+        nothing moves.
+
+        Args:
+            scheduler: Sampler whose steps are set.
+            share: Fraction of a step, 0 to 1.
         """
         room = scheduler.config.num_train_timesteps - 1 - int(scheduler.timesteps[0])
         scheduler.timesteps = scheduler.timesteps + round(share * room)
@@ -225,13 +242,13 @@ class ModelFamily(ABC):
         """Sample with classifier-free guidance, step by step.
 
         Args:
-            conditioning: Of the prompts, one row a sample.
+            conditioning: Conditioning on the prompts, one row for each sample.
             x_T: Start noise, [B, *latent].
-            guidance_scale: w in ε_u + w·(ε_c − ε_u), or the network's input; for one a sample, [B, 1, …].
-            num_inference_steps: Steps.
-            step_noise: Where the noise of ancestral sampling is drawn from (DDIM with η = 1, which with all steps is
-                DDPM's sampler, arXiv 2010.02502, sec. 4.1); None for the deterministic sampler.
-            grid_shift: Share of a step by which the steps are moved to higher noise levels, 0 to 1.
+            guidance_scale: w in ε_u + w·(ε_c − ε_u), or the network's input; [B, 1, …] for a scale for each sample.
+            num_inference_steps: Number of steps.
+            step_noise: Generator of ancestral sampling's noise (DDIM with η = 1, which with all steps is DDPM's
+                sampler, arXiv 2010.02502, sec. 4.1); None for the deterministic sampler.
+            grid_shift: Fraction of a step by which the steps are moved to higher noise levels, 0 to 1.
         """
         scheduler = self.sampler()
         self.set_timesteps(scheduler, num_inference_steps, x_T)
@@ -260,7 +277,7 @@ class ModelFamily(ABC):
         num_inference_steps: int,
         step_noise: torch.Generator | None = None,
     ) -> Tensor:
-        """Latents [B, *latent] at the end of `trajectory`, with nothing dropped out."""
+        """Return the latents at the end of `trajectory`, [B, *latent], sampled without dropout."""
         latents = x_T
         points = self.trajectory(
             conditioning,
@@ -278,7 +295,18 @@ class ModelFamily(ABC):
     def sample_until(
         self, conditioning: Conditioning, x_T: Tensor, *, guidance_scale: float, num_inference_steps: int, steps: int
     ) -> tuple[Tensor, Tensor]:
-        """x_t [B, *latent] after so many steps of `trajectory`, fewer than all, and its native time t, [B]."""
+        """Sample the first steps of `trajectory`.
+
+        Args:
+            conditioning: Conditioning on the prompts, one row for each sample.
+            x_T: Start noise, [B, *latent].
+            guidance_scale: w in ε_u + w·(ε_c − ε_u), or the network's input.
+            num_inference_steps: Number of steps of the whole trajectory.
+            steps: Number of steps taken, 0 to `num_inference_steps` − 1.
+
+        Returns:
+            x_t after those steps, [B, *latent], and its native time t, [B].
+        """
         scheduler = self.sampler()
         self.set_timesteps(scheduler, num_inference_steps, x_T)
         points = self.trajectory(
@@ -291,52 +319,66 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures of latents, float32 [B, 3, H, W] in 0 to 1."""
+        """Decode latents [B, *latent] to pictures, float32 [B, 3, H, W] in 0 to 1."""
 
     @abstractmethod
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Clean latents, float32 [B, *latent], of pictures [B, 3, H, W] in 0 to 1; the inverse of `decode`."""
+        """Encode pictures [B, 3, H, W] in 0 to 1 as clean latents, float32 [B, *latent]; the inverse of `decode`."""
 
     @abstractmethod
     def free_encoders(self, *, decoder: bool) -> None:
-        """Drop the text encoders from memory, and the decoder of latents if asked to; what needs them raises then."""
+        """Free the memory of the text encoders.
+
+        Args:
+            decoder: True to free the autoencoder as well. Methods that need a freed network raise `SafemaxError`.
+        """
 
     @abstractmethod
     def lora_target_modules(self, targets: LoraTargets) -> list[str]:
-        """Module name endings that get a LoRA."""
+        """Return the endings of the names of the modules that get a LoRA.
+
+        Raises:
+            OptionError: The model has no such modules.
+        """
 
     def token_projections(self) -> dict[str, nn.Module]:
-        """The layers that turn token states into keys and values, by their names in the denoiser; none by default."""
+        """Return the layers that project token states to keys and values, by name; none by default."""
         return {}
 
     @classmethod
     def kohya_names(cls, layers: Iterable[str]) -> dict[str, str]:
-        """Name an adapter's layers as A1111 and ComfyUI look for them, dots in place of underscores."""
+        """Map an adapter's layer names to those that A1111 and ComfyUI look for, with dots for their underscores."""
         return {layer: layer for layer in layers}
 
     @abstractmethod
     def save_adapter(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Write `pytorch_lora_weights.safetensors` so that the family's stock pipeline loads it."""
+        """Write `pytorch_lora_weights.safetensors` in the format that the family's stock pipeline loads.
+
+        Args:
+            directory: Folder to write to.
+            state: LoRA matrices, by diffusers' names.
+            metadata: Configuration of the LoRA.
+        """
 
     @classmethod
     @abstractmethod
     def usage(
         cls, base: str, folder: str, prompt: str, *, options: LoadOptions, full: bool, resolution: int | None
     ) -> list[str]:
-        """Write lines of Python that draw `erased.png`, of diffusers alone wherever it can.
+        """Return lines of Python that sample `erased.png`, with diffusers alone if it can.
 
         Args:
             base: Expression for the base model's folder or hub id.
-            folder: Where the run's output lies.
-            prompt: What to draw.
-            options: How the base model was loaded.
-            full: Whether the output is the denoiser's weights and not a LoRA.
-            resolution: In pixels; None for the model's own.
+            folder: Output folder of the run.
+            prompt: Prompt to sample.
+            options: Settings that load the base model.
+            full: True if the output is the whole denoiser instead of a LoRA.
+            resolution: Picture side in pixels; None for the model's own.
         """
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, nothing of the denoiser drops out at random."""
+        """Switch the denoiser's dropout off inside the block."""
         training = [module for module in self.denoiser.modules() if module.training]
         self.denoiser.eval()
         try:
@@ -347,7 +389,7 @@ class ModelFamily(ABC):
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
-        """Inside, an attached LoRA is off and predictions are the frozen base model's, bit for bit."""
+        """Switch an attached LoRA off inside the block; predictions are then the frozen model's, bit for bit."""
         layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
         for layer in layers:
             layer.enable_adapters(False)
@@ -359,17 +401,17 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def enable_memory_savings(self, *, gradient_checkpointing: bool, xformers: bool) -> list[str]:
-        """Switch on what was asked for; returns a message for each thing that is not to be had here."""
+        """Switch on memory savings; return a message for each that is not available here."""
 
 
 FAMILIES: Registry[ModelFamily] = Registry("model family", ModelFamily, "safemax_sd.families")  # type: ignore[type-abstract]
 
 
 def load_family(options: LoadOptions) -> ModelFamily:
-    """Load a model with the family that its `model_index.json` names.
+    """Load a model with the family for the pipeline class in its `model_index.json`.
 
     Raises:
-        OptionError: No such model, or its pipeline class belongs to no family.
+        OptionError: The model does not exist or cannot be loaded, or no family has its pipeline class.
     """
     path = resolve_model(options.name_or_path)
     try:
@@ -381,7 +423,7 @@ def load_family(options: LoadOptions) -> ModelFamily:
             options.name_or_path,
             "must be a diffusers model folder, a hub id or an embedded model's name (emoji)",
         ) from error
-    if isinstance(class_name, list):  # a class of one's own, with the file that defines it
+    if isinstance(class_name, list):  # a custom class, after the file that defines it
         class_name = class_name[-1] if class_name else None
     supported: list[str] = []
     for name in FAMILIES.names():

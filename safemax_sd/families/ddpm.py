@@ -1,4 +1,4 @@
-"""Class-conditional DDPM: a pixel-space UNet2DModel whose prompts are the names of its classes."""
+"""Class-conditional DDPM: a pixel-space UNet2DModel whose prompts are class names."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, load_part
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"]
 LABELS = "class_labels"
+"""Name in `Conditioning` of the class numbers, int64 [B]."""
 CLASS_NAMES = "class_names"
-"""Entry of `model_index.json`: the classes in the order of their embeddings."""
+"""Entry of `model_index.json` with the classes in the order of their embeddings."""
 
 
 class ClassConditionalDDPM(ModelFamily):
-    """`DDPMPipeline` folders whose UNet embeds a class; the last embedding is the empty prompt's.
+    """The family of `DDPMPipeline` folders whose UNet embeds a class.
 
-    The null class makes classifier-free guidance possible (arXiv 2207.12598). `save_base` writes such a folder.
+    The last embedding is the empty prompt's; this null class makes classifier-free guidance possible (arXiv
+    2207.12598). `save_base` writes such a folder.
     """
 
     name: ClassVar[str] = "ddpm"
@@ -80,10 +82,10 @@ class ClassConditionalDDPM(ModelFamily):
         write_json_atomic(directory / "model_index.json", index)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Class numbers, int64 [B].
+        """Return the prompts' class numbers, int64 [B].
 
         Raises:
-            OptionError: A prompt that is neither empty nor the name of a class.
+            OptionError: A prompt is neither empty nor the name of a class.
         """
         numbers = {name: number for number, name in enumerate((*self.class_names, ""))}
         for prompt in prompts:
@@ -105,7 +107,7 @@ class ClassConditionalDDPM(ModelFamily):
         return output.float()
 
     def sampler(self) -> DDIMScheduler:
-        # Nothing is clipped on the way, as in the published study: a forgotten class's output is not a picture.
+        # Nothing is clipped while sampling, as in the published study: a forgotten class's output is not a picture.
         return as_scheduler(DDIMScheduler, {**self.scheduler_settings, "clip_sample": False})
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ class ClassConditionalDDPM(ModelFamily):
         return 2 * pictures.float() - 1
 
     def free_encoders(self, *, decoder: bool) -> None:
-        """There are none: a class number needs no text encoder."""
+        """Do nothing: this family has neither a text encoder nor an autoencoder."""
 
     def lora_target_modules(self, targets: LoraTargets) -> list[str]:
         if targets == "cross_attention":
@@ -125,7 +127,7 @@ class ClassConditionalDDPM(ModelFamily):
         return ATTENTION if targets == "attention" else [*ATTENTION, *CONVOLUTIONS]
 
     def save_adapter(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        # DDPMPipeline loads no LoRA; the file has the names and metadata that diffusers gives other pipelines' files.
+        # DDPMPipeline loads no LoRA; names and metadata are those that diffusers gives other pipelines' files.
         named = {f"unet.{name}": tensor for name, tensor in state.items()}
         save_file(named, directory / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
 
@@ -133,7 +135,7 @@ class ClassConditionalDDPM(ModelFamily):
     def usage(
         cls, base: str, folder: str, prompt: str, *, options: LoadOptions, full: bool, resolution: int | None
     ) -> list[str]:
-        return [  # DDPMPipeline knows neither classes nor LoRA
+        return [  # DDPMPipeline supports neither classes nor LoRA
             "import torch",
             "from safemax_sd.results.erasure import load_erased",
             "from safemax_sd.results.samples import to_pil",

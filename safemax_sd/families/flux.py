@@ -1,4 +1,4 @@
-"""FLUX.1: transformer on packed latents, flow matching, CLIP's pooled embedding and T5's token states."""
+"""FLUX.1: a transformer on packed latents, flow matching, CLIP's pooled embedding and T5's token states."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from safemax_sd.families.latent import POOLED
 from safemax_sd.families.transformer import FEED_FORWARD, TransformerFamily
 
 GUIDANCE = "guidance"
-"""Name in `Conditioning` of the guidance scale that a distilled model is given, [B]."""
+"""Name in `Conditioning` of a distilled model's guidance scale, float32 [B]."""
 DEFAULT_GUIDANCE = 3.5
 PACK = 2
+"""Side of the squares of latent pixels that are packed into one token."""
 SINGLE_BLOCKS = ["proj_mlp", "proj_out"]
 
 
 class Flux(TransformerFamily):
-    """`FluxPipeline` folders. Outside this file latents are pictures [B, C, H, W]; packing them is done here.
+    """The family of `FluxPipeline` folders. Outside this file latents are [B, C, H, W]; only this file packs them.
 
     FLUX.1-dev is distilled from guided sampling: it takes the guidance scale as an input, and a sampler follows its one
-    prediction. FLUX.1-schnell has no such input; it is guided, if at all, like any other model.
+    prediction. FLUX.1-schnell has no such input; if it is guided at all, then like any other model.
     """
 
     name: ClassVar[str] = "flux"
@@ -90,17 +91,17 @@ class Flux(TransformerFamily):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, H, W] as tokens of 2 x 2 squares, [B, H/2 · W/2, 4C]."""
+    """Pack latents [B, C, H, W] into tokens of 2 x 2 squares, [B, H/2 · W/2, 4C]."""
     return nn.functional.pixel_unshuffle(latents, PACK).flatten(2).transpose(1, 2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack` for `height` x `width` tokens."""
+    """Unpack `height` x `width` tokens [B, height · width, 4C] to latents; the inverse of `pack`."""
     squares = tokens.transpose(1, 2).unflatten(2, (height, width))
     return nn.functional.pixel_shuffle(squares, PACK)
 
 
 def places(height: int, width: int) -> Tensor:
-    """(0, row, column) of every token, [height · width, 3]."""
+    """Return (0, row, column) of every token, int64 [height · width, 3]."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)

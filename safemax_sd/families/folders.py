@@ -1,4 +1,4 @@
-"""Model folders in diffusers' format, loaded part by part: an error names the part that is missing or unusable."""
+"""Model folders in diffusers' format, loaded part by part so that an error names the part at fault."""
 
 from __future__ import annotations
 
@@ -20,24 +20,33 @@ LOAD_ERRORS = (
     OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError, EOFError, RuntimeError,
     UnpicklingError, SafetensorError,
 )  # fmt: skip
-"""Raised by diffusers and transformers for folders that they cannot load."""
+"""Errors of diffusers and transformers for folders that they cannot load."""
 OPTION = "--pretrained_model_name_or_path"
 LIBRARIES = ("diffusers", "transformers")
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts of pipelines that this project does without."""
+"""Parts of pipelines that this project does not use."""
 SETTINGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
 WEIGHTS = ("*.safetensors", "*.bin")
 REASON_LENGTH = 200
 
 
 def cannot_be_loaded(name_or_path: str, error: Exception, part: str = "") -> OptionError:
-    """Return the error that names a model, the part where one is at fault, and a library's reason."""
+    """Build the error of a model that a library cannot load.
+
+    Args:
+        name_or_path: Folder or hub id of the model.
+        error: The library's error, whose message is shortened.
+        part: Part of the model at fault, if known.
+    """
     reason = " ".join(str(error).split())[:REASON_LENGTH] or type(error).__name__
     return OptionError(OPTION, name_or_path, f"{part} cannot be loaded: {reason}".strip())
 
 
 def load_folder(options: LoadOptions) -> dict[str, Any]:
-    """Load all parts that a folder's `model_index.json` names; none of a model of the hub, which is left to diffusers.
+    """Load all parts that a local folder's `model_index.json` names.
+
+    Returns:
+        Parts by name; none for a model on the hub, which diffusers loads.
 
     Raises:
         OptionError: A part is missing, damaged or lacks weights.
@@ -58,12 +67,12 @@ def load_part(options: LoadOptions, name: str, entry: Any) -> Any:
     """Load a part of a model with the class that its `model_index.json` names.
 
     Args:
-        options: Of the model.
-        name: Of the part, and of its folder.
-        entry: Of the index: library and class.
+        options: Settings that load the model.
+        name: Name of the part, and of its folder.
+        entry: Library and class, as in the index.
 
     Raises:
-        OptionError: The class is no library's, or the part is missing, damaged or lacks weights.
+        OptionError: Neither library has the class, or the part is missing, damaged or lacks weights.
     """
     if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in LIBRARIES):
         raise OptionError(
@@ -78,7 +87,7 @@ def load_part(options: LoadOptions, name: str, entry: Any) -> Any:
     if path.is_dir():
         _check_settings(options.name_or_path, path / name)
     if network:
-        # transformers would only refer to a report that it prints; diffusers names the weight of another shape itself.
+        # On weights of other shapes, transformers' error only refers to a printed report; diffusers' names the weight.
         theirs = {"dtype": options.dtype, "ignore_mismatched_sizes": True}
         arguments |= theirs if entry[0] == "transformers" else {"torch_dtype": options.dtype}
         arguments |= {"variant": options.variant, "output_loading_info": True}
@@ -100,7 +109,11 @@ def load_part(options: LoadOptions, name: str, entry: Any) -> Any:
 
 
 def _check_complete(name_or_path: str, part: str, report: dict[str, Any]) -> None:
-    """Check that all weights of a network were found: transformers goes on with random numbers in place of others."""
+    """Check that all weights of a network were found; transformers fills missing ones with random numbers.
+
+    Raises:
+        OptionError: A weight is missing or has another shape.
+    """
     missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if missing:
         text = f"{part} lacks {len(missing)} of its weights, or has other shapes of them, the first {missing[0]}"
@@ -108,7 +121,11 @@ def _check_complete(name_or_path: str, part: str, report: dict[str, Any]) -> Non
 
 
 def _check_settings(name_or_path: str, part: Path) -> None:
-    """Check that a part's folder is there, and its JSON files are JSON objects."""
+    """Check that a part's folder exists and its JSON files hold JSON objects.
+
+    Raises:
+        OptionError: The folder is missing, or a file holds no JSON object.
+    """
     if not part.is_dir():
         raise OptionError(OPTION, name_or_path, f"lacks the folder {part.name} that its model_index.json names")
     for path in sorted(part.glob("*.json")):
@@ -123,7 +140,13 @@ def _check_settings(name_or_path: str, part: Path) -> None:
 
 
 def _weights(options: LoadOptions, part: Path) -> dict[str, Any]:
-    """Return the arguments that choose a network's weight files: plain ones where only other parts have the variant."""
+    """Return the arguments that choose a network's weight files.
+
+    Without files of the variant, the plain ones are chosen if another part has the variant.
+
+    Raises:
+        OptionError: The part lacks its configuration or weights, or no part has the variant.
+    """
     if not (part / "config.json").is_file():
         raise OptionError(OPTION, options.name_or_path, f"{part.name} holds no config.json")
     files = [file.name for pattern in WEIGHTS for file in part.glob(pattern)]
@@ -141,17 +164,17 @@ def _weights(options: LoadOptions, part: Path) -> dict[str, Any]:
 
 
 def _variant(file: str) -> str:
-    """The `fp16` of `model.fp16.safetensors` and `model.fp16-00001-of-00002.safetensors`; empty for plain weights."""
+    """Return a weight file's variant: `fp16` for `model.fp16-00001-of-00002.safetensors`, empty for plain weights."""
     stem, _, rest = file.partition(".")
     middle = rest.rpartition(".")[0]
     return middle.partition("-")[0] if stem else ""
 
 
 def check_tokenizers(pipeline: Any, name_or_path: str) -> None:
-    """Check that a pipeline's tokenizers tell words apart: one without its vocabulary loads all the same.
+    """Check that a pipeline's tokenizers tell words apart; a tokenizer without its vocabulary loads without an error.
 
     Raises:
-        OptionError: One does not.
+        OptionError: A tokenizer has no vocabulary.
     """
     for name, tokenizer in pipeline.components.items():
         if name.startswith("tokenizer") and tokenizer is not None:
@@ -161,10 +184,10 @@ def check_tokenizers(pipeline: Any, name_or_path: str) -> None:
 
 
 def own_side(config: Any) -> int:
-    """Return the side of a denoiser's own samples.
+    """Return the side of a denoiser's samples, from its configuration.
 
     Raises:
-        OptionError: Its `sample_size` is not that of a square.
+        OptionError: The `sample_size` is not square.
     """
     size = config.sample_size
     sides = set(size) if isinstance(size, list | tuple) else {size}

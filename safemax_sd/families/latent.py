@@ -1,4 +1,4 @@
-"""What all latent text-to-image models share: one of diffusers' pipelines with an autoencoder and text encoders."""
+"""The base of all latent text-to-image families: a diffusers pipeline with an autoencoder and text encoders."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, check_tok
 from safemax_sd.prompts import without_cut_text
 
 POOLED = "pooled"
-"""Name in `Conditioning` of a prompt's pooled text embedding, [B, D]."""
+"""Name in `Conditioning` of the prompts' pooled text embeddings, [B, D]."""
 PROMPTS_AT_ONCE = 64
 PICTURES_AT_ONCE = 16
 
 
 class LatentFamily(ModelFamily):
-    """A pipeline of diffusers whose denoiser works on an autoencoder's latents.
+    """A diffusers pipeline whose denoiser works on an autoencoder's latents.
 
     Attributes:
-        pipeline_class: Of diffusers.
-        pipeline_arguments: Of its `from_pretrained`, besides those of every pipeline.
-        scheduler_settings: The model's own, with `--prediction_type` in place of its prediction type if that was given.
-        normalises_latents: Whether the pipeline heeds an autoencoder's `latents_mean` and `latents_std`.
+        pipeline_class: Pipeline class of diffusers.
+        pipeline_arguments: Further arguments of the class's `from_pretrained`.
+        scheduler_settings: Settings of the model's scheduler; `--prediction_type` overrides the prediction type.
+        normalises_latents: True if the pipeline applies the autoencoder's `latents_mean` and `latents_std`.
     """
 
     normalises_latents: ClassVar[bool] = False
@@ -53,9 +53,9 @@ class LatentFamily(ModelFamily):
         for part in self._networks():
             part.requires_grad_(False).eval().to(options.device)
         if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
-            pipeline.vae.float()  # such an autoencoder's activations overflow in half precision: black pictures
+            pipeline.vae.float()  # activations of such an autoencoder overflow in half precision: black pictures
         self.denoiser: nn.Module = getattr(pipeline, self.denoiser_part)
-        self.empty = self._encode_empty()  # sampling needs it after the text encoders have left memory
+        self.empty = self._encode_empty()  # sampling needs it after the text encoders are freed
 
     @classmethod
     def load(cls, options: LoadOptions) -> Self:
@@ -78,10 +78,10 @@ class LatentFamily(ModelFamily):
 
     @abstractmethod
     def _check_scheduler(self, scheduler: Any) -> None:
-        """Check that the folder's own scheduler belongs to a noise process of this family.
+        """Check that the folder's scheduler is for this family's noise process.
 
         Raises:
-            OptionError: It does not.
+            OptionError: The scheduler is for another process.
         """
 
     def _noise_process(self) -> DiffusionProcess:
@@ -100,14 +100,14 @@ class LatentFamily(ModelFamily):
 
     @abstractmethod
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of a few prompts, float32."""
+        """Encode one batch of prompts, float32."""
 
     def _encode_empty(self) -> Conditioning:
-        """What the stock pipeline conditions on where no negative prompt is given."""
+        """Return the conditioning that the stock pipeline uses without a negative prompt."""
         return self.encode_prompts([""])
 
     def _text_encoders(self) -> list[str]:
-        """Names of the text encoders that are in memory."""
+        """Return the names of the text encoders in memory."""
         parts = self.pipeline.components
         return [name for name, part in parts.items() if name.startswith("text_encoder") and part is not None]
 
@@ -120,28 +120,28 @@ class LatentFamily(ModelFamily):
 
     @property
     def _own_side(self) -> int:
-        """Side of the model's own latents.
+        """Side of the model's latents.
 
         Raises:
-            OptionError: They are not square.
+            OptionError: The latents are not square.
         """
         return own_side(self.denoiser.config)
 
     @property
     def _channels(self) -> int:
-        """Of a latent."""
+        """Channels of a latent."""
         return int(self.denoiser.config.in_channels)  # type: ignore[arg-type,union-attr]
 
     @property
     def _patch(self) -> int:
-        """Side of the squares of a latent that the denoiser takes together."""
+        """Side of the squares of latent pixels that the denoiser treats as one token."""
         return 1
 
     def latent_shape(self, resolution: int | None) -> tuple[int, ...]:
-        """Shape of one latent.
+        """Return the shape of one latent for pictures of `resolution` pixels (None: the model's own size).
 
         Raises:
-            OptionError: A resolution that does not divide into the model's patches.
+            OptionError: The resolution is no multiple of the model's patches.
         """
         side = self._own_side if resolution is None else resolution // self.pipeline.vae_scale_factor
         if side % self._patch:
@@ -174,19 +174,19 @@ class LatentFamily(ModelFamily):
         parts = []
         for part in pictures.split(PICTURES_AT_ONCE):
             encoded = vae.encode((2 * part - 1).to(self.device, vae.dtype))
-            # An autoencoder with a distribution gives its mode: a picture's most likely latent.
+            # Of an autoencoder's distribution, take the mode: the most likely latent.
             latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
             mean, scale = self._latent_statistics(latents)
             parts.append((latents.float() - mean) * scale)
         return torch.cat(parts)
 
     def _raw_latents(self, latents: Tensor) -> Tensor:
-        """Latents as the autoencoder decodes them, [B, *latent]."""
+        """Scale latents to the autoencoder's own mean and variance, [B, *latent]."""
         mean, scale = self._latent_statistics(latents)
         return latents / scale + mean
 
     def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean of the raw latents and the factor that brings them to unit variance, [1, C or 1, 1, 1] each."""
+        """Return the raw latents' mean and the factor that scales them to unit variance, each [1, C or 1, 1, 1]."""
         config = self.pipeline.vae.config
         mean, scale = latents.new_zeros(1, 1, 1, 1), latents.new_full((1, 1, 1, 1), config.scaling_factor)
         if self.normalises_latents and config.get("latents_mean") and config.get("latents_std"):

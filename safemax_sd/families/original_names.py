@@ -28,15 +28,16 @@ IN_MIDDLE = re.compile(r"mid_block\.((?:resnets|attentions)\.\d+)\.(.+)")
 
 
 def original_names(layers: Iterable[str]) -> dict[str, str]:
-    """The original code's names of a UNet's layers.
+    """Map diffusers' names of a UNet's layers to the original code's.
 
-    The original code numbers the parts of all its blocks in one row; how many a block has is told from the names.
+    The original code numbers the parts of all blocks consecutively. The number of parts in a block follows from the
+    names.
 
     Args:
-        layers: A network's or an adapter's in diffusers' names, some of each up block among them.
+        layers: Names of a network's or an adapter's layers, with some of each up block among them.
 
     Raises:
-        ValueError: A layer of another network.
+        ValueError: A layer belongs to another network.
     """
     names = list(layers)
     found = [match for match in map(IN_BLOCK.fullmatch, names) if match]
@@ -58,7 +59,7 @@ def _original_name(layer: str, per_block: int, attending: set[int]) -> str:
     block, part_number = int(match[2]), int(match[4])
     if kind == "downsamplers":
         return f"input_blocks.{per_block * (block + 1)}.0.op"
-    if kind == "upsamplers":  # behind the last part's resnet and, where there is one, its attention
+    if kind == "upsamplers":  # after the last part's resnet and, if it has one, its attention
         return f"output_blocks.{per_block * (block + 1) - 1}.{1 + (block in attending)}.{inner}"
     place = per_block * block + part_number
     row = f"input_blocks.{1 + place}" if side == "down" else f"output_blocks.{place}"

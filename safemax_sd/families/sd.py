@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: latent UNet, one CLIP text encoder, ε- or v-prediction."""
+"""Stable Diffusion 1.x and 2.x: a latent UNet, one CLIP text encoder, ε- or v-prediction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safemax_sd.families.unet import UNetFamily
 
 
 class StableDiffusion(UNetFamily):
-    """`StableDiffusionPipeline` folders: Stable Diffusion 1.x, 2.x and the embedded emoji model."""
+    """The family of `StableDiffusionPipeline` folders: Stable Diffusion 1.x, 2.x and the embedded emoji model."""
 
     name: ClassVar[str] = "stable_diffusion"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})

@@ -13,7 +13,7 @@ from safemax_sd.families.transformer import TransformerFamily
 
 
 class StableDiffusion3(TransformerFamily):
-    """`StableDiffusion3Pipeline` folders (arXiv 2403.03206), with T5 or without."""
+    """The family of `StableDiffusion3Pipeline` folders (arXiv 2403.03206), with T5 or without."""
 
     name: ClassVar[str] = "stable_diffusion_3"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusion3Pipeline"})

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: latent UNet, two CLIP text encoders, pooled embedding and picture size as further inputs."""
+"""Stable Diffusion XL: a latent UNet, two CLIP text encoders; pooled embedding and picture size are further inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from safemax_sd.families.unet import UNetFamily
 
 
 class StableDiffusionXL(UNetFamily):
-    """`StableDiffusionXLPipeline` folders (arXiv 2307.01952); a token state is those of both encoders side by side."""
+    """The family of `StableDiffusionXLPipeline` folders (arXiv 2307.01952).
+
+    A token's state is the concatenation of both encoders' states.
+    """
 
     name: ClassVar[str] = "stable_diffusion_xl"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusionXLPipeline"})
@@ -25,8 +28,8 @@ class StableDiffusionXL(UNetFamily):
 
     @classmethod
     def kohya_names(cls, layers: Iterable[str]) -> dict[str, str]:
-        # By diffusers' name, A1111 looks for the first upsampler where Stable Diffusion 1.x has it, and finds none. All
-        # layers have the original names, as in kohya's own files: of a file that has both kinds, diffusers drops one.
+        # A1111 mistakes diffusers' name of the first upsampler for Stable Diffusion 1.x's and finds no such layer. All
+        # layers get the original names, as in kohya's own files, since diffusers drops one kind of a file with both.
         return original_names(layers)
 
     def _encode(self, prompts: list[str]) -> Conditioning:
@@ -43,6 +46,6 @@ class StableDiffusionXL(UNetFamily):
 
     def _added_conditions(self, x_t: Tensor, conditioning: Conditioning) -> dict[str, Tensor]:
         height, width = (side * self.pipeline.vae_scale_factor for side in x_t.shape[-2:])
-        # Original size, crop and target size, as the pipeline fills them in where none are given.
+        # Original size, crop and target size: the pipeline's defaults.
         sizes = torch.tensor([[height, width, 0, 0, height, width]]).to(x_t)
         return {"text_embeds": conditioning.tensors[POOLED].to(x_t.dtype), "time_ids": sizes.expand(len(x_t), -1)}

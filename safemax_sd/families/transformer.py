@@ -1,4 +1,4 @@
-"""What the families share whose denoiser is a transformer on text and picture tokens, trained by flow matching."""
+"""The base of families whose denoiser is a transformer on text and picture tokens, trained by flow matching."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safemax_sd.families.latent import LatentFamily
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 TEXT_ATTENTION = ["add_k_proj", "add_v_proj"]
-"""What joint attention has in place of cross-attention: keys and values of the text."""
+"""Keys and values of the text, which stand in for cross-attention in joint attention."""
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 
 
@@ -36,7 +36,7 @@ class TransformerFamily(LatentFamily):
         return as_scheduler(FlowMatchEulerDiscreteScheduler, self.scheduler_settings)
 
     def _noise_process(self) -> DiffusionProcess:
-        """With the shift for pictures of the model's own size; a sampler takes that of the size it is asked for."""
+        """Build the process with the shift for the model's own picture size; a sampler takes that of its latents."""
         config: Any = self.sampler().config  # type: ignore[attr-defined]
         if not config.use_dynamic_shifting:
             return flow_matching(config.num_train_timesteps, config.shift)
@@ -50,18 +50,23 @@ class TransformerFamily(LatentFamily):
         scheduler.set_timesteps(**self._steps(num_inference_steps), device=x_T.device, mu=mu)
 
     def shift_timesteps(self, scheduler: Any, share: float) -> None:
-        """The first step is the highest noise level and stays; the others move towards the step before."""
+        """Move all steps but the first, which is at the highest noise level, towards the step before."""
         sigmas = scheduler.sigmas.clone()
         sigmas[1:-1] += share * (scheduler.sigmas[:-2] - scheduler.sigmas[1:-1])
         scheduler.sigmas = sigmas
         scheduler.timesteps = (sigmas[:-1] * scheduler.config.num_train_timesteps).to(scheduler.timesteps)
 
     def _steps(self, num_inference_steps: int) -> dict[str, Any]:
-        """The steps as this family's pipeline asks its scheduler for them."""
+        """Return the arguments by which this family's pipeline sets its scheduler's steps."""
         return {"num_inference_steps": num_inference_steps}
 
     def _shift_of(self, config: Any, size: int) -> float:
-        """μ of a schedule that shifts with picture size: linear in the number of tokens; `size` is a latent's H · W."""
+        """Return the shift μ of a schedule that depends on picture size: linear in the number of tokens.
+
+        Args:
+            config: Configuration of the scheduler.
+            size: Height times width of a latent.
+        """
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         return float(config.base_shift + slope * (size // self._patch**2 - config.base_image_seq_len))
 

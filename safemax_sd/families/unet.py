@@ -1,4 +1,4 @@
-"""What the families share whose denoiser is diffusers' text-conditioned UNet."""
+"""The base of families whose denoiser is diffusers' text-conditioned UNet."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class UNetFamily(LatentFamily):
         return output.float()
 
     def _added_conditions(self, x_t: Tensor, conditioning: Conditioning) -> dict[str, Tensor] | None:
-        """What the UNet is told besides the token states; of x_t's dtype."""
+        """Return the UNet's inputs besides the token states, in x_t's dtype; none by default."""
         return None
 
     def _check_scheduler(self, scheduler: Any) -> None:
