@@ -95,7 +95,6 @@ VARIANTS: dict[str, Variant] = {
     "safemax_lambda_0": Variant("safemax", {**SAFEMAX, "decay_lambda": 0.0}, SMALL_SAFEMAX),
     "safemax_lambda_2": Variant("safemax", {**SAFEMAX, "decay_lambda": 2.0}, SMALL_SAFEMAX),
     "safemax_lambda_4": Variant("safemax", {**SAFEMAX, "decay_lambda": 4.0}, SMALL_SAFEMAX),
-    "safemax_sampled": Variant("safemax", {**SAFEMAX, "target": "sampled"}, SMALL_SAFEMAX),
     "salun": Variant("salun", {}, {}, real_data=True),
     "selective_amnesia": Variant(
         "selective_amnesia",

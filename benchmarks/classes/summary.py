@@ -123,7 +123,7 @@ def method_table(rows: Sequence[Row]) -> str:
                 "" if memory is None else f"{memory:.0f}",
             ]
         )
-    header = ["method", "runs", "UA %", "UA with rejection % (lowest)", "H", "spread of the outputs", "FID",
+    header = ["method", "runs", "UA %", "UA with rejection % (lowest)", "H", "standard deviation of the outputs", "FID",
               "kept classes recognised %", "seconds", "step memory MiB"]  # fmt: skip
     return markdown(header, body)
 

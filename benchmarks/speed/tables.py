@@ -143,7 +143,7 @@ def until_table(rows: Sequence[Row]) -> str:
     """What a run took until the probe stopped it."""
     kinds = ("replay", "prepare", "train", "probe")
     header = ["method", "device", "forgotten", "steps", *(f"calls: {kind}" for kind in kinds), "all calls"]
-    header += ["s: replay", "s: prepare", "s: train and probe", "s: all", "peak MiB", "retained %", "look-alikes %"]
+    header += ["s: replay", "s: prepare", "s: train and probe", "s: all", "peak MiB", "retained %", "neighbours %"]
     return table(
         header,
         (

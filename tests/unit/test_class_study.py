@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.class_unlearning import VARIANTS, Variant
 from benchmarks.classes.classifier import Classifier
 from benchmarks.classes.data import Dataset, read_sheets, write_folder
 from benchmarks.classes.measure import Sampling, TensorMemory, forgetting, retention
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.recording.picture_folder import load_picture_folder
+from safemax_sd.training.config import config_class
 from tests import tiny
 
 LEVELS = (0.2, 0.5, 0.8)
@@ -112,3 +115,9 @@ def test_memory_counts_what_is_alive() -> None:
         assert memory.alive == 6000
     assert memory.peak == 8000
     assert len(view) == 10
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
+def test_every_variant_sets_flags_that_exist(variant: Variant) -> None:
+    known = {field.name for field in dataclasses.fields(config_class(variant.objective))}
+    assert {*variant.settings, *variant.small} <= known
