@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers import DiffusionPipeline
-from safemax_sd.evaluation.compare_methods import Method, UntrainedMethod, read_method
+from safemax_sd.evaluation.compare_methods import Method, read_method
 from safemax_sd.evaluation.compare_runs import BASE
 from safemax_sd.evaluation.inputs import check_metrics, suite_concepts
 from safemax_sd.evaluation.options import LIMITS, EvaluateOptions, MeasuringOptions
@@ -97,18 +98,17 @@ def _check(comparison: Comparison, path: str) -> None:
     EvaluateOptions(adapter="", **settings.evaluation()).validate()
     parts = [part for suite in comparison.tasks.values() for part in suite.parts.values()]
     own = [prompt.guidance for part in parts for prompt in part.prompts if prompt.guidance is not None]
-    lowest = min([settings.guidance_scale, *own])
-    if lowest <= 1 and any(isinstance(m, UntrainedMethod) for m in comparison.methods.values()):
-        text = "guidance_scale must be more than 1, a prompt's own too: baselines change guidance alone"
-        raise OptionError("--config", path, text)
     for suite in comparison.tasks.values():
         suite_concepts(suite)
         check_metrics(suite)
     try:
-        DiffusionPipeline.load_config(resolve_model(settings.base_model))
+        index = DiffusionPipeline.load_config(resolve_model(settings.base_model))
     except (OSError, ValueError) as error:
         text = f"base_model {settings.base_model} is no diffusers folder, hub id or embedded model (emoji)"
         raise OptionError("--config", path, text) from error
+    pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
+    for method in comparison.methods.values():
+        method.check_base(pipeline_class, min([settings.guidance_scale, *own]))
 
 
 def _methods(content: dict[str, Any], path: str) -> dict[str, Method]:

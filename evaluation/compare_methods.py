@@ -96,6 +96,17 @@ class Method(ABC):
     def check(self, erasure: Erasure) -> None:
         """Raises OptionError where a task or value cannot be used; writes nothing."""
 
+    def check_base(self, pipeline_class: type[Any] | None, lowest_guidance: float) -> None:  # noqa: B027
+        """Check that it goes with a base model; most methods do with every one.
+
+        Args:
+            pipeline_class: Class of diffusers that draws with the model; None for one that diffusers does not have.
+            lowest_guidance: Lowest guidance scale of the evaluation.
+
+        Raises:
+            OptionError: It does not.
+        """
+
     @abstractmethod
     def erase(self, erasure: Erasure) -> None:
         """Make the result.
@@ -112,6 +123,11 @@ class Method(ABC):
     def given(self) -> dict[str, Any]:
         """What the configuration says of it."""
         return {self.kind: self.name, **self.flags}
+
+    @property
+    def described(self) -> str:
+        """What the configuration says of it, for a reader."""
+        return ", ".join(f"{name} {value}" for name, value in self.given.items())
 
     def identity(self) -> dict[str, Any]:
         """All of the method that its result depends on, defaults included."""
@@ -239,8 +255,21 @@ class UntrainedMethod(Method):
     def settings(self) -> dict[str, Any]:
         return asdict(BASELINES.get(self.name).Settings(**self.flags))
 
+    @property
+    def described(self) -> str:
+        baseline = BASELINES.get(self.name)
+        return f"{baseline.label} ({baseline.paper}): {super().described}"
+
     def check(self, erasure: Erasure) -> None:
-        """A suite that can be read is enough."""
+        """Check nothing: a suite that can be read is enough."""
+
+    def check_base(self, pipeline_class: type[Any] | None, lowest_guidance: float) -> None:
+        baseline = BASELINES.get(self.name)
+        if baseline.guided and lowest_guidance <= 1:
+            text = f"guidance_scale must be more than 1, a prompt's own too: {self.name} changes guidance alone"
+            raise OptionError("--config", self.where, text)
+        if pipeline_class is not None:
+            baseline.check_pipeline(pipeline_class)
 
     def erase(self, erasure: Erasure) -> None:
         """There is nothing to make."""

@@ -61,6 +61,7 @@ class Gallery:
 
 def write_comparison_page(
     content: Mapping[str, Any],
+    methods: Mapping[str, str],
     table: Sequence[Summary],
     columns: TableColumns,
     grids: tuple[Grid, Grid],
@@ -70,7 +71,8 @@ def write_comparison_page(
     """Write `index.html`.
 
     Args:
-        content: Of `compare.json`.
+        content: Content of `compare.json`.
+        methods: Descriptions by label.
         table: Lines of the table, for the plots.
         columns: Columns of the table, for the plots.
         grids: The table, and that by task.
@@ -79,7 +81,7 @@ def write_comparison_page(
     """
     made, (whole, tasks) = content["provenance"], grids
     page = PAGE.format(
-        title=html.escape(f"{len(content['methods'])} methods on {content['settings']['base_model']}"),
+        title=html.escape(f"{len(methods)} methods on {content['settings']['base_model']}"),
         style=STYLE_SHEET.read_text(encoding="utf8"),
         lead=html.escape(_lead(content)),
         table=_table(whole),
@@ -89,7 +91,7 @@ def write_comparison_page(
         failed=_failed(content["cells"]),
         plots=_plots(table, columns),
         galleries="".join(_gallery(task, gallery) for task, gallery in galleries.items()),
-        methods=_pairs({label: _flags(flags) for label, flags in content["methods"].items()}),
+        methods=_pairs(methods),
         settings=_pairs({**content["settings"], "seeds": _listed(content["seeds"])}),
         versions=_pairs({**made["versions"], **{key: made[key] for key in ("python", "commit", "device", "time")}}),
     )
@@ -112,10 +114,6 @@ def _lead(content: Mapping[str, Any]) -> str:
 
 def _listed(values: Sequence[Any] | Mapping[str, Any]) -> str:
     return ", ".join(map(str, values))
-
-
-def _flags(flags: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in flags.items())
 
 
 def _table(grid: Grid) -> str:

@@ -68,7 +68,8 @@ def write_results(comparison: Comparison, states: Sequence[tuple[Cell, Mapping[s
     with replacing(folder, RESULTS[0]) as new:
         for name, text in zip(RESULTS[1:], (markdown(grids), latex(grids)), strict=False):
             atomic_write_text(new / name, text)
-        write_comparison_page(content, table, columns, grids, galleries(outcomes), new)
+        methods = {label: method.described for label, method in comparison.methods.items()}
+        write_comparison_page(content, methods, table, columns, grids, galleries(outcomes), new)
         write_json_atomic(new / RESULTS[0], content)
     if all(state.get("status") in ("done", "failed") for _, state in states):  # else a process may be writing there
         sweep(folder / CACHE)

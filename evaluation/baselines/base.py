@@ -17,7 +17,7 @@ from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.provenance import provenance
 from safemax_sd.core.registry import Registry
-from safemax_sd.families import LoadOptions, ModelFamily, load_family
+from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.prompts import PromptSet
 from safemax_sd.results.erasure import FORMAT_VERSION
@@ -26,7 +26,7 @@ from safemax_sd.training.output import describe_prompts
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Of a baseline that has none."""
+    """Flags of a baseline that has none."""
 
 
 class Baseline(Subject):
@@ -36,19 +36,23 @@ class Baseline(Subject):
         base: Diffusers folder, hub id or an embedded model's name.
         forget: Its concepts are what is not to be drawn: their names, or the prompts where it names none.
         retain: For the record.
-        settings: An instance of `Settings`.
+        settings: Instance of `Settings`.
 
     Attributes:
-        name: Recorded as the method.
-        paper: Where it was published.
-        Settings: Frozen dataclass of its own settings.
-        predictions: How many predictions of the network it asks for at each sampling step.
+        name: Name in configurations and records.
+        label: Name for a reader.
+        paper: Publication.
+        Settings: Frozen dataclass of its flags.
+        predictions: Predictions of the network at each sampling step.
+        guided: Whether it changes guidance alone, and so needs a guidance scale above 1.
     """
 
     name: ClassVar[str]
+    label: ClassVar[str]
     paper: ClassVar[str]
     Settings: ClassVar[type[Any]] = NoSettings
     predictions: ClassVar[int] = 2
+    guided: ClassVar[bool] = True
     folder: Path | None = None
 
     def __init__(self, base: str, forget: PromptSet, retain: PromptSet, settings: Any) -> None:
@@ -70,17 +74,29 @@ class Baseline(Subject):
             "provenance": provenance(None, torch.device("cpu")),
         }
 
+    @classmethod
     @abstractmethod
-    def usage(self) -> list[str]:
-        """Lines of Python, of diffusers alone, that draw a picture with it."""
+    def refusal(cls, pipeline_class: type[Any]) -> str | None:
+        """Say why it cannot draw with pipelines of a class of diffusers; None where it can."""
 
-    @abstractmethod
-    def sampler(self, family: ModelFamily, pipeline: Any) -> Sampler:
-        """Draws with the baseline.
+    @classmethod
+    def check_pipeline(cls, pipeline_class: type[Any]) -> None:
+        """Check that it can draw with pipelines of a class of diffusers.
 
         Raises:
-            OptionError: It does not go with this family of models.
+            OptionError: It cannot.
         """
+        reason = cls.refusal(pipeline_class)
+        if reason is not None:
+            raise OptionError("--baseline", cls.name, reason)
+
+    @abstractmethod
+    def usage(self) -> list[str]:
+        """Return lines of Python, of diffusers alone, that draw a picture with it."""
+
+    @abstractmethod
+    def sampler(self, pipeline: Any) -> Sampler:
+        """Return what draws with the baseline."""
 
     def load(self, device: torch.device) -> Models:
         family = load_family(LoadOptions.from_record(self.record, device, dtype_on(device)))
@@ -89,17 +105,18 @@ class Baseline(Subject):
         key = json.dumps([self.name, self.concepts, asdict(self.settings)])
         fingerprint = hashlib.sha256(key.encode()).hexdigest()
         pipeline = family.pipeline
+        self.check_pipeline(type(pipeline))
         return Models(
             pipeline,
             family.scheduler_settings,
             StockSampler(pipeline),
-            self.sampler(family, pipeline),
+            self.sampler(pipeline),
             fingerprint,
         )
 
 
 def load_lines(base: str, pipeline_class: str) -> list[str]:
-    """Lines of Python that load a pipeline."""
+    """Return lines of Python that load a pipeline."""
     embedded = resolve_model(base) != base
     return [
         *(["from safemax_sd.assets import ASSETS"] if embedded else []),

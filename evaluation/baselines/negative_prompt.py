@@ -12,9 +12,6 @@ from typing import Any, ClassVar
 from safemax_sd.evaluation.baselines.base import Baseline, load_lines
 from safemax_sd.evaluation.sampling import Sampler, StockSampler
 
-from safemax_sd.core.errors import OptionError
-from safemax_sd.families import ModelFamily
-
 SECOND_GUIDANCE = "true_cfg_scale"
 """An argument of pipelines whose `guidance_scale` is an input of the network: it mixes no two predictions."""
 
@@ -23,14 +20,19 @@ class NegativePrompt(Baseline):
     """diffusers' own `negative_prompt`."""
 
     name: ClassVar[str] = "negative_prompt"
+    label: ClassVar[str] = "Negative prompt"
     paper: ClassVar[str] = "arXiv 2207.12598"
 
     def usage(self) -> list[str]:
         draw = f'pipe("a picture", negative_prompt={self.concepts!r}).images[0].save("erased.png")'
         return [*load_lines(self.base, "DiffusionPipeline"), draw]
 
-    def sampler(self, family: ModelFamily, pipeline: Any) -> Sampler:
-        if not family.classifier_free or SECOND_GUIDANCE in inspect.signature(type(pipeline).__call__).parameters:
-            text = f"needs classifier-free guidance, which {family.name} models do not sample with"
-            raise OptionError("--baseline", self.name, text)
+    @classmethod
+    def refusal(cls, pipeline_class: type[Any]) -> str | None:
+        takes = inspect.signature(pipeline_class.__call__).parameters
+        if "negative_prompt" in takes and SECOND_GUIDANCE not in takes:
+            return None
+        return f"needs classifier-free guidance, which {pipeline_class.__name__} does not sample with"
+
+    def sampler(self, pipeline: Any) -> Sampler:
         return StockSampler(pipeline, negative_prompt=self.concepts)

@@ -16,9 +16,8 @@ from safemax_sd.evaluation.baselines.base import Baseline, load_lines
 from safemax_sd.evaluation.sampling import Pictures, Request, Sampler
 from torch import Tensor
 
-from safemax_sd.core.errors import OptionError
+from safemax_sd.core.config import option
 from safemax_sd.core.quiet import quiet
-from safemax_sd.families import ModelFamily
 
 PIPELINE = "StableDiffusionPipelineSafe"
 STRENGTHS: dict[str, dict[str, float]] = {
@@ -41,11 +40,9 @@ STRENGTHS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class SafeLatentDiffusionSettings:
-    """Attributes:
-    strength: Which of the published settings.
-    """
+    """Flags of Safe Latent Diffusion."""
 
-    strength: Literal["weak", "medium", "strong", "max"] = "max"
+    strength: Literal["weak", "medium", "strong", "max"] = option("max", "Which of the published settings.")
 
 
 class SafeSampler(Sampler):
@@ -97,6 +94,7 @@ class SafeLatentDiffusion(Baseline):
     """diffusers' own `StableDiffusionPipelineSafe`."""
 
     name: ClassVar[str] = "safe_latent_diffusion"
+    label: ClassVar[str] = "Safe Latent Diffusion"
     paper: ClassVar[str] = "arXiv 2211.05105"
     Settings: ClassVar[type[Any]] = SafeLatentDiffusionSettings
     predictions: ClassVar[int] = 3
@@ -108,11 +106,13 @@ class SafeLatentDiffusion(Baseline):
             f'pipe("a picture", **{STRENGTHS[self.settings.strength]}).images[0].save("erased.png")',
         ]
 
-    def sampler(self, family: ModelFamily, pipeline: Any) -> Sampler:
+    @classmethod
+    def refusal(cls, pipeline_class: type[Any]) -> str | None:
         if not hasattr(diffusers, PIPELINE):
-            text = f"is {PIPELINE} of diffusers, which {diffusers.__version__} no longer has"
-            raise OptionError("--baseline", self.name, text)
-        if not isinstance(pipeline, diffusers.StableDiffusionPipeline):
-            text = f"is for Stable Diffusion 1 and 2, not for {family.name} models"
-            raise OptionError("--baseline", self.name, text)
+            return f"is {PIPELINE} of diffusers, which {diffusers.__version__} no longer has"
+        if not issubclass(pipeline_class, diffusers.StableDiffusionPipeline):
+            return f"is for Stable Diffusion 1 and 2, not for {pipeline_class.__name__}"
+        return None
+
+    def sampler(self, pipeline: Any) -> Sampler:
         return SafeSampler(pipeline, self.concepts, STRENGTHS[self.settings.strength])

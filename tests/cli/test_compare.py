@@ -251,6 +251,7 @@ def test_page_is_self_contained(grid: Path) -> None:
     assert page.count("<svg") == 4
     assert page.count("data:image/webp;base64,") == 1 + len(METHODS)
     assert page.count('alt="Pictures of base') == 1
+    assert "Negative prompt (arXiv 2207.12598): baseline negative_prompt" in page
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     assert "http" not in page.replace("http://www.w3.org", "")
 
@@ -481,3 +482,13 @@ def test_bad_configurations(
         compare(str(config))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_baseline_that_is_not_for_the_model_is_named_before_anything_runs(tiny_flux: Path, tmp_path: Path) -> None:
+    write_task(tmp_path / "fruit")
+    methods = {"negative": METHODS["negative"]}
+    config = write_config(tmp_path, tiny_flux, methods=methods, real_images=None)
+    with pytest.raises(SafemaxError, match="--baseline negative_prompt: needs classifier-free guidance") as caught:
+        compare(str(config))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "grid").exists()

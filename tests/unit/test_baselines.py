@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -91,3 +93,23 @@ def test_models_that_a_baseline_is_not_for(tiny_flux: Path, tiny_sdxl: Path, tmp
         load("negative_prompt", tiny_flux, tmp_path)
     with pytest.raises(OptionError, match="is for Stable Diffusion 1 and 2"):
         load("safe_latent_diffusion", tiny_sdxl, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "fits", "not_for"),
+    [
+        ("negative_prompt", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"], ["FluxPipeline", "DDPMPipeline"]),
+        ("safe_latent_diffusion", ["StableDiffusionPipeline"], ["StableDiffusionXLPipeline", "FluxPipeline"]),
+    ],
+)
+def test_a_baseline_says_where_it_applies(name: str, fits: list[str], not_for: list[str]) -> None:
+    baseline = BASELINES.get(name)
+    assert all(baseline.refusal(getattr(diffusers, pipeline)) is None for pipeline in fits)
+    assert all(baseline.refusal(getattr(diffusers, pipeline)) for pipeline in not_for)
+
+
+def test_every_baseline_describes_itself() -> None:
+    for name in BASELINES.names():
+        baseline = BASELINES.get(name)
+        assert baseline.label and baseline.paper and baseline.__doc__
+        assert all("help" in entry.metadata for entry in fields(baseline.Settings))

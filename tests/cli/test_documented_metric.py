@@ -1,0 +1,75 @@
+"""The example of docs/adding_a_metric.md, word for word, in a comparison on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.cli.test_compare import write_config, write_task
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "adding_a_metric.md"
+# A metric is found once it is imported, as every file in evaluation/metrics/ is.
+RUN = """
+import sys, documented_metric
+from pathlib import Path
+from rich.console import Console
+from safemax_sd.cli import main
+from safemax_sd.evaluation.headline import print_headline
+from safemax_sd.evaluation.report import Report
+code = main(["compare", "--config", sys.argv[1]])
+print_headline(Report.read(Path(sys.argv[2]), "--output_dir"), Console(width=200))
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def printed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Return the comparison's folder and what the run printed."""
+    folder = tmp_path_factory.mktemp("documented")
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf8"), re.DOTALL)
+    (folder / "documented_metric.py").write_text(code, encoding="utf8")
+    write_task(folder / "fruit")
+    tiny.write_pictures(folder / "real")
+    methods = {"negative": {"baseline": "negative_prompt"}}
+    config = write_config(folder, tiny_model, methods=methods, num_sweep_images=1)
+    report = folder / "grid" / "negative" / "fruit" / "0" / "evaluation" / "report.json"
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(config), str(report)], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "grid", done.stdout
+
+
+def test_the_report_and_its_page_have_it(printed: tuple[Path, str]) -> None:
+    folder, text = printed
+    evaluated = folder / "negative" / "fruit" / "0" / "evaluation"
+    report = json.loads((evaluated / "report.json").read_text())
+    rows = [row for row in report["metrics"] if row["metric"] == "saturation"]
+    places = {(row["subset"], row["model"]) for row in rows}
+    assert places == {(subset, model) for subset in ("retain", "neighbours") for model in ("base", "erased")}
+    assert all(0 < row["value"] < 1 and row["n"] == 3 for row in rows)
+    swept = [row for row in report["sweep"] if row["metric"] == "saturation"]
+    assert len({(row["sampler"], row["guidance_scale"]) for row in swept}) == len(swept) == 18
+    page = (evaluated / "index.html").read_text(encoding="utf8")
+    assert "Colour saturation on retained prompts" in page and "Colour saturation on neighbours" in page
+    assert 'aria-label="Colour saturation on retained prompts by guidance scale"' in page
+    assert "Colour saturation on retained prompts" in text
+
+
+def test_the_comparison_has_it(printed: tuple[Path, str]) -> None:
+    folder, text = printed
+    content = json.loads((folder / "compare.json").read_text())
+    for line in content["summary"]:
+        assert 0 < line["values"]["saturation"]["value"] < 1
+    assert content["metrics"]["saturation"] == {"version": 1, "unit": "", "higher_is_better": None}
+    table = (folder / "compare.md").read_text()
+    assert "| saturation |" in table.splitlines()[0]
+    assert "saturation: colour of kept pictures, 0 is grey" in table
+    assert "<th>saturation</th>" in (folder / "index.html").read_text(encoding="utf8")
+    assert "saturation" in text
