@@ -12,10 +12,11 @@ from diffusers import DiffusionPipeline
 from safemax_sd.evaluation.compare_methods import Method, read_method
 from safemax_sd.evaluation.compare_runs import BASE
 from safemax_sd.evaluation.inputs import check_metrics, suite_concepts
-from safemax_sd.evaluation.options import LIMITS, EvaluateOptions, MeasuringOptions
+from safemax_sd.evaluation.options import SEED, EvaluateOptions, MeasuringOptions
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import option
 from safemax_sd.core.registry import closest
 from safemax_sd.prompts import Suite, load_suite, suite_names
 from safemax_sd.training.command_line import check_texts, check_types, read_yaml
@@ -30,17 +31,12 @@ LISTS = ("tasks", "seeds", "methods")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(MeasuringOptions):
-    """What every cell has in common.
+    """What every cell has in common."""
 
-    Attributes:
-        base_model: Diffusers folder, hub id or an embedded model's name.
-        output_dir: Folder of the cells and the results.
-    """
-
-    base_model: str = "emoji"
-    output_dir: str = "comparison"
-    num_images: int = 64
-    num_sweep_images: int = 0
+    base_model: str = option("emoji", "Diffusers folder, hub id or an embedded model's name.")
+    output_dir: str = option("comparison", "Folder of the cells and the results.")
+    num_images: int = option(64)
+    num_sweep_images: int = option(0)
 
     def evaluation(self) -> dict[str, Any]:
         """Return the options of `safemax evaluate`."""
@@ -102,7 +98,7 @@ def _check(comparison: Comparison, path: str) -> None:
         suite_concepts(suite)
         check_metrics(suite)
     try:
-        index = DiffusionPipeline.load_config(resolve_model(settings.base_model))
+        index: Any = DiffusionPipeline.load_config(resolve_model(settings.base_model))
     except (OSError, ValueError) as error:
         text = f"base_model {settings.base_model} is no diffusers folder, hub id or embedded model (emoji)"
         raise OptionError("--config", path, text) from error
@@ -137,8 +133,8 @@ def _tasks(content: dict[str, Any], path: str) -> dict[str, Suite]:
 
 def _seeds(content: dict[str, Any], path: str) -> tuple[int, ...]:
     seeds = content.get("seeds")
-    least, most = LIMITS["seed"]
-    whole = isinstance(seeds, list) and all(type(seed) is int and least <= seed <= most for seed in seeds)
+    whole = isinstance(seeds, list) and all(type(seed) is int and SEED.allows(seed) for seed in seeds)
     if not seeds or not whole or len(set(seeds)) < len(seeds):
-        raise OptionError("--config", path, f"seeds must list different whole numbers in {least:,} to {most:,}")
+        bounds = SEED.text.removeprefix("must be ")
+        raise OptionError("--config", path, f"seeds must list different whole numbers {bounds}")
     return tuple(seeds)

@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from safemax_sd.core.errors import OptionError
-from safemax_sd.core.options import option
-from safemax_sd.core.provenance import public_path
+from safemax_sd.core.options import Options, Range, option
 from safemax_sd.core.registry import closest
 from safemax_sd.prompts import GUIDANCE_BOUND
 
-LIMITS = {
-    "num_images": (1, 1_000_000),
-    "num_sweep_images": (0, 1_000_000),
-    "num_inference_steps": (1, 1000),
-    "batch_size": (1, 100_000),
-    "seed": (0, 2**32 - 1),
-}
-"""Least and greatest values; more pictures of a subset would draw from another one's start noise."""
 SAMPLER_NAMES = ("ddim", "euler", "dpm++")
-PATHS = ("adapter", "suite", "output_dir", "clip_model", "clip_pretrained", "real_images")
-"""Options that may hold a folder of this machine."""
+IMAGES = Range("must be in 1 to 1,000,000", lambda value: 1 <= value <= 1_000_000)
+"""More pictures of a subset would draw from another one's start noise."""
+SWEEP_IMAGES = Range("must be in 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
+SAMPLING_STEPS = Range("must be in 1 to 1,000", lambda value: 1 <= value <= 1000)
+BATCH = Range("must be in 1 to 100,000", lambda value: 1 <= value <= 100_000)
+SEED = Range("must be in 0 to 4,294,967,295", lambda value: 0 <= value < 2**32)
+GUIDANCE = Range(f"must be more than 0 and below {GUIDANCE_BOUND}", lambda value: 0 < value < GUIDANCE_BOUND)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuringOptions:
+class MeasuringOptions(Options):
     """Options that an evaluation and a comparison of methods share."""
 
-    num_images: int = option(256, "Pictures of each prompt subset.")
-    num_sweep_images: int = option(64, "Pictures a setting; 0: no sweep.")
-    guidance_scale: float = option(5.0, "Of prompts without an evaluation_guidance of their own.")
-    num_inference_steps: int = option(25, "Sampling steps.")
+    num_images: int = option(256, "Pictures of each prompt subset.", IMAGES)
+    num_sweep_images: int = option(64, "Pictures a setting; 0: no sweep.", SWEEP_IMAGES)
+    guidance_scale: float = option(5.0, "Of prompts without an evaluation_guidance of their own.", GUIDANCE)
+    num_inference_steps: int = option(25, "Sampling steps.", SAMPLING_STEPS)
     sampler: str | None = option(None, "ddim, euler, dpm++; euler for flow models.")
-    clip_model: str = option("emoji", "Judge: emoji, or an open_clip model.")
-    clip_pretrained: str | None = option(None, "Its tag or weight file.")
-    real_images: str | None = option(None, "Folder with one folder a concept.")
-    batch_size: int = option(32, "Pictures drawn together.")
+    clip_model: str = option("emoji", "Judge: emoji, or an open_clip model.", path=True)
+    clip_pretrained: str | None = option(None, "Its tag or weight file.", path=True)
+    real_images: str | None = option(None, "Folder with one folder a concept.", path=True)
+    batch_size: int = option(32, "Pictures drawn together.", BATCH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +44,12 @@ class EvaluateOptions(MeasuringOptions):
         sweep_samplers: Samplers of the sweep; all of the model if None.
     """
 
-    adapter: str = field(metadata={"help": "Output folder of a training."})
-    suite: str | None = option(None, "Prompt suite, by name or folder.")
-    output_dir: str | None = option(None, "Default: ADAPTER/evaluation.")
-    seed: int = option(0, "Of the start noise.")
+    adapter: str = field(metadata={"help": "Output folder of a training.", "path": True})
+    suite: str | None = option(None, "Prompt suite, by name or folder.", path=True)
+    output_dir: str | None = option(None, "Default: ADAPTER/evaluation.", path=True)
+    seed: int = option(0, "Of the start noise.", SEED)
     sweep_guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 7.5, 12.0)
     sweep_samplers: tuple[str, ...] | None = None
-
-    def record(self) -> dict[str, Any]:
-        """Return every flag as it may be written down: without the folders of this machine."""
-        flags = asdict(self)
-        return flags | {name: public_path(flags[name]) for name in PATHS if flags[name] is not None}
 
     def validate(self) -> None:
         """Check values that need no model.
@@ -68,12 +58,10 @@ class EvaluateOptions(MeasuringOptions):
             OptionError: The first value that cannot be used.
         """
         check_samplers(self, SAMPLER_NAMES)
-        for name, (least, most) in LIMITS.items():
-            if not least <= getattr(self, name) <= most:
-                raise OptionError(f"--{name}", getattr(self, name), f"must be in {least:,} to {most:,}")
-        for scale in (self.guidance_scale, *self.sweep_guidance_scales):
-            if not 0 < scale < GUIDANCE_BOUND:
-                raise OptionError("--guidance_scale", scale, f"must be more than 0 and below {GUIDANCE_BOUND}")
+        super().validate()
+        for scale in self.sweep_guidance_scales:
+            if not GUIDANCE.allows(scale):
+                raise OptionError("--guidance_scale", scale, GUIDANCE.text)
 
 
 def check_samplers(options: EvaluateOptions, allowed: Iterable[str]) -> None:

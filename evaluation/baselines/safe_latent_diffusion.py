@@ -16,7 +16,7 @@ from safemax_sd.evaluation.baselines.base import Baseline, load_lines
 from safemax_sd.evaluation.sampling import Pictures, Request, Sampler
 from torch import Tensor
 
-from safemax_sd.core.config import option
+from safemax_sd.core.options import option
 from safemax_sd.core.quiet import quiet
 
 PIPELINE = "StableDiffusionPipelineSafe"
