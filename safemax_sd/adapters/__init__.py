@@ -1,4 +1,4 @@
-"""LoRA weights: attach, save, load; low-rank changes; what a halting anchor's marks are.
+"""LoRA weights (attach, save, load), low-rank changes and the marks of a halting anchor.
 
 May import families, diffusion, prompts, core.
 """

@@ -1,13 +1,14 @@
-"""The readouts of a halting anchor: the linear map that puts a mark on tokens of forbidden prompts and on no others.
+"""Readouts of a halting anchor: a linear map that puts a mark on tokens of forget prompts and on no others.
 
-Source: this project's own. UCE (arXiv 2308.14761) maps concepts to others in closed form; here a token state c becomes
-c + Σ_k (w_kᵀc)·h_k, with h_k the marks that a halting anchor halts at. In a key or value projection with weight W that
-is the low-rank change W·HᵀR, of the rows h_k and w_k.
+Source: this project. UCE (arXiv 2308.14761) maps concepts to others in closed form; here a token state c becomes
+c + Σ_k (w_kᵀc)·h_k, where h_k are the marks that a halting anchor halts at. In a key or value projection with weight W
+that is the low-rank change W·HᵀR, where H and R have the rows h_k and w_k.
 
-A readout w is to be 1 on the tokens that carry a concept and at most `faint` on every other. Which tokens carry it is
-not given: in a causal text encoder the words often do less than the padding after them, where the whole prompt has been
-read. So w is solved for several times, each time for the tokens of each prompt on which it was largest (multiple-
-instance learning), and against the kept tokens on which it was too large: weighted least squares, in float64.
+A readout w should be 1 on the tokens that carry a concept and at most `faint` on all others. It is not known which
+tokens carry the concept: in a causal text encoder, the padding after the words, which has seen the whole prompt, often
+carries more than the words do. So w is solved for repeatedly by weighted least squares in float64. Each round fits the
+tokens of each prompt on which the last w was largest (multiple-instance learning) and penalises the retained tokens on
+which it was too large.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ MARKS_FILE = "halting_marks.safetensors"
 MARKS = "marks"
 ROUNDS = 12
 CARRIERS = 3
-"""Tokens of a prompt that are to bear the mark."""
+"""Tokens of each prompt that should carry the mark."""
 LOWEST = 0.5
-"""Strength, below 0, down to which a mark on a kept token does not matter."""
+"""Magnitude up to which a negative mark on a retained token does no harm."""
 ROWS_AT_ONCE = 512
 RIDGE = 1e-4
-"""Of the mean squared entry of a kept state."""
+"""Ridge of the least squares, relative to the mean squared entry of a retained state."""
 WEIGHT = Range("must be in 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
 
 
 @dataclass(frozen=True)
 class HaltingMarksSettings:
-    """How a readout is weighed.
+    """Weights of the least squares that a readout solves.
 
     Attributes:
-        retain_weight: μ, of the mean squared mark on kept tokens.
-        excess_weight: ν, of the squared excess of a kept token over `faint`, summed per thousand.
-        faint: Strength up to which a mark on a kept token does not matter.
+        retain_weight: Weight μ of the mean squared mark on retained tokens, 0 to 1,000,000.
+        excess_weight: Weight ν of the squared excess over `faint`, summed over retained tokens and divided by 1000.
+        faint: Strength up to which a mark on a retained token does no harm, 0 to 1.
     """
 
     retain_weight: float = option(3.0, allowed=WEIGHT)
@@ -48,7 +49,11 @@ class HaltingMarksSettings:
     faint: float = option(0.15, allowed=SHARE)
 
     def __post_init__(self) -> None:
-        """Raises OptionError for the first value that cannot be used."""
+        """Check the values.
+
+        Raises:
+            OptionError: A value is out of range; the first one is named.
+        """
         check_values(self)
 
 
@@ -56,13 +61,13 @@ def readouts(marks: int, forbidden: dict[str, Tensor], kept: Tensor, settings: H
     """Solve for the rows w_k.
 
     Args:
-        marks: K, how many marks there are.
-        forbidden: Of each concept, the token states of prompts that name it, [P, L, D].
-        kept: Token states of prompts to keep and of the empty prompt, [N, D].
-        settings: Weights.
+        marks: Number of marks, K.
+        forbidden: Token states of prompts that name a concept, [P, L, D], by concept.
+        kept: Token states of the retain prompts and the empty prompt, [N, D].
+        settings: Weights of the least squares.
 
     Returns:
-        float64 [K, D]; the rows of marks that no concept needs are 0.
+        Readouts, float64 [K, D]; rows of marks that no concept needs are 0.
     """
     found = torch.zeros(marks, kept.shape[-1], dtype=torch.float64)
     states = {concept: forbidden[concept] for concept in sorted(forbidden)}
@@ -73,7 +78,7 @@ def readouts(marks: int, forbidden: dict[str, Tensor], kept: Tensor, settings: H
 
 
 def _readout(concepts: list[Tensor], kept: list[Tensor], settings: HaltingMarksSettings) -> Tensor:
-    """w, float64 [D], that is 1 on tokens of `concepts`, each [P, L, D], and small on `kept`, each [N, D]."""
+    """Solve for w, float64 [D]: 1 on tokens of `concepts`, each [P, L, D], and small on `kept`, each [N, D]."""
     width = kept[0].shape[-1]
     second = torch.zeros(width, width, dtype=torch.float64)
     for part in _parts(kept):
@@ -88,7 +93,7 @@ def _readout(concepts: list[Tensor], kept: list[Tensor], settings: HaltingMarksS
         weight = settings.excess_weight / 1000
         readout = torch.linalg.solve(left + weight * excess, right + weight * limit)
         strengths = [states.double() @ readout for states in concepts]
-        # Least squares shrinks: what the carriers bear is set to 1 on average.
+        # Least squares shrinks w; rescale it so that the carriers' marks are 1 on average.
         scale = torch.stack([strength.amax(1).mean() for strength in strengths]).mean()
         readout = readout / scale
         carriers = [_largest(states, strength) for states, strength in zip(concepts, strengths, strict=True)]
@@ -97,11 +102,11 @@ def _readout(concepts: list[Tensor], kept: list[Tensor], settings: HaltingMarksS
 
 
 def _excess(kept: list[Tensor], readout: Tensor, faint: float) -> tuple[Tensor, Tensor]:
-    """Normal-equation terms of kept tokens r above their bound: Σ r·rᵀ and Σ bound·r."""
+    """Return the normal-equation terms of retained tokens r above their bound: Σ r·rᵀ and Σ bound·r."""
     gram, limit = torch.zeros(len(readout), len(readout)).to(readout), torch.zeros_like(readout)
     for part in _parts(kept):
         mark = part @ readout
-        # Below 0 a mark means nothing, so that it may be larger there.
+        # A negative mark means nothing to the anchor, so its bound is wider.
         allowed = mark.clamp(-LOWEST, faint)
         over = part[mark != allowed]
         gram += over.T @ over
@@ -110,27 +115,39 @@ def _excess(kept: list[Tensor], readout: Tensor, faint: float) -> tuple[Tensor, 
 
 
 def _parts(states: list[Tensor]) -> Iterator[Tensor]:
-    """The rows in float64, a few at a time: all of them would take more memory than the layers that are edited."""
+    """Yield the rows in float64, a few at a time: all at once would take more memory than the edited layers."""
     for rows in states:
         for part in rows.split(ROWS_AT_ONCE):
             yield part.double()
 
 
 def strength(states: Tensor, readouts: Tensor) -> Tensor:
-    """The largest mark, of any kind and, where states are [P, L, D] and not [N, D], on any token; [P] or [N]."""
+    """Return the largest of all marks on token states [N, D], or on any token of prompts [P, L, D].
+
+    Args:
+        states: Token states, [N, D] or [P, L, D].
+        readouts: Rows w_k, [K, D].
+
+    Returns:
+        Strengths, float32 [N] or [P].
+    """
     return (states.float() @ readouts.float().T).flatten(1).amax(1)
 
 
 def _largest(states: Tensor, strength: Tensor) -> Tensor:
-    """The tokens, float64 [P·CARRIERS, D], of states [P, L, D] with the largest strengths [P, L]."""
+    """Pick the tokens of states [P, L, D] with the largest strengths [P, L], float64 [P·CARRIERS, D]."""
     places = strength.topk(min(CARRIERS, strength.shape[1]), dim=1).indices
     return torch.gather(states, 1, places.unsqueeze(-1).expand(-1, -1, states.shape[-1])).flatten(0, 1).double()
 
 
 def share_marks(states: dict[str, Tensor], marks: int) -> list[list[str]]:
-    """Groups of concepts that share a mark: one each if there are enough, else of similar ones.
+    """Group the concepts that share a mark: each has its own if there are enough, otherwise similar ones share.
 
-    One readout serves a whole group, which is the easier the more alike the concepts are.
+    One readout serves a whole group, which is easier for similar concepts.
+
+    Args:
+        states: Token states of each concept's prompts, [P, L, D].
+        marks: Number of marks.
     """
     left = list(states)
     if len(left) <= marks:

@@ -32,7 +32,7 @@ METADATA_KEYS = (
     "use_rslora",
     "lora_bias",
 )
-"""What every peft release understands; more raises TypeError in older ones."""
+"""Settings that every peft release accepts; others raise TypeError in older releases."""
 
 
 def attach(
@@ -48,11 +48,11 @@ def attach(
 
     Args:
         family: Loaded, frozen model.
-        rank: Rank of every LoRA; alpha equals it, so that readers that lose alpha on load change nothing.
-        targets: Which layers (see `ModelFamily.lora_target_modules`).
+        rank: Rank of every LoRA; alpha equals it, so a reader that drops alpha changes nothing.
+        targets: Layers that get a LoRA (see `ModelFamily.lora_target_modules`).
         dropout: LoRA dropout, 0 to 1.
-        rank_pattern: Layers of another rank, by name.
-        seed: Of the initial A matrices (B starts at 0, so the model starts as the base).
+        rank_pattern: Ranks of the layers that have another, by name.
+        seed: Seed of the initial A matrices (B starts at 0, so training starts from the base model).
     """
     config = LoraConfig(
         r=rank,
@@ -80,14 +80,14 @@ def lora_layers(family: ModelFamily, targets: LoraTargets) -> set[str]:
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
-    """A linear layer's weight, [out, in], with what an attached LoRA adds to it."""
+    """Return a linear layer's weight with an attached LoRA added, [out, in]."""
     if not isinstance(layer, BaseTunerLayer):
         return layer.weight.detach()  # type: ignore[return-value,union-attr,operator]
     return (layer.base_layer.weight + layer.get_delta_weight(ADAPTER)).detach()  # type: ignore[operator,union-attr,no-any-return]
 
 
 def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors in peft's names."""
+    """Return the adapter's tensors by peft's names."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(denoiser).items()}
 
 
@@ -101,7 +101,11 @@ def _metadata(denoiser: nn.Module, rank_pattern: dict[str, int]) -> dict[str, An
 
 
 def widened(state: dict[str, Tensor], changes: dict[str, LowRank]) -> dict[str, Tensor]:
-    """An adapter's tensors, in peft's names, that add `up @ down` to what they did in some layers.
+    """Return an adapter's tensors with `up @ down` of each change added to its layer, at a higher rank.
+
+    Args:
+        state: Tensors of the adapter, by peft's names.
+        changes: Changes by layer.
 
     Raises:
         SafemaxError: A layer has no LoRA.
@@ -117,14 +121,21 @@ def widened(state: dict[str, Tensor], changes: dict[str, LowRank]) -> dict[str, 
 
 
 def rank_pattern(rank: int, changes: dict[str, LowRank]) -> dict[str, int]:
-    """Ranks of the layers that `widened` changes."""
+    """Return the ranks of the layers that `widened` changes."""
     return {name: rank + len(change.down) for name, change in changes.items()}
 
 
 def save_adapter(
     family: ModelFamily, directory: Path, *, kohya: bool = False, changes: dict[str, LowRank] | None = None
 ) -> None:
-    """Write the adapter, with `changes` on top, into a folder; see `result_folder.replacing`."""
+    """Write the adapter into a folder.
+
+    Args:
+        family: Model with the adapter.
+        directory: Folder to write to; `results.folder.replacing` makes the write atomic.
+        kohya: True to write the file for A1111 and ComfyUI as well.
+        changes: Low-rank changes to add, by layer.
+    """
     changes = changes or {}
     state = widened(adapter_state(family.denoiser), changes)
     ranks = rank_pattern(family.denoiser.peft_config[ADAPTER].r, changes)  # type: ignore[union-attr,index]
@@ -132,7 +143,7 @@ def save_adapter(
 
 
 def save_changes(family: ModelFamily, directory: Path, changes: dict[str, LowRank]) -> None:
-    """Write changes of some layers, all of one rank, as an adapter that holds nothing else; see `save_adapter`."""
+    """Write low-rank changes of layers, all of one rank, as an adapter of their own; see `save_adapter`."""
     state: dict[str, Tensor] = {}
     for name, change in changes.items():
         state |= {f"{name}.lora_A.weight": change.down.contiguous(), f"{name}.lora_B.weight": change.up.contiguous()}
@@ -152,18 +163,18 @@ def _save(
 
 
 def layer_alpha(metadata: dict[str, Any], layer: str) -> float:
-    """Alpha of one layer's LoRA, found in the adapter's metadata as peft finds it."""
+    """Return the alpha of one layer's LoRA, looked up in the adapter's metadata as peft does."""
     pattern: dict[str, float] = metadata["alpha_pattern"]
     return float(pattern.get(get_pattern_key(list(pattern), layer), metadata["lora_alpha"]))
 
 
 def to_kohya(state: dict[str, Tensor], metadata: dict[str, Any], family: type[ModelFamily]) -> dict[str, Tensor]:
-    """The adapter in the naming of kohya's scripts, A1111 and ComfyUI, with one alpha that is true of every layer.
+    """Convert an adapter to the names of kohya's scripts, A1111 and ComfyUI, with one alpha for all layers.
 
     Args:
-        state: Its tensors in peft's names.
-        metadata: Its `METADATA_KEYS`.
-        family: Of the model that it belongs to.
+        state: Tensors of the adapter, by peft's names.
+        metadata: The adapter's `METADATA_KEYS`.
+        family: Family of the adapter's model.
     """
     alphas = {layer: layer_alpha(metadata, layer) for layer in {name.rsplit(".", 2)[0] for name in state}}
     largest = max(len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight"))
@@ -171,8 +182,8 @@ def to_kohya(state: dict[str, Tensor], metadata: dict[str, Any], family: type[Mo
     converted = {}
     for layer, alpha in sorted(alphas.items()):
         down, up = state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"]
-        # diffusers loses the alpha of an attention layer that differs from the others'; with alpha folded in and zeros
-        # up to one rank, alpha is that rank everywhere.
+        # diffusers drops an attention layer's alpha if it differs from the others'. Folding alpha in and padding with
+        # zeros to one rank makes alpha equal to that rank everywhere.
         if len(set(alphas.values())) > 1:
             down, up, alpha = *_of_rank(largest, down, up * (alpha / len(down))), float(largest)
         name = f"lora_unet_{names[layer].replace('.', '_')}"
@@ -183,7 +194,7 @@ def to_kohya(state: dict[str, Tensor], metadata: dict[str, Any], family: type[Mo
 
 
 def _of_rank(rank: int, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product from matrices (or convolutions) that zeros make as large as of this rank."""
+    """Pad the matrices (or convolutions) of a low-rank product with zeros to a rank; the product stays the same."""
     missing = rank - len(down)
     down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
     return down, torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
@@ -193,7 +204,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file of weights.
 
     Raises:
-        SafemaxError: It cannot be read, or holds values that are not finite.
+        SafemaxError: The file cannot be read, or holds values that are not finite.
     """
     try:
         state = load_file(path)
@@ -206,10 +217,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_fit(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> None:
-    """Check that a file's tensors are a model's, by name and shape.
+    """Check that a file's tensors fit a model, by name and shape.
+
+    Args:
+        path: File, for the error message.
+        state: Tensors of the file.
+        expected: Tensors of the model.
+        model: Noun for the model, for the error message.
 
     Raises:
-        SafemaxError: One is missing, unknown or of another shape; the message names it.
+        SafemaxError: A tensor is missing, unknown or of another shape; the message names it.
     """
     for name in sorted({*state, *expected}):
         if name not in state:

@@ -1,4 +1,4 @@
-"""What an erasure trains and stores: a LoRA, or every weight of the denoiser."""
+"""The weights that an erasure trains and stores: a LoRA, or every weight of the denoiser."""
 
 from __future__ import annotations
 
@@ -22,30 +22,33 @@ FULL_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @dataclass
 class WeightsOptions(RunOptions):
-    """Flags of what is trained and how it is stored."""
+    """Flags of the trained weights and their files."""
 
     group: ClassVar[str] = "LoRA"
 
-    trainable: Literal["lora", "full"] = option("lora", "Train a LoRA, or every weight of the denoiser.")
-    lora_targets: LoraTargets = option("all", "Which layers get a LoRA.")
+    trainable: Literal["lora", "full"] = option("lora", "Trained weights: a LoRA, or all of the denoiser's.")
+    lora_targets: LoraTargets = option("all", "Layers that get a LoRA.")
     rank: int = option(
         16, "LoRA rank (alpha equals it).", Range("must be in 1 to 4,096", lambda value: 1 <= value <= 4096)
     )
     lora_dropout: float = option(0.0, "LoRA dropout.", SHARE)
-    output_kohya_format: bool = option(False, "Also write the adapter for A1111 and ComfyUI.")
+    output_kohya_format: bool = option(False, "Write the adapter for A1111 and ComfyUI as well.")
 
 
 class Trainable(ABC):
     """The trained weights of a family's denoiser.
 
     Attributes:
-        parameters: To step, float32, in a fixed order.
+        parameters: Parameters that the optimizer steps, float32, in a fixed order.
     """
 
     parameters: list[nn.Parameter]
 
     def restrict(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Train only these of them: the others get no gradients, moments or part in clipping, but are saved too."""
+        """Train only these parameters.
+
+        The others get no gradients and no moments, and do not count in gradient clipping, but they are saved too.
+        """
         trained = {id(parameter) for parameter in parameters}
         for parameter in self.parameters:
             parameter.requires_grad_(id(parameter) in trained)
@@ -53,19 +56,19 @@ class Trainable(ABC):
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Write them into a folder that takes its place, or gives its files theirs, when all of it is written."""
+        """Write the weights into a folder, which the caller moves into place once it is complete."""
 
     @abstractmethod
     def load(self, directory: Path) -> None:
         """Copy saved values into the attached weights, in place, bit for bit.
 
         Raises:
-            SafemaxError: They are missing or belong to another model or other settings.
+            SafemaxError: The file is missing or belongs to another model or other settings.
         """
 
 
 class Lora(Trainable):
-    """A LoRA next to frozen base weights."""
+    """A LoRA on frozen base weights."""
 
     def __init__(self, family: ModelFamily, config: WeightsOptions, rank_pattern: dict[str, int] | None = None) -> None:
         if config.output_kohya_format and not family.kohya_format:
@@ -114,5 +117,11 @@ class FullModel(Trainable):
 
 
 def attach(family: ModelFamily, config: WeightsOptions, rank_pattern: dict[str, int] | None = None) -> Trainable:
-    """Make the weights that `--trainable` names trainable; `rank_pattern`: layers whose LoRA is of another rank."""
+    """Make the weights that `--trainable` names trainable.
+
+    Args:
+        family: Loaded, frozen model.
+        config: Flags.
+        rank_pattern: Ranks of the layers whose LoRA has another, by name.
+    """
     return FullModel(family) if config.trainable == "full" else Lora(family, config, rank_pattern)

@@ -146,7 +146,7 @@ class Cost:
 
     Attributes:
         seconds: Wall-clock seconds by phase.
-        model_calls: Network evaluations by phase; a batch of B samples counts as B.
+        model_calls: Network evaluations by phase, counted per sample.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The replay bank, and all else that an objective draws from.
+"""The replay bank and the other data that an objective draws from.
 
 May import adapters, families, diffusion, prompts, core.
 """

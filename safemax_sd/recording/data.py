@@ -1,4 +1,4 @@
-"""What an objective draws from (`ErasureData`), and what it asks to be recorded (`ReplayNeeds`)."""
+"""The data that an objective draws from (`ErasureData`) and its request for them (`ReplayNeeds`)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from safemax_sd.recording.replay import ReplayBank, Samples
 
 @dataclass(frozen=True)
 class ReplayNeeds:
-    """What an objective needs of the frozen model's trajectories.
+    """An objective's request for trajectories of the frozen model.
 
     Attributes:
-        stored: What replay stores: all steps, final samples, or nothing.
-        extra_prompts: Prompts beyond those of the two files that the objective works with, such as anchors.
-        extra_trajectories: Number of samples that the frozen model draws for these.
+        stored: Content of the replay banks: all steps, final samples, or nothing.
+        extra_prompts: Prompts that the objective uses beyond the two prompt files, such as anchors.
+        extra_trajectories: Number of samples that the frozen model generates for the extra prompts.
     """
 
     stored: Literal["steps", "samples", "nothing"] = "steps"
@@ -27,12 +27,12 @@ class ReplayNeeds:
 
 @dataclass(frozen=True)
 class Extra:
-    """Prompts beyond those of the two files.
+    """Data of prompts beyond the two prompt files.
 
     Attributes:
-        conditioning: One row each.
-        samples: What the frozen model draws for them.
-        model_calls: Network evaluations of one sample that this took.
+        conditioning: Conditioning of the prompts, one row each.
+        samples: Samples of the frozen model.
+        model_calls: Network evaluations that sampling took, counted per sample.
     """
 
     conditioning: Conditioning
@@ -42,21 +42,21 @@ class Extra:
 
 @dataclass(frozen=True)
 class ErasureData:
-    """What every objective may draw from.
+    """The data that every objective draws from.
 
     Attributes:
-        process: Noise mathematics of the model.
-        latent_shape: Of one sample.
-        classifier_free: Whether a guided sampler mixes the predictions with and without the prompt.
-        forget: Conditioning of the forbidden prompts, one row each.
-        retain: Conditioning of the prompts to keep.
-        retain_concepts: What each of them shows, or the prompt itself where its file does not say.
+        process: Noise process of the model.
+        latent_shape: Shape of one sample.
+        classifier_free: True if a guided sampler mixes the predictions with and without the prompt.
+        forget: Conditioning of the forget prompts, one row each.
+        retain: Conditioning of the retain prompts, one row each.
+        retain_concepts: Concept of each retain prompt, or the prompt's text if its file names none.
         empty: Conditioning of the empty prompt, one row.
-        forget_bank: The frozen model's trajectories for the forbidden prompts.
-        retain_bank: The same for the prompts to keep.
-        forget_samples: What the forbidden prompts show: the trajectories' ends, or real pictures where there are any.
-        retain_samples: The same for the prompts to keep.
-        extra: Data of `ReplayNeeds.extra_prompts`; None where there are none.
+        forget_bank: Trajectories of the frozen model for the forget prompts.
+        retain_bank: Trajectories of the frozen model for the retain prompts.
+        forget_samples: Samples of the forget prompts: ends of trajectories, or real pictures if there are any.
+        retain_samples: Samples of the retain prompts, likewise.
+        extra: Data of `ReplayNeeds.extra_prompts`; None if there are none.
     """
 
     process: DiffusionProcess

@@ -1,4 +1,4 @@
-"""How alike prompts are to the network: by their token states."""
+"""Similarity of prompts as the network sees them: of their token states."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch.nn.functional import normalize
 from safemax_sd.families import TOKEN_STATES, Conditioning
 
 BLOCK, ELEMENTS = 2048, 2**24
-"""Most prompts that are compared at a time, and most numbers in their token states: what is held besides all states."""
+"""Most prompts, and most numbers in their token states, in one block of a comparison; they bound its memory."""
 
 
 def likeness(first: Conditioning, second: Conditioning, origin: Tensor | None = None) -> Tensor:
-    """Compute the cosine of the angle between the token states of prompts, taken as one vector each.
+    """Return the cosine similarities of prompts, each prompt's token states taken as one vector.
 
     Args:
-        first: A rows, few enough for a matrix of A x B.
-        second: B rows.
-        origin: States that all are measured from, [L, D]; 0 if not given.
+        first: Conditioning of A prompts, few enough for a matrix A x B.
+        second: Conditioning of B prompts.
+        origin: Token states to subtract from all others first, [L, D]; None for none.
 
     Returns:
-        float32 [A, B]; 0 where prompts have no token states, as the classes of a class-conditional model.
+        Similarities, float32 [A, B]; 0 for prompts without token states, such as class names.
     """
     if TOKEN_STATES not in first.tensors:
         return torch.zeros(len(first), len(second))
@@ -37,13 +37,12 @@ def likeness(first: Conditioning, second: Conditioning, origin: Tensor | None = 
 
 
 def nearest(prompts: Conditioning, others: Conditioning) -> Tensor:
-    """Order prompts by their likeness to the one of some others that is most like them.
+    """Sort prompts by their largest similarity to any of `others`.
 
-    What all of the prompts have in common counts for nothing: it is the mean of their token states, from which all are
-    measured.
+    The mean token states of the prompts are subtracted first, so that what they have in common does not count.
 
     Returns:
-        Rows of `prompts`, int64 [N], the most alike first.
+        Rows of `prompts`, int64 [N], the most similar first.
     """
     mean = prompts.tensors[TOKEN_STATES].float().mean(0)
     most = [

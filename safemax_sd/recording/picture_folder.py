@@ -23,22 +23,22 @@ T = TypeVar("T")
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
 PAPER = (255, 255, 255)
 DEEP = 257
-"""Steps of a 16-bit channel in one of 8 bits: 65535 is 255."""
+"""Levels of a 16-bit channel for each level of 8 bits: 65535 becomes 255."""
 
 
 def load_picture_folder(folder: str, *, option: str, size: int | None = None) -> tuple[Tensor, list[str]]:
-    """Read pictures as a viewer shows them: turned as their EXIF says, on white where transparent.
+    """Read pictures as a viewer shows them: rotated by their EXIF orientation, transparency on white.
 
     Args:
-        folder: Its subfolders hold png, jpg or webp files; hidden files and folders are left out.
+        folder: Folder whose subfolders hold png, jpg or webp files; hidden files and folders are left out.
         option: Flag to name in errors.
-        size: Side after a centre crop; the shortest side of all pictures if not given, so that none is enlarged.
+        size: Side after a centre crop; None for the shortest side of all pictures, so that none is enlarged.
 
     Returns:
-        Pictures, float32 [N, 3, size, size] in 0 to 1, and the name of the subfolder that each lies in.
+        Pictures, float32 [N, 3, size, size] in 0 to 1, and the name of each picture's subfolder.
 
     Raises:
-        OptionError: No such folder, a subfolder without pictures, or a file that is no whole picture.
+        OptionError: The folder does not exist, a subfolder has no pictures, or a file cannot be read as a picture.
     """
     paths = [path for subfolder in _shown(Path(folder)) if subfolder.is_dir() for path in _pictures(subfolder, option)]
     if not paths:
@@ -49,7 +49,7 @@ def load_picture_folder(folder: str, *, option: str, size: int | None = None) ->
 
 
 def _shown(folder: Path) -> list[Path]:
-    """List what is in a folder and not hidden, such as macOS's `._0.jpg`; nothing where there is no such folder."""
+    """List a folder without hidden entries, such as macOS's `._0.jpg`; nothing if the folder does not exist."""
     return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
 
 
@@ -64,7 +64,7 @@ def _read(path: Path, option: str, use: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(path) as image:
             return use(image)
-    # What Pillow raises for damaged files depends on the format and on the place of the damage.
+    # Pillow's errors for damaged files depend on the format and on the place of the damage.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise OptionError(option, path, f"cannot be read as a picture ({error})") from error
 
@@ -74,7 +74,7 @@ def _shortest_side(image: Image.Image) -> int:
 
 
 def _square(image: Image.Image, size: int) -> Tensor:
-    """Crop the middle square, resized to [3, size, size] in 0 to 1."""
+    """Crop the middle square and resize it, float32 [3, size, size] in 0 to 1."""
     upright = _on_white(_eight_bit(ImageOps.exif_transpose(image)))
     side = min(upright.size)
     left, top = (upright.width - side) // 2, (upright.height - side) // 2
@@ -83,7 +83,7 @@ def _square(image: Image.Image, size: int) -> Tensor:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey (Pillow's other modes have 8) to 8 bits; Pillow's own conversion cuts at 255."""
+    """Scale 16-bit grey, Pillow's only mode of more than 8 bits, to 8; Pillow's own conversion clips at 255."""
     if not image.mode.startswith("I"):
         return image
     levels = np.asarray(image).astype(np.float64) / DEEP
@@ -100,10 +100,17 @@ def _on_white(image: Image.Image) -> Image.Image:
 def encode_samples(
     family: ModelFamily, prompts: PromptSet, folder: str, *, resolution: int | None, option: str
 ) -> Samples:
-    """The real pictures of the prompts' concepts as clean latents, each with the prompts of its concept in turn.
+    """Encode real pictures of the prompts' concepts; those of a concept take its prompts in turn.
+
+    Args:
+        family: Model with its autoencoder.
+        prompts: Prompts; a prompt without a concept is matched by its text.
+        folder: Folder with a subfolder of pictures for each concept.
+        resolution: Side of the pictures in pixels; None for the model's own.
+        option: Flag to name in errors.
 
     Raises:
-        OptionError: No folder, no pictures, or none of a prompt's concept (the prompt itself where it names none).
+        OptionError: The folder cannot be read, or has no pictures of a prompt's concept.
     """
     pictures, names = load_picture_folder(folder, option=option, size=family.picture_size(resolution))
     rows: dict[str, list[int]] = {}

@@ -1,8 +1,8 @@
-"""ReplayBank: what the frozen model does while it samples, recorded once and used as training targets.
+"""Replay: trajectories of the frozen model, recorded once and used as training targets.
 
-Sampling with guidance has to compute the conditional and the unconditional prediction at every step anyway, so the
-recorded targets cost nothing beyond the pictures, lie on the model's own trajectories, and need neither training
-pictures nor a second copy of the network.
+Sampling with guidance computes the conditional and the unconditional prediction at every step anyway, so recorded
+targets cost nothing beyond the samples, lie on the model's own trajectories, and need neither training pictures nor a
+second copy of the network.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from safemax_sd.core.errors import SafemaxError, path_errors
 from safemax_sd.families import Conditioning, ModelFamily, TrajectoryPoint
 
 PERTURBED_SHARE = 0.5
-"""Of the steps, where perturbation is asked for."""
+"""Fraction of the recorded states that get noise if perturbation is on."""
 PERTURBATION_SEED = 100_000
-"""Apart from the seeds of the start noise."""
+"""Offset that keeps the seeds of perturbations apart from those of the start noise."""
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-"""Its multiples, modulo 1, are evenly spread however many there are."""
-
+"""Number whose first n multiples, modulo 1, are evenly spaced for every n."""
 
 COLUMNS = ("x_t", "t", "prompt", "conditional", "unconditional")
-"""Of a bank."""
+"""Columns of a bank with one row for each recorded step."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Samples:
     """Clean latents of prompts.
 
     Attributes:
-        x0: float32 [N, *latent].
-        prompt: Row of the prompt that each shows, int64 [N].
+        x0: Clean latents, float32 [N, *latent].
+        prompt: Row of each sample's prompt, int64 [N].
     """
 
     x0: Tensor
@@ -53,16 +52,16 @@ class Samples:
 
 @dataclass(frozen=True)
 class ReplayBank:
-    """Records of the frozen sampler, one row for each (trajectory, sampling step).
+    """Recorded trajectories of the frozen model, one row for each sampling step of each trajectory.
 
     Attributes:
-        x_t: Latent at the step, some with noise mixed in, float32 [R, *latent].
+        x_t: Latents at the step, some with noise mixed in, float32 [R, *latent].
         t: Native time, [R].
-        prompt: Row of the prompt in the list the bank was recorded for, int64 [R].
+        prompt: Row of the prompt among those that the bank was recorded for, int64 [R].
         conditional: Prediction given the prompt, float32 [R, *latent].
         unconditional: Prediction given the empty prompt, float32 [R, *latent].
-        samples: Where the trajectories ended.
-        model_calls: Network evaluations of one sample that recording took.
+        samples: Ends of the trajectories.
+        model_calls: Network evaluations that recording took, counted per sample.
     """
 
     x_t: Tensor
@@ -77,37 +76,48 @@ class ReplayBank:
         return len(self.t)
 
     def put(self, part: ReplayBank, *, row: int, sample: int) -> None:
-        """Copy a part of this bank to where it belongs."""
+        """Copy a part into this bank.
+
+        Args:
+            part: Rows and samples to copy.
+            row: First row that the part's rows go to.
+            sample: First sample that the part's samples go to.
+        """
         for name in COLUMNS:
             getattr(self, name)[row : row + len(part)] = getattr(part, name)
         end = sample + len(part.samples)
         self.samples.x0[sample:end], self.samples.prompt[sample:end] = part.samples.x0, part.samples.prompt
 
     def first(self, trajectories: int, rows_each: int) -> ReplayBank:
-        """Of the first so many trajectories, each with so many rows; a view."""
+        """Return a view of the first `trajectories`, each of `rows_each` rows."""
         rows = trajectories * rows_each
         samples = Samples(self.samples.x0[:trajectories], self.samples.prompt[:trajectories])
         return replace(self, **{name: getattr(self, name)[:rows] for name in COLUMNS}, samples=samples)
 
     @staticmethod
     def empty(latent_shape: tuple[int, ...]) -> ReplayBank:
-        """A bank in which nothing is recorded."""
+        """Build a bank without rows or samples."""
         latents, rows = torch.zeros(0, *latent_shape), torch.zeros(0, dtype=torch.long)
         return ReplayBank(latents, rows, rows, latents, latents, Samples(latents, rows), 0)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Where the rows of a bank lie: in memory, or in files that every process of a run maps.
+    """The place of a bank's rows: memory, or files that every process of a run maps.
 
     Attributes:
-        folder: Of the files; None for memory.
+        folder: Folder of the files; None for memory.
     """
 
     folder: Path | None = None
 
     def rows(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Room for a tensor; what is written to it on disk is seen by all processes.
+        """Allocate a tensor; all processes see what is written to one on disk.
+
+        Args:
+            name: Name of the file, without its ending.
+            shape: Shape of the tensor.
+            dtype: Type of the tensor.
 
         Raises:
             OptionError: The disk is full.
@@ -117,12 +127,12 @@ class Storage:
         path = self.folder / f"{name}.bin"
         with path_errors("--output_dir", path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as file:  # before anything is written: a mapped file that finds no space is a crash
+            with path.open("ab") as file:  # allocate first: writing to a mapped file on a full disk would crash
                 os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)
         return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
 
     def forget_names(self, state: PartialState) -> None:
-        """Delete the files once every process has mapped them: their space is given back when the last one ends."""
+        """Delete the files once every process has mapped them; the system frees their space when the last one ends."""
         state.wait_for_everyone()
         if self.folder is not None and state.is_main_process:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -132,22 +142,29 @@ MEMORY = Storage()
 
 
 def start_noise(shape: tuple[int, ...], seeds: Sequence[int], device: torch.device) -> Tensor:
-    """N(0, I) of `shape`, one generator a sample, so that batching changes nothing; [len(seeds), *shape]."""
+    """Draw N(0, I) of `shape` with a generator for each seed, so that batching changes nothing.
+
+    Returns:
+        Noise, float32 [len(seeds), *shape].
+    """
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).to(device)
 
 
 def spread(trajectories: int, prompts: int) -> Tensor:
-    """Which of so many prompts each trajectory gets, int64 [trajectories]: all in turn, or evenly chosen ones.
+    """Assign a prompt to each trajectory: all prompts in turn, or evenly chosen ones if trajectories are fewer.
 
-    A file usually lists prompts by concept: fewer trajectories than prompts must still visit all of it.
+    A file usually lists prompts by concept, so that even a few trajectories should visit all of it.
+
+    Returns:
+        Row of each trajectory's prompt, int64 [trajectories].
     """
     indices = torch.arange(trajectories)
     return indices * prompts // trajectories if trajectories < prompts else indices % prompts
 
 
 def dispersed(count: int) -> Tensor:
-    """An order of so many things in which every beginning is spread evenly over them, int64 [count]."""
+    """Return a permutation of 0 to `count` − 1 of which every initial part is evenly spaced, int64 [count]."""
     stride = round(count * GOLDEN_RATIO)
     while math.gcd(stride, count) > 1:
         stride += 1
@@ -156,28 +173,28 @@ def dispersed(count: int) -> Tensor:
 
 @dataclass(kw_only=True)
 class Recorder:
-    """Samples the frozen model and keeps every step, or only where the trajectories end; all at once or bit by bit.
+    """Recorder of the frozen model's trajectories, all at once or in parts: every step, or only the final samples.
 
-    Steps are shifted against each other from batch to batch, so that a few of them cover all noise levels: a student
-    that has not seen the levels between a grid's steps, or those above its first, changes what is to be kept there.
+    Steps are shifted from batch to batch, so that a few of them cover all noise levels. Without this, the student would
+    be free to change its predictions at noise levels between a grid's steps and above its first.
 
-    Several processes share the work where the storage is files: each records some of the batches.
+    If the storage is files, the processes of a run share the work: each records some of the batches.
 
     Attributes:
         family: Model; an attached adapter is switched off while recording.
-        conditioning: Of the prompts, one row each.
-        prompts: Row of the prompt of each trajectory, int64 [trajectories].
-        guidance_scale: Of the trajectories' classifier-free guidance.
+        conditioning: Conditioning of the prompts, one row each.
+        prompts: Row of each trajectory's prompt, int64 [trajectories].
+        guidance_scale: Guidance scale of the trajectories.
         num_inference_steps: Steps of each trajectory.
-        resolution: In pixels; None for the model's own.
-        seed: Trajectory i starts from noise seeded `seed + i`.
+        resolution: Picture side in pixels; None for the model's own.
+        seed: Seed of the start noise; that of trajectory i is `seed + i`.
         batch_size: Trajectories sampled together, at the same noise levels.
         description: Label of the progress bar.
-        perturbation: Largest standard deviation of noise mixed into x_t, 0 to 1, at half of the steps; the predictions
-            are those at the mixture. A student that is a little off the frozen trajectory learns to come back.
-        unguided_share: Of the trajectories, that are sampled at guidance 1 instead, which leaves more noise on the way.
-        keep_steps: False leaves the bank without rows: a method that needs the samples alone saves their memory.
-        storage: Where the bank lies.
+        perturbation: Largest standard deviation of noise mixed into x_t at half of the steps, 0 to 1. Predictions are
+            made at the mixture, which teaches a student that is slightly off the trajectory to come back.
+        unguided_share: Fraction of trajectories sampled at guidance 1 instead, which pass noisier states.
+        keep_steps: False to record final samples only, which saves the memory of the rows.
+        storage: Place of the bank's rows.
     """
 
     family: ModelFamily
@@ -208,21 +225,28 @@ class Recorder:
 
     @property
     def model_calls(self) -> int:
-        """Network evaluations of one sample so far."""
+        """Network evaluations so far, counted per sample."""
         return self._bank.model_calls
 
     def lacks(self, trajectories: int) -> bool:
-        """Whether `record` has returned fewer the last time."""
+        """Tell whether the last bank that `record` returned has fewer trajectories."""
         return self._handed_out < self._batches_of(trajectories)
 
     def record(self, trajectories: int | None = None) -> ReplayBank:
-        """The bank of so many trajectories in whole batches, by default of all, after recording what it lacks of them.
+        """Record trajectories that are missing and return the bank of the first ones.
 
-        What it holds depends neither on the calls before nor on the number of processes, which must all call alike.
+        The result depends neither on earlier calls nor on the number of processes, all of which must make the same
+        calls.
+
+        Args:
+            trajectories: Number of trajectories, rounded up to whole batches; None for all.
+
+        Raises:
+            SafemaxError: Samples are not finite.
         """
         wanted = self._batches_of(len(self.prompts) if trajectories is None else trajectories)
         if wanted > self._recorded:
-            rounds = -(-wanted // self._processes)  # in each of which every process has a batch
+            rounds = -(-wanted // self._processes)  # every process records one batch in each
             end = min(rounds * self._processes, self._batches_of(len(self.prompts)))
             calls = self._record_batches(range(self._recorded, end))
             self._bank = replace(self._bank, model_calls=self._bank.model_calls + calls)
@@ -234,9 +258,9 @@ class Recorder:
         return -(-trajectories // self.batch_size)
 
     def _record_batches(self, numbers: range) -> int:
-        """Record what this process has to of these batches; the network evaluations of all processes."""
+        """Record this process's part of the batches; return the network evaluations of all processes."""
         own = numbers[self._process :: self._processes]
-        # What is recorded later is a batch or two at a time, below the progress bar of the training.
+        # Later parts are a batch or two each and would disturb the progress bar of the training.
         silent = self._recorded > 0 or not self._state.is_local_main_process
         calls = 0
         with (
@@ -254,7 +278,7 @@ class Recorder:
         return int(sum(gather_object([calls]))) if self._shared else calls
 
     def _record_batch(self, number: int) -> ReplayBank:
-        """Its trajectories, with a guidance scale each."""
+        """Record the trajectories of one batch, each at its own guidance scale."""
         start = number * self.batch_size
         indices = torch.arange(start, min(start + self.batch_size, len(self.prompts)))
         prompts, seeds = self.prompts[indices], [self.seed + int(i) for i in indices]
@@ -287,12 +311,12 @@ class Recorder:
 
 
 def bank_bytes(latent_shape: tuple[int, ...], trajectories: int, num_inference_steps: int) -> int:
-    """What a bank takes, in bytes, but for its small columns."""
+    """Return the size of a bank in bytes, without its small columns."""
     return 4 * math.prod(latent_shape) * trajectories * (3 * num_inference_steps + 1)
 
 
 def _room(storage: Storage, family: ModelFamily, latent: tuple[int, ...], samples: int, rows: int) -> ReplayBank:
-    """A bank of so many samples and rows that is still to be filled."""
+    """Allocate a bank for a number of samples and rows."""
     whole = torch.int64
     return ReplayBank(
         x_t=storage.rows("x_t", (rows, *latent)),
@@ -312,7 +336,11 @@ def _perturbed(
     largest: float,
     generators: Sequence[torch.Generator],
 ) -> tuple[TrajectoryPoint, int]:
-    """The point with noise mixed into some of its rows, each by a generator of its own; and the network calls."""
+    """Mix noise into some rows of a point, each with its own generator.
+
+    Returns:
+        The point with predictions at the mixture, and the network evaluations that these took.
+    """
     x_t = point.x_t.clone()
     rows = []
     for row, generator in enumerate(generators):

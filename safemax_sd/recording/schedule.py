@@ -1,4 +1,4 @@
-"""Record what an objective draws from: encoded prompts, the frozen model's trajectories for them, real pictures."""
+"""Recording of an objective's data: encoded prompts, trajectories of the frozen model, real pictures."""
 
 from __future__ import annotations
 
@@ -24,61 +24,61 @@ from safemax_sd.recording.picture_folder import encode_samples
 from safemax_sd.recording.replay import MEMORY, Recorder, ReplayBank, Samples, Storage, bank_bytes, dispersed, spread
 
 SEEDS, RETAIN_SEED, EXTRA_SEED = 1_000_003, 500_000, 750_000
-"""Of start noise: from one run's seed to the next, and where within them those of kept and extra prompts begin."""
+"""Offsets that keep the seeds of runs, retain and extra start noise disjoint."""
 TRAJECTORIES = Range("must be in 1 to 1,000,000", lambda value: 1 <= value <= 1_000_000)
 
 
 @dataclass
 class ReplayOptions(WeightsOptions, BaseModelOptions):
-    """Flags of what is recorded."""
+    """Flags of the recording."""
 
     group: ClassVar[str] = "Replay"
 
-    forget_trajectories: int = option(
-        64, "Trajectories of the frozen model recorded for forbidden prompts.", TRAJECTORIES
-    )
-    retain_trajectories: int = option(512, "The same for prompts to keep.", TRAJECTORIES)
+    forget_trajectories: int = option(64, "Trajectories of the frozen model recorded for forget prompts.", TRAJECTORIES)
+    retain_trajectories: int = option(512, "Trajectories recorded for retain prompts.", TRAJECTORIES)
     replay_guidance_scale: float = option(
         4.0,
-        "Guidance of those trajectories and of validation pictures.",
+        "Guidance scale of trajectories and validation pictures.",
         Range("must be more than 0 and below 1000", lambda value: 0 < value < 1000),
     )
-    replay_unguided_share: float = option(0.0, "Share of trajectories to keep that are recorded at guidance 1.", SHARE)
+    replay_unguided_share: float = option(0.0, "Fraction of retain trajectories recorded at guidance 1.", SHARE)
     replay_inference_steps: int = option(
         20,
-        "Sampling steps of those trajectories.",
+        "Sampling steps of trajectories.",
         Range("must be in 1 to 1,000", lambda value: 1 <= value <= 1000),
     )
-    retain_perturbation: float = option(0.5, "Largest noise mixed into half of the recorded states to keep.", SHARE)
+    retain_perturbation: float = option(
+        0.5, "Largest standard deviation of noise mixed into half of the retain states.", SHARE
+    )
     retain_near_share: float = option(
         0.0,
-        "Share of trajectories to keep, of the prompts whose token states are most like forbidden ones.",
+        "Fraction of retain trajectories for the prompts most similar to forget prompts.",
         SHARE,
     )
     replay_batch_size: int = option(32, "Trajectories sampled together.", COUNT)
     replay_span: float = option(
         0.0,
-        "Share of the training of a LoRA during which trajectories are recorded, evenly; 0: all before it.",
+        "Fraction of a LoRA's training over which trajectories are recorded; 0: all before it.",
         SHARE,
     )
     replay_memory_gib: float = option(
-        8.0, "Replay banks beyond this lie on disk, in --output_dir while it runs.", NOT_NEGATIVE
+        8.0, "Largest replay bank kept in memory, in GiB; larger ones lie in --output_dir.", NOT_NEGATIVE
     )
     train_data_dir: str | None = option(None, "Folder with a subfolder of real pictures for each concept.", path=True)
 
 
 class Recording:
-    """Encoded prompts and real pictures, and the frozen model's trajectories: all at once, or as training needs them.
+    """An objective's data: trajectories are recorded all at once, or bit by bit during training.
 
     Args:
         config: Flags.
-        needs: What the objective draws from.
-        family: Model; nothing is recorded yet.
-        forget: Forbidden prompts.
-        retain: Prompts to keep.
+        needs: The objective's request.
+        family: Model to record.
+        forget: Forget prompts.
+        retain: Retain prompts.
 
     Raises:
-        OptionError: A flag that does not go with the model, or pictures that cannot be used.
+        OptionError: A flag does not fit the model, or pictures cannot be used.
     """
 
     def __init__(
@@ -87,7 +87,8 @@ class Recording:
         if config.replay_unguided_share > 0 and not family.classifier_free:
             text = f"needs predictions without guidance, which {family.name} models with a guidance input do not make"
             raise OptionError("--replay_unguided_share", config.replay_unguided_share, text)
-        # Where samples are replayed, priors ask for all of them; weights that train themselves are the base's no more.
+        # Gradual recording needs the frozen model during training, which full weights overwrite; and objectives that
+        # ask for final samples need all of them before the first step.
         keep_steps = needs.stored == "steps"
         gradual = keep_steps and config.trainable == "lora"
         self._last_step = config.replay_span * config.max_train_steps if gradual else 0.0
@@ -103,10 +104,10 @@ class Recording:
             if folder is not None
         }
         self._recorders: dict[str, Recorder] = {}
-        # Real pictures stand in place of recorded samples.
+        # Real pictures replace recorded samples.
         if keep_steps or (needs.stored == "samples" and not self._pictures):
             for name, rows in trajectory_prompts(config, conditioning, near=keep_steps).items():
-                # The first ones of those that come bit by bit are to show the whole file already.
+                # With gradual recording, even the first trajectories should cover the whole file.
                 shown = rows[dispersed(len(rows))] if self._last_step else rows
                 self._recorders[name] = recorder(config, family, name, conditioning[name], shown, keep_steps=keep_steps)
         nothing = ReplayBank.empty(family.latent_shape(config.resolution))
@@ -127,16 +128,19 @@ class Recording:
 
     @property
     def model_calls(self) -> int:
-        """Network evaluations of one sample so far."""
+        """Network evaluations so far, counted per sample."""
         extra = 0 if self._data.extra is None else self._data.extra.model_calls
         return extra + sum(recorder.model_calls for recorder in self._recorders.values())
 
     def is_due(self, step: int) -> bool:
-        """Whether something is to be recorded before a step, counted from 0."""
+        """Tell whether trajectories have to be recorded before a step, counted from 0."""
         return any(recorder.lacks(self._wanted(recorder, step)) for recorder in self._recorders.values())
 
     def before(self, step: int) -> ErasureData:
-        """All that is to be there before a step, recorded where it is not; a function of the step alone."""
+        """Return the data for a step, counted from 0, after recording what is missing.
+
+        The data depend on the step alone, not on earlier calls.
+        """
         banks = {name: recorder.record(self._wanted(recorder, step)) for name, recorder in self._recorders.items()}
         changes: dict[str, Any] = {f"{name}_bank": bank for name, bank in banks.items()}
         changes |= {f"{name}_samples": bank.samples for name, bank in banks.items() if name not in self._pictures}
@@ -144,7 +148,7 @@ class Recording:
         return self._data
 
     def _wanted(self, recorder: Recorder, step: int) -> int:
-        """How many trajectories are to be there before a step: all of them once the span is over."""
+        """Return the number of trajectories that a step needs: all of them once the span is over."""
         share = min(1.0, (step + 1) / self._last_step) if self._last_step else 1.0
         return math.ceil(share * len(recorder.prompts))
 
@@ -152,7 +156,16 @@ class Recording:
 def trajectory_prompts(
     config: ReplayOptions, conditioning: Mapping[str, Conditioning], *, near: bool
 ) -> dict[str, Tensor]:
-    """Row of each trajectory's prompt, int64, of those to `forget` and to `retain`; `near`: `--retain_near_share`."""
+    """Assign a prompt to each trajectory.
+
+    Args:
+        config: Flags.
+        conditioning: Conditioning of the `forget` and `retain` prompts.
+        near: True to apply `--retain_near_share`.
+
+    Returns:
+        Row of each trajectory's prompt, int64, for `forget` and `retain`.
+    """
     kept, forbidden = conditioning["retain"], conditioning["forget"]
     near_share = config.retain_near_share if near else 0.0
     return {
@@ -170,7 +183,7 @@ def recorder(
     *,
     keep_steps: bool,
 ) -> Recorder:
-    """What records the trajectories for prompts to `forget` or to `retain`."""
+    """Build the recorder of the trajectories for `forget` or `retain` prompts."""
     kept = name == "retain"
     return Recorder(
         family=family,
@@ -190,7 +203,7 @@ def recorder(
 
 
 def record_extra(config: ReplayOptions, family: ModelFamily, needs: ReplayNeeds) -> Extra | None:
-    """Encode the prompts that a method brings along and let the frozen model draw as many samples as it asks for."""
+    """Encode an objective's extra prompts and sample the frozen model for them; None if there are no such prompts."""
     prompts = needs.extra_prompts
     if not prompts:
         return None
@@ -214,11 +227,20 @@ def record_extra(config: ReplayOptions, family: ModelFamily, needs: ReplayNeeds)
 
 
 def with_nearest(kept: Conditioning, forbidden: Conditioning, trajectories: int, share: float) -> Tensor:
-    """Prompt to keep of each trajectory, int64 [trajectories]: evenly chosen, then those most like forbidden ones.
+    """Assign a retain prompt to each trajectory: evenly chosen ones, then those most similar to forget prompts.
 
-    A network that halts for one prompt also halts, more or less, for prompts whose token states are like that one's.
+    A network that halts for a prompt also halts, to some degree, for prompts with similar token states.
+
+    Args:
+        kept: Conditioning of the retain prompts.
+        forbidden: Conditioning of the forget prompts.
+        trajectories: Number of trajectories.
+        share: Fraction of trajectories for the most similar prompts, 0 to 1.
+
+    Returns:
+        Row of each trajectory's prompt, int64 [trajectories].
     """
-    near = round(share * trajectories) if TOKEN_STATES in kept.tensors else 0  # no class number is like another
+    near = round(share * trajectories) if TOKEN_STATES in kept.tensors else 0  # class numbers have no similarity
     evenly = spread(trajectories - near, len(kept))
     if near == 0:
         return evenly
@@ -226,7 +248,7 @@ def with_nearest(kept: Conditioning, forbidden: Conditioning, trajectories: int,
 
 
 def bank_storage(config: ReplayOptions, name: str, latent_shape: tuple[int, ...], trajectories: int) -> Storage:
-    """Memory for a bank of one process, if it is not too large; else files in the output folder."""
+    """Choose the storage of a bank: memory for one process and a small bank, otherwise files in the output folder."""
     size = bank_bytes(latent_shape, trajectories, config.replay_inference_steps)
     if PartialState().num_processes == 1 and size <= config.replay_memory_gib * 2**30:
         return MEMORY
