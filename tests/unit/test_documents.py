@@ -27,7 +27,7 @@ ROWS = {
     "… on paraphrases never trained on, with rejection": ("unlearning_accuracy_with_rejection", "paraphrases"),
     "called noise, rather than a picture of something else": ("halted", "forget"),
     "retain prompts recognised": ("clip_accuracy", "retain"),
-    "neighbours recognised: the concepts most like it": ("clip_accuracy", "neighbours"),
+    "neighbours recognised: the concepts most like the forbidden ones": ("clip_accuracy", "neighbours"),
 }
 """Rates in README's table of results: what a report calls them."""
 
