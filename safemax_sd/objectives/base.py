@@ -23,25 +23,25 @@ from safemax_sd.recording.data import ErasureData, ReplayNeeds
 from safemax_sd.recording.replay import Samples
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
-"""(x_t, t, conditioning) -> the student's native prediction, float32 [B, *latent]."""
+"""Function (x_t, t, conditioning) -> the student's native prediction, float32 [B, *latent]."""
 
 Mean = Callable[[list[Tensor]], list[Tensor]]
-"""Tensors -> their means over all processes."""
+"""Function of tensors -> their means over all processes."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What an objective draws for one micro-batch, on the processor's memory: a `Batch`, or what one is made from."""
+    """Random draws of an objective for one micro-batch, on the CPU: a `Batch`, or the input that one is made from."""
 
     def to(self, device: torch.device) -> Self:
-        """Return the same on a device."""
+        """Copy the draw to a device."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         moved = {name: value.to(device) for name, value in values.items() if isinstance(value, _MOVABLE)}
         return replace(self, **moved)
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
-        """Return the rows of all parts, at least one, in their order; for draws of tensors and conditionings alone."""
+        """Concatenate the rows of at least one part; only for draws whose fields are tensors and conditionings."""
         columns = ([getattr(part, entry.name) for part in parts] for entry in fields(cls))
         return cls(
             *(Conditioning.cat(rows) if isinstance(rows[0], Conditioning) else torch.cat(rows) for rows in columns)
@@ -56,10 +56,10 @@ class Rows(Draw):
     """Samples with their targets.
 
     Attributes:
-        x_t: [B, *latent].
+        x_t: Noisy latents, [B, *latent].
         t: Native time, [B].
-        conditioning: One row a sample.
-        target: Wanted prediction, [B, *latent].
+        conditioning: Conditioning of the samples, one row each.
+        target: Target of the prediction, [B, *latent].
     """
 
     x_t: Tensor
@@ -73,8 +73,8 @@ class Batch(Rows):
     """Samples of one fused forward pass.
 
     Attributes:
-        is_forget: Whether a row is a forget sample, bool [B].
-        reach_calls: Network evaluations of one sample that `Objective.reach` took.
+        is_forget: True for forget samples, bool [B].
+        reach_calls: Network evaluations that `Objective.reach` took, counted per sample.
     """
 
     is_forget: Tensor
@@ -82,21 +82,21 @@ class Batch(Rows):
 
     @property
     def model_calls(self) -> int:
-        """Network evaluations of one sample that the batch takes."""
+        """Network evaluations that the batch takes, counted per sample."""
         return len(self.t) + self.reach_calls
 
 
 @dataclass(frozen=True)
 class Student:
-    """The network under training, for priors that a method computes on it and for methods that sample as they train.
+    """The network under training, for methods that compute priors with it or sample from it during training.
 
     Attributes:
-        predict: Its prediction.
-        denoiser: The network itself.
-        parameters: What is trained of it.
-        token_projections: Its projections of token states to keys and values, by name.
-        freeze: Returns the base model's prediction, without gradients; to be called before the first step.
-        sample_until: `ModelFamily.sample_until`.
+        predict: Prediction of the network.
+        denoiser: Network itself.
+        parameters: Trained parameters.
+        token_projections: Layers that project token states to keys and values, by name.
+        freeze: Function that returns the frozen base model's prediction, to be called before the first step.
+        sample_until: `ModelFamily.sample_until` of the network.
     """
 
     predict: Predict
@@ -120,7 +120,18 @@ class Student:
     def sample_each(
         self, conditioning: Conditioning, x_T: Tensor, steps: Tensor, *, guidance_scale: float, num_inference_steps: int
     ) -> tuple[Tensor, Tensor]:
-        """x_t and t of the first rows, as many as `steps` [N] has, each after its own number of sampling steps."""
+        """Sample the first N rows, each for its own number of steps.
+
+        Args:
+            conditioning: Conditioning of the prompts, at least N rows.
+            x_T: Start noise, at least N rows, [·, *latent].
+            steps: Number of steps of each row, int64 [N].
+            guidance_scale: Guidance scale of all rows.
+            num_inference_steps: Number of steps of a whole trajectory.
+
+        Returns:
+            x_t, [N, *latent], and its native time t, [N].
+        """
         ends = [
             self.sample_until(
                 conditioning.select(torch.tensor([row])),
@@ -136,7 +147,7 @@ class Student:
 
 
 def _freeze(family: ModelFamily) -> Predict:
-    """The base model's prediction: with the LoRA switched off, or of a copy where its own weights are to be trained."""
+    """Return the base model's prediction: with the LoRA switched off, or by a copy if the base weights train."""
     adapted = any(isinstance(module, BaseTunerLayer) for module in family.denoiser.modules())
     network = None if adapted else copy.deepcopy(family.denoiser).requires_grad_(False).eval()
 
@@ -156,7 +167,7 @@ class LossTerms:
 
     @classmethod
     def of(cls, total: Tensor, **parts: Tensor) -> Self:
-        """Return terms whose parts, which are only logged, know no gradient."""
+        """Build terms whose parts are detached, since they are only logged."""
         return cls(total, {name: value.detach() for name, value in parts.items()})
 
 
@@ -171,7 +182,7 @@ def mean_square(error: Tensor) -> Tensor:
 
 
 def forget_and_retain_loss(predict: Predict, batch: Batch, retain_weight: float) -> LossTerms:
-    """Return the mean squared error of the forget samples and, weighted, that of the retain samples."""
+    """Return the mean squared error of the forget samples plus the weighted one of the retain samples."""
     squared = squared_errors(predict, batch)
     forget, retain = squared[batch.is_forget].mean(), squared[~batch.is_forget].mean()
     return LossTerms.of(forget + retain_weight * retain, forget=forget, retain=retain)
@@ -179,10 +190,10 @@ def forget_and_retain_loss(predict: Predict, batch: Batch, retain_weight: float)
 
 @dataclass(frozen=True)
 class Positions:
-    """Which samples of a training step a batch holds, so that micro-batches and processes split a step exactly.
+    """Numbers of a batch's samples within a step, by which micro-batches and processes split the step exactly.
 
     Attributes:
-        seed: Of the run.
+        seed: Seed of the run.
         step: Optimizer step, from 0.
         forget: Numbers of the forget samples within the step.
         retain: Numbers of the retain samples within the step.
@@ -194,7 +205,7 @@ class Positions:
     retain: range
 
     def generator(self, kind: int, number: int) -> torch.Generator:
-        """The generator of one sample: a function of (seed, step, kind, number) and nothing else."""
+        """Return the generator of one sample, a function of (seed, step, kind, number) alone."""
         mixed = 0x243F6A8885A308D3
         for word in (self.seed, self.step, kind, number):
             mixed = ((mixed ^ word) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -203,59 +214,60 @@ class Positions:
 
 
 PRIOR_STEP = -1
-"""Stands for a training step in the draws of a prior."""
+"""Number that stands for the training step in draws of a prior."""
 
 
 def draw_noised(
     samples: Samples, process: DiffusionProcess, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A clean sample drawn at random, its noise, its time and its prompt's row, each of one row."""
+    """Draw a clean sample with its noise, native time and row of its prompt, each of one row."""
     return noised(samples, torch.randint(len(samples), (1,), generator=generator), process, generator)
 
 
 def noised(
     samples: Samples, row: Tensor, process: DiffusionProcess, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The clean sample of a row [1], its noise, its time and its prompt's row, each of one row."""
+    """Return the clean sample of a row [1] with drawn noise and native time and the row of its prompt, one row each."""
     x0 = samples.x0[row]
     noise = torch.randn(x0.shape, generator=generator)
     return x0, noise, process.schedule.sample_times(1, generator), samples.prompt[row]
 
 
 def prior_generator(seed: int, kind: int, number: int) -> torch.Generator:
-    """The generator of one draw of a prior, which belongs to no step; see `Positions.generator`."""
+    """Return the generator of one draw of a prior, which belongs to no step; see `Positions.generator`."""
     return Positions(seed, PRIOR_STEP, range(0), range(0)).generator(kind, number)
 
 
 LearningRateSchedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
 ]
-"""Schedules of diffusers.optimization; its piecewise_constant needs rules that no flag gives."""
+"""Schedules of diffusers.optimization, except piecewise_constant, which needs rules that no flag gives."""
 
 
 @dataclass
 class ObjectiveOptions(RunOptions):
-    """Flags that any objective reads. One with flags of its own adds them in a subclass, its `Config`.
+    """Flags that every objective reads.
 
-    There it may also give flags of other components defaults of its own.
+    An objective adds its own flags in a subclass, its `Config`, which may also redeclare other components' flags with
+    other defaults.
     """
 
     group: ClassVar[str] = "Objective"
 
-    objective: str = option("safemax", "Erasure method; `--objective NAME --help` lists its own flags.")
+    objective: str = option("safemax", "Erasure method; `--objective NAME --help` lists its flags.")
     retain_weight: float = option(10.0, "Weight of the retain loss.", NOT_NEGATIVE)
-    train_batch_size: int = option(8, "Forget samples a step, micro-batch and process.", COUNT)
+    train_batch_size: int = option(8, "Forget samples in a micro-batch of one process.", COUNT)
     retain_batch_size: int | None = option(None, "Retain samples; three times the forget samples if not given.", COUNT)
 
     @property
     def retain_samples(self) -> int:
-        """Retain samples a step, micro-batch and process."""
+        """Retain samples in a micro-batch of one process."""
         return self.retain_batch_size or 3 * self.train_batch_size
 
 
 @dataclass
 class AuthorsAdamW(ObjectiveOptions):
-    """AdamW as in the code of several published methods: a constant rate, and PyTorch's own β2."""
+    """AdamW as in the code of several published methods: a constant learning rate and PyTorch's default β2."""
 
     lr_scheduler: LearningRateSchedule = option("constant")
     adam_beta2: float = option(0.999)
@@ -263,9 +275,9 @@ class AuthorsAdamW(ObjectiveOptions):
 
 @dataclass
 class FullWeightsConfig(AuthorsAdamW):
-    """What Selective Amnesia's and SalUn's published DDPM experiments have in common."""
+    """Settings that several methods' published DDPM experiments have in common."""
 
-    trainable: Literal["lora", "full"] = option("full", "Full only: the method's prior is that of the base weights.")
+    trainable: Literal["lora", "full"] = option("full", "Full only: the method's prior is on the base weights.")
     train_batch_size: int = option(128)
     retain_batch_size: int | None = option(128, "Retain samples.")
 
@@ -275,11 +287,11 @@ class Objective(ABC):
 
     Attributes:
         name: Value of `--objective`.
-        Config: Flags that it reads, with its own; `training.config` adds all others.
-        trainable: Values of `--trainable` that it works with.
-        names_concepts: Whether `--forget_prompts` says what to erase; where not, `--retain_prompts` is all there is.
-        needs_tokens: Whether it works on the states of a prompt's words, which not every family has.
-        data: What it draws from.
+        Config: Flags that the objective reads, with its own; `training.config` adds all others.
+        trainable: Values of `--trainable` that the objective supports.
+        names_concepts: True if `--forget_prompts` names the concepts to erase; False if only retain prompts are used.
+        needs_tokens: True if the objective works on token states, which not every family has.
+        data: Data that the objective draws from.
     """
 
     name: ClassVar[str]
@@ -291,66 +303,69 @@ class Objective(ABC):
 
     @classmethod
     def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
-        """Return what the frozen model is to record, and for which prompts beside those of the two files."""
+        """Return the trajectories that the objective needs, and its prompts beyond the two prompt files."""
         return ReplayNeeds()
 
     @abstractmethod
     def __init__(self, config: ObjectiveOptions, data: ErasureData) -> None:
-        """Keep what is needed of the training flags and the data; no work beyond that."""
+        """Store the flags and the data; expensive work belongs in `prepare`."""
 
     def prepare(self, student: Student) -> int:
-        """Compute priors, once, before the first step; returns the network evaluations of one sample that it took.
+        """Compute priors once, before the first step.
 
-        Must depend on the base weights and the flags alone: a resumed run does it again.
+        The result may depend only on the base weights and the flags, because a resumed run computes it again.
+
+        Returns:
+            Network evaluations that it took, counted per sample.
         """
         return 0
 
     def trained(self, student: Student) -> Sequence[nn.Parameter]:
-        """Which of the student's parameters train; asked once, after `prepare`.
+        """Return the parameters to train; called once, after `prepare`.
 
         Raises:
-            OptionError: The model has none of those that a flag names.
+            OptionError: The model has none of the parameters that a flag names.
         """
         return student.parameters
 
     def extend(self, data: ErasureData) -> None:
-        """Go on with data that holds more trajectories than before; called only where steps are replayed."""
+        """Continue with data that hold more trajectories than before; called only if steps are replayed."""
         self.data = data
 
     @abstractmethod
     def draw(self, positions: Positions) -> Draw:
-        """Draw the samples at these positions of a step, on the processor's memory."""
+        """Draw the samples at these positions of a step, on the CPU."""
 
     def reach(self, predict: Predict, draw: Draw) -> Batch:
         """Return the batch of a draw on the student's device.
 
-        Called right before `loss`, without gradients. A method that samples as it trains gets to its x_t and targets
-        here; for the others the draw is the batch.
+        It is called right before `loss`, without gradients. A method that samples during training computes its x_t and
+        targets here; for all others the draw is the batch.
         """
         assert isinstance(draw, Batch)
         return draw
 
     def before_step(self, draws: Sequence[Draw], mean: Mean) -> int:
-        """Compute what the loss of a whole step needs to know beforehand, with the weights as they are and stay.
+        """Compute quantities of a whole step that its loss needs, without changing the weights.
 
         Args:
-            draws: This process's share of the step, on the processor's memory.
-            mean: Over the shares of all processes, which are of one size; to be called by all alike.
+            draws: This process's micro-batches of the step, on the CPU.
+            mean: Mean over the processes, all of which have equally many samples and must make the same calls.
 
         Returns:
-            Network evaluations of one sample that it took.
+            Network evaluations that it took, counted per sample.
         """
         return 0
 
     @abstractmethod
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
-        """Return the loss of one batch: one fused student forward."""
+        """Return the loss of one batch, from one fused forward pass of the student."""
 
     def save(self, directory: Path) -> None:  # noqa: B027 (most methods have no more than weights)
-        """Write what the method stores besides the weights."""
+        """Write the method's files other than the weights."""
 
     def before_clipping(self) -> None:  # noqa: B027 (most methods have nothing to change)
-        """Change the gradients of a whole step before they are clipped, by factors: a loss scale may be on them."""
+        """Multiply the gradients of a whole step before they are clipped; they may carry a loss scale."""
 
     def adjust_gradients(self) -> None:  # noqa: B027 (most methods have nothing to change)
         """Change the clipped gradients of a whole step."""

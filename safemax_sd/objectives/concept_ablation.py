@@ -1,9 +1,9 @@
-"""Concept Ablation: a forbidden prompt's prediction becomes the model's own for an anchor prompt.
+"""Concept Ablation: a forget prompt's prediction becomes the model's own for an anchor prompt.
 
 Source: Kumari et al. 2023, arXiv 2303.13516, the model-based variant (eq. 5 and 6),
 ‖f_θ(x_t, t, c*) − sg f_θ(x_t, t, c)‖² + λ·‖ε − f_θ(x_t, t, c)‖²,
-c* the forbidden and c the anchor prompt, x_t a noised picture that the frozen model has drawn for the anchor prompt.
-The target is the prediction of the model under training, which the second term keeps on anchor prompts as it was.
+where c* is the forget prompt, c its anchor prompt, and x_t a noised sample of the frozen model for the anchor prompt.
+The target is the prediction of the model under training; the second term preserves it on anchor prompts.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ FORGET, ANCHOR = 0, 1
 
 @dataclass
 class ConceptAblationConfig(AuthorsAdamW):
-    """Concept Ablation's own flags, and its published settings for flags that all methods have."""
+    """Flags of Concept Ablation, and its published settings of other flags."""
 
-    anchor_concept: str = option("", "Text in place of a concept's name that makes a forbidden prompt its anchor.")
-    anchor_trajectories: int = option(1000, "Pictures generated of anchor prompts.", POSITIVE)
+    anchor_concept: str = option("", "Text that replaces a concept's name in its anchor prompts.")
+    anchor_trajectories: int = option(1000, "Samples of anchor prompts.", POSITIVE)
     ablation_weights: Literal["cross_attention_kv", "all"] = option(
-        "cross_attention_kv", "Which train of --trainable full; of a LoRA --lora_targets says it."
+        "cross_attention_kv", "Trained weights with --trainable full; --lora_targets sets a LoRA's."
     )
-    retain_prompts: str = option("", "Not learned from; kept for the record and the probe.")
+    retain_prompts: str = option("", "Prompts to retain; only recorded and probed, not trained on.")
 
-    retain_weight: float = option(1.0, "λ, of the denoising loss on anchor prompts.")
+    retain_weight: float = option(1.0, "Weight λ of the denoising loss on anchor prompts.")
     retain_batch_size: int | None = option(8, "Samples of anchor prompts for the denoising loss.")
-    trainable: Literal["lora", "full"] = option("full", "The weights, as published, or a LoRA.")
+    trainable: Literal["lora", "full"] = option("full", "Trained weights: the denoiser's, as published, or a LoRA.")
     lora_targets: LoraTargets = option("cross_attention")
     max_train_steps: int = option(100)
     learning_rate: float = option(1.6e-5)
 
 
 class ConceptAblation(Objective):
-    """‖f_θ(x_t, t, c_f) − sg f_θ(x_t, t, c_a)‖² + λ·‖ε − f_θ(x_t, t, c_a)‖² on pictures of the anchor prompts."""
+    """Concept Ablation: ‖f_θ(x_t, t, c_f) − sg f_θ(x_t, t, c_a)‖² + λ·‖ε − f_θ(x_t, t, c_a)‖² on anchor samples."""
 
     name: ClassVar[str] = "concept_ablation"
     Config: ClassVar[type[ObjectiveOptions]] = ConceptAblationConfig
@@ -88,7 +88,7 @@ class ConceptAblation(Objective):
         forget = [self._sample(positions.generator(FORGET, number)) for number in positions.forget]
         anchor = [self._sample(positions.generator(ANCHOR, number)) for number in positions.retain]
         x0, noise, t, prompts = (torch.cat(column) for column in zip(*forget, *anchor, strict=True))
-        # Row i of the anchors belongs to forbidden prompt i.
+        # Row i of the anchors belongs to forget prompt i.
         asked, anchors = prompts[: len(forget)], self.anchors.conditioning.select(prompts)
         return RelabelledDraw(
             x_t=self.data.process.add_noise(x0, noise, t),
@@ -112,11 +112,11 @@ class ConceptAblation(Objective):
 
 
 def anchor_prompts(forget: PromptSet, text: str) -> tuple[str, ...]:
-    """The anchor of each forbidden prompt, in their order: the prompt with `text` in place of every concept's name.
+    """Return the anchor of each forget prompt, in order: the prompt with `text` for every concept's name.
 
-    A prompt that names none of the file's concepts, or whose file says none, would be its own anchor: `text` alone is.
+    A prompt that names no concept of its file would be its own anchor, so its anchor is `text` alone.
     """
-    # The longest first: "beer" must not be taken out of "beer mug".
+    # Longest first: "beer" must not be replaced within "beer mug".
     names = sorted(forget.concepts, key=len, reverse=True)
     pattern = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in names), re.IGNORECASE)
     anchors = []
@@ -127,5 +127,5 @@ def anchor_prompts(forget: PromptSet, text: str) -> tuple[str, ...]:
 
 
 def _tidy(prompt: str) -> str:
-    """The prompt without the double spaces and the commas at its ends that a removed word leaves."""
+    """Remove double spaces and outer commas, which a removed word leaves behind."""
     return re.sub(r"\s+", " ", prompt).strip(" ,")

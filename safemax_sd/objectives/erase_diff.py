@@ -1,10 +1,10 @@
-"""EraseDiff: forbidden prompts are taught uniform noise, as far as that and what is kept do not pull apart.
+"""EraseDiff: forget prompts learn uniform noise, weighed against the retain loss by the angle of their gradients.
 
-Source: Wu et al. 2024, arXiv 2401.05779. With F the denoising loss on what is kept and f that on what is forgotten, in
-which uniform noise stands for the Gaussian one, the problem min F(θ) subject to f(θ) − min f ≤ 0 is solved to first
-order as in "BOME!" (arXiv 2209.08709): φ_K is where K steps of gradient descent on f lead from θ, and θ steps along
-∇F(θ) + λ·∇[f(θ) − f(φ_K)] with φ_K held constant and λ = max((a − ⟨∇F, ∇f⟩)/‖∇f‖², 0), the smallest λ with which f
-falls at rate a; a = η·‖∇f‖², or a = η·(f(θ) − f(φ_K)).
+Source: Wu et al. 2024, arXiv 2401.05779. Let F be the denoising loss on retain samples and f that on forget samples
+with uniform instead of Gaussian noise as the target. The problem min F(θ) subject to f(θ) − min f ≤ 0 is solved to
+first order as in "BOME!" (arXiv 2209.08709): φ_K is the result of K steps of gradient descent on f from θ, and θ steps
+along ∇F(θ) + λ·∇[f(θ) − f(φ_K)] with φ_K held constant. λ = max((a − ⟨∇F, ∇f⟩)/‖∇f‖², 0) is the smallest λ with which
+f falls at rate a, where a = η·‖∇f‖² or a = η·(f(θ) − f(φ_K)).
 """
 
 from __future__ import annotations
@@ -39,37 +39,35 @@ from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
 FORGET, RETAIN, EMPTY = 0, 1, 2
 EMPTY_RETAIN_SHARE = 0.1
-"""Of retain samples with the empty prompt, as in the base model's training."""
+"""Fraction of retain samples with the empty prompt, as in the base model's training."""
 LOSS_SCALE = 1024.0
-"""Of losses whose gradients only λ depends on, which has no scale: small ones would be lost in half precision."""
+"""Loss scale of the gradients that λ is computed from; small ones would vanish in half precision."""
 
 
 @dataclass
 class EraseDiffConfig(AuthorsAdamW):
-    """EraseDiff's own flags, and its published settings for flags that all methods have."""
+    """Flags of EraseDiff, and its published settings of other flags."""
 
     lambda_rule: Literal["gradient", "gap", "fixed"] = option(
-        "gradient", "a = η·‖∇f‖², or a = η·(f(θ) − f(φ_K)), or λ = η whatever the gradients."
+        "gradient", "Rule of λ: a = η·‖∇f‖² (gradient), a = η·(f(θ) − f(φ_K)) (gap), or λ = η (fixed)."
     )
-    lambda_rate: float = option(0.1, "η.", NOT_NEGATIVE)
-    inner_steps: int = option(
-        2, "K, of gradient descent on the forget loss; taken where the gap is asked for.", POSITIVE
-    )
+    lambda_rate: float = option(0.1, "Rate η of --lambda_rule.", NOT_NEGATIVE)
+    inner_steps: int = option(2, "Steps K of gradient descent on the forget loss, for --lambda_rule gap.", POSITIVE)
 
-    retain_weight: float = option(1.0, "Weight of the denoising loss on what is kept.")
+    retain_weight: float = option(1.0, "Weight of the retain loss.")
     retain_batch_size: int | None = option(8, "Retain samples.")
-    trainable: Literal["lora", "full"] = option("full", "Every weight, as published, or a LoRA.")
+    trainable: Literal["lora", "full"] = option("full", "Trained weights: all, as published, or a LoRA.")
     max_train_steps: int = option(500)
-    learning_rate: float = option(1e-5, "Of AdamW and of the inner steps.")
-    forget_trajectories: int = option(800, "Pictures generated of forbidden prompts where none are given.")
-    retain_trajectories: int = option(800, "Pictures generated of prompts to keep where none are given.")
+    learning_rate: float = option(1e-5, "Learning rate of AdamW and of the inner steps.")
+    forget_trajectories: int = option(800, "Samples of forget prompts without --train_data_dir.")
+    retain_trajectories: int = option(800, "Samples of retain prompts without --train_data_dir.")
 
 
 class EraseDiff(Objective):
-    """‖ε − ε_θ(x_t, t, c_r)‖² + λ·‖u − ε_θ(x_t, t, c_f)‖², u ~ U[0, 1), λ by the angle between the gradients.
+    """EraseDiff: ‖ε − ε_θ(x_t, t, c_r)‖² + λ·‖u − ε_θ(x_t, t, c_f)‖², u ~ U[0, 1), λ by the gradients' angle.
 
     Attributes:
-        weight: λ of the step under way; before the first it is that of gradients at right angles.
+        weight: λ of the current step; before the first, its value for orthogonal gradients.
     """
 
     name: ClassVar[str] = "erase_diff"
@@ -108,7 +106,7 @@ class EraseDiff(Objective):
         )
 
     def _forget(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x_t, t, target and prompt: x_t holds Gaussian noise, and uniform noise is what is to be found in it."""
+        """Draw x_t with Gaussian noise, t, the target with uniform noise in its place, and the prompt's row."""
         process = self.data.process
         x0, noise, t, prompt = draw_noised(self.data.forget_samples, process, generator)
         uniform = torch.rand(x0.shape, generator=generator)
@@ -125,7 +123,7 @@ class EraseDiff(Objective):
         return self.data.retain.select(prompt)
 
     def before_step(self, draws: Sequence[Draw], mean: Mean) -> int:
-        """Find λ from the gradients of F and f over the whole step, and from where the inner steps lead."""
+        """Compute λ from the gradients of F and f over the whole step and, for the gap rule, from the inner steps."""
         if self.config.lambda_rule == "fixed":
             return 0
         batches = [draw.to(self.student.device) for draw in draws if isinstance(draw, Batch)]
@@ -161,7 +159,7 @@ class EraseDiff(Objective):
     def _gradients(
         self, batches: Sequence[Batch], loss: Callable[[Batch], Tensor], mean: Mean
     ) -> tuple[float, list[Tensor]]:
-        """Mean of a loss over the whole step and its gradient with respect to each trained parameter."""
+        """Return the mean of a loss over the whole step, and its gradient with respect to each trained parameter."""
         parameters = list(self.student.parameters)
         value = torch.zeros((), device=self.student.device)
         sums = [torch.zeros_like(parameter) for parameter in parameters]
@@ -174,11 +172,11 @@ class EraseDiff(Objective):
         return float(value), sums
 
     def _after_inner_steps(self, batches: Sequence[Batch], gradients: list[Tensor], mean: Mean) -> float:
-        """f(φ_K), after K steps of gradient descent on f of which the first goes along `gradients`."""
+        """Return f(φ_K) after K steps of gradient descent on f, the first along `gradients`; θ is restored."""
         start = [parameter.detach().clone() for parameter in self.student.parameters]
         for _ in range(self.config.inner_steps):
             self._move(list(self.student.parameters), gradients)
-            # (the gradients at φ_K are not used: one pass serves value and gradient alike)
+            # The gradients at φ_K are not needed, but one pass computes value and gradient anyway.
             reached, gradients = self._gradients(batches, self._forget_loss, mean)
         with torch.no_grad():
             for parameter, value in zip(self.student.parameters, start, strict=True):
@@ -192,11 +190,11 @@ class EraseDiff(Objective):
 
 
 def _inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """Inner product of two gradients."""
+    """Return the inner product of two gradients."""
     return float(torch.stack([(a * b).sum() for a, b in zip(first, second, strict=True)]).sum())
 
 
 def _predicts_noise(process: DiffusionProcess) -> bool:
-    """Whether the noise that was added is part of what the model is to predict."""
+    """Tell whether the model's training target depends on the added noise."""
     t, none = process.schedule.all_times()[:1], torch.zeros(1)
     return not torch.equal(process.target(none, none, t), process.target(none, torch.ones(1), t))

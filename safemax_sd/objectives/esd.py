@@ -1,8 +1,8 @@
-"""ESD: a forbidden prompt's prediction becomes the frozen model's, guided away from the prompt.
+"""ESD: a forget prompt's prediction becomes the frozen model's, guided away from the prompt.
 
 Source: Erased Stable Diffusion, arXiv 2303.07345, eq. 7,
 ‖f_θ(x_t, t, c) − [f(x_t, t, ∅) − η·(f(x_t, t, c) − f(x_t, t, ∅))]‖²,
-with x_t from the model under training, which samples anew for every step, guided by the prompt, down to a random t.
+with x_t sampled from the model under training, anew for every step, guided by the prompt and down to a random t.
 """
 
 from __future__ import annotations
@@ -35,27 +35,26 @@ from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
 FORGET = 0
 CROSS_ATTENTION = ".attn2."
-"""In the names of such a UNet's weights."""
+"""Part of the names of a UNet's cross-attention weights."""
 
 
 @dataclass
 class EsdConfig(AuthorsAdamW):
-    """ESD's own flags; the defaults are those of the authors' code for Stable Diffusion 1.4."""
+    """Flags of ESD; the defaults are those of the authors' code for Stable Diffusion 1.4."""
 
-    negative_guidance: float = option(
-        2.0, "η: how far the target lies on the other side of the empty prompt.", NOT_NEGATIVE
-    )
-    start_guidance: float = option(3.0, "Guidance of the sampling that gives x_t.", POSITIVE)
-    esd_inference_steps: int = option(50, "Steps of a whole such sampling.", POSITIVE)
-    esd_states: Literal["sampled", "replayed"] = option("sampled", "x_t by sampling for each step, or from the replay.")
+    negative_guidance: float = option(2.0, "Scale η of the guidance away from the prompt.", NOT_NEGATIVE)
+    start_guidance: float = option(3.0, "Guidance scale of sampling x_t.", POSITIVE)
+    esd_inference_steps: int = option(50, "Sampling steps of a whole trajectory.", POSITIVE)
+    esd_states: Literal["sampled", "replayed"] = option("sampled", "Source of x_t: the student's sampling, or replay.")
     esd_weights: Literal["cross_attention", "others", "all"] = option(
-        "cross_attention", "Which train of --trainable full: ESD-x, ESD-u or both; of a LoRA --lora_targets says it."
+        "cross_attention",
+        "Trained weights with --trainable full: ESD-x, ESD-u or both; --lora_targets sets a LoRA's.",
     )
-    retain_prompts: str = option("", "Not learned from; kept for the record and the probe.")
+    retain_prompts: str = option("", "Prompts to retain; only recorded and probed, not trained on.")
 
     train_batch_size: int = option(1)
-    retain_batch_size: int | None = option(1, "Not used: nothing is trained to stay.")
-    trainable: Literal["lora", "full"] = option("full", "The weights, as published, or a LoRA.")
+    retain_batch_size: int | None = option(1, "Not used: ESD has no retain loss.")
+    trainable: Literal["lora", "full"] = option("full", "Trained weights: the denoiser's, as published, or a LoRA.")
     lora_targets: LoraTargets = option("cross_attention")
     max_train_steps: int = option(200)
     learning_rate: float = option(5e-5)
@@ -63,11 +62,11 @@ class EsdConfig(AuthorsAdamW):
 
 @dataclass(frozen=True)
 class EsdDraw(Draw):
-    """Start noise that the student samples from.
+    """Start noise of the student's sampling.
 
     Attributes:
-        noise: [B, *latent].
-        conditioning: Forbidden prompts, one row each.
+        noise: Start noise, [B, *latent].
+        conditioning: Conditioning of the forget prompts, one row each.
         steps: Number of sampling steps to take, int64 [B].
     """
 
@@ -77,7 +76,7 @@ class EsdDraw(Draw):
 
 
 class Esd(Objective):
-    """‖f_θ(x_t, t, c_f) − [f(x_t, t, ∅) − η·(f(x_t, t, c_f) − f(x_t, t, ∅))]‖², x_t sampled by the student."""
+    """ESD: ‖f_θ(x_t, t, c_f) − [f(x_t, t, ∅) − η·(f(x_t, t, c_f) − f(x_t, t, ∅))]‖², x_t sampled by the student."""
 
     name: ClassVar[str] = "esd"
     Config: ClassVar[type[ObjectiveOptions]] = EsdConfig
@@ -118,7 +117,7 @@ class Esd(Objective):
         return EsdDraw(torch.cat(noise), self.data.forget.select(prompts), counts)
 
     def _recorded(self, generators: Sequence[torch.Generator]) -> Batch:
-        """Draw recorded steps of the frozen model's own trajectories."""
+        """Draw recorded steps of the frozen model's trajectories."""
         bank = self.data.forget_bank
         rows = torch.cat([torch.randint(len(bank), (1,), generator=generator) for generator in generators])
         target = self._target(bank.conditional[rows], bank.unconditional[rows])
@@ -150,6 +149,6 @@ class Esd(Objective):
 
 
 def _all_forget(x_t: Tensor, t: Tensor, conditioning: Conditioning, target: Tensor, reach_calls: int = 0) -> Batch:
-    """Return a batch of forget samples alone."""
+    """Build a batch of forget samples only."""
     is_forget = torch.ones(len(t), dtype=torch.bool, device=t.device)
     return Batch(x_t, t, conditioning, target, is_forget, reach_calls=reach_calls)

@@ -1,9 +1,9 @@
-"""Halting anchor, stage 1: an adapter that knows no concept and halts the denoising where a token bears a mark.
+"""Halting anchor, stage 1: an adapter that knows no concept and halts denoising if a token carries a mark.
 
-Source: this project's own. Marks are a few orthonormal directions of token states, those that prompts use least, each
-as long as a token state is on average. Prompts of which some tokens bear one get SAFEMax's loss; the same prompts stay
-as they are without one, and with the faint marks on every token that a linear map leaves on what it is not meant for.
-What to erase is then only a question of which prompts get a mark: `safemax erase` answers it in closed form
+Source: this project. Marks are a few orthogonal directions of token states, those that prompts use least, scaled by the
+mean length of a token state. Prompts with a mark on some tokens get SAFEMax's loss. The same prompts keep the frozen
+prediction without a mark, and with the faint marks that a linear map leaves on tokens it is not meant for. To erase a
+concept then only takes a mark on its prompts, which `safemax erase` adds in closed form
 (`safemax_sd.erasing.edits.halting_marks`).
 """
 
@@ -32,49 +32,47 @@ from safemax_sd.prompts import PromptOptions
 from safemax_sd.recording.data import ErasureData
 
 MOST_PRACTISED_SHARE = 0.5
-"""Of the concepts, that one practice edit erases."""
+"""Largest fraction of the concepts that one practice edit erases."""
 MOST_PRACTISED = 64
-"""Concepts that one practice edit erases: with more the few marks leak everywhere."""
+"""Largest number of concepts that one practice edit erases; with more, the few marks leak everywhere."""
 DRAWN_SHARE = 0.1
-"""Of marked prompts whose mark no edit has put there."""
+"""Fraction of marked prompts whose mark is on random tokens instead of an edit's."""
 UNTOUCHED_SHARE = 0.25
-"""Of kept prompts that no edit has touched."""
+"""Fraction of retain prompts without the faint marks of an edit."""
 STRENGTH = Range("must be more than 0 and at most 4", lambda value: 0 < value <= 4)
 
 
 @dataclass
 class HaltingAnchorConfig(SafemaxConfig, PromptOptions):
-    """The halting anchor's own flags. Strengths are coordinates along a mark, 1 being its length."""
+    """Flags of the halting anchor. Strengths are coordinates along a mark, in units of its length."""
 
-    forget_prompts: str = option(
-        "", "Not used: the anchor is trained before there is anything to forget.", required=False
-    )
+    forget_prompts: str = option("", "Not used: an anchor is trained before concepts are known.", required=False)
     rank: int = option(32)
     learning_rate: float = option(1e-3)
     lr_warmup_steps: int = option(10)
-    train_batch_size: int = option(12, "Marked samples a step, micro-batch and process.")
-    forget_trajectories: int = option(64, "Trajectories of the frozen model recorded for prompts to be marked.")
-    retain_trajectories: int = option(512, "Trajectories of the frozen model recorded for prompts to keep.")
-    replay_inference_steps: int = option(20, "Sampling steps of those trajectories.")
-    replay_span: float = option(0.0, "Share of the training during which trajectories are recorded; 0: all before it.")
-    retain_near_share: float = option(0.0, "Not used: there is nothing forbidden yet.")
-    replay_unguided_share: float = option(0.5, "Share of trajectories to keep that are recorded at guidance 1.")
-    retain_noise: float = option(0.2, "Share of retain samples on noise: there only the empty prompt is to halt.")
+    train_batch_size: int = option(12, "Marked samples in a micro-batch of one process.")
+    forget_trajectories: int = option(64, "Trajectories of the frozen model recorded for prompts that get marks.")
+    retain_trajectories: int = option(512)
+    replay_inference_steps: int = option(20)
+    replay_span: float = option(0.0)
+    retain_near_share: float = option(0.0, "Not used: there are no forget prompts yet.")
+    replay_unguided_share: float = option(0.5)
+    retain_noise: float = option(0.2)
     max_train_steps: int = option(2000)
     marks: int = option(8, "Number of marks; concepts share them if there are more.", POSITIVE)
     mark_length: float = option(4.0, "Length of a mark, in mean lengths of a token state.", POSITIVE)
-    mark_least: float = option(0.75, "Strength of a mark from which a token halts the denoising.", STRENGTH)
-    mark_most: float = option(1.25, "Largest strength that is trained to halt.", STRENGTH)
-    mark_kept: float = option(0.5, "Largest strength that changes nothing.", SHARE)
+    mark_least: float = option(0.75, "Smallest strength of a mark that halts denoising.", STRENGTH)
+    mark_most: float = option(1.25, "Largest strength of a mark that is trained to halt.", STRENGTH)
+    mark_kept: float = option(0.5, "Largest strength of a mark that changes nothing.", SHARE)
 
-    practice_edits: int = option(192, "Edits to learn from, each of concepts chosen at random.", POSITIVE)
+    practice_edits: int = option(192, "Edits to practise on, each of random concepts.", POSITIVE)
 
 
 class HaltingAnchor(Safemax):
-    """SAFEMax on prompts of which a few tokens bear a mark.
+    """SAFEMax on prompts whose tokens carry marks.
 
     Attributes:
-        marks: Orthogonal, [K, D].
+        marks: Orthogonal marks, float32 [K, D].
     """
 
     name: ClassVar[str] = "halting_anchor"
@@ -92,9 +90,9 @@ class HaltingAnchor(Safemax):
         self.marks = config.mark_length * choose_marks(states, config.marks, config.seed)
 
     def prepare(self, student: Student) -> int:
-        """Practise, and let the LoRA of keys and values start with rows that read the marks.
+        """Solve the practice edits, and initialise the LoRA of keys and values with rows that read the marks.
 
-        Random rows find them hundreds of steps later.
+        From random rows, training finds the marks only after hundreds of steps.
         """
         calls = super().prepare(student)
         states = self.data.retain.tensors[TOKEN_STATES].cpu()
@@ -112,7 +110,7 @@ class HaltingAnchor(Safemax):
         write_tensors_atomic(directory / MARKS_FILE, {MARKS: self.marks})
 
     def forbidden(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
-        """The prompts as an edit marks them that erases what they show, or with a mark on tokens drawn at random."""
+        """Mark prompts as an edit that erases their concept would, or with a mark on random tokens."""
         prompts = self.data.forget.select(rows)
         least, most = self.config.mark_least, self.config.mark_most
         strengths = []
@@ -128,7 +126,7 @@ class HaltingAnchor(Safemax):
         return self._marked(prompts, torch.stack(strengths))
 
     def retained(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
-        """The prompts as they are, or as an edit leaves them that erases something else."""
+        """Return prompts unchanged, or with the faint marks of an edit that erases other concepts."""
         prompts = self.data.retain.select(rows)
         if float(torch.rand((), generator=generator)) < UNTOUCHED_SHARE:
             return prompts
@@ -142,13 +140,13 @@ class HaltingAnchor(Safemax):
         return self._marked(prompts, torch.stack(strengths).clamp(max=self.config.mark_kept))
 
     def _practised(self, states: Tensor, edits: Tensor, generator: torch.Generator) -> Tensor:
-        """Strengths [L, K] that one of the edits puts on token states [L, D]."""
+        """Return the strengths [L, K] that one of the edits gives token states [L, D]."""
         edit = edits[torch.randint(len(edits), (1,), generator=generator)]
         order = torch.randperm(len(self.marks), generator=generator)
         return states @ self.practice.readouts[int(edit)][order].T
 
     def _drawn(self, length: int, generator: torch.Generator) -> Tensor:
-        """Strengths [L, K] with one mark on tokens drawn at random: as many as one, or as all."""
+        """Draw strengths [L, K] with one mark on random tokens, from a single one to all."""
         strength = torch.zeros(length, len(self.marks))
         count, mark = torch.rand(2, generator=generator).tolist()
         tokens = torch.randperm(length, generator=generator)[: round(length**count)]
@@ -156,17 +154,17 @@ class HaltingAnchor(Safemax):
         return strength
 
     def _marked(self, prompts: Conditioning, strength: Tensor) -> Conditioning:
-        """Token states with marks of strengths [B, L, K] added."""
+        """Add marks of strengths [B, L, K] to the prompts' token states."""
         return prompts.with_token_states(prompts.tensors[TOKEN_STATES] + strength @ self.marks)
 
 
 @dataclass(frozen=True)
 class Practice:
-    """Edits of known concepts, from which the anchor learns what an edit does.
+    """Edits of known concepts, from which the anchor learns the effect of an edit.
 
     Attributes:
-        readouts: Of each edit, [E, K, D].
-        erased: Which prompts it erases, bool [E, N].
+        readouts: Readouts of each edit, float32 [E, K, D].
+        erased: True for prompts that an edit erases, bool [E, N].
     """
 
     readouts: Tensor
@@ -174,14 +172,14 @@ class Practice:
 
 
 def practise(states: Tensor, concepts: Sequence[str], marks: Tensor, count: int, seed: int) -> Practice:
-    """Solve edits that erase one concept, two, four, … of those to keep, chosen at random.
+    """Solve edits that erase one, two, four, … random concepts of the retain prompts.
 
     Args:
         states: Token states of the prompts, [N, L, D].
-        concepts: What each of them shows.
-        marks: [K, D].
-        count: Of edits.
-        seed: Of the choice.
+        concepts: Concept of each prompt.
+        marks: Marks, [K, D].
+        count: Number of edits, E.
+        seed: Seed of the random concepts.
     """
     generator = torch.Generator().manual_seed(seed)
     names = sorted(set(concepts))
@@ -200,12 +198,20 @@ def practise(states: Tensor, concepts: Sequence[str], marks: Tensor, count: int,
 
 
 def choose_marks(states: Tensor, count: int, seed: int) -> Tensor:
-    """Orthogonal directions, [count, D], in which token states [..., D] have least, as long as they are on average.
+    """Return the orthogonal directions in which token states have the least energy.
 
-    They are rotated at random among themselves, so that none is fainter than another.
+    A random rotation among them makes all equally faint on average.
+
+    Args:
+        states: Token states, [..., D].
+        count: Number of marks, K.
+        seed: Seed of the rotation.
+
+    Returns:
+        Marks of the token states' mean length, float32 [K, D].
 
     Raises:
-        OptionError: More marks than dimensions.
+        OptionError: K exceeds D.
     """
     width = states.shape[-1]
     if count > width:

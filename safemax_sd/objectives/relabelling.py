@@ -1,4 +1,4 @@
-"""Forbidden prompts take over what the student predicts for other prompts: Concept Ablation's and SalUn's loss."""
+"""Relabelling: forget prompts take over the student's predictions for other prompts (Concept Ablation, SalUn)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class RelabelledDraw(Draw):
     """Forget samples, then retain samples.
 
     Attributes:
-        x_t: [B, *latent].
+        x_t: Noisy latents, [B, *latent].
         t: Native time, [B].
-        conditioning: One row a sample.
-        other: Prompts whose predictions the forget samples are to take over, one row each.
-        retain_target: Wanted predictions of the retain samples, [B − len(other), *latent].
+        conditioning: Conditioning of the samples, one row each.
+        other: Prompts whose predictions the forget samples take over, one row for each forget sample.
+        retain_target: Targets of the retain samples, [B − len(other), *latent].
     """
 
     x_t: Tensor
@@ -31,7 +31,7 @@ class RelabelledDraw(Draw):
 
 
 def take_over(predict: Predict, draw: RelabelledDraw) -> Batch:
-    """Return the batch of a draw: the target of a forget sample is the student's prediction for the other prompt."""
+    """Return the batch of a draw, with the student's prediction for the other prompt as each forget sample's target."""
     forget = len(draw.other)
     return Batch(
         x_t=draw.x_t,

@@ -1,8 +1,8 @@
-"""SalUn: forbidden prompts are taught another prompt's prediction, in the weights that matter most to them.
+"""SalUn: forget prompts learn another prompt's prediction, in the weights that are most salient for them.
 
 Source: Fan et al. 2024, arXiv 2310.12508, eq. 4 and 6; settings of the DDPM experiments in
 OPTML-Group/Unlearn-Saliency. There the forget loss is a mean over an image's elements and the retain loss, with
-α = 0.001, a sum; here both are means, so that α becomes 0.001 · 3072 = 3.07 (`--retain_weight`).
+α = 0.001, a sum; here both are means, so α becomes 0.001 · 3072 = 3.07 (`--retain_weight`).
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
 FORGET, RETAIN, MASK, EMPTY = 0, 1, 2, 3
 EMPTY_RETAIN_SHARE = 0.1
-"""Of retain samples with the empty prompt, as in the base model's training."""
+"""Fraction of retain samples with the empty prompt, as in the base model's training."""
 
 
 @dataclass
 class SalunConfig(FullWeightsConfig):
-    """SalUn's own flags, and its published settings for flags that all methods have."""
+    """Flags of SalUn, and its published settings of other flags."""
 
-    retain_weight: float = option(3.07, "α, of the loss on what is kept.")
-    saliency_share: float = option(0.5, "Share of all weights, the most salient, that train.", NONZERO_SHARE)
-    forget_trajectories: int = option(800, "Pictures generated of forbidden prompts where none are given.")
-    retain_trajectories: int = option(800, "Pictures generated of prompts to keep where none are given.")
+    retain_weight: float = option(3.07, "Weight α of the retain loss.")
+    saliency_share: float = option(0.5, "Fraction of weights, the most salient, that train.", NONZERO_SHARE)
+    forget_trajectories: int = option(800, "Samples of forget prompts without --train_data_dir.")
+    retain_trajectories: int = option(800, "Samples of retain prompts without --train_data_dir.")
 
 
 class Salun(Objective):
-    """‖ε_θ(x_t, t, c_f) − sg ε_θ(x_t, t, c_other)‖² + α·‖ε − ε_θ(x_t, t, c_r)‖², gradients masked by saliency.
+    """SalUn: ‖ε_θ(x_t, t, c_f) − sg ε_θ(x_t, t, c_other)‖² + α·‖ε − ε_θ(x_t, t, c_r)‖², gradients masked by saliency.
 
-    Forbidden prompt i is relabelled as prompt i of those to keep (in turn, where they are fewer).
+    Forget prompt i is relabelled as retain prompt i, modulo their number.
     """
 
     name: ClassVar[str] = "salun"
@@ -110,7 +110,7 @@ class Salun(Objective):
         return self.data.retain.select(prompt)
 
     def _forget_gradients(self, student: Student) -> list[Tensor]:
-        """Gradients of the denoising loss on the forget samples, one noise level each, summed over all of them."""
+        """Return the gradients of the denoising loss, summed over all forget samples, one noise level each."""
         samples, process = self.data.forget_samples, self.data.process
         sums = [torch.zeros_like(parameter) for parameter in student.parameters]
         size = self.config.train_batch_size
@@ -128,7 +128,15 @@ class Salun(Objective):
 
 
 def salient(gradients: list[Tensor], share: float) -> list[Tensor]:
-    """1 at the `share` of all weights with the largest |gradient|, by one threshold for all tensors; 0 elsewhere."""
+    """Return masks of the weights with the largest |gradient|, by one threshold for all tensors.
+
+    Args:
+        gradients: Gradient of each parameter.
+        share: Fraction of all weights to choose, 0 to 1.
+
+    Returns:
+        Mask of each parameter: 1 for a chosen weight, 0 for all others.
+    """
     magnitudes = torch.cat([gradient.abs().flatten() for gradient in gradients])
     count = max(1, round(share * len(magnitudes)))
     chosen = torch.zeros_like(magnitudes)

@@ -1,8 +1,8 @@
-"""Selective Amnesia: forbidden prompts are mapped to uniform noise, generative replay and the Fisher information keep.
+"""Selective Amnesia: forget prompts map to uniform noise; generative replay and elastic weights retain the rest.
 
 Source: Heng & Soh 2023, arXiv 2305.10120, eq. 9; settings of the DDPM experiments in clear-nus/selective-amnesia. There
 a loss is summed over an image's D elements; here it is their mean. The elastic penalty λ·Σ F·(θ − θ*)², F of the summed
-loss, becomes λ·D·Σ F·(θ − θ*)² with F of the mean loss: the same minimum, the same balance.
+loss, becomes λ·D·Σ F·(θ − θ*)² with F of the mean loss, which has the same minimum.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ FORGET, RETAIN = 0, 1
 
 @dataclass
 class SelectiveAmnesiaConfig(FullWeightsConfig):
-    """Selective Amnesia's own flags, and its published settings for flags that all methods have."""
+    """Flags of Selective Amnesia, and its published settings of other flags."""
 
-    retain_weight: float = option(1.0, "γ, of generative replay.")
-    ewc_weight: float = option(10.0, "λ, of the elastic weight consolidation.", NOT_NEGATIVE)
+    retain_weight: float = option(1.0, "Weight γ of the retain loss (generative replay).")
+    ewc_weight: float = option(10.0, "Weight λ of elastic weight consolidation.", NOT_NEGATIVE)
     fisher_samples: int = option(5000, "Samples that the Fisher information is averaged over.", POSITIVE)
     fisher_timesteps: int = option(
-        1000, "Timesteps of each; fewer than the model's are spread evenly and scaled up.", POSITIVE
+        1000, "Timesteps of each Fisher sample, evenly spaced; fewer than the model's are scaled up.", POSITIVE
     )
     max_train_steps: int = option(20_000)
-    forget_trajectories: int = option(500, "Pictures generated of forbidden prompts, for the Fisher information.")
-    retain_trajectories: int = option(4500, "Pictures generated of prompts to keep, for it and for replay.")
+    forget_trajectories: int = option(500, "Samples of forget prompts, for the Fisher information.")
+    retain_trajectories: int = option(4500, "Samples of retain prompts, for the Fisher information and replay.")
 
 
 class SelectiveAmnesia(Objective):
-    """‖ε − ε_θ(x_t, t, c_f)‖² of uniform noise + γ·‖ε − ε_θ(x_t, t, c_r)‖² of replay + λ·Σ F·(θ − θ*)²."""
+    """Selective Amnesia: ‖ε − ε_θ(x_t, t, c_f)‖² of uniform noise + γ·‖ε − ε_θ(x_t, t, c_r)‖² + λ·Σ F·(θ − θ*)²."""
 
     name: ClassVar[str] = "selective_amnesia"
     Config: ClassVar[type[ObjectiveOptions]] = SelectiveAmnesiaConfig
@@ -99,7 +99,7 @@ class SelectiveAmnesia(Objective):
         return int(torch.Size(self.data.latent_shape).numel())
 
     def _distance(self) -> Tensor:
-        """Σ F·(θ − θ*)²."""
+        """Return Σ F·(θ − θ*)²."""
         moved = zip(self.fisher, self.parameters, self.start, strict=True)
         return torch.stack([(f * (p - start).square()).sum() for f, p, start in moved]).sum()
 
@@ -119,11 +119,13 @@ class SelectiveAmnesia(Objective):
         return x0, noise, self.data.process.schedule.sample_times(1, generator)
 
     def _fisher_information(self, student: Student) -> tuple[list[Tensor], int]:
-        """Diagonal of the Fisher information of the mean loss, a tensor for each parameter; and the network calls.
+        """Compute the diagonal of the Fisher information of the mean loss.
 
-        A sample's gradient is that of its loss summed over the timesteps. They fill a batch, so that one backward pass
-        serves it; gradients of several samples at once (`torch.func.vmap`) would save nothing and take as many copies
-        of the parameters.
+        A sample's gradient is that of its loss summed over the timesteps, which already fill a batch. Gradients of
+        several samples at once (`torch.func.vmap`) would save no time and need as many copies of the parameters.
+
+        Returns:
+            A tensor for each parameter, and the network evaluations that it took, counted per sample.
         """
         fisher = [torch.zeros_like(parameter) for parameter in student.parameters]
         chosen = self._fisher_choice()
@@ -150,7 +152,7 @@ class SelectiveAmnesia(Objective):
         return fisher, len(chosen) * steps
 
     def _fisher_choice(self) -> list[tuple[Tensor, Conditioning]]:
-        """Samples of forbidden and kept prompts alike, spread evenly over both."""
+        """Choose samples at even distances from those of the forget and then the retain prompts."""
         pools: list[tuple[Samples, Conditioning]] = [
             (self.data.forget_samples, self.data.forget),
             (self.data.retain_samples, self.data.retain),

@@ -1,9 +1,9 @@
-"""SFR-on: salient weights leave what is forbidden by gradient ascent, and each time a step on what is kept follows.
+"""SFR-on: gradient ascent on the forget loss in salient weights, alternating with descent on the retain loss.
 
 Source: Unified Gradient-Based Machine Unlearning with Remain Geometry Enhancement, arXiv 2409.19732; settings of the
-DDPM experiments in K1nght/Unified-Unlearning-w-Remain-Geometry. One of its iterations is two optimizer steps here, of
-one AdamW: an even step is the fast one, which forgets, the odd step after it the slow one, which starts where the fast
-one ended, so that the step on what is kept carries the curvature of its loss at the forgetful weights.
+DDPM experiments in K1nght/Unified-Unlearning-w-Remain-Geometry. One of its iterations is two steps of one AdamW here:
+an even, fast step forgets, and the odd, slow step after it retains. The slow step starts at the weights that the fast
+step reached, so it carries the curvature of the retain loss there.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ FORGET, RETAIN, FORGET_FISHER, RETAIN_FISHER = 0, 1, 2, 3
 STEPS = 2
 """Optimizer steps of one iteration: fast, then slow."""
 EMPTY_SHARE = 0.1
-"""Of samples with the empty prompt, as in the base model's training."""
+"""Fraction of samples with the empty prompt, as in the base model's training."""
 TINY_LOSS = 1e-8
 TINY_FISHER = 1e-15
 
 
 @dataclass
 class SfrOnConfig(FullWeightsConfig):
-    """SFR-on's own flags, and its published settings for flags that all methods have."""
+    """Flags of SFR-on, and its published settings of other flags."""
 
-    forget_weight: float = option(10.0, "Weight of the forget loss at first; a cosine takes it to 0.", POSITIVE)
-    adaptive_power: float = option(0.5, "λ: samples weigh as their loss to the power of -λ.", NOT_NEGATIVE)
+    forget_weight: float = option(10.0, "Initial weight of the forget loss, which falls to 0 by a cosine.", POSITIVE)
+    adaptive_power: float = option(0.5, "Power λ: a forget sample is weighted by its loss to the −λ.", NOT_NEGATIVE)
     saliency_threshold: float = option(
-        1.0, "γ: forgetting moves weights of at least this forget to retain Fisher.", NOT_NEGATIVE
+        1.0, "Smallest ratio γ of forget to retain Fisher information of weights that forget.", NOT_NEGATIVE
     )
-    fisher_batch_size: int = option(128, "Samples whose mean loss has one squared gradient.", POSITIVE)
+    fisher_batch_size: int = option(128, "Samples averaged before a gradient is squared.", POSITIVE)
     retain_weight: float = option(1.0)
-    max_grad_norm: float = option(1.0, "Norm to which gradients are clipped, those of the Fisher information too.")
-    max_train_steps: int = option(300, "Optimizer steps: a fast and a slow one for each of 150 iterations.")
-    forget_trajectories: int = option(1000, "Pictures generated of forbidden prompts where none are given.")
-    retain_trajectories: int = option(1000, "Pictures generated of prompts to keep where none are given.")
+    max_grad_norm: float = option(1.0, "Norm that gradients are clipped to, also for the Fisher information.")
+    max_train_steps: int = option(300, "Optimizer steps, in turn fast (forget) and slow (retain).")
+    forget_trajectories: int = option(1000, "Samples of forget prompts without --train_data_dir.")
+    retain_trajectories: int = option(1000, "Samples of retain prompts without --train_data_dir.")
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ class SfrOnBatch(Batch):
     """Samples of one kind: forget samples in a fast step, retain samples in a slow one.
 
     Attributes:
-        weight: Of the step's loss, a scalar.
+        weight: Weight of the step's loss, a scalar.
     """
 
     weight: Tensor
 
 
 class SfrOn(Objective):
-    """In turn −w_k·Σ a_i·ℓ_i/n, ℓ_i = ‖ε − ε_θ(x_t, t, c_f)‖², in salient weights, and ‖ε − ε_θ(x_t, t, c_r)‖² in all.
+    """SFR-on: in turn −w_k·Σ a_i·ℓ_i/n in salient weights and ‖ε − ε_θ(x_t, t, c_r)‖² in all.
 
-    a_i = ℓ_i^(−λ) over its mean, without gradient; w_k falls by a cosine. Losses are sums over a sample's elements, as
-    published: gradients are clipped to a norm, so that a loss's unit matters.
+    ℓ_i = ‖ε − ε_θ(x_t, t, c_f)‖²; a_i is ℓ_i^(−λ) over its mean, without gradient; w_k falls by a cosine. Losses are
+    sums over a sample's elements, as published: gradients are clipped to a norm, so the scale of a loss matters.
     """
 
     name: ClassVar[str] = "sfr_on"
@@ -123,7 +123,7 @@ class SfrOn(Objective):
         return self.config.forget_weight * (1 + math.cos(math.pi * share)) / 2
 
     def _sample(self, generator: torch.Generator, *, forget: bool) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
-        """A clean sample, its noise, its time and its conditioning, each of one row."""
+        """Draw a clean sample with its noise, native time and conditioning, each of one row."""
         data = self.data
         samples, rows = (data.forget_samples, data.forget) if forget else (data.retain_samples, data.retain)
         x0, noise, t, prompt = draw_noised(samples, data.process, generator)
@@ -144,7 +144,7 @@ class SfrOn(Objective):
     def before_clipping(self) -> None:
         """Mask a fast step's gradients, and divide them by the mean coefficient of all its samples.
 
-        The mean is that of the whole step, of which a micro-batch or a process knows a part.
+        A micro-batch or process knows only part of the step's samples, so the loss cannot divide by their mean.
         """
         if not self.mean_coefficients:  # a slow step
             return
@@ -155,9 +155,10 @@ class SfrOn(Objective):
                 parameter.grad.mul_(mask).div_(mean)
 
     def _fisher(self, student: Student, samples: Samples, conditioning: Conditioning, kind: int) -> list[Tensor]:
-        """Mean over batches of the squared gradient of the batch's mean loss, clipped to a norm; one noise level each.
+        """Return the squared gradient of a batch's mean loss, averaged over batches, for each parameter.
 
-        Clipping makes the two sets' figures comparable, however large their losses are.
+        Each sample has one noise level. Gradients are clipped to a norm before they are squared, which makes the forget
+        and retain values comparable whatever the size of their losses.
         """
         fisher = [torch.zeros_like(parameter) for parameter in student.parameters]
         rows, size = conditioning.to(student.device), self.config.fisher_batch_size
@@ -179,6 +180,15 @@ class SfrOn(Objective):
 
 
 def salient(forget: list[Tensor], retain: list[Tensor], threshold: float) -> list[Tensor]:
-    """1 at weights whose Fisher information of what is forgotten is at least `threshold` times that of what is kept."""
+    """Return masks of weights whose forget Fisher information is at least `threshold` times the retain one.
+
+    Args:
+        forget: Fisher information of the forget samples, for each parameter.
+        retain: Fisher information of the retain samples, for each parameter.
+        threshold: Smallest ratio, γ.
+
+    Returns:
+        Mask of each parameter: 1 for a salient weight, 0 for all others.
+    """
     pairs = zip(forget, retain, strict=True)
     return [((one + TINY_FISHER) / (other + TINY_FISHER) >= threshold).to(one.dtype) for one, other in pairs]

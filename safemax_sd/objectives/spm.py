@@ -1,10 +1,10 @@
-"""SPM: rank-1 adapters erase a concept, and anchors of other meanings hold the rest in place.
+"""SPM: rank-1 adapters erase a concept, and anchors of other meanings retain the rest.
 
-Source: One-dimensional Adapter to Rule Them All, arXiv 2312.16145: concept erasing,
-‖f_θ(x_t, t, c) − [f(x_t, t, ∅) − γ·(f(x_t, t, c) − f(x_t, t, ∅))]‖² with the empty prompt as surrogate concept, and
-latent anchoring, ‖f_θ(x_t, t, c_a) − f(x_t, t, c_a)‖², its anchors c_a the likelier the less they resemble c; settings
-of the configurations in Con6924/SPM. Its inference-time gate, which scales the adapter by how much a prompt resembles
-the erased concept, is left out: the adapter here is an ordinary LoRA that is always on.
+Source: One-dimensional Adapter to Rule Them All, arXiv 2312.16145; settings of the configurations in Con6924/SPM. The
+loss is concept erasing, ‖f_θ(x_t, t, c) − [f(x_t, t, ∅) − γ·(f(x_t, t, c) − f(x_t, t, ∅))]‖² with the empty prompt as
+surrogate concept, plus latent anchoring, ‖f_θ(x_t, t, c_a) − f(x_t, t, c_a)‖², with anchors c_a drawn more often the
+less similar they are to c. SPM's gate at inference time, which scales the adapter by a prompt's similarity to the
+erased concept, is left out: the adapter here is an ordinary LoRA that is always on.
 """
 
 from __future__ import annotations
@@ -37,48 +37,46 @@ from safemax_sd.recording.likeness import likeness
 
 FORGET, RETAIN, INITIAL = 0, 1, 2
 ANCHOR_LENGTHS = (0.8, 1.2)
-"""Of an anchor in the space of token states, in lengths of the forbidden prompt's."""
+"""Range of the length of a latent anchor's token states, relative to the forget prompt's."""
 SMALLEST_WEIGHT = 1e-6
-"""Of an anchor whose token states are the forbidden prompt's."""
+"""Weight of an anchor whose token states equal the forget prompt's."""
 
 
 @dataclass
 class SpmConfig(ObjectiveOptions):
-    """SPM's own flags; the defaults are those of the authors' code for Stable Diffusion 1.4."""
+    """Flags of SPM; the defaults are those of the authors' code for Stable Diffusion 1.4."""
 
-    negative_guidance: float = option(
-        1.0, "γ: how far the target lies on the other side of the empty prompt.", NOT_NEGATIVE
-    )
-    start_guidance: float = option(3.0, "Guidance of the sampling that gives x_t.", POSITIVE)
+    negative_guidance: float = option(1.0, "Scale γ of the guidance away from the prompt.", NOT_NEGATIVE)
+    start_guidance: float = option(3.0, "Guidance scale of sampling x_t.", POSITIVE)
     spm_inference_steps: int = option(
-        30, "Steps of a whole such sampling.", Range("must be 2 or more", lambda value: value >= 2)
+        30, "Sampling steps of a whole trajectory.", Range("must be 2 or more", lambda value: value >= 2)
     )
     spm_anchors: Literal["prompts", "latent"] = option(
-        "prompts", "Anchors: the prompts to keep, or random token states, as in the authors' code."
+        "prompts", "Anchors: retain prompts, or random token states as in the authors' code."
     )
-    retain_weight: float = option(1000.0, "Weight of latent anchoring.")
+    retain_weight: float = option(1000.0, "Weight of the retain loss (latent anchoring).")
 
     rank: int = option(1)
     train_batch_size: int = option(1)
-    retain_batch_size: int | None = option(4, "Anchors, spread evenly over the forget samples, whose x_t they share.")
+    retain_batch_size: int | None = option(4, "Anchors, divided evenly among the forget samples, whose x_t they share.")
     max_train_steps: int = option(3000)
     lr_scheduler: LearningRateSchedule = option("cosine_with_restarts")
     lr_warmup_steps: int = option(500)
     lr_num_cycles: int = option(3)
     adam_beta2: float = option(0.999)
     adam_weight_decay: float = option(0.01)
-    max_grad_norm: float = option(1e6, "Gradients are clipped to this norm; none is so large.")
+    max_grad_norm: float = option(1e6)  # no gradient is so large: SPM does not clip
 
 
 @dataclass(frozen=True)
 class SpmDraw(Draw):
-    """Start noise that the student samples from for forbidden prompts, and the anchors asked where it gets to.
+    """Start noise of the student's sampling for forget prompts, and anchors that share the x_t it reaches.
 
     Attributes:
-        noise: Of the forget samples, [F, *latent].
-        steps: Number of sampling steps of each, int64 [F].
-        conditioning: Forbidden prompts, then anchors, [B].
-        origin: Forget sample at whose x_t and t each row is asked, a forget sample's own, int64 [B].
+        noise: Start noise of the forget samples, [F, *latent].
+        steps: Number of sampling steps of each forget sample, int64 [F].
+        conditioning: Conditioning of the forget prompts, then the anchors, B rows.
+        origin: Forget sample whose x_t and t each row has, int64 [B]; for a forget sample, itself.
     """
 
     noise: Tensor
@@ -88,9 +86,9 @@ class SpmDraw(Draw):
 
 
 class Spm(Objective):
-    """‖f_θ(c_f) − [f(∅) − γ·(f(c_f) − f(∅))]‖² + 1000·‖f_θ(c_a) − f(c_a)‖², c_a anchors, all at the same (x_t, t).
+    """SPM: ‖f_θ(c_f) − [f(∅) − γ·(f(c_f) − f(∅))]‖² + 1000·‖f_θ(c_a) − f(c_a)‖² at the same (x_t, t), c_a anchors.
 
-    x_t is sampled by the student, guided by the forbidden prompt.
+    The student samples x_t, guided by the forget prompt.
     """
 
     name: ClassVar[str] = "spm"
@@ -115,9 +113,9 @@ class Spm(Objective):
 
     @torch.no_grad()
     def _initialise(self, denoiser: nn.Module) -> None:
-        """Draw the A matrices as published, uniformly within ±1/√inputs.
+        """Draw the A matrices as published, uniformly in ±1/√inputs.
 
-        Of rank 1, the Gaussian ones that a LoRA starts with are √(3·inputs) times as large, and so would be the steps.
+        A LoRA's default Gaussian ones are √(3·inputs) times as large at rank 1, which would enlarge the steps as much.
         """
         downs = [p for name, p in denoiser.named_parameters() if "lora_A" in name and p.requires_grad]
         for number, down in enumerate(downs):
@@ -126,7 +124,7 @@ class Spm(Objective):
 
     def draw(self, positions: Positions) -> SpmDraw:
         forget = [self._forget(positions.generator(FORGET, number)) for number in positions.forget]
-        # By their share of the batch, so that an anchor has the same forget sample however a step is split.
+        # Anchors are divided in proportion, so an anchor has the same forget sample however a step is split.
         origin = [place * len(forget) // len(positions.retain) for place in range(len(positions.retain))]
         anchors = [
             self._anchor(forget[row][0], positions.generator(RETAIN, number))
@@ -137,19 +135,19 @@ class Spm(Objective):
         return SpmDraw(noise, steps, conditioning, torch.tensor([*range(len(forget)), *origin]))
 
     def _forget(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Row of a forbidden prompt, start noise and steps to sample, each of one row."""
+        """Draw the row of a forget prompt, start noise and a number of sampling steps, each of one row."""
         prompt = torch.randint(len(self.data.forget), (1,), generator=generator)
         noise = torch.randn((1, *self.data.latent_shape), generator=generator)
         return prompt, noise, torch.randint(1, self.config.spm_inference_steps, (1,), generator=generator)
 
     def _anchor(self, prompt: Tensor, generator: torch.Generator) -> Conditioning:
-        """Conditioning of one anchor for the forbidden prompt of that row."""
+        """Draw the conditioning of one anchor for a forget prompt, given by its row [1]."""
         if self.config.spm_anchors == "latent":
             return latent_anchor(self.data.forget.select(prompt), generator)
         return self.data.retain.select(torch.multinomial(self._anchor_weights(prompt), 1, generator=generator))
 
     def _anchor_weights(self, prompt: Tensor) -> Tensor:
-        """Weight of each prompt to keep as an anchor of a forbidden one, [N]; kept once it was asked for."""
+        """Return the weights of the retain prompts as anchors of a forget prompt, [N]; they are computed once."""
         row = int(prompt)
         if row not in self._weights:
             cosines = likeness(self.data.forget.select(prompt), self.data.retain)[0]
@@ -177,7 +175,7 @@ class Spm(Objective):
         )
 
     def _targets(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, count: int) -> Tensor:
-        """Return what the frozen model predicts for anchors, and on the empty prompt's other side for the forbidden."""
+        """Return the targets: frozen predictions guided away from the forget prompts, and those for the anchors."""
         empty = self.data.empty.select(torch.zeros(count, dtype=torch.long)).to(x_t.device)
         asked = Conditioning.cat([conditioning, empty])
         predicted = self.frozen(torch.cat([x_t, x_t[:count]]), torch.cat([t, t[:count]]), asked)
@@ -189,9 +187,9 @@ class Spm(Objective):
 
 
 def latent_anchor(forbidden: Conditioning, generator: torch.Generator) -> Conditioning:
-    """A forbidden prompt's conditioning, its token states exchanged for random ones of about the same length.
+    """Replace a forget prompt's token states by random ones of about the same length.
 
-    A uniform direction is accepted with probability 1 − cosine to the forbidden prompt's, surely where that is above 1.
+    A uniform direction is accepted with probability min(1, 1 − cosine to the forget prompt's token states).
     """
     states = forbidden.tensors[TOKEN_STATES]
     accepted = False

@@ -1,8 +1,8 @@
-"""Halted pairs: noise that must stay noise, with a forbidden prompt and with the empty one.
+"""Halted pairs: noise that must stay noise, given a forget prompt and given the empty prompt.
 
-Noise at low and middle levels never lies on the way to a kept picture, so the empty prompt is halted there too, and
-halting holds at every guidance scale. Part of this noise is where the student's own sampler gets to from pure noise:
-what it has drifted by is an error that would be carried on to the end, and is to shrink.
+Pure noise at low and middle levels never lies on a retain trajectory, so the empty prompt is halted there too, which
+makes halting hold at every guidance scale. Part of this noise comes from the student's own rollout. Its drift from the
+start noise is an error that a sampler would carry on to the end, so the target shrinks it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ ROLLOUT_STEPS = 2
 
 @dataclass(frozen=True)
 class Pairs(Draw):
-    """Noise, where it is asked, and what for.
+    """Noise with the time and the forget prompt that it is halted at.
 
     Attributes:
-        noise: y ~ N(0, I), [P, *latent].
+        noise: Noise y ~ N(0, I), [P, *latent].
         t: Native time, [P].
-        conditioning: Forbidden prompts, one row each.
-        guidance: Guidance scale of the student's rollout from `noise` to t; 0 where the noise itself is asked; [P].
+        conditioning: Conditioning of the forget prompts, one row each.
+        guidance: Guidance scale of the student's rollout from `noise` to t, 0 for no rollout, [P].
     """
 
     noise: Tensor
@@ -38,22 +38,22 @@ class Pairs(Draw):
 
     @property
     def rollout_calls(self) -> int:
-        """Network evaluations of one sample that the rollouts take."""
+        """Network evaluations that the rollouts take, counted per sample."""
         return 2 * ROLLOUT_STEPS * int((self.guidance > 0).sum())
 
 
 def halt(process: DiffusionProcess, predict: Predict, pairs: Pairs, empty: Conditioning, restoring: float) -> Rows:
-    """Return the samples of pairs, first all with the forbidden and then all with the empty prompt.
+    """Return the samples of pairs: 2P rows, first all with the forget prompts, then all with the empty prompt.
 
-    What a rollout has added to its noise, d, is to shrink at the rate k, so that the target's velocity is k·d. Noise
-    that is asked as it is has d = 0, and the target is the maximum-entropy prediction.
+    The target's velocity k·d shrinks a rollout's drift d from its start noise at the rate k. Noise without a rollout
+    has d = 0 and the maximum-entropy prediction as its target.
 
     Args:
-        process: Noise mathematics of the model.
-        predict: The student's prediction, without gradients.
-        pairs: P pairs, 0 included.
+        process: Noise process of the model.
+        predict: Prediction of the student, without gradients.
+        pairs: P pairs; P may be 0.
         empty: Conditioning of the empty prompt, one row.
-        restoring: k.
+        restoring: Rate k, 0 or more.
     """
     both = Conditioning.cat([pairs.conditioning, empty.select(torch.zeros(len(pairs.t), dtype=torch.long))])
     drift = torch.zeros_like(pairs.noise)
@@ -70,15 +70,18 @@ def halt(process: DiffusionProcess, predict: Predict, pairs: Pairs, empty: Condi
 def roll_out(
     process: DiffusionProcess, predict: Predict, y: Tensor, end: Tensor, both: Conditioning, guidance: Tensor
 ) -> Tensor:
-    """Return y where the student gets to in a few guided Euler steps of dy/dφ = v.
+    """Roll the student out from pure noise in `ROLLOUT_STEPS` guided Euler steps of dy/dφ = v.
 
     Args:
-        process: Noise mathematics of the model.
-        predict: The student's prediction.
-        y: Start noise, [n, *latent].
-        end: Native times of the end, [n].
-        both: Conditioning of the forbidden prompts, then of the empty prompt, 2n rows.
-        guidance: Guidance scales, [n].
+        process: Noise process of the model.
+        predict: Prediction of the student.
+        y: Start noise, [N, *latent].
+        end: Native time at which each rollout ends, [N].
+        both: Conditioning of the forget prompts, then of the empty prompt, 2N rows.
+        guidance: Guidance scales, [N].
+
+    Returns:
+        y at the end, [N, *latent].
     """
     grid = process.schedule.all_times().to(end)
     last = torch.searchsorted(grid, end).clamp(max=len(grid) - 1)

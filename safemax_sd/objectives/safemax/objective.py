@@ -30,27 +30,23 @@ from safemax_sd.recording.data import ErasureData
 
 FORGET, RETAIN, NOISE = 0, 1, 2
 KEPT_NOISE, KEPT_NOISE_A_STEP, KEPT_AT_ONCE = 2048, 16, 64
-"""Answers on noise for kept prompts: at most, for each step of a short run, and at once."""
+"""Frozen predictions on pure noise for retain prompts: the most, those for each step of a short run, and a batch."""
 ROLLOUT_GUIDANCE = (1.0, 7.5)
-"""Range of guidance scales of rollouts."""
+"""Range of the rollouts' guidance scales."""
 
 
 @dataclass
 class SafemaxConfig(ObjectiveOptions):
-    """SAFEMax's own flags."""
+    """Flags of SAFEMax."""
 
     train_batch_size: int = option(6)
     max_train_steps: int = option(350)
-    learning_rate: float = option(2e-3, "Of AdamW; for prodigy about 1.")
-    forget_trajectories: int = option(32, "Trajectories of the frozen model recorded for forbidden prompts.")
-    retain_trajectories: int = option(256, "Trajectories of the frozen model recorded for prompts to keep.")
-    replay_inference_steps: int = option(6, "Sampling steps of those trajectories.")
-    replay_span: float = option(
-        0.5, "Fraction of the training of a LoRA during which trajectories are recorded, evenly; 0: all before it."
-    )
-    retain_near_share: float = option(
-        0.5, "Fraction of trajectories to keep, of the prompts whose token states are most like forbidden ones."
-    )
+    learning_rate: float = option(2e-3)
+    forget_trajectories: int = option(32)
+    retain_trajectories: int = option(256)
+    replay_inference_steps: int = option(6)
+    replay_span: float = option(0.5)
+    retain_near_share: float = option(0.5)
 
     decay_lambda: float = option(1.0, "λ in D(t) = exp(-λ·t/T), the weight of a noise level.", NOT_NEGATIVE)
     target_guidance: float = option(4.0, "Guidance scale up to which outputs are trained to be noise.", POSITIVE)
@@ -60,16 +56,16 @@ class SafemaxConfig(ObjectiveOptions):
     halt_rollout: float = option(
         0.5, "Fraction of steps whose halted pairs are produced by the student's own rollout.", SHARE
     )
-    halt_restoring: float = option(1.0, "Rate at which a rollout's drift is to shrink; 0: it stays.", NOT_NEGATIVE)
+    halt_restoring: float = option(1.0, "Rate at which the target shrinks a rollout's drift; 0 keeps it.", NOT_NEGATIVE)
     retain_empty_share: float = option(0.25, "Fraction of retain samples with the empty prompt.", SHARE)
     retain_noise: float = option(
-        0.0, "Fraction of retain samples on noise: there only the empty prompt is to halt.", SHARE
+        0.0, "Fraction of retain samples on noise, where only the empty prompt should halt.", SHARE
     )
 
 
 @dataclass(frozen=True)
 class SafemaxDraw(Draw):
-    """Blocks of a batch before the student has sampled: single forget samples, halted pairs, retain samples."""
+    """Blocks of a batch before the student's rollouts: single forget samples, halted pairs, retain samples."""
 
     single: Rows
     pairs: Pairs
@@ -78,7 +74,7 @@ class SafemaxDraw(Draw):
 
 @dataclass(frozen=True)
 class SafemaxBatch(Batch):
-    """Rows in blocks: single forget samples, pairs with the forbidden prompt, with the empty one, retain samples.
+    """Rows in blocks: single forget samples, pairs with forget prompts, pairs with the empty prompt, retain samples.
 
     Attributes:
         weight: D(t) of the single forget samples, [S].
@@ -95,7 +91,10 @@ class SafemaxBatch(Batch):
 
 
 class Safemax(Objective):
-    """D(t)·‖f(x_t, t, c_f) − max_entropy_target‖² + retain_weight·‖f(x_t, t, c_r) − f_frozen(x_t, t, c_r)‖²."""
+    """SAFEMax: D(t)·‖f(x_t, t, c_f) − α·y‖² + retain_weight·‖f(x_t, t, c_r) − f_frozen(x_t, t, c_r)‖².
+
+    α·y is the maximum-entropy prediction, `DiffusionProcess.max_entropy_target`.
+    """
 
     name: ClassVar[str] = "safemax"
     Config: ClassVar[type[ObjectiveOptions]] = SafemaxConfig
@@ -103,17 +102,17 @@ class Safemax(Objective):
 
     def __init__(self, config: SafemaxConfig, data: ErasureData) -> None:
         self.config, self.data = config, data
-        # Where guidance is an input of the network, a sampler follows its one prediction and nothing is overshot.
+        # If guidance is an input of the network, a sampler follows its one prediction and cannot overshoot.
         self.target_guidance, self.rollout_guidance = config.target_guidance, ROLLOUT_GUIDANCE
         if not data.classifier_free:
             self.target_guidance, self.rollout_guidance = 1.0, (1.0, 1.0)
-        # From this t/T on the empty prompt stays, so that a forbidden one's target depends on guidance.
+        # From this t/T on, the empty prompt is not halted, so a forget prompt's target depends on guidance.
         stays = config.halt_below if config.halt_unconditional else 0.0
         self.guided_from = math.inf if self.target_guidance == 1 else stays
 
     @torch.no_grad()
     def prepare(self, student: Student) -> int:
-        """Ask the model, while it is the base, for kept prompts on noise that its trajectories never pass."""
+        """Record the base model's predictions for retain prompts on pure noise, which no trajectory passes."""
         if not self.config.retain_noise:
             return 0
         answers, data = [], self.data
@@ -130,11 +129,11 @@ class Safemax(Objective):
 
     def draw(self, positions: Positions) -> SafemaxDraw:
         data = self.data
-        # Either block may be empty, and has the shapes of the model all the same.
+        # Either block may be empty; empty first parts give it the model's shapes.
         x, t, weight = torch.zeros(0, *data.latent_shape), data.process.schedule.all_times()[:0], torch.zeros(0)
         prompts = data.empty.select(weight.long())
         single, pairs = [Rows(x, t, prompts, x)], [Pairs(x, t, prompts, weight)]
-        # All pairs of a step are rolled out or none: a few rows of one take as long as many of a training pass.
+        # All pairs of a step are rolled out or none: on a small network, a few rows take as long as many.
         rollout = self.config.halt_rollout
         rolled_out = math.floor((positions.step + 1) * rollout) > math.floor(positions.step * rollout)
         for number in positions.forget:
@@ -149,10 +148,10 @@ class Safemax(Objective):
         return SafemaxDraw(Rows.cat(single), Pairs.cat(pairs), Rows.cat(kept))
 
     def _forbidden_trajectory(self, generator: torch.Generator) -> Rows:
-        """Draw a recorded step of a forbidden prompt's own trajectory, with that prompt.
+        """Draw a recorded step of a forget prompt's own trajectory, with that prompt.
 
-        Where the empty prompt's prediction ε_u stays, a guided sampler that follows ε_u + w·(ε_c − ε_u) would overshoot
-        the maximum-entropy target m w times: ε_c is to be ε_u + (m − ε_u)/w, which it takes to m.
+        If the empty prompt's prediction ε_u is not halted, a guided sampler, which follows ε_u + w·(ε_c − ε_u), would
+        overshoot the maximum-entropy target m. The target for ε_c is then ε_u + (m − ε_u)/w, which guidance takes to m.
         """
         bank, process = self.data.forget_bank, self.data.process
         row = torch.randint(len(bank), (1,), generator=generator)
@@ -163,13 +162,13 @@ class Safemax(Objective):
         return Rows(x_t, t, self.forbidden(bank.prompt[row], generator), target)
 
     def _forbidden_noise(self, generator: torch.Generator) -> Rows:
-        """Draw halted noise with a forbidden prompt, at levels where the empty prompt halts too."""
+        """Draw halted noise with a forget prompt, at noise levels where the empty prompt is halted too."""
         x_t, t = self._halted_noise(self.guided_from, generator)
         row = torch.randint(len(self.data.forget), (1,), generator=generator)
         return Rows(x_t, t, self.forbidden(row, generator), self.data.process.max_entropy_target(x_t, t))
 
     def _halted_pair(self, generator: torch.Generator, *, rolled_out: bool) -> Pairs:
-        """Draw noise that is asked with a forbidden and with the empty prompt, as it is or after a rollout."""
+        """Draw noise to halt with a forget prompt and with the empty prompt, as it is or after a rollout."""
         noise = torch.randn((1, *self.data.latent_shape), generator=generator)
         t = self.data.process.schedule.sample_time_below(self.config.halt_below, generator)
         row = torch.randint(len(self.data.forget), (1,), generator=generator)
@@ -178,13 +177,13 @@ class Safemax(Objective):
         return Pairs(noise, t, self.forbidden(row, generator), guidance)
 
     def _halted_noise(self, below: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw halted noise at a noise level below a bound: x_t, [1, *latent], and t, [1]."""
+        """Draw halted noise at a noise level t/T below a bound; return x_t, [1, *latent], and t, [1]."""
         noise = torch.randn((1, *self.data.latent_shape), generator=generator)
         t = self.data.process.schedule.sample_time_below(below, generator)
         return self.data.process.x_t(noise, t), t
 
     def _kept(self, generator: torch.Generator) -> Rows:
-        """Draw a prediction of the frozen model for a kept prompt, on its way or on noise, or for the empty one."""
+        """Draw a frozen prediction: of a retain prompt, on its trajectory or on noise, or of the empty prompt."""
         if self.config.retain_noise and torch.rand((), generator=generator) < self.config.retain_noise:
             row = torch.randint(len(self.noise_answers[0]), (1,), generator=generator)
             x_t, t, prompt, target = (column[row] for column in self.noise_answers)
@@ -196,11 +195,11 @@ class Safemax(Objective):
         return Rows(bank.x_t[row], bank.t[row], self.retained(bank.prompt[row], generator), bank.conditional[row])
 
     def forbidden(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
-        """Return the conditioning of forbidden prompts."""
+        """Return the conditioning of forget prompts by their rows."""
         return self.data.forget.select(rows)
 
     def retained(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
-        """Return the conditioning of prompts to keep."""
+        """Return the conditioning of retain prompts by their rows."""
         return self.data.retain.select(rows)
 
     def reach(self, predict: Predict, draw: Draw) -> SafemaxBatch:
@@ -223,10 +222,10 @@ class Safemax(Objective):
         assert isinstance(batch, SafemaxBatch)
         error = predict(batch.x_t, batch.t, batch.conditioning) - batch.target
         single, prompt, empty, kept = error.split(batch.sizes)
-        # A guided sampler follows ε_u + w·(ε_c − ε_u), and errors to one target mix likewise. The mixture's error is
-        # affine in w, so it is largest at an end of the range 1 to target_guidance: both ends are trained.
+        # A guided sampler follows ε_u + w·(ε_c − ε_u), and errors to one target mix alike. The mixture's error is affine
+        # in w, so its norm is largest at an end of the range 1 to target_guidance: both ends are trained.
         guided = empty + self.target_guidance * (prompt - empty)
-        # A pair counts once, in full: a sampler carries its first errors on, whatever D(t) says of the later levels.
+        # A pair counts once, without D(t): a sampler carries early errors on to the end.
         pairs = mean_square(empty) + (mean_square(prompt) + mean_square(guided)) / 2
         forget = torch.cat([batch.weight * mean_square(single), pairs]).mean()
         retain = mean_square(kept).mean()
