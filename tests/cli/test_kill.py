@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from safemax_sd.adapters.lora import WEIGHTS_NAME
+from safemax_sd.train import main
 from safemax_sd.training.checkpoints import all_checkpoints
 from tests import tiny
+from tests.processes import SECONDS, forked
 
 KILLS, STEPS = 10, 200
 
 
-def start(arguments: list[str], output: Path) -> subprocess.Popen[bytes]:
+def start(arguments: list[str], output: Path) -> BaseProcess:
     """The run, from its last checkpoint if it has one; returns when it has begun to step."""
     more = ["--resume_from_checkpoint", "latest"] if all_checkpoints(output) else ["--overwrite_output_dir"]
     log, begun = output / "log.jsonl", time.time_ns()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "safemax_sd.train", *arguments, *more],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
-    while not (log.exists() and log.stat().st_mtime_ns > begun) and process.poll() is None:
+    process = forked(main, [*arguments, *more])
+    while not (log.exists() and log.stat().st_mtime_ns > begun) and process.is_alive():
         time.sleep(0.01)
-    assert process.poll() in (None, 0)
+    assert process.exitcode in (None, 0)
     return process
+
+
+def end(process: BaseProcess) -> int | None:
+    """Wait for a run; returns its exit code."""
+    process.join(SECONDS)
+    return process.exitcode
 
 
 def test_ten_kills_change_nothing(tiny_model: Path, tmp_path: Path) -> None:
     steps = ("--max_train_steps", str(STEPS), "--checkpointing_steps", "5")
-    whole = tmp_path / "whole"  # by a process of its own, with as many threads: sums depend on them
-    assert start(tiny.train_arguments(tiny_model, tmp_path, whole, *steps), whole).wait() == 0
+    whole = tmp_path / "whole"
+    assert end(start(tiny.train_arguments(tiny_model, tmp_path, whole, *steps), whole)) == 0
     arguments = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "killed", *steps)
     draw, killed = random.Random(0), 0
     output = tmp_path / "killed"
@@ -45,9 +47,9 @@ def test_ten_kills_change_nothing(tiny_model: Path, tmp_path: Path) -> None:
         process = start(arguments, output)
         time.sleep(0.5 * draw.random())
         process.kill()
-        killed += process.wait() != 0
+        killed += end(process) != 0
     assert killed == KILLS, "the run ended before it was killed often enough"
-    assert start(arguments, output).wait() == 0
+    assert end(start(arguments, output)) == 0
     ours, theirs = load_file(output / WEIGHTS_NAME), load_file(whole / WEIGHTS_NAME)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert len((output / "log.jsonl").read_text().splitlines()) == STEPS

@@ -20,36 +20,32 @@ from safemax_sd.evaluation.run import evaluate
 from safetensors.torch import load_file
 
 from safemax_sd.adapters.lora import WEIGHTS_NAME
+from safemax_sd.cli import main as command
 from safemax_sd.core.errors import SafemaxError
-from safemax_sd.train import train
+from safemax_sd.train import main, train
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.workers import check_distribution
 from tests import tiny
+from tests.processes import SECONDS, in_two_processes
 
 STEADY = ("--lr_scheduler", "constant", "--replay_span", "0")
 """Flags with which a run may go on to another number of steps."""
 
 
-def launch(arguments: list[str], module: str = "safemax_sd.train") -> subprocess.Popen[str]:
-    """Two gloo processes of a module on the processor."""
+def launch(arguments: list[str]) -> subprocess.Popen[str]:
+    """A training in two gloo processes on the processor, by torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, "-m", module, *arguments],
+        [*command, "-m", "safemax_sd.train", *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def finish(arguments: list[str], module: str = "safemax_sd.train") -> None:
-    process = launch(arguments, module)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
 
 
 def losses(output: Path) -> torch.Tensor:
@@ -62,7 +58,9 @@ def two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
     """Arguments and output of a run of two processes."""
     folder = tmp_path_factory.mktemp("two")
     arguments = tiny.train_arguments(tiny_model, folder, folder / "out")
-    finish(arguments)
+    process = launch(arguments)
+    printed, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, printed
     return arguments, folder / "out"
 
 
@@ -83,7 +81,7 @@ def test_two_processes_resume_bit_for_bit(two: tuple[list[str], Path]) -> None:
     whole = load_file(output / WEIGHTS_NAME)
     for name in (WEIGHTS_NAME, "erasure.json", "README.md"):  # as if killed after checkpoint-2
         (output / name).unlink()
-    finish([*arguments, "--resume_from_checkpoint", "latest"])
+    in_two_processes(main, [*arguments, "--resume_from_checkpoint", "latest"])
     resumed = load_file(output / WEIGHTS_NAME)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -93,7 +91,7 @@ def test_two_processes_evaluate_what_one_does(two: tuple[list[str], Path]) -> No
     shared, alone = output / "two", output / "one"
     flags = ["--num_images", "5", "--num_sweep_images", "2", "--num_inference_steps", "2", "--batch_size", "2"]
     arguments = ["--adapter", str(output), "--suite", str(output.parent), "--output_dir", str(shared), *flags]
-    finish(["evaluate", *arguments], "safemax_sd.cli")
+    in_two_processes(command, ["evaluate", *arguments])
     evaluate(
         EvaluateOptions(
             adapter=str(output),
@@ -130,7 +128,7 @@ def test_a_killed_process_ends_the_run_with_a_message(number: int, tiny_model: P
     assert "error: another process of this run has ended" in printed
     checkpoints = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     steps = int(checkpoints[-1].name.split("-")[1])
-    finish([*arguments, "--resume_from_checkpoint", "latest", "--max_train_steps", str(steps + 2)])
+    in_two_processes(main, [*arguments, "--resume_from_checkpoint", "latest", "--max_train_steps", str(steps + 2)])
     assert (output / WEIGHTS_NAME).exists()
 
 
