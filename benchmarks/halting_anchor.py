@@ -213,7 +213,7 @@ class Measurement:
             prompts = pick(self.parts[subset], self.num_images)
             noise_of = "forget" if subset == RESTORED else subset
             job = self.evaluation.job(model, prompts, noise_of, sampler=sampler, guidance_scale=scale)
-            made = self.evaluation.generator.run(job, description=f"{subset}, {sampler}, guidance {scale:g}")
+            made = self.evaluation.generator.run(job)
             values = self.evaluation.measure(made, prompts, METRICS[subset])
             results = {name: vars(value) for name, value in values.items()}
             marks = {name: self.cost[name] for name in ("marks", "kept_marks") if name in self.cost}

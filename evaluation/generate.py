@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from safemax_sd.evaluation.subjects import Subject
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from safemax_sd.core.errors import SafemaxError, path_errors
 from safemax_sd.core.provenance import write_tensors_atomic
@@ -54,6 +53,16 @@ class Job:
     guidance_scales: tuple[float, ...]
     num_inference_steps: int
     strength: float | None = None
+
+    @property
+    def model_calls(self) -> int:
+        """Calls of the model that all pictures take, one a step and two where guidance is classifier-free."""
+        return sum(self.calls_of(place) for place in range(len(self.prompts)))
+
+    def calls_of(self, place: int) -> int:
+        """Return the calls of the model that one picture takes."""
+        steps = self.num_inference_steps if self.strength is None else int(self.num_inference_steps * self.strength)
+        return steps * (2 if self.guidance_scales[place] > 1 else 1)
 
     def batches(self, size: int) -> list[list[int]]:
         """Split into the pictures of each call of a pipeline, which takes one guidance scale for all of them.
@@ -149,12 +158,14 @@ class Generator:
         own = getattr(self.pipeline, "default_sample_size", None) or self.pipeline.unet.config.sample_size
         return int(own[0] if isinstance(own, list | tuple) else own) * int(self.pipeline.vae_scale_factor)
 
-    def run(self, job: Job, *, description: str, sources: Tensor | None = None) -> Pictures:
+    def run(
+        self, job: Job, *, advance: Callable[[int], object] | None = None, sources: Tensor | None = None
+    ) -> Pictures:
         """Make or read back a job's pictures, a batch at a time.
 
         Args:
             job: What to make.
-            description: Label of the progress bar.
+            advance: Called with the model calls of each batch that is there, which add up to `job.model_calls`.
             sources: Square pictures [N, 3, S, S] in 0 to 1 that image-to-image starts from, resized to the side that
                 the model draws: a pipeline would draw at theirs, for which the model was not trained.
         """
@@ -162,13 +173,21 @@ class Generator:
             sources = F.interpolate(sources, (self._side, self._side), mode="bicubic", antialias=True).clamp(0, 1)
         batches = job.batches(self.batch_size)
         own = range(self._state.process_index, len(batches), self._state.num_processes)
-        drawn: dict[int, Pictures] = {}
-        for number in tqdm(own, desc=description, unit="batch", leave=False):
-            drawn[number] = self._batch(job, batches[number], sources)
+        parts: dict[int, Pictures] = {}
+
+        def make(number: int) -> None:
+            parts[number] = self._batch(job, batches[number], sources)
+            if advance is not None:
+                advance(sum(job.calls_of(place) for place in batches[number]))
+
+        for number in own:
+            make(number)
         self._state.wait_for_everyone()
-        parts = [drawn.get(number) or self._batch(job, places, sources) for number, places in enumerate(batches)]
+        for number in sorted(set(range(len(batches))) - set(own)):  # drawn by the others, if not read back
+            make(number)
         order = torch.tensor([place for places in batches for place in places]).argsort()
-        pictures, latents = torch.cat([p.pictures for p in parts]), torch.cat([p.latents for p in parts])
+        in_order = [parts[number] for number in range(len(batches))]
+        pictures, latents = torch.cat([p.pictures for p in in_order]), torch.cat([p.latents for p in in_order])
         return Pictures(pictures[order], latents[order])
 
     def _batch(self, job: Job, places: Sequence[int], sources: Tensor | None) -> Pictures:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safemax_sd.evaluation.generate import Generator, Job
@@ -31,6 +32,7 @@ from safemax_sd.evaluation.report import Report, Row
 from safemax_sd.evaluation.sampling import Pictures
 from safemax_sd.evaluation.subjects import Adapter, Subject
 from torch import Tensor
+from tqdm import tqdm
 
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.judge import Judge, load_judge
@@ -40,7 +42,37 @@ from safemax_sd.results.samples import to_pil
 from safemax_sd.training.workers import process_state
 
 STRENGTHS = (0.5, 0.8)
+IMAGE_TO_IMAGE = "image_to_image"
 SAMPLE_COUNTS = {"forget": 4, "paraphrases": 1, "neighbours": 2, "retain": 4}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Pictures to draw and what to measure on them.
+
+    Attributes:
+        job: The pictures.
+        prompts: One a picture.
+        subset: Subset that the report names.
+        metrics: Names of the metrics, of which those are computed that apply.
+        guidance_scale: Guidance scale that the report names; the options' if None.
+        sources: Pictures that image-to-image starts from.
+    """
+
+    job: Job
+    prompts: Sequence[Prompt]
+    subset: str
+    metrics: Sequence[str]
+    guidance_scale: float | None = None
+    sources: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of a measurement: rows of the report, and the pictures."""
+
+    rows: list[Row]
+    made: Pictures
 
 
 class Evaluation:
@@ -155,68 +187,44 @@ class Evaluation:
                     raise SafemaxError(f"{name} of {len(prompts)} pictures, such as {prompts[0].text!r}, is not finite")
         return results
 
-    def rows(
-        self,
-        results: Mapping[str, Result],
-        model: str,
-        subset: str,
-        *,
-        sampler: str | None = None,
-        guidance_scale: float | None = None,
-        strength: float | None = None,
-    ) -> list[Row]:
-        """Put results by metric into the report's rows; sampler and guidance scale are the options' if not given."""
+    @property
+    def pictured(self) -> dict[str, list[Prompt]]:
+        """The prompts of each subset's pictures, one a picture."""
+        parts = self.suite.parts
+        return {part: pick(parts[part].prompts, self.options.num_images) for part in SAMPLE_COUNTS if part in parts}
+
+    def on_subsets(self) -> list[Measurement]:
+        """Plan every metric on every subset, of the base and then of the erased model."""
         return [
-            Row.of(
-                METRICS.get(name),
-                subset,
-                model,
-                result,
-                sampler=sampler or self.options.sampler,
-                guidance_scale=guidance_scale or self.options.guidance_scale,
-                strength=strength,
-            )
-            for name, result in results.items()
+            Measurement(self.job(model, prompts, subset), prompts, subset, metrics_on(subset))
+            for subset, prompts in self.pictured.items()
+            for model in ("base", "erased")
         ]
 
-    def main_rows(self) -> tuple[list[Row], Shown]:
-        """Measure every metric on every subset for both models; returns the pictures to show too."""
-        rows: list[Row] = []
-        shown = Shown()
-        for subset in (part for part in SAMPLE_COUNTS if part in self.suite.parts):
-            prompts = pick(self.suite.parts[subset].prompts, self.options.num_images)
-            names = metrics_on(subset)
-            base: Pictures | None = None
-            places = spread(len(prompts), SAMPLE_COUNTS[subset])
-            for model, pictures in (("base", shown.base), ("erased", shown.erased)):
-                made = self.generator.run(self.job(model, prompts, subset), description=f"{model} {subset}")
-                reference = base.latents if base is not None else None
-                rows += self.rows(self.measure(made, prompts, names, reference), model, subset)
-                pictures += to_pil(made.pictures[places])
-                base = made
-            shown.prompts += [prompts[i].text for i in places]
-            shown.subsets += [subset] * len(places)
-        return rows, shown
-
-    def sweep_rows(self) -> list[Row]:
-        """Measure the swept metrics of the erased model at every guidance scale and sampler."""
-        rows: list[Row] = []
+    def in_sweep(self) -> list[Measurement]:
+        """Plan the swept metrics of the erased model at every guidance scale and sampler."""
         if self.options.num_sweep_images == 0:
-            return rows
+            return []
+        planned = []
         for sampler in self.options.sweep_samplers or ():
             for scale in self.options.sweep_guidance_scales:
                 for subset, names in swept_metrics().items():
-                    if subset not in self.suite.parts:
-                        continue
-                    prompts = pick(self.suite.parts[subset].prompts, self.options.num_sweep_images)
-                    job = self.job("erased", prompts, subset, sampler=sampler, guidance_scale=scale)
-                    made = self.generator.run(job, description=f"{sampler}, guidance {scale:g}, {subset}")
-                    results = self.measure(made, prompts, names)
-                    rows += self.rows(results, "erased", subset, sampler=sampler, guidance_scale=scale)
-        return rows
+                    if subset in self.suite.parts:
+                        prompts = self.sweep_prompts(subset, sampler, scale)
+                        job = self.job("erased", prompts, subset, sampler=sampler, guidance_scale=scale)
+                        planned.append(Measurement(job, prompts, subset, names, guidance_scale=scale))
+        return planned
 
-    def image_to_image_rows(self) -> list[Row]:
-        """Measure forgetting when a real picture of the concept is handed in with the forbidden prompt."""
+    def sweep_prompts(self, subset: str, sampler: str, scale: float) -> list[Prompt]:
+        """Choose the prompts of a sweep's setting: those of the subset's own pictures, if these are the same job's."""
+        own, count = self.pictured[subset], self.options.num_sweep_images
+        drawn = self.job("erased", own, subset)
+        if len(own) >= count and self.job("erased", own, subset, sampler=sampler, guidance_scale=scale) == drawn:
+            return own
+        return pick(self.suite.parts[subset].prompts, count)
+
+    def from_pictures(self) -> list[Measurement]:
+        """Plan image-to-image, where a real picture of the concept is handed in with the forbidden prompt."""
         if self.real is None or self.options.num_sweep_images == 0 or not self.generator.starts_from_pictures:
             return []
         forget = self.suite.parts["forget"]
@@ -230,15 +238,40 @@ class Evaluation:
             of_concept = [prompt for prompt in forget.prompts if prompt.concept == concept]
             prompts.append(of_concept[(i // len(concepts)) % len(of_concept)])
             sources.append(pictures[(i // len(concepts)) % len(pictures)])
-        rows = []
-        for strength in STRENGTHS:
-            for model in ("base", "erased"):
-                job = self.job(model, prompts, "forget", strength=strength)
-                label = f"{model} image-to-image, strength {strength:g}"
-                made = self.generator.run(job, description=label, sources=torch.stack(sources))
-                results = self.measure(made, prompts, metrics_on("image_to_image"))
-                rows += self.rows(results, model, "image_to_image", strength=strength)
-        return rows
+        shown, names = torch.stack(sources), metrics_on(IMAGE_TO_IMAGE)
+        return [
+            Measurement(
+                self.job(model, prompts, "forget", strength=strength), prompts, IMAGE_TO_IMAGE, names, sources=shown
+            )
+            for strength in STRENGTHS
+            for model in ("base", "erased")
+        ]
+
+    def carry_out(self, measurement: Measurement, bar: tqdm[Any], reference: Tensor | None = None) -> Measured:
+        """Draw a measurement's pictures and measure them; the bar counts the model's calls.
+
+        Args:
+            measurement: One of the plan.
+            bar: Of the whole evaluation.
+            reference: The base model's latents from the same seeds.
+        """
+        job = measurement.job
+        bar.set_description(f"evaluate ({job.model} {measurement.subset})")
+        made = self.generator.run(job, advance=bar.update, sources=measurement.sources)
+        results = self.measure(made, measurement.prompts, measurement.metrics, reference)
+        rows = [
+            Row.of(
+                METRICS.get(name),
+                measurement.subset,
+                job.model,
+                result,
+                sampler=job.sampler,
+                guidance_scale=measurement.guidance_scale or self.options.guidance_scale,
+                strength=job.strength,
+            )
+            for name, result in results.items()
+        ]
+        return Measured(rows, made)
 
 
 def metrics_on(subset: str) -> list[str]:
@@ -279,12 +312,16 @@ def run_and_write(evaluation: Evaluation, clock: Stopwatch) -> tuple[Report, Sho
         evaluation: What to run.
         clock: Has counted the loading.
     """
-    with clock.phase("subsets"):
-        rows, shown = evaluation.main_rows()
-    with clock.phase("image_to_image"):
-        rows += evaluation.image_to_image_rows()
-    with clock.phase("sweep"):
-        sweep = evaluation.sweep_rows()
+    subsets, pictured, swept = evaluation.on_subsets(), evaluation.from_pictures(), evaluation.in_sweep()
+    calls = sum(measurement.job.model_calls for measurement in (*subsets, *pictured, *swept))
+    shown, main = Shown(), evaluation.state.is_main_process
+    with tqdm(total=calls, unit="call", smoothing=0, leave=False, disable=not main) as bar:
+        with clock.phase("subsets"):
+            rows = subset_rows(evaluation, subsets, bar, shown)
+        with clock.phase("image_to_image"):
+            rows += [row for measurement in pictured for row in evaluation.carry_out(measurement, bar).rows]
+        with clock.phase("sweep"):
+            sweep = [row for measurement in swept for row in evaluation.carry_out(measurement, bar).rows]
     options, suite = evaluation.options, evaluation.suite
     report = Report(
         adapter=evaluation.generator.record,
@@ -298,9 +335,27 @@ def run_and_write(evaluation: Evaluation, clock: Stopwatch) -> tuple[Report, Sho
         provenance=provenance(options.seed, torch.device(evaluation.generator.pipeline.device)),
         seconds=clock.seconds,
     )
-    if evaluation.state.is_main_process:
+    if main:
         write_report(report, shown, evaluation.output_dir, evaluation.subject.folder)
     return report, shown
+
+
+def subset_rows(evaluation: Evaluation, measurements: Sequence[Measurement], bar: tqdm[Any], shown: Shown) -> list[Row]:
+    """Measure the subsets, the base model before the erased one; adds to the pictures to show."""
+    rows: list[Row] = []
+    base: Pictures | None = None
+    for measurement in measurements:
+        prompts, subset = measurement.prompts, measurement.subset
+        places = spread(len(prompts), SAMPLE_COUNTS[subset])
+        of_base = measurement.job.model == "base"
+        measured = evaluation.carry_out(measurement, bar, None if of_base or base is None else base.latents)
+        rows += measured.rows
+        (shown.base if of_base else shown.erased).extend(to_pil(measured.made.pictures[places]))
+        if of_base:
+            base = measured.made
+            shown.prompts += [prompts[i].text for i in places]
+            shown.subsets += [subset] * len(places)
+    return rows
 
 
 def spread(total: int, count: int) -> list[int]:

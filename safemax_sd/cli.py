@@ -307,8 +307,8 @@ def quickstart(
     output_dir: Annotated[Path, typer.Option("--output_dir")] = Path("quickstart_output"),
     overwrite_output_dir: Annotated[bool, typer.Option("--overwrite_output_dir")] = False,
     max_train_steps: Annotated[int, typer.Option("--max_train_steps")] = SafemaxConfig.max_train_steps,
-    num_images: Annotated[int, typer.Option("--num_images", help="Pictures of each prompt subset.")] = 128,
-    num_sweep_images: Annotated[int, typer.Option("--num_sweep_images", help="Pictures a setting.")] = 16,
+    num_images: Annotated[int, typer.Option("--num_images", help="Pictures of each prompt subset.")] = 64,
+    num_sweep_images: Annotated[int, typer.Option("--num_sweep_images", help="Pictures a setting.")] = 8,
 ) -> None:
     """Erase a concept from the embedded emoji model, measure it and write a page: offline, in minutes."""
     from safemax_sd.evaluation.options import EvaluateOptions
@@ -319,7 +319,11 @@ def quickstart(
     from safemax_sd.training.output import check_output_dir
 
     options = EvaluateOptions(
-        adapter=str(output_dir), suite=suite, num_images=num_images, num_sweep_images=num_sweep_images
+        adapter=str(output_dir),
+        suite=suite,
+        num_images=num_images,
+        num_sweep_images=num_sweep_images,
+        sweep_guidance_scales=(1.0, 5.0, 12.0),  # the least, the evaluation's own and the greatest of the default ones
     )
     with one_line_errors():
         options.validate()  # before the training, which takes minutes

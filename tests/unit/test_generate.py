@@ -60,7 +60,9 @@ def test_pictures_stay_in_order_at_each_prompt_s_own_guidance(tiny_model: Path, 
     generator = Generator(subject(tiny_model, tmp_path), tmp_path / "cache", state=PartialState(), batch_size=2)
     prompts = ("a red apple", "a blue plum", "a pear", "a plum", "an apple")
     for _ in range(2):  # the second time from the cache
-        made = generator.run(job(prompts, SCALES), description="")
+        calls: list[int] = []
+        made = generator.run(job(prompts, SCALES), advance=calls.append)
+        assert len(calls) == 3 and sum(calls) == job(prompts, SCALES).model_calls
         assert len(list((tmp_path / "cache").iterdir())) == 3
     pipeline = DiffusionPipeline.from_pretrained(str(tiny_model))
     pipeline.set_progress_bar_config(disable=True)
@@ -80,6 +82,27 @@ def test_a_prompt_s_own_guidance_holds_but_in_the_sweep(tiny_model: Path, tmp_pa
     assert evaluation.job("base", prompts, "retain").guidance_scales == (7.5, 4.0, 2.0)
     assert evaluation.job("base", prompts, "retain", strength=0.5).guidance_scales == (7.5, 4.0, 2.0)
     assert evaluation.job("erased", prompts, "retain", guidance_scale=3.0).guidance_scales == (3.0, 3.0, 3.0)
+
+
+def test_a_setting_of_the_subset_s_own_pictures_is_not_drawn_again(tiny_model: Path, tmp_path: Path) -> None:
+    folder = suite_with_guidance(tiny_model, tmp_path / "suite")
+    options = EvaluateOptions(
+        adapter="",
+        suite=str(folder),
+        output_dir=str(tmp_path / "out"),
+        guidance_scale=4.0,
+        num_images=6,
+        num_sweep_images=3,
+        sweep_guidance_scales=(3.0, 4.0),
+        sweep_samplers=("ddim", "euler"),
+    )
+    evaluation = Evaluation(options, subject(tiny_model, tmp_path / "own"))
+    drawn = {measurement.job for measurement in evaluation.on_subsets()}
+    planned = evaluation.in_sweep()
+    assert len(planned) == 2 * 2 * 2
+    again = [(m.subset, m.job.sampler, m.guidance_scale) for m in planned if m.job in drawn]
+    assert again == [("forget", "ddim", 4.0)]  # the retain prompts have guidance scales of their own
+    assert {len(m.prompts) for m in planned if m.job not in drawn} == {3}
 
 
 def test_the_report_says_which_guidance_was_used(tiny_model: Path, tmp_path: Path) -> None:
@@ -102,12 +125,12 @@ def test_image_to_image_is_drawn_at_the_models_side(
     generator = Generator(subject(path, tmp_path), tmp_path / "cache", state=PartialState(), batch_size=2)
     sampler = next(iter(generator.samplers))
     settings = {"prompts": ("an apple",), "seeds": (0,), "sampler": sampler, "num_inference_steps": 4}
-    whole = generator.run(Job("base", guidance_scales=(3.0,), **settings), description="")
+    whole = generator.run(Job("base", guidance_scales=(3.0,), **settings))
     started = Job("base", guidance_scales=(3.0,), strength=0.5, **settings)
     source = torch.full((1, 3, side, side), 0.25)
-    made = generator.run(started, description="", sources=source)
+    made = generator.run(started, sources=source)
     assert made.pictures.shape == whole.pictures.shape and made.latents.shape == whole.latents.shape
-    same = generator.run(started, description="", sources=torch.full((1, 3, *whole.pictures.shape[2:]), 0.25))
+    same = generator.run(started, sources=torch.full((1, 3, *whole.pictures.shape[2:]), 0.25))
     torch.testing.assert_close(made.pictures, same.pictures, rtol=0, atol=1e-3)
 
 
@@ -159,7 +182,7 @@ def test_what_is_cut_off_a_prompt_is_not_printed(
     if family.classifier_free:
         generator = Generator(subject(path, tmp_path), tmp_path / "cache", state=PartialState(), batch_size=2)
         sampler = next(iter(generator.samplers))
-        generator.run(Job("base", (text,), (0,), sampler, (3.0,), STEPS), description="")
+        generator.run(Job("base", (text,), (0,), sampler, (3.0,), STEPS))
     assert CUT[:20] not in printed.getvalue() and "longer than the specified" not in printed.getvalue()
     family.pipeline(prompt=[text], num_inference_steps=1, output_type="pt")  # type: ignore[attr-defined]
     assert CUT[:20] in printed.getvalue()  # the user's own calls still say what is cut
