@@ -1,4 +1,4 @@
-"""What `train.py` is built from: command line, processes, optimizers, checkpoints, output folder, probe.
+"""The parts of `train.py`: command line, processes, optimizers, checkpoints, output folder and probe.
 
 May import results, objectives, recording, adapters, families, diffusion, prompts, core.
 """

@@ -25,27 +25,29 @@ logger = logging.getLogger("safemax_sd")
 PATTERN = re.compile(r"checkpoint-(\d+)")
 CONDITIONS, COST = "conditions.json", "cost.json"
 MANIFEST = "manifest.json"
-"""SHA-256 of all other files of a checkpoint."""
+"""File with the SHA-256 of all other files of a checkpoint."""
 
 
 @dataclass
 class CheckpointOptions(RunOptions):
-    """Flags of what is saved while a run goes on."""
+    """Flags of checkpoints."""
 
     group: ClassVar[str] = "Checkpoints"
 
     checkpointing_steps: int = option(100, "Steps between checkpoints.", STEPS)
-    checkpoints_total_limit: int | None = option(2, "Number of checkpoints to keep; the oldest are removed.", COUNT)
-    resume_from_checkpoint: str | None = option(None, "`latest`, a checkpoint-N in --output_dir, or a path.", path=True)
+    checkpoints_total_limit: int | None = option(2, "Number of checkpoints kept; the oldest are removed.", COUNT)
+    resume_from_checkpoint: str | None = option(
+        None, "Checkpoint to resume: `latest`, a checkpoint-N in --output_dir, or a path.", path=True
+    )
 
 
 def register(accelerator: Accelerator, trainable: Trainable) -> None:
-    """Make Accelerate's state hold the trained weights only, in the format of the final file."""
+    """Make Accelerate save and load the trained weights only, in the format of the final file."""
 
     def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
         if accelerator.is_main_process:
             trainable.save(Path(output_dir))
-        weights.clear()  # what is popped here Accelerate does not write again, base model and all
+        weights.clear()  # keeps Accelerate from writing the whole model as well
 
     def load(models: list[Any], input_dir: str) -> None:
         models.clear()
@@ -56,18 +58,18 @@ def register(accelerator: Accelerator, trainable: Trainable) -> None:
 
 
 def step_of(path: Path) -> int:
-    """N of a `checkpoint-N` folder, or -1 for any other name."""
+    """Return N of a `checkpoint-N` folder, or -1 for any other name."""
     match = PATTERN.fullmatch(path.name)
     return int(match.group(1)) if match else -1
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a `checkpoint-N` folder was written by this package: other training scripts name theirs alike."""
+    """Tell whether this package wrote a `checkpoint-N` folder; other training scripts use the same name."""
     return (path / MANIFEST).is_file()
 
 
 def all_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """List the checkpoints of a run, oldest first."""
     paths = (path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0)
     return sorted(filter(is_ours, paths), key=step_of)
 
@@ -81,18 +83,18 @@ def save(
     conditions: dict[str, Any],
     limit: int | None,
 ) -> None:
-    """Write `checkpoint-{step}` and drop the oldest beyond `limit`.
+    """Write `checkpoint-{step}` and remove the oldest ones beyond `limit`.
 
     Args:
-        accelerator: Whose state it is.
-        output_dir: Of the run.
-        step: How many steps were taken.
-        cost: What they took, to be counted when a run goes on from here.
-        conditions: What the steps depend on, from `resume.conditions`.
-        limit: How many checkpoints to keep; None for all.
+        accelerator: Accelerator whose state is saved.
+        output_dir: Output folder of the run.
+        step: Number of steps taken.
+        cost: Cost of these steps, which a resumed run adds to its own.
+        conditions: Settings that the steps depend on, from `resume.conditions`.
+        limit: Number of checkpoints to keep; None for all.
 
     Raises:
-        OptionError: The disk is full; older checkpoints are untouched.
+        OptionError: The checkpoint cannot be written, as on a full disk; older checkpoints are untouched.
     """
     temporary, final = output_dir / f".checkpoint-{step}", output_dir / f"checkpoint-{step}"
     with path_errors("--output_dir", final):
@@ -115,14 +117,14 @@ def save(
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint, whole or not at all: half of one is never seen under its name."""
+    """Remove a checkpoint; a partly removed one never has its name."""
     gone = path.with_name(f".{path.name}.old")
     os.replace(path, gone)
     shutil.rmtree(gone)
 
 
 def damage(path: Path) -> str | None:
-    """What a checkpoint lacks of what was written; None if it is whole."""
+    """Describe the first damage of a checkpoint; return None if it is intact."""
     try:
         hashes: dict[str, str] = json.loads((path / MANIFEST).read_text(encoding="utf8"))
         for name, wanted in hashes.items():
@@ -141,18 +143,20 @@ def _hash(path: Path) -> str:
 
 
 def load(accelerator: Accelerator, path: Path) -> tuple[int, Cost]:
-    """Restore a checkpoint that `find` returned; returns the step to go on from and what it has cost to get there."""
+    """Restore a checkpoint that `find` returned; return its step and the cost up to it."""
     accelerator.load_state(str(path))
     return step_of(path), Cost(**json.loads((path / COST).read_text(encoding="utf8")))
 
 
 def find(output_dir: Path, resume_from: str) -> Path:
-    """The folder that `--resume_from_checkpoint` names: `latest`, a name in the output folder, or a path.
+    """Return the checkpoint that `--resume_from_checkpoint` names.
 
-    `latest` passes over damaged checkpoints, with a warning.
+    Args:
+        output_dir: Output folder of the run.
+        resume_from: `latest`, which skips damaged checkpoints with a warning; a name in the output folder; or a path.
 
     Raises:
-        OptionError: There is none, or none that is whole.
+        OptionError: The checkpoint does not exist or is damaged, or `latest` finds no intact one.
     """
     if resume_from == "latest":
         return _latest(output_dir)

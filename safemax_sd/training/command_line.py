@@ -1,4 +1,4 @@
-"""From a command line or a YAML file to the flags of the chosen objective, by transformers' HfArgumentParser."""
+"""Command line and YAML file, parsed into the flags of the chosen objective by transformers' HfArgumentParser."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ MERGE = "tag:yaml.org,2002:merge"
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The flags of a command line (default: this process's), of which those in a `--config` file are the defaults.
+    """Parse a command line; flags in a `--config` file become the defaults.
+
+    Args:
+        arguments: Words of the command line; None for this process's own.
 
     Returns:
-        The `Config` of the objective that `--objective` names.
+        Flags of the objective that `--objective` names.
 
     Raises:
-        SafemaxError: Unknown objective, flag or YAML key, or a value of the wrong type.
+        SafemaxError: An objective, flag or YAML key is unknown, or a value has the wrong type.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     path = _value(words, "--config")
@@ -51,7 +54,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
 
 
 def option_groups(config: type[TrainConfig]) -> list[type[Any]]:
-    """Return the flags as one dataclass for each group, of which HfArgumentParser makes the sections of its help."""
+    """Return the flags as one dataclass for each group, which HfArgumentParser prints as a section of its help."""
     groups: dict[str, list[tuple[str, Any, Any]]] = {}
     for flag in flags_of(config):
         groups.setdefault(flag.group, []).append((flag.name, flag.hint, option(flag.default, flag.help)))
@@ -62,7 +65,11 @@ def option_groups(config: type[TrainConfig]) -> list[type[Any]]:
 
 
 def _value(words: Sequence[str], flag: str) -> str | None:
-    """What a command line gives for a flag, the last time it stands there."""
+    """Return the last value that a command line gives a flag; None if it gives none.
+
+    Raises:
+        OptionError: The flag has no value.
+    """
     found = None
     for number, word in enumerate(words):
         name, equals, value = word.partition("=")
@@ -78,16 +85,16 @@ def _raise(message: str) -> None:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
-        OptionError: No such file, or not a mapping.
+        OptionError: The file cannot be read, is no YAML, or holds no mapping.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf8"), Loader=_UniqueKeys)
     except RecursionError as error:
         raise OptionError("--config", path, "cannot be read: nested too deeply") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:  # (ValueError: bytes that are no text, dates that are none)
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: invalid UTF-8 or dates
         raise OptionError("--config", path, f"cannot be read: {' '.join(str(error).split())[:150]}") from error
     if not isinstance(content, dict):
         raise OptionError("--config", path, "must map flag names to values")
@@ -95,7 +102,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses a key that stands twice where PyYAML lets the last one win."""
+    """A safe loader that refuses a duplicate key, of which PyYAML's own silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -108,10 +115,15 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def check_types(content: dict[str, Any], config_class: type[Any], path: str) -> dict[str, Any]:
-    """The values as the flags' types, with numbers such as `1e-4`, which YAML reads as text, as numbers.
+    """Convert the values of a YAML file to the flags' types; YAML reads numbers such as `1e-4` as text.
+
+    Args:
+        content: Values by flag.
+        config_class: Dataclass of the flags.
+        path: YAML file, for the error message.
 
     Raises:
-        OptionError: An unknown key (the message names the nearest) or a value of another type.
+        OptionError: A key is unknown (the message suggests the nearest), or a value has another type.
     """
     hints = get_type_hints(config_class)
     names = [entry.name for entry in dataclasses.fields(config_class) if entry.name != "config"]
@@ -143,10 +155,10 @@ def _checked(path: str, key: str, value: Any, hint: Any) -> Any:
 
 
 def check_texts(values: Sequence[Any], key: str, path: str) -> list[str]:
-    """Return texts of a YAML file, and refuse what YAML has made of one: `no` is False, 007 is 7, 2001-01-01 a date.
+    """Return texts of a YAML file, and refuse what YAML turns into other types: `no`, 007 or 2001-01-01.
 
     Raises:
-        OptionError: One is no text.
+        OptionError: A value is no text.
     """
     for value in values:
         if not isinstance(value, str):

@@ -24,7 +24,7 @@ from safemax_sd.training.workers import AcceleratorOptions, TrackerOptions
 
 @dataclass
 class TrainConfig(
-    # Fields, and with them groups of flags in the help text, are in the reverse order of a dataclass's bases.
+    # Fields, and so the groups of flags in the help text, come in the reverse order of a dataclass's bases.
     HubOptions,
     TrackerOptions,
     OutputOptions,
@@ -40,18 +40,18 @@ class TrainConfig(
     BaseModelOptions,
     PromptOptions,
 ):
-    """Flags that every objective has; names are those of diffusers' training scripts wherever these have one."""
+    """Flags of a training with any objective; names are those of diffusers' training scripts if they have the flag."""
 
     group: ClassVar[str] = RunOptions.group
 
-    config: str | None = option(None, "YAML file of flags; the command line wins.", path=True)
+    config: str | None = option(None, "YAML file of flags; the command line overrides it.", path=True)
 
 
 def config_class(objective: str) -> type[TrainConfig]:
-    """Return the flags of a training with an objective: its own `Config` with all others.
+    """Return the flags of a training with an objective: its own `Config` and all others.
 
     Raises:
-        OptionError: There is no such objective.
+        OptionError: No objective has that name.
     """
     return _composed(OBJECTIVES.get(objective))
 

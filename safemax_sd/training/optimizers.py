@@ -19,6 +19,7 @@ from safemax_sd.training.workers import AcceleratorOptions
 logger = logging.getLogger("safemax_sd")
 
 LOW_PRODIGY_RATE = 0.1
+"""Learning rate up to which Prodigy gets a warning."""
 
 
 @dataclass
@@ -28,28 +29,29 @@ class OptimizerOptions(AcceleratorOptions, ObjectiveOptions):
     group: ClassVar[str] = "Optimizer"
 
     learning_rate: float = option(1e-4, "Learning rate of AdamW; for prodigy about 1.", POSITIVE)
-    scale_lr: bool = option(False, "Multiply the rate by batch, accumulation and processes.")
-    lr_scheduler: LearningRateSchedule = option("cosine", "Name of a schedule of diffusers.optimization.")
+    scale_lr: bool = option(False, "Multiply the learning rate by batch size, accumulation steps and processes.")
+    lr_scheduler: LearningRateSchedule = option("cosine", "Learning-rate schedule of diffusers.optimization.")
     lr_warmup_steps: int = option(
         0,
         "Steps of linear warm-up.",
         Range("must be in 0 to 1,000,000,000", lambda value: 0 <= value <= 1_000_000_000),
     )
     lr_num_cycles: int = option(1, "Cycles of cosine_with_restarts.", COUNT)
-    optimizer: Literal["adamw", "prodigy"] = option("adamw", "AdamW, or Prodigy of prodigyopt.")
-    use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes.")
-    adam_beta1: float = option(0.9, "β1.", MOMENT)
-    adam_beta2: float = option(0.99, "β2.", MOMENT)
-    adam_weight_decay: float = option(0.0, "Weight decay of the LoRA.", NOT_NEGATIVE)
-    adam_epsilon: float = option(1e-8, "ε of either optimizer.", POSITIVE)
-    max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.", POSITIVE)
+    optimizer: Literal["adamw", "prodigy"] = option("adamw", "Optimizer: AdamW, or Prodigy of prodigyopt.")
+    use_8bit_adam: bool = option(False, "Use the 8-bit AdamW of bitsandbytes.")
+    adam_beta1: float = option(0.9, "β1 of the optimizer.", MOMENT)
+    adam_beta2: float = option(0.99, "β2 of the optimizer.", MOMENT)
+    adam_weight_decay: float = option(0.0, "Weight decay of the trained weights.", NOT_NEGATIVE)
+    adam_epsilon: float = option(1e-8, "ε of the optimizer.", POSITIVE)
+    max_grad_norm: float = option(1.0, "Norm that gradients are clipped to.", POSITIVE)
 
 
 def check_optimizer(config: OptimizerOptions) -> None:
-    """Refuse before training an optimizer that is not to be had, and warn of a rate that belongs to another.
+    """Check before training that the optimizer is available, and warn of an unsuitable learning rate or warm-up.
 
     Raises:
-        SafemaxError: `--use_8bit_adam` with another optimizer than AdamW, or a package is missing.
+        OptionError: `--use_8bit_adam` is given with another optimizer than AdamW.
+        SafemaxError: The optimizer's package is missing.
     """
     if config.use_8bit_adam and config.optimizer != "adamw":
         raise OptionError("--use_8bit_adam", True, f"does not go with --optimizer {config.optimizer}")
@@ -63,10 +65,10 @@ def check_optimizer(config: OptimizerOptions) -> None:
 
 
 def optimizer_class(config: OptimizerOptions) -> Any:
-    """The class that the flags name.
+    """Return the optimizer class that the flags name.
 
     Raises:
-        SafemaxError: Its package is missing.
+        SafemaxError: The optimizer's package is missing.
     """
     if config.optimizer == "prodigy":
         return _optional("prodigyopt", "--optimizer prodigy").Prodigy
@@ -83,10 +85,15 @@ def _optional(package: str, flag: str) -> Any:
 def make_optimizer(
     config: OptimizerOptions, parameters: Sequence[nn.Parameter], processes: int
 ) -> torch.optim.Optimizer:
-    """The optimizer that the flags name.
+    """Build the optimizer that the flags name.
+
+    Args:
+        config: Flags.
+        parameters: Parameters to step.
+        processes: Number of processes, for `--scale_lr`.
 
     Raises:
-        SafemaxError: Its package is missing.
+        SafemaxError: The optimizer's package is missing.
     """
     learning_rate = config.learning_rate
     if config.scale_lr:
@@ -103,9 +110,9 @@ def make_optimizer(
 
 
 def _more(config: OptimizerOptions) -> dict[str, bool]:
-    """What else the optimizer's class is told."""
+    """Return further arguments of the optimizer's class."""
     if config.optimizer == "prodigy":
-        # As in diffusers' scripts: unguarded, the small rates of the warm-up would be taken for large distances.
+        # As in diffusers' scripts: without safeguard, Prodigy takes the warm-up's small rates for large distances.
         return {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
-    # A LoRA is hundreds of small tensors, which PyTorch would step one by one on a processor.
+    # A LoRA has hundreds of small tensors, which PyTorch's default would step one by one on a CPU.
     return {} if config.use_8bit_adam else {"fused": True}

@@ -1,4 +1,4 @@
-"""The training output directory: who may write where, the log, `erasure.json` and the model card."""
+"""The training output folder: permission to write, the log, `erasure.json` and the model card."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CARD = "README.md"
 LOG = "log.jsonl"
 WEIGHTS = (WEIGHTS_NAME, "unet", "transformer")
 EDIT_FILE = "edit.safetensors"
-"""What the edits of a halting anchor are solved from."""
+"""File with the data that a halting anchor's edits are solved from."""
 BESIDE_WEIGHTS = (KOHYA_NAME, MARKS_FILE, EDIT_FILE)
 LOG_BEGINS = b'{"step": '
 TRACES = (*WEIGHTS, RECORD, LOG)
@@ -58,16 +58,16 @@ class OutputOptions(CheckpointOptions):
 
     group: ClassVar[str] = RunOptions.group
 
-    overwrite_output_dir: bool = option(False, "Replace another run in --output_dir.")
+    overwrite_output_dir: bool = option(False, "Replace an earlier run in --output_dir.")
 
 
 @contextmanager
 def run_folder(config: OutputOptions, accelerator: Accelerator) -> Iterator[Path | None]:
-    """Claim the output folder for a run, to be called by all its processes; yields the checkpoint to resume from.
+    """Claim the output folder for a run and yield the checkpoint to resume from; all processes must call it.
 
     Raises:
-        OptionError: The folder is another process's, holds another run and neither `--overwrite_output_dir` nor a
-            resume was asked for, holds files of others in the way, or there is nothing to resume.
+        OptionError: Another process writes to the folder; it holds an earlier run, which is neither overwritten nor
+            resumed; it holds files of other programs by the names of the run's; or there is no checkpoint to resume.
     """
     directory = Path(config.output_dir)
     with claimed_by_main(directory, accelerator.state):
@@ -75,17 +75,17 @@ def run_folder(config: OutputOptions, accelerator: Accelerator) -> Iterator[Path
 
 
 def checkpoint_to_resume(config: OutputOptions) -> Path | None:
-    """See that the run may write to its claimed output folder, and find what it resumes from, if anything.
+    """Check that the run may write to its claimed output folder, and return the checkpoint to resume from, if any.
 
     Raises:
-        OptionError: As of `run_folder`.
+        OptionError: See `run_folder`.
     """
     directory = Path(config.output_dir)
     asked = config.resume_from_checkpoint
     resume_from = None if asked is None else checkpoints.find(directory, asked)
     check_output_dir(
         directory,
-        # A checkpoint from elsewhere does not make this folder its run's.
+        # A checkpoint from another folder does not make this run the owner of this one.
         overwrite=config.overwrite_output_dir or (resume_from is not None and resume_from.parent.samefile(directory)),
         instead="or --resume_from_checkpoint latest, or name a new one",
     )
@@ -93,15 +93,15 @@ def checkpoint_to_resume(config: OutputOptions) -> Path | None:
 
 
 def check_output_dir(directory: Path, *, overwrite: bool, instead: str) -> None:
-    """See that a claimed folder may be written to.
+    """Check that a claimed folder may be written to.
 
     Args:
-        directory: Named by `--output_dir`.
-        overwrite: Whether another run in it does not matter.
-        instead: What else than overwriting may be done.
+        directory: Folder that `--output_dir` names.
+        overwrite: True if an earlier run in it may be replaced.
+        instead: Alternatives to overwriting, for the error message.
 
     Raises:
-        OptionError: It is a model's, holds files of others in the way, or another run.
+        OptionError: The folder holds a model, an earlier run, or other programs' files by the names of a run's.
     """
     check_no_model(directory)
     for name in (*WEIGHTS, *BESIDE_WEIGHTS, RECORD, CARD):
@@ -123,7 +123,7 @@ def check_output_dir(directory: Path, *, overwrite: bool, instead: str) -> None:
 
 
 def _is_log(path: Path) -> bool:
-    """Whether a file is a run's log, as far as its beginning tells; an empty one may become one."""
+    """Tell from a file's beginning whether it is a run's log; an empty file counts as one."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -131,9 +131,9 @@ def _is_log(path: Path) -> bool:
 
 
 def clear(directory: Path) -> None:
-    """Remove what a new run would mix with its own: an earlier run's checkpoints and pictures, but not its results.
+    """Remove an earlier run's checkpoints and pictures, which a new run would mix with its own, but not its results.
 
-    To be called when the run is about to step: bad input must have lost nothing by then.
+    It must be called right before the first step, so that bad input loses nothing.
     """
     with path_errors("--output_dir", directory):
         for checkpoint in checkpoints.all_checkpoints(directory):
@@ -142,10 +142,10 @@ def clear(directory: Path) -> None:
 
 
 def check_tracker(config: TrackerOptions) -> None:
-    """Refuse a tracker that would be left out without a word.
+    """Check the tracker; Accelerate silently leaves out one that it does not find.
 
     Raises:
-        OptionError: `--report_to` names none that Accelerate knows, or one that is not installed.
+        OptionError: Accelerate does not support the tracker of `--report_to`, or it is not installed.
     """
     name = config.tracker
     if name is None or name == str(LoggerType.ALL):
@@ -160,7 +160,7 @@ def check_tracker(config: TrackerOptions) -> None:
 
 
 class RunLog:
-    """`log.jsonl`, one line a step, and the trackers of `--report_to`."""
+    """The run's log: `log.jsonl` with one line for each step, and the tracker of `--report_to`."""
 
     def __init__(self, path: Path, accelerator: Accelerator, *, config: TrackerOptions, resume_step: int) -> None:
         self.accelerator = accelerator
@@ -174,7 +174,7 @@ class RunLog:
             self._keep_until(resume_step)
 
     def _keep_until(self, step: int) -> None:
-        """Drop the lines after the step that a resumed run goes on from (all of them in a new run)."""
+        """Drop the lines after the step that a run is resumed from; a new run drops all."""
         assert self._path is not None
         with path_errors("--output_dir", self._path):
             kept = [row for row in read_log(self._path) if row["step"] <= step] if step else []
@@ -191,7 +191,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Rows of a run's log; none where there is no file. Lines that cannot be read are left out, with a warning."""
+    """Read the rows of a run's log; damaged lines are left out with a warning, and a missing file has no rows."""
     if not path.exists():
         return []
     rows, broken = [], []
@@ -219,20 +219,20 @@ def write_results(
     steps: int,
     edit: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write `erasure.json` and the model card into a folder of new files (see `result_folder.replacing`).
+    """Write `erasure.json` and the model card into a folder of new files (see `results.folder.replacing`).
 
     Args:
-        folder: To write to.
-        config: Of the run.
-        family: Its model.
-        forget: Prompts to forget, where the run names any.
-        retain: Prompts to keep.
-        cost: Of the run.
-        steps: Taken.
-        edit: Name and settings of a closed form.
+        folder: Folder to write to.
+        config: Flags of the run.
+        family: Model of the run.
+        forget: Forget prompts, if the run has any.
+        retain: Retain prompts.
+        cost: Cost of the run.
+        steps: Number of steps taken.
+        edit: Name and settings of a closed-form edit.
 
     Returns:
-        The record.
+        Content of `erasure.json`.
     """
     device = next(family.denoiser.parameters()).device
     record: dict[str, Any] = {
@@ -258,7 +258,7 @@ def write_results(
 
 
 def describe_prompts(prompts: PromptSet | None, *, with_texts: bool = True) -> dict[str, Any]:
-    """What `erasure.json` says of a prompt file; of none, that there is nothing in it."""
+    """Return the entry of a prompt file in `erasure.json`; None is described like an empty file."""
     if prompts is None:
         return {"path": None, "sha256": None, "count": 0, "concepts": [], "texts": []}
     described = {

@@ -1,4 +1,4 @@
-"""Early stopping: draw the forbidden prompts now and then and ask the judge whether they are still recognised."""
+"""Early stopping: at times, sample forget prompts and let the judge say if the concepts are still recognised."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ PROBE_SEED = 900_000
 
 @dataclass
 class ProbeOptions(ReplayOptions):
-    """Flags of early stopping; the probe draws its pictures as the replay does."""
+    """Flags of early stopping; the probe samples with the settings of the replay."""
 
     group: ClassVar[str] = "Probe"
 
     stop_at_unlearning_accuracy: float | None = option(
-        None, "Stop when a probe of the forbidden prompts reaches this percentage.", PERCENTAGE
+        None, "Unlearning accuracy of a probe, in percent, at which training stops.", PERCENTAGE
     )
-    clip_model: str = option("emoji", "Judge of that probe: emoji, or an open_clip model name.", path=True)
-    clip_pretrained: str | None = option(None, "open_clip's pretrained tag or a weight file.", path=True)
+    clip_model: str = option("emoji", "Judge of the probe: emoji, or an open_clip model name.", path=True)
+    clip_pretrained: str | None = option(None, "Pretrained tag of open_clip, or a weight file.", path=True)
     probe_steps: int = option(50, "Steps between probes.", STEPS)
 
 
 @dataclass
 class UnlearningProbe:
-    """Unlearning accuracy on a few forbidden prompts.
+    """A probe of the unlearning accuracy on a few forget prompts.
 
     Attributes:
-        judge: Names the pictures.
-        conditioning: Of the probed prompts, one row each.
-        truth: Index of each prompt's concept in `captions`.
-        captions: What the judge may choose from: the concepts', with "nothing" last.
-        threshold: Stop at this percentage.
-        config: Guidance, steps and resolution.
-        model_calls: Network evaluations of one sample that a probe takes.
+        judge: Judge of the pictures.
+        conditioning: Conditioning of the probed prompts, one row each.
+        truth: Index of each prompt's concept in `captions`, int64 [N].
+        captions: Captions that the judge chooses from: those of the concepts, then that of "nothing".
+        threshold: Unlearning accuracy at which training stops, in percent.
+        config: Flags with guidance scale, steps and resolution.
+        model_calls: Network evaluations that a probe takes, counted per sample.
     """
 
     judge: Judge
@@ -59,10 +59,10 @@ class UnlearningProbe:
     def build(
         config: ProbeOptions, family: ModelFamily, forget: PromptSet, retain: PromptSet
     ) -> UnlearningProbe | None:
-        """The probe that the flags ask for, or None.
+        """Build the probe that the flags ask for, or return None.
 
         Raises:
-            OptionError: The prompt files name no concepts to choose between.
+            OptionError: The prompt files name fewer than two concepts, or the judge cannot be loaded.
         """
         if config.stop_at_unlearning_accuracy is None:
             return None
@@ -85,7 +85,7 @@ class UnlearningProbe:
 
     @torch.no_grad()
     def unlearning_accuracy(self, family: ModelFamily) -> float:
-        """Percentage of the probed pictures in which the judge does not see the forbidden concept."""
+        """Return the percentage of sampled pictures in which the judge does not see the prompt's concept."""
         seeds = list(range(PROBE_SEED, PROBE_SEED + len(self.truth)))
         device = next(family.denoiser.parameters()).device
         latents = family.sample(

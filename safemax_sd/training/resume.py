@@ -1,4 +1,4 @@
-"""The conditions that a checkpoint was written under: a run goes on under the same ones or not at all."""
+"""Conditions that a checkpoint was written under: a run is resumed under the same ones or not at all."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ FREE = frozenset(
         *("forget_prompts", "retain_prompts", "pretrained_model_name_or_path"),
     }
 )
-"""Flags that change no step of a run, and those of which not the value counts but what it names."""
-
+"""Flags that change no step of a run, and flags of files, which are compared by their content instead."""
 STEADY = ("constant", "constant_with_warmup")
+"""Learning-rate schedules that do not depend on the number of steps."""
 
 
 def conditions(config: TrainConfig, forget: PromptSet, retain: PromptSet, accelerator: Accelerator) -> dict[str, Any]:
-    """Return all that a run's steps depend on, as JSON has it; prompts by the hash of their files."""
+    """Return all settings that a run's steps depend on, as JSON values; prompt files by their hash."""
     base = Path(resolve_model(config.pretrained_model_name_or_path))
     found = {
         "pretrained_model_name_or_path": str(base.resolve()) if base.is_dir() else str(base),
@@ -39,12 +39,12 @@ def conditions(config: TrainConfig, forget: PromptSet, retain: PromptSet, accele
         "retain_prompts": retain.sha256,
         **{name: value for name, value in config.record().items() if name not in FREE},
         "num_processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,  # as it is, whether a flag or Accelerate's settings say so
+        "mixed_precision": accelerator.mixed_precision,  # the effective one, from a flag or Accelerate's settings
     }
     if config.train_data_dir is not None:
         found["train_data_dir"] = str(Path(config.train_data_dir).resolve())
     if config.lr_scheduler in STEADY and not config.replay_span:
-        del found["max_train_steps"]  # nothing before the last step depends on which it is
+        del found["max_train_steps"]  # no step depends on their number, so a run may be prolonged
     stored: dict[str, Any] = json.loads(json.dumps(found))
     return stored
 
@@ -53,7 +53,7 @@ def check_conditions(checkpoint: Path, now: dict[str, Any]) -> None:
     """Compare a checkpoint's conditions with a run's.
 
     Raises:
-        OptionError: They differ, or the checkpoint does not say under which it was written.
+        OptionError: A condition differs, or the checkpoint does not record its conditions.
     """
     try:
         before = dict(json.loads((checkpoint / CONDITIONS).read_text(encoding="utf8")))

@@ -1,4 +1,4 @@
-"""The processes of a run: Accelerate's state, what they agree on, and what happens when one of them dies."""
+"""The processes of a run: Accelerate's state, their agreement on values, and the loss of one of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 SPLITS_THE_MODEL = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""What backends say of a process that is gone; gloo has no exception class of its own."""
+"""Texts in a backend's error for a process that is gone; gloo has no exception class of its own."""
 PROCESS_LOST = (
     "error: another process of this run has ended, or the run was stopped; the last checkpoint is intact: start the "
     "run again with --resume_from_checkpoint latest"
@@ -32,18 +32,18 @@ PROCESS_LOST = (
 
 @dataclass
 class AcceleratorOptions(RunOptions):
-    """Flags of how a step is computed."""
+    """Flags of the precision and memory of a step."""
 
     group: ClassVar[str] = "Precision and memory"
 
-    gradient_accumulation_steps: int = option(1, "Micro-batches a step.", COUNT)
+    gradient_accumulation_steps: int = option(1, "Micro-batches in a step.", COUNT)
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
-        None, "Autocast of the denoiser; what accelerate launch says if not given, else no."
+        None, "Autocast of the denoiser; if not given, that of accelerate launch, or no."
     )
-    enable_xformers_memory_efficient_attention: bool = option(False, "xformers attention where it works.")
+    enable_xformers_memory_efficient_attention: bool = option(False, "Use xformers attention if available.")
     torch_compile: Literal["inductor", "aot_eager", "eager"] | None = option(
-        None, "Compile the denoiser for training, with this backend."
+        None, "Backend that compiles the denoiser for training."
     )
 
 
@@ -53,8 +53,8 @@ class TrackerOptions(AcceleratorOptions):
 
     group: ClassVar[str] = "Tracker"
 
-    report_to: str | None = option(None, "Tracker: tensorboard, wandb, mlflow …; none for none.")
-    logging_dir: str = option("logs", "Folder for trackers inside --output_dir.", path=True)
+    report_to: str | None = option(None, "Tracker: tensorboard, wandb, mlflow, …, or none.")
+    logging_dir: str = option("logs", "Folder of the tracker inside --output_dir.", path=True)
 
     @property
     def tracker(self) -> str | None:
@@ -76,10 +76,10 @@ def make_accelerator(config: TrackerOptions) -> Accelerator:
 
 
 def check_precision(accelerator: Accelerator) -> None:
-    """Refuse a precision that would be recorded and not be used.
+    """Check the precision; one that is not used must not be recorded.
 
     Raises:
-        OptionError: fp16 on a processor, which Accelerate leaves out without a word, or fp8.
+        OptionError: The precision is fp8, or fp16 on a CPU, which Accelerate silently ignores.
     """
     precision = str(accelerator.mixed_precision)
     if precision == "fp8" or (precision == "fp16" and accelerator.device.type == "cpu"):
@@ -87,10 +87,10 @@ def check_precision(accelerator: Accelerator) -> None:
 
 
 def check_distribution(kind: DistributedType) -> None:
-    """Refuse what splits the base model's weights: predictions, checkpoints and the adapter need them whole.
+    """Check that the base model's weights are not split; predictions, checkpoints and the adapter need them whole.
 
     Raises:
-        SafemaxError: FSDP, DeepSpeed or Megatron-LM in Accelerate's configuration.
+        SafemaxError: Accelerate is configured for FSDP, DeepSpeed or Megatron-LM.
     """
     if kind in SPLITS_THE_MODEL:
         raise SafemaxError(f"accelerate launch: {kind.value} is not supported; use --multi_gpu (data parallelism)")
@@ -99,17 +99,17 @@ def check_distribution(kind: DistributedType) -> None:
 def process_state() -> PartialState:
     """Return Accelerate's state of this run's processes.
 
-    Left alone, `PartialState` does not heed the variable that says to use processors, as `Accelerator` does: each of
-    several processes on them would take itself for the only one.
+    Unlike `Accelerator`, `PartialState` ignores the environment variable that selects the CPU, and each of several
+    processes there would take itself for the only one.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def from_main(state: PartialState, call: Callable[[], T]) -> T:
-    """What a function returns in the main process, for all processes; its error too.
+    """Call a function in the main process, and return its result, or raise its error, in all processes.
 
     Raises:
-        SafemaxError: It was raised there.
+        SafemaxError: The function raised it.
     """
     outcome: list[Any] = [None, None]
     failed: SafemaxError | None = None
@@ -128,19 +128,19 @@ def from_main(state: PartialState, call: Callable[[], T]) -> T:
 
 @contextmanager
 def claimed_by_main(directory: Path, state: PartialState) -> Iterator[None]:
-    """Claim a folder for all processes of a run; see `result_folder.claimed`."""
+    """Claim a folder for all processes of a run; see `results.folder.claimed`."""
     with ExitStack() as stack:
         from_main(state, lambda: stack.enter_context(claimed(directory)))
         yield
 
 
 def mean_over_processes(accelerator: Accelerator, value: float) -> float:
-    """One value for all processes, so that they decide alike."""
+    """Return the mean of a value over all processes, so that they make the same decision."""
     return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), reduction="mean"))
 
 
 def lost_a_process(error: RuntimeError) -> bool:
-    """Whether a collective operation failed because another process of the run has ended."""
+    """Tell whether a collective operation failed because another process of the run has ended."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     return isinstance(error, torch.distributed.DistBackendError) or any(text in str(error) for text in PEER_LOST)
@@ -148,9 +148,10 @@ def lost_a_process(error: RuntimeError) -> bool:
 
 @contextmanager
 def told_when_terminated(accelerator: Accelerator) -> Iterator[None]:
-    """Where a run has several processes, print `PROCESS_LOST` before SIGTERM ends this one.
+    """Print `PROCESS_LOST` before SIGTERM ends this process, if the run has several.
 
-    The launcher sends it as soon as one of them has died, often before a collective operation of the others fails.
+    The launcher sends the signal as soon as one process has died, often before a collective operation of the others
+    fails.
     """
     if accelerator.num_processes == 1:
         yield

@@ -10,8 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STILL_TO_DO: tuple[str, ...] = (
-    *("safemax_sd/cli.py", "safemax_sd/train.py", "safemax_sd/commands", "safemax_sd/erasing", "safemax_sd/results"),
-    *("safemax_sd/training", "evaluation"),
+    "safemax_sd/cli.py",
+    "safemax_sd/train.py",
+    "safemax_sd/commands",
+    "safemax_sd/erasing",
+    "safemax_sd/results",
+    "evaluation",
 )
 """Folders and files whose docstrings are not written in this manner yet."""
 RIDDLES = frozenset({"As", "How", "Of", "That", "Those", "To", "What", "When", "Where", "Whether", "Which", "With"})

@@ -222,8 +222,8 @@ class Safemax(Objective):
         assert isinstance(batch, SafemaxBatch)
         error = predict(batch.x_t, batch.t, batch.conditioning) - batch.target
         single, prompt, empty, kept = error.split(batch.sizes)
-        # A guided sampler follows ε_u + w·(ε_c − ε_u), and errors to one target mix alike. The mixture's error is affine
-        # in w, so its norm is largest at an end of the range 1 to target_guidance: both ends are trained.
+        # A guided sampler follows ε_u + w·(ε_c − ε_u), and errors to one target mix alike. The mixture's error is
+        # affine in w, so its norm is largest at an end of the range 1 to target_guidance: both ends are trained.
         guided = empty + self.target_guidance * (prompt - empty)
         # A pair counts once, without D(t): a sampler carries early errors on to the end.
         pairs = mean_square(empty) + (mean_square(prompt) + mean_square(guided)) / 2
