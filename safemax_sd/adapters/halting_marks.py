@@ -24,6 +24,7 @@ from safemax_sd.core.options import SHARE, Range, check_values, option
 MARKS_FILE = "halting_marks.safetensors"
 MARKS = "marks"
 ROUNDS = 12
+"""Rounds of least squares."""
 CARRIERS = 3
 """Tokens of each prompt that should carry the mark."""
 LOWEST = 0.5

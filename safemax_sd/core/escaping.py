@@ -39,6 +39,7 @@ LATEX_SPECIAL = {
     "Ł": r"\L{}",
     "ı": r"\i{}",
 }
+"""LaTeX for characters that it treats as markup or cannot decompose into a letter and an accent."""
 LATEX_ACCENTS = {
     "\u0300": "`",
     "\u0301": "'",
@@ -53,6 +54,7 @@ LATEX_ACCENTS = {
     "\u030c": "v",
     "\u0327": "c",
 }
+"""LaTeX commands of combining accents."""
 
 
 def printable(text: str) -> str:

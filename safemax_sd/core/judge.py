@@ -1,4 +1,4 @@
-"""The judge: an open_clip model that names what a picture shows, independent of the model under test."""
+"""The judge: an open_clip model that classifies pictures, independent of the model under test."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ PHOTO_TEMPLATES = {
     "artist": "a painting in the style of {}",
     "nothing": "random noise",
 }
+"""Captions of photographs, by the kind of concept."""
 
 
 class Judge:

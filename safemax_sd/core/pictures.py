@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 PAPER, INK, MUTED = (255, 255, 255), (28, 28, 30), (110, 110, 118)
+"""RGB colours of the background, the labels and the row names."""
 GAP = 6
 FONT_SIZE = 12
 LINE_HEIGHT = 15

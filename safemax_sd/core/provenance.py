@@ -28,6 +28,7 @@ PACKAGES = ("safemax_sd", "torch", "diffusers", "transformers", "accelerate", "p
 JSON_WIDTH = 160
 """Longest line, in characters, that a whole list or object is written on; a measurement fits."""
 SECRET_FLAGS = ("--hub_token", "--hub-token")
+"""Flags whose values are never recorded."""
 
 
 def _version(package: str) -> str | None:

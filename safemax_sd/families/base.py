@@ -44,6 +44,7 @@ class Conditioning:
         return Conditioning({name: tensor[rows.to(tensor.device)] for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device) -> Conditioning:
+        """Copy the tensors to a device."""
         return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def with_token_states(self, states: Tensor) -> Conditioning:
@@ -52,6 +53,7 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Concatenate the rows of at least one part."""
         names = parts[0].tensors
         return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in names})
 

@@ -50,7 +50,7 @@ class ClassConditionalDDPM(ModelFamily):
         check_variance_preserving(scheduler)
         self.scheduler_settings = settings_of(scheduler)
         self.class_names = tuple(class_names)
-        # channels_last doubles the speed of convolutions on a processor and helps tensor cores too.
+        # channels_last doubles the speed of convolutions on a CPU and helps tensor cores too.
         self.denoiser: nn.Module = self.unet.to(memory_format=torch.channels_last)
         self.process = from_scheduler(self.sampler())
         self.empty = self.encode_prompts([""])

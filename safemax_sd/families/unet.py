@@ -27,7 +27,7 @@ class UNetFamily(LatentFamily):
             text = "takes its guidance scale as an input (time_cond_proj_dim, models distilled like LCM): not supported"
             raise OptionError("--pretrained_model_name_or_path", options.name_or_path, text)
         super().__init__(pipeline, options)
-        # channels_last doubles the speed of convolutions on a processor and helps tensor cores too.
+        # channels_last doubles the speed of convolutions on a CPU and helps tensor cores too.
         self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None) -> Tensor:

@@ -108,6 +108,7 @@ class Student:
 
     @classmethod
     def of(cls, family: ModelFamily, parameters: Sequence[nn.Parameter]) -> Self:
+        """Build the student of a family's denoiser and its trained parameters."""
         projections = family.token_projections()
         return cls(
             family.predict, family.denoiser, parameters, projections, partial(_freeze, family), family.sample_until
@@ -115,6 +116,7 @@ class Student:
 
     @property
     def device(self) -> torch.device:
+        """Device of the trained parameters."""
         return self.parameters[0].device
 
     def sample_each(

@@ -80,6 +80,7 @@ class PromptSet:
 
     @property
     def texts(self) -> tuple[str, ...]:
+        """Texts of the prompts, in the file's order."""
         return tuple(prompt.text for prompt in self.prompts)
 
     @property

@@ -75,10 +75,12 @@ def read_text(text: str) -> Table:
 
 
 def read_csv(text: str) -> Table:
+    """Read comma-separated rows after a header; see `_read_separated`."""
     return _read_separated(text, ",")
 
 
 def read_tsv(text: str) -> Table:
+    """Read tab-separated rows after a header; see `_read_separated`."""
     return _read_separated(text, "\t")
 
 
@@ -117,6 +119,11 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _read_separated(text: str, delimiter: str) -> Table:
+    """Read rows of separated cells after a header; blank rows are left out.
+
+    Raises:
+        BadLine: The header names a column twice, or a row has more cells than the header or an unclosed quote.
+    """
     columns: tuple[str, ...] = ()
     rows = []
     for line, cells in _records(text, delimiter):

@@ -34,6 +34,7 @@ class Suite:
     version: str | None = None
 
     def path(self, part: str) -> Path:
+        """Return the CSV file of a part."""
         return self.folder / f"{part}.csv"
 
 

@@ -50,6 +50,7 @@ EDIT_FILE = "edit.safetensors"
 BESIDE_WEIGHTS = (KOHYA_NAME, MARKS_FILE, EDIT_FILE)
 LOG_BEGINS = b'{"step": '
 TRACES = (*WEIGHTS, RECORD, LOG)
+"""Files and folders whose presence shows an earlier run."""
 
 
 @dataclass
@@ -183,6 +184,11 @@ class RunLog:
             self._started -= kept[-1]["seconds"]
 
     def write(self, step: int, row: dict[str, float]) -> None:
+        """Log the values of a step, by name.
+
+        Raises:
+            OptionError: The log cannot be written, as on a full disk.
+        """
         self.accelerator.log(row, step=step)
         if self._path is not None:
             seconds = round(time.monotonic() - self._started, 3)

@@ -17,6 +17,7 @@ from safemax_sd.recording.schedule import ReplayOptions
 
 PROBE_PICTURES = 32
 PROBE_SEED = 900_000
+"""Seed of the probe's first start noise, apart from those of the replay."""
 
 
 @dataclass

@@ -63,6 +63,11 @@ class TrackerOptions(AcceleratorOptions):
 
 
 def make_accelerator(config: TrackerOptions) -> Accelerator:
+    """Build Accelerate's `Accelerator` from the flags.
+
+    Raises:
+        SafemaxError: Accelerate is configured to split the model, or with a precision that is not supported.
+    """
     logging_dir = str(Path(config.output_dir) / config.logging_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,

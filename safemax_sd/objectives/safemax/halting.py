@@ -18,6 +18,7 @@ from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import Draw, Predict, Rows
 
 ROLLOUT_STEPS = 2
+"""Euler steps of a rollout from pure noise."""
 
 
 @dataclass(frozen=True)
