@@ -27,15 +27,13 @@ from safetensors.torch import load_file, save_file
 from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.prompt_suites import OTHER_WORDING, Row, every_prompt, spread_prompts, write
 from benchmarks.emoji.settings import CONCEPTS, FORBIDDEN_GROUPS, NEIGHBOURS, OTHERS, SYNONYMS
-from safemax_sd.adapters.halting_marks import MARKS_FILE, HaltingMarksSettings
+from safemax_sd.adapters.halting_marks import MARKS_FILE
 from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.assets import ANCHORS
 from safemax_sd.core.provenance import provenance, write_json_atomic
-from safemax_sd.erasing.anchored import change_concepts, erase
-from safemax_sd.erasing.edits.uce import UceSettings
-from safemax_sd.erasing.redirect import redirect
-from safemax_sd.families import LoadOptions
-from safemax_sd.prompts import load_prompts, pick
+from safemax_sd.erasing.edits.halting_marks import HaltingMarks, HaltingMarksConfig
+from safemax_sd.erasing.edits.uce import Uce, UceConfig
+from safemax_sd.prompts import pick
 from safemax_sd.results.erasure import read_record
 from safemax_sd.train import train
 from safemax_sd.training.config import config_class
@@ -158,24 +156,14 @@ def adapter(method: str, count: int, synonyms: bool, work_dir: Path) -> Path:
     task = suite(work_dir / f"{count}{'_synonyms' if synonyms else ''}", ERASED[:count], synonyms=synonyms)
     output = task / method
     if not (output / "erasure.json").exists():
-        files = {name: str(task / f"{name}.csv") for name in ("forget", "retain")}
+        prompts = {f"{name}_prompts": str(task / f"{name}.csv") for name in ("forget", "retain")}
+        common: dict[str, Any] = {**prompts, "output_dir": str(output), "overwrite_output_dir": True}
         if method == "halting_anchor":
-            prompts = [load_prompts(path, option=f"--{name}_prompts") for name, path in files.items()]
-            erase(train_anchor(work_dir), *prompts, output, HaltingMarksSettings(), overwrite=True)
+            HaltingMarks(HaltingMarksConfig(anchor=str(train_anchor(work_dir)), **common)).run()
         elif method in ("uce", "uce_padding"):
-            prompts = [load_prompts(path, option=f"--{name}_prompts") for name, path in files.items()]
-            redirect(
-                LoadOptions("emoji"), *prompts, output, UceSettings(), padding=method == "uce_padding", overwrite=True
-            )
+            Uce(UceConfig(uce_padding=method == "uce_padding", **common)).run()
         else:
-            train(
-                config_class("safemax")(
-                    forget_prompts=files["forget"],
-                    retain_prompts=files["retain"],
-                    output_dir=str(output),
-                    overwrite_output_dir=True,
-                )
-            )
+            train(config_class("safemax")(**common))
     return output
 
 
@@ -227,7 +215,7 @@ def without_first(output: Path) -> Path:
     if not copy.exists():
         temporary = copy.with_suffix(".tmp")
         shutil.copytree(output, temporary, ignore=shutil.ignore_patterns("evaluation"), dirs_exist_ok=True)
-        change_concepts(temporary, add=None, remove=[ERASED[0]])
+        HaltingMarks(HaltingMarksConfig(output_dir=str(temporary), remove=[ERASED[0]])).run()
         temporary.rename(copy)
     return copy
 

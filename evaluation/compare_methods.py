@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -15,20 +14,16 @@ import yaml
 from safemax_sd.evaluation.baselines import BASELINES
 from safemax_sd.evaluation.subjects import Adapter, Subject
 
-from safemax_sd.adapters.halting_marks import HaltingMarksSettings
-from safemax_sd.assets import resolve_anchor
 from safemax_sd.core.errors import OptionError, SafemaxError
-from safemax_sd.core.options import choices_of
+from safemax_sd.core.options import check_values, choices_of, flags_of
 from safemax_sd.core.registry import closest
-from safemax_sd.erasing.edits.halting_marks import HaltingMarks
-from safemax_sd.erasing.edits.uce import Uce
+from safemax_sd.erasing.edits import EDITS, ClosedFormEdit
 from safemax_sd.objectives import OBJECTIVES
-from safemax_sd.prompts import Suite, check_disjoint
-from safemax_sd.results.erasure import read_record
-from safemax_sd.train import read_input
+from safemax_sd.prompts import Suite
 from safemax_sd.training.children import run_child
 from safemax_sd.training.command_line import check_types
 from safemax_sd.training.config import config_class
+from safemax_sd.training.input import read_input
 
 OUTPUT = "output.txt"
 FLAGS = "train.yaml"
@@ -47,7 +42,7 @@ GIVEN = (
     "resume_from_checkpoint",
     "push_to_hub",
 )
-"""Training flags that the comparison gives, or that would make its runs differ in more than the method."""
+"""Flags that the comparison gives, or that would make its runs differ in more than the method."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +132,11 @@ class Method(ABC):
     def settings(self) -> dict[str, Any]:
         """Every flag with its value."""
 
+    def _refuse_given(self, flags: dict[str, Any]) -> None:
+        for flag in flags:
+            if flag in GIVEN:
+                raise OptionError("--config", self.where, f"{flag} is the comparison's to give")
+
 
 class TrainedMethod(Method):
     """`safemax_sd.train`, in a process of its own so that peak memory is the run's."""
@@ -148,9 +148,7 @@ class TrainedMethod(Method):
         if not objective.names_concepts:
             text = f"{self.name} erases nothing by itself: train it once, then compare an edit with that anchor"
             raise OptionError("--config", self.where, text)
-        for flag in flags:
-            if flag in GIVEN:
-                raise OptionError("--config", self.where, f"{flag} is the comparison's to give")
+        self._refuse_given(flags)
         return check_types(flags, config_class(self.name), self.where)
 
     def settings(self) -> dict[str, Any]:
@@ -178,62 +176,44 @@ class TrainedMethod(Method):
         }
 
 
-@dataclass(frozen=True)
-class UceFlags:
-    """UCE's on the command line."""
-
-    uce_padding: bool = False
-
-
-@dataclass(frozen=True)
-class HaltingMarksFlags(HaltingMarksSettings):
-    """What the edit is weighed by, and the anchor that it needs."""
-
-    anchor: str = ""
-
-
 class EditedMethod(Method):
     """`safemax erase`, in a process of its own."""
 
     kind: ClassVar[str] = "edit"
-    known: ClassVar[dict[str, type[Any]]] = {Uce.name: UceFlags, HaltingMarks.name: HaltingMarksFlags}
 
     def checked(self, flags: dict[str, Any]) -> dict[str, Any]:
-        if self.name not in self.known:
-            text = f"no such edit {self.name!r}{closest(self.name, self.known)}; there are: {', '.join(self.known)}"
-            raise OptionError("--config", self.where, text)
-        checked = check_types(flags, self.known[self.name], self.where)
-        self.known[self.name](**checked)  # refuses numbers out of their ranges
+        edit = EDITS.get(self.name)
+        self._refuse_given(flags)
+        checked = check_types(flags, edit.Config, self.where)
+        check_values(edit.Config(**checked))
         return checked
 
     def check(self, erasure: Erasure) -> None:
-        check_disjoint(erasure.suite.parts["forget"], erasure.suite.parts["retain"])
-        if self.known[self.name] is not HaltingMarksFlags:
-            return
-        if "anchor" not in self.flags:
-            raise OptionError("--config", self.where, "needs an `anchor`, the output folder of a halting anchor")
-        anchored = read_record(resolve_anchor(self.flags["anchor"]), "--anchor")["base_model"]["name_or_path"]
-        if anchored != erasure.base_model:
-            text = f"is an anchor of {anchored}, not of {erasure.base_model}"
-            raise OptionError("--anchor", self.flags["anchor"], text)
+        edit = self._edit(erasure)
+        edit.check()
+        if edit.base_model() != erasure.base_model:
+            text = f"{self.name} edits {edit.base_model()} with these flags, not {erasure.base_model}"
+            raise OptionError("--config", self.where, text)
 
     def erase(self, erasure: Erasure) -> None:
-        words = ["safemax_sd.cli", "erase", "--edit", self.name, "--output_dir", str(erasure.folder)]
-        words += ["--forget_prompts", str(erasure.suite.path("forget"))]
-        words += ["--retain_prompts", str(erasure.suite.path("retain")), "--overwrite_output_dir"]
-        if "anchor" not in self.flags:
-            words += ["--pretrained_model_name_or_path", erasure.base_model]
-        for flag, value in self.flags.items():
-            if value is not False:
-                words += [f"--{flag}", *([] if value is True else [str(value)])]
-        run_apart(words, erasure.folder / OUTPUT)
+        edit = self._edit(erasure)
+        run_apart(["safemax_sd.cli", "erase", "--edit", self.name, *edit.config.words()], erasure.folder / OUTPUT)
+
+    def _edit(self, erasure: Erasure) -> ClosedFormEdit:
+        edit = EDITS.get(self.name)
+        given: dict[str, Any] = {
+            "forget_prompts": str(erasure.suite.path("forget")),
+            "retain_prompts": str(erasure.suite.path("retain")),
+            "output_dir": str(erasure.folder),
+            "overwrite_output_dir": True,
+            "pretrained_model_name_or_path": erasure.base_model,
+        }
+        known = {flag.name for flag in flags_of(edit.Config)}
+        return edit(edit.Config(**{name: given[name] for name in given if name in known}, **self.flags))
 
     def settings(self) -> dict[str, Any]:
-        settings = asdict(self.known[self.name](**self.flags))
-        if "anchor" in self.flags:
-            record = resolve_anchor(self.flags["anchor"]) / "erasure.json"
-            settings["anchor_sha256"] = hashlib.sha256(record.read_bytes()).hexdigest()
-        return settings
+        edit = EDITS.get(self.name)
+        return edit(edit.Config(**self.flags)).settings()
 
 
 class UntrainedMethod(Method):

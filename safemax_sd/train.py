@@ -28,7 +28,7 @@ from safemax_sd.core.provenance import Cost, Stopwatch
 from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Batch, Draw, Positions
-from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts, warn_over_long
+from safemax_sd.prompts import PromptSet, warn_over_long
 from safemax_sd.recording.replay import start_noise
 from safemax_sd.recording.schedule import Recording
 from safemax_sd.results import hub
@@ -38,8 +38,9 @@ from safemax_sd.training import checkpoints
 from safemax_sd.training.children import end_with_starter, told_to_launcher
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig
-from safemax_sd.training.optimizers import check_optimizer, make_optimizer
-from safemax_sd.training.output import RECORD, RunLog, check_tracker, clear, run_folder, write_results
+from safemax_sd.training.input import read_input
+from safemax_sd.training.optimizers import make_optimizer
+from safemax_sd.training.output import RECORD, RunLog, clear, run_folder, write_results
 from safemax_sd.training.probe import UnlearningProbe
 from safemax_sd.training.resume import check_conditions, conditions
 from safemax_sd.training.workers import (
@@ -147,34 +148,6 @@ def save_results(run: Run, cost: Cost) -> None:
         run.trainable.save(folder)
         run.objective.save(folder)
         write_results(folder, run.config, run.family, named, run.retain, cost, run.step)
-
-
-def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
-    """Check the flags and read the prompt files, forget and retain.
-
-    Raises:
-        OptionError: A value or a file that cannot be used; nothing has been written.
-    """
-    config.validate()
-    check_optimizer(config)
-    hub.check(config, config.tracker)
-    check_tracker(config)
-    objective = OBJECTIVES.get(config.objective)
-    if not objective.names_concepts and config.forget_prompts:
-        text = f"is not used by --objective {config.objective}, which is trained before anything is to be forgotten"
-        raise OptionError("--forget_prompts", config.forget_prompts, text)
-    named = None
-    if objective.names_concepts:
-        named = load_prompts(config.forget_prompts, option="--forget_prompts").each_text_once()
-    retain = load_prompts(config.retain_prompts, option="--retain_prompts").each_text_once()
-    forget = retain if named is None else named
-    if named is not None:
-        check_disjoint(named, retain)
-    allowed = objective.trainable
-    if config.trainable not in allowed:
-        text = f"does not go with --objective {config.objective}: use {' or '.join(sorted(allowed))}"
-        raise OptionError("--trainable", config.trainable, text)
-    return forget, retain
 
 
 def build_run(

@@ -22,8 +22,8 @@ from safemax_sd.families.ddpm import ClassConditionalDDPM
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.objectives.base import Batch, Draw, Objective, Predict
 from safemax_sd.recording.schedule import Recording
-from safemax_sd.train import read_input
 from safemax_sd.training.config import TrainConfig
+from safemax_sd.training.input import read_input
 
 CONCEPTS = ("apple", "pear", "plum")
 FORGET = (("a red apple", "apple"), ("red apple on a table", "apple"))

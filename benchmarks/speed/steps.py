@@ -27,13 +27,13 @@ from safemax_sd.train import (
     Run,
     build_run,
     load_options,
-    make_optimizer,
     optimizer_step,
     positions,
     reach,
-    read_input,
 )
 from safemax_sd.training.config import TrainConfig
+from safemax_sd.training.input import read_input
+from safemax_sd.training.optimizers import make_optimizer
 from safemax_sd.training.workers import make_accelerator
 
 Step = Callable[[], object]

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from safemax_sd.core.options import SHARE, Range, check_values, option
+from safemax_sd.core.options import SHARE, Options, Range, check_values, option
 
 MARKS_FILE = "halting_marks.safetensors"
 MARKS = "marks"
@@ -35,26 +36,23 @@ RIDGE = 1e-4
 WEIGHT = Range("must be in 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
 
 
-@dataclass(frozen=True)
-class HaltingMarksSettings:
+@dataclass
+class HaltingMarksSettings(Options):
     """Weights of the least squares that a readout solves.
 
-    Attributes:
-        retain_weight: Weight μ of the mean squared mark on retained tokens, 0 to 1,000,000.
-        excess_weight: Weight ν of the squared excess over `faint`, summed over retained tokens and divided by 1000.
-        faint: Strength up to which a mark on a retained token does no harm, 0 to 1.
+    Raises:
+        OptionError: A value is out of range; the first one is named.
     """
 
-    retain_weight: float = option(3.0, allowed=WEIGHT)
-    excess_weight: float = option(10.0, allowed=WEIGHT)
-    faint: float = option(0.15, allowed=SHARE)
+    group: ClassVar[str] = "Marks"
+
+    retain_weight: float = option(3.0, "Weight μ of the mean squared mark on retained tokens.", WEIGHT)
+    excess_weight: float = option(
+        10.0, "Weight ν of the squared excess over --faint, summed over retained tokens and divided by 1000.", WEIGHT
+    )
+    faint: float = option(0.15, "Strength up to which a mark on a retained token does no harm.", SHARE)
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            OptionError: A value is out of range; the first one is named.
-        """
         check_values(self)
 
 

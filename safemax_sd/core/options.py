@@ -54,6 +54,7 @@ def option(
     required: bool | None = None,
     path: bool | None = None,
     secret: bool | None = None,
+    repeated: bool | None = None,
 ) -> Any:
     """Declare a flag as a dataclass field; a redeclared flag inherits each argument that is None.
 
@@ -64,8 +65,12 @@ def option(
         required: True if an empty value is an error.
         path: True for a file or folder, whose absolute path is never recorded.
         secret: True for a value that is never recorded.
+        repeated: True for a list whose flag may be given again, to add to it.
     """
-    stated = {"help": text, "allowed": allowed, "required": required, "path": path, "secret": secret}
+    stated = {
+        **{"help": text, "allowed": allowed, "required": required},
+        **{"path": path, "secret": secret, "repeated": repeated},
+    }
     metadata = {key: value for key, value in stated.items() if value is not None}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -86,6 +91,7 @@ class Flag:
         required: True if an empty value is an error.
         path: True for a file or folder.
         secret: True for a value that is never recorded.
+        repeated: True for a list whose flag may be given again, to add to it.
     """
 
     name: str
@@ -97,6 +103,7 @@ class Flag:
     required: bool = False
     path: bool = False
     secret: bool = False
+    repeated: bool = False
 
     @property
     def optional(self) -> bool:

@@ -9,7 +9,7 @@ from safemax_sd.core.options import Options, Range, option
 
 
 @dataclass
-class BaseModelOptions(Options):
+class LoadingOptions(Options):
     """Flags of the base model; families are loaded from `LoadOptions`, which are made of these."""
 
     group: ClassVar[str] = "Base model"
@@ -21,6 +21,12 @@ class BaseModelOptions(Options):
     variant: str | None = option(None, "Variant of the weight files, such as fp16.")
     cache_dir: str | None = option(None, "Folder of hub downloads.", path=True)
     prediction_type: Literal["epsilon", "v_prediction"] | None = option(None, "Override of the scheduler's setting.")
+
+
+@dataclass
+class BaseModelOptions(LoadingOptions):
+    """Flags of the base model and of its pictures."""
+
     resolution: int | None = option(
         None,
         "Side of pictures in pixels; the model's own if not given.",

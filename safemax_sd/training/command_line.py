@@ -32,19 +32,13 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
         SafemaxError: An objective, flag or YAML key is unknown, or a value has the wrong type.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    path = _value(words, "--config")
+    path = value_of(words, "--config")
     defaults = {} if path is None else read_yaml(path)
-    objective = _value(words, "--objective") or str(defaults.get("objective", TrainConfig.objective))
+    objective = value_of(words, "--objective") or str(defaults.get("objective", TrainConfig.objective))
     chosen = config_class(objective)
     if path is not None:
         defaults = check_types(defaults, chosen, path)
-    parser: Any = HfArgumentParser(
-        option_groups(chosen),  # type: ignore[arg-type]
-        prog="safemax train",
-        description="Erase concepts; writes a LoRA.",
-        allow_abbrev=False,
-    )
-    parser.error = _raise
+    parser = flag_parser(chosen, prog="safemax train", description="Erase concepts; writes a LoRA.")
     parser.set_defaults(**defaults)
     known, unknown = parser.parse_known_args(words)
     if unknown:
@@ -53,18 +47,33 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     return chosen(**vars(known))
 
 
-def option_groups(config: type[TrainConfig]) -> list[type[Any]]:
+def flag_parser(config: type[Any], *, prog: str, description: str) -> Any:
+    """Return a parser of flags, which raises `SafemaxError` where argparse would exit."""
+    parser: Any = HfArgumentParser(
+        option_groups(config),  # type: ignore[arg-type]
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+    )
+    parser.error = _raise
+    return parser
+
+
+def option_groups(config: type[Any]) -> list[type[Any]]:
     """Return the flags as one dataclass for each group, which HfArgumentParser prints as a section of its help."""
     groups: dict[str, list[tuple[str, Any, Any]]] = {}
     for flag in flags_of(config):
-        groups.setdefault(flag.group, []).append((flag.name, flag.hint, option(flag.default, flag.help)))
+        entry: Any = option(flag.default, flag.help)
+        if flag.repeated:
+            entry.metadata = {**entry.metadata, "action": "extend"}
+        groups.setdefault(flag.group, []).append((flag.name, flag.hint, entry))
     return [
         dataclasses.make_dataclass(group, fields, namespace={"_argument_group_name": group})
         for group, fields in groups.items()
     ]
 
 
-def _value(words: Sequence[str], flag: str) -> str | None:
+def value_of(words: Sequence[str], flag: str) -> str | None:
     """Return the last value that a command line gives a flag; None if it gives none.
 
     Raises:

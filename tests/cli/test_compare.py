@@ -461,7 +461,7 @@ def test_a_prompt_s_own_guidance_is_told_and_must_guide(tiny_model: Path, tmp_pa
         ({"methods": {"a": {"objectve": "safemax"}}}, "did you mean 'objective'"),
         ({"methods": {"a": {"objective": "halting_anchor"}}}, "erases nothing by itself"),
         ({"methods": {"a": {"edit": "uec"}}}, "did you mean 'uce'"),
-        ({"methods": {"a": {"edit": "halting_marks"}}}, "needs an `anchor`"),
+        ({"methods": {"a": {"edit": "halting_marks"}}}, "--anchor .not given.: is required"),
         ({"methods": {"a": {"edit": "halting_marks", "anchor": "none"}}}, "--anchor none"),
         ({"methods": {"a": {"baseline": "negative"}}}, "did you mean 'negative_prompt'"),
         (

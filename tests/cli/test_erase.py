@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from safemax_sd.adapters import lora as adapter
-from safemax_sd.adapters.halting_marks import HaltingMarksSettings
 from safemax_sd.assets import ANCHORS
 from safemax_sd.cli import app, main
 from safemax_sd.core.errors import OptionError, SafemaxError
-from safemax_sd.erasing.anchored import change_concepts, erase
+from safemax_sd.erasing.command_line import parse_edit
+from safemax_sd.erasing.edits.halting_marks import HaltingMarks, HaltingMarksConfig
 from safemax_sd.families import LoadOptions
 from safemax_sd.prompts import load_prompts, load_suite
 from safemax_sd.results.erasure import load_erased, read_record
@@ -63,9 +64,16 @@ def test_forget_prompts_are_of_no_use_to_an_anchor(tiny_model: Path, files: dict
         train(parse_config([*arguments, "--forget_prompts", str(files["forget"])]))
 
 
-def run_erase(anchor: Path, files: dict[str, Path], output: Path, **settings: float) -> dict[str, object]:
-    prompts = [load_prompts(files[name], option="--x") for name in ("forget", "retain")]
-    return erase(anchor, *prompts, output, HaltingMarksSettings(**settings), overwrite=False)  # type: ignore[arg-type]
+def run_erase(anchor: Path, files: dict[str, Path], output: Path, **settings: float) -> dict[str, Any]:
+    prompts = {f"{name}_prompts": str(files[name]) for name in ("forget", "retain")}
+    config = HaltingMarksConfig(output_dir=str(output), anchor=str(anchor), **prompts, **settings)  # type: ignore[arg-type]
+    return HaltingMarks(config).run()
+
+
+def change(output: Path, *, add: Path | None = None, remove: Sequence[str] = ()) -> dict[str, Any]:
+    """Add the concepts of a prompt file to an erased adapter, and remove others."""
+    added = None if add is None else str(add)
+    return HaltingMarks(HaltingMarksConfig(output_dir=str(output), add=added, remove=list(remove))).run()
 
 
 def test_the_edit_is_a_few_more_ranks_of_keys_and_values(anchor: Path, files: dict[str, Path], tmp_path: Path) -> None:
@@ -73,7 +81,7 @@ def test_the_edit_is_a_few_more_ranks_of_keys_and_values(anchor: Path, files: di
     before, after = (load_file(folder / adapter.WEIGHTS_NAME) for folder in (anchor, tmp_path / "erased"))
     marks = load_file(anchor / "halting_marks.safetensors")["marks"]
     family = load_erased(anchor)
-    changed = list(record["edit"]["rank_pattern"])  # type: ignore[index]
+    changed = list(record["edit"]["rank_pattern"])
     assert sorted(changed) == sorted(family.token_projections())
     for name, tensor in before.items():
         layer, _, part = name.removeprefix("unet.").rpartition(".lora_")
@@ -109,14 +117,14 @@ def test_a_concept_that_comes_back_gives_the_same_file(anchor: Path, files: dict
     output = tmp_path / "erased"
     run_erase(anchor, files, output)
     alone = (output / adapter.WEIGHTS_NAME).read_bytes()
-    record = change_concepts(output, add=load_prompts(files["more"], option="--add"), remove=[])
+    record = change(output, add=files["more"])
     both = (output / adapter.WEIGHTS_NAME).read_bytes()
     assert sorted(record["edit"]["marks"]) == ["apple", "fig"]
     assert both != alone
-    record = change_concepts(output, add=None, remove=["fig"])
+    record = change(output, remove=["fig"])
     assert list(record["edit"]["marks"]) == ["apple"]
     assert (output / adapter.WEIGHTS_NAME).read_bytes() != both
-    change_concepts(output, add=load_prompts(files["more"], option="--add"), remove=[])
+    change(output, add=files["more"])
     assert (output / adapter.WEIGHTS_NAME).read_bytes() == both
     assert json.loads((output / "erasure.json").read_text())["forget"]["concepts"] == ["apple", "fig"]
 
@@ -126,7 +134,7 @@ def test_what_was_kept_can_be_added(anchor: Path, files: dict[str, Path], tmp_pa
     run_erase(anchor, files, output)
     before = (output / adapter.WEIGHTS_NAME).read_bytes()
     (tmp_path / "pear.csv").write_text("prompt,concept\na red pear,pear\n")
-    record = change_concepts(output, add=load_prompts(tmp_path / "pear.csv", option="--add"), remove=[])
+    record = change(output, add=tmp_path / "pear.csv")
     assert list(record["edit"]["marks"]) == ["apple", "pear"]
     assert record["edit"]["marks"]["pear"]["mean"] > 0.9
     assert (output / adapter.WEIGHTS_NAME).read_bytes() != before
@@ -142,7 +150,7 @@ def test_what_cannot_be_removed(
     run_erase(anchor, files, tmp_path / "erased")
     before = (tmp_path / "erased" / adapter.WEIGHTS_NAME).read_bytes()
     with pytest.raises(OptionError, match=message):
-        change_concepts(tmp_path / "erased", add=None, remove=remove)
+        change(tmp_path / "erased", remove=remove)
     assert (tmp_path / "erased" / adapter.WEIGHTS_NAME).read_bytes() == before
 
 
@@ -170,7 +178,7 @@ def test_damaged_weights_are_not_edited(
     damage(output / adapter.WEIGHTS_NAME)
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     with pytest.raises(SafemaxError, match=message):
-        change_concepts(output, add=load_prompts(str(files["more"]), option="--add"), remove=[])
+        change(output, add=files["more"])
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
@@ -197,6 +205,52 @@ def test_an_anchor_s_base_is_not_chosen_again(
     assert main(command) == 2
     assert f"{flag} epsilon: goes with --edit uce" in capfd.readouterr().err
     assert not (tmp_path / "erased").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--edit", "uce", "--faint", "0.2"), "--faint 0.2: goes with --edit halting_marks, not with uce"),
+        (("--edit", "uce", "--add=more.csv"), "--add more.csv: goes with --edit halting_marks, not with uce"),
+        (("--uce_padding",), "--uce_padding (given): goes with --edit uce, not with halting_marks"),
+        (("--edit", "uce", "--lamd", "1"), "unknown option --lamd (did you mean '--lamb'?) for --edit uce"),
+        (("--edit", "uec"), "--edit uec: no such edit (did you mean 'uce'?)"),
+        (("--edit=uce", "--lamb=0", "--forget_prompts=f", "--retain_prompts=r"), "--lamb 0.0: must be more than 0"),
+        (("--edit", "uce"), "--forget_prompts (not given): is required"),
+        (("--add", "more.csv", "--faint", "0.2"), "--faint 0.2: goes with a new erasure"),
+        (("--add", "more.csv", "--anchor", "emoji"), "--anchor emoji: starts a new erasure"),
+        ((), "--anchor (not given): is required, or --add or --remove"),
+    ],
+)
+def test_a_flag_that_an_edit_does_not_use_is_refused(
+    flags: tuple[str, ...], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["erase", "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "own", "other"), [("uce", "--lamb", "--faint"), ("halting_marks", "--faint", "--lamb")]
+)
+def test_help_lists_the_flags_of_one_edit(edit: str, own: str, other: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["erase", "--edit", edit, "--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert {"--output_dir", "--forget_prompts", "--edit", own} <= set(shown.replace(",", " ").split())
+    assert other not in shown
+
+
+def test_concepts_to_remove_may_be_named_together_or_apart(tmp_path: Path) -> None:
+    together, apart = (
+        parse_edit(["--output_dir", str(tmp_path), *words])
+        for words in (("--remove", "fig", "red apple"), ("--remove", "fig", "--remove=red apple"))
+    )
+    assert together.config == apart.config
+    assert apart.config.words() == [f"--output_dir={tmp_path}", "--remove=fig", "--remove=red apple"]
 
 
 def test_the_command_says_how_strongly_words_are_marked(anchor: Path, files: dict[str, Path], tmp_path: Path) -> None:

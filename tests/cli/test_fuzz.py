@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safemax_sd import cli
 from safemax_sd import train as training
 from safemax_sd.core.errors import OptionError
+from safemax_sd.erasing.edits.uce import UceConfig
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.prompts import load_prompts
 from safemax_sd.training.config import config_class
@@ -155,6 +156,8 @@ OTHER_COMMANDS = {
 
 
 def options(command: str) -> list[str]:
+    if command == "erase":
+        return [entry.name for entry in dataclasses.fields(UceConfig)]
     parameters = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
     return [option.removeprefix("--") for parameter in parameters for option in parameter.opts if option != "--help"]
 

@@ -21,9 +21,9 @@ from huggingface_hub import constants
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.provenance import provenance
 from safemax_sd.results import hub
-from safemax_sd.train import read_input
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig
+from safemax_sd.training.input import read_input
 from tests import tiny
 
 TOKEN = "hf_notforothers"

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,9 @@ from safemax_sd.evaluation.run import evaluate
 from typer.testing import CliRunner
 
 from safemax_sd.adapters import lora as adapter
-from safemax_sd.adapters.halting_marks import HaltingMarksSettings
 from safemax_sd.cli import app
 from safemax_sd.core.errors import OptionError, SafemaxError
-from safemax_sd.erasing.anchored import change_concepts, erase
-from safemax_sd.prompts import load_prompts
+from safemax_sd.erasing.edits.halting_marks import HaltingMarks, HaltingMarksConfig
 from safemax_sd.results.erasure import read_record
 from safemax_sd.results.export import EXPORT_FILE, export_lora, export_pipeline
 from safemax_sd.results.folder import claimed, finish
@@ -178,16 +177,21 @@ def test_any_kill_of_a_removal_leaves_weights_and_record_of_one_state(tiny_model
     more = ("--objective", "halting_anchor", "--practice_edits", "4")
     anchor = train(parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "anchor", *more)))
     (tmp_path / "both.csv").write_text("prompt,concept\na red apple,apple\na fig tree,fig\n")
-    prompts = [load_prompts(tmp_path / f"{name}.csv", option="--x") for name in ("both", "retain")]
     kept, output = tmp_path / "kept", tmp_path / "out"
-    erase(anchor, *prompts, kept, HaltingMarksSettings(), overwrite=False)
+    config = HaltingMarksConfig(
+        anchor=str(anchor),
+        forget_prompts=str(tmp_path / "both.csv"),
+        retain_prompts=str(tmp_path / "retain.csv"),
+        output_dir=str(kept),
+    )
+    HaltingMarks(config).run()
 
     def prepare() -> None:
         shutil.rmtree(output, ignore_errors=True)
         shutil.copytree(kept, output)
 
     def work() -> None:
-        change_concepts(output, add=None, remove=["fig"])
+        HaltingMarks(HaltingMarksConfig(output_dir=str(output), remove=["fig"])).run()
 
     weights = {("apple", "fig"): (kept / adapter.WEIGHTS_NAME).read_bytes()}
     prepare()
@@ -202,7 +206,7 @@ def test_any_kill_of_a_removal_leaves_weights_and_record_of_one_state(tiny_model
     with claimed(output), pytest.raises(OptionError, match="is being written to by another process"):
         work()
     with pytest.raises(OptionError, match="is the anchor's own folder"):
-        erase(anchor, *prompts, anchor, HaltingMarksSettings(), overwrite=True)
+        HaltingMarks(replace(config, output_dir=str(anchor), overwrite_output_dir=True)).run()
     reasons = {adapter.WEIGHTS_NAME: "cannot be read: ", "edit.safetensors": ": cannot be used"}
     for name, reason in reasons.items():
         prepare()

@@ -21,10 +21,8 @@ from tests import tiny
 RUN_ALL = """
 import json, sys
 from pathlib import Path
-from safemax_sd.prompts import load_prompts
 from safemax_sd.training.command_line import parse_config
-from safemax_sd.adapters.halting_marks import HaltingMarksSettings
-from safemax_sd.erasing.anchored import change_concepts, erase
+from safemax_sd.erasing.edits.halting_marks import HaltingMarks, HaltingMarksConfig
 from safemax_sd.results.export import export_lora
 from safemax_sd.train import train
 
@@ -32,9 +30,10 @@ output, trainings, forget, more, retain = json.loads(sys.argv[1])
 output = Path(output)
 runs = {name: train(parse_config(arguments)) for name, arguments in trainings}
 export_lora([runs["lora"], runs["lora"]], [0.5, -1.5], output / "export", kohya=True)
-forget, more, retain = (load_prompts(Path(path), option="--x") for path in (forget, more, retain))
-erase(runs["anchor"], forget, retain, output / "erased", HaltingMarksSettings(), overwrite=False)
-change_concepts(output / "erased", add=more, remove=[])
+erased, anchor = str(output / "erased"), str(runs["anchor"])
+start = HaltingMarksConfig(output_dir=erased, anchor=anchor, forget_prompts=forget, retain_prompts=retain)
+for config in (start, HaltingMarksConfig(output_dir=erased, add=more)):
+    HaltingMarks(config).run()
 """
 
 

@@ -22,16 +22,14 @@ from safetensors.torch import load_file
 from safemax_sd.adapters import lora as adapter
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.provenance import Cost, Stopwatch
-from safemax_sd.erasing.edits.uce import UceSettings
-from safemax_sd.erasing.redirect import redirect
-from safemax_sd.families import LoadOptions
-from safemax_sd.prompts import load_prompts
+from safemax_sd.erasing.edits.uce import Uce, UceConfig
 from safemax_sd.results.erasure import read_record
 from safemax_sd.results.folder import claimed
-from safemax_sd.train import build_run, main, read_input, save_results, train
+from safemax_sd.train import build_run, main, save_results, train
 from safemax_sd.training import checkpoints
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig
+from safemax_sd.training.input import read_input
 from safemax_sd.training.output import read_log, run_folder
 from safemax_sd.training.workers import make_accelerator
 from tests import tiny
@@ -121,12 +119,19 @@ def test_what_is_not_in_the_way_stays(config: TrainConfig) -> None:
 
 
 def test_redirecting_keeps_files_of_others_too(config: TrainConfig, tmp_path: Path) -> None:
-    prompts = [load_prompts(getattr(config, name), option="--x") for name in ("forget_prompts", "retain_prompts")]
     output = tmp_path / "redirected"
     output.mkdir()
     (output / "README.md").write_text("# My project")
     with pytest.raises(OptionError, match=r"holds README\.md"):
-        redirect(LoadOptions(config.pretrained_model_name_or_path), *prompts, output, UceSettings(), overwrite=True)
+        Uce(
+            UceConfig(
+                pretrained_model_name_or_path=config.pretrained_model_name_or_path,
+                forget_prompts=config.forget_prompts,
+                retain_prompts=config.retain_prompts,
+                output_dir=str(output),
+                overwrite_output_dir=True,
+            )
+        ).run()
     assert contents(output) == {"README.md": b"# My project"}
 
 

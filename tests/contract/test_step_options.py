@@ -16,9 +16,10 @@ from safemax_sd.adapters import weights as trainable
 from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.train import read_input, train
+from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig
+from safemax_sd.training.input import read_input
 from safemax_sd.training.optimizers import make_optimizer
 from tests import tiny
 

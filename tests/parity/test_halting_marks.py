@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.adapters.halting_marks import HaltingMarksSettings, share_marks, strength
+from safemax_sd.adapters.halting_marks import HaltingMarksSettings, readouts, share_marks, strength
 from safemax_sd.core.errors import OptionError
-from safemax_sd.erasing.edits import EditData
-from safemax_sd.erasing.edits.halting_marks import HaltingMarks
+from safemax_sd.erasing.edits.halting_marks import marked
 from safemax_sd.objectives.halting_anchor import choose_marks
 
 WIDTH, TOKENS = 24, 6
@@ -41,21 +40,20 @@ def test_marks_lie_where_states_have_nothing() -> None:
 
 def test_a_concept_is_marked_on_the_tokens_that_carry_it(concepts: dict[str, Tensor]) -> None:
     kept = torch.cat([concepts[f"concept {n}"].flatten(0, 1) for n in (1, 2, 3)])
-    edit = HaltingMarks(torch.eye(WIDTH)[:2], HaltingMarksSettings())
-    readouts = edit.readouts(EditData({"concept 7": concepts["concept 7"]}, kept))
-    on_tokens = concepts["concept 7"].double() @ readouts[0]
+    rows = readouts(2, {"concept 7": concepts["concept 7"]}, kept, HaltingMarksSettings())
+    on_tokens = concepts["concept 7"].double() @ rows[0]
     assert on_tokens[:, 3:].min() > 0.8
     assert on_tokens[:, :3].max() < 0.3
-    assert strength(kept, readouts).max() < 0.3
-    assert not readouts[1].any()
+    assert strength(kept, rows).max() < 0.3
+    assert not rows[1].any()
 
 
 def test_more_concepts_than_marks_share_them(concepts: dict[str, Tensor]) -> None:
     erased = {name: concepts[name] for name in list(concepts)[:5]}
     kept = torch.cat([concepts[name].flatten(0, 1) for name in list(concepts)[5:]])
-    readouts = HaltingMarks(torch.eye(WIDTH)[:2], HaltingMarksSettings()).readouts(EditData(erased, kept))
-    assert min(float(strength(states, readouts).min()) for states in erased.values()) > 0.75
-    assert strength(kept, readouts).max() < 0.4
+    rows = readouts(2, erased, kept, HaltingMarksSettings())
+    assert min(float(strength(states, rows).min()) for states in erased.values()) > 0.75
+    assert strength(kept, rows).max() < 0.4
 
 
 def test_alike_concepts_share_a_mark() -> None:
@@ -73,9 +71,9 @@ def test_alike_concepts_share_a_mark() -> None:
 def test_the_change_of_a_layer_adds_its_reading_of_the_mark(concepts: dict[str, Tensor]) -> None:
     layer = nn.Linear(WIDTH, 7, bias=False)
     marks = torch.randn(2, WIDTH)
-    edit = HaltingMarks(marks, HaltingMarksSettings())
-    data = EditData({"concept 0": concepts["concept 0"]}, concepts["concept 1"].flatten(0, 1))
-    change, readouts = edit.solve({"k": layer}, data)["k"], edit.readouts(data).float()
+    kept = concepts["concept 1"].flatten(0, 1)
+    rows = readouts(2, {"concept 0": concepts["concept 0"]}, kept, HaltingMarksSettings()).float()
+    change = marked({"k": layer}, marks, rows)["k"]
     states = concepts["concept 0"][0]
-    marked = states + states @ readouts.T @ marks
-    assert torch.allclose(layer(states) + states @ (change.up @ change.down).T, layer(marked), atol=1e-4)
+    with_marks = states + states @ rows.T @ marks
+    assert torch.allclose(layer(states) + states @ (change.up @ change.down).T, layer(with_marks), atol=1e-4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +12,12 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from safemax_sd.core.errors import OptionError
-from safemax_sd.erasing.edits import EditData
-from safemax_sd.erasing.edits.uce import Uce, UceSettings
-from safemax_sd.erasing.redirect import redirect
+from safemax_sd.erasing.edits.uce import Uce, UceConfig, redirected
 from safemax_sd.erasing.token_states import last_token_states
 from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.prompts import load_prompts
 from tests import tiny
 
-SETTINGS = UceSettings(erase_scale=0.7, preserve_scale=1.3, lamb=0.4)
+SETTINGS = UceConfig(erase_scale=0.7, preserve_scale=1.3, lamb=0.4)
 
 
 def edited(weight: torch.Tensor, erased: torch.Tensor, guide: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -38,17 +37,22 @@ def test_the_change_is_the_direct_solutions() -> None:
     generator = torch.Generator().manual_seed(0)
     erased, kept = torch.randn(3, 12, generator=generator), torch.randn(20, 12, generator=generator)
     guide, layer = torch.randn(12, generator=generator), nn.Linear(12, 7, bias=False)
-    data = EditData({str(n): state[None, None] for n, state in enumerate(erased)}, kept)
-    change = Uce(guide[None], SETTINGS).solve({"layer": layer}, data)["layer"]
+    concepts = [state[None] for state in erased]
+    change = redirected({"layer": layer}, concepts, guide[None], kept, SETTINGS)["layer"]
     assert change.down.shape == (3, 12)
     expected = edited(layer.weight.detach(), erased, guide, kept)
     assert torch.allclose((layer.weight + change.up @ change.down).double(), expected, atol=1e-5)
 
 
+def flags(model: Path, folder: Path, **more: Any) -> UceConfig:
+    """A configuration with `SETTINGS` and prompts of its own, and `folder`/out to write to."""
+    forget, retain = tiny.write_prompts(model, folder)
+    given = {"forget_prompts": str(forget), "retain_prompts": str(retain), "output_dir": str(folder / "out")}
+    return replace(SETTINGS, pretrained_model_name_or_path=str(model), **given, **more)
+
+
 def test_stock_diffusers_loads_the_edited_weights(tiny_model: Path, tmp_path: Path) -> None:
-    paths = tiny.write_prompts(tiny_model, tmp_path)
-    forget, retain = (load_prompts(str(path), option="--x") for path in paths)
-    record = redirect(LoadOptions(str(tiny_model)), forget, retain, tmp_path / "out", SETTINGS, overwrite=False)
+    record = Uce(flags(tiny_model, tmp_path)).run()
     assert record["config"]["rank"] == 1
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
     pipeline.load_lora_weights(tmp_path / "out")
@@ -64,19 +68,17 @@ def test_stock_diffusers_loads_the_edited_weights(tiny_model: Path, tmp_path: Pa
 
 
 def test_it_refuses_a_folder_in_use_and_a_model_without_words(tiny_model: Path, tiny_sd3: Path, tmp_path: Path) -> None:
-    forget, retain = (load_prompts(str(p), option="--x") for p in tiny.write_prompts(tiny_model, tmp_path))
-    redirect(LoadOptions(str(tiny_model)), forget, retain, tmp_path / "out", UceSettings(), overwrite=False)
+    config = flags(tiny_model, tmp_path)
+    Uce(config).run()
     with pytest.raises(OptionError, match="--overwrite_output_dir"):
-        redirect(LoadOptions(str(tiny_model)), forget, retain, tmp_path / "out", UceSettings(), overwrite=False)
+        Uce(config).run()
+    other = replace(config, pretrained_model_name_or_path=str(tiny_sd3), output_dir=str(tmp_path / "sd3"))
     with pytest.raises(OptionError, match="--edit uce: edits keys and values of cross-attention"):
-        redirect(LoadOptions(str(tiny_sd3)), forget, retain, tmp_path / "sd3", UceSettings(), overwrite=False)
+        Uce(other).run()
 
 
 def test_with_padding_each_token_is_taken_for_the_guides(tiny_model: Path, tmp_path: Path) -> None:
-    forget, retain = (load_prompts(str(p), option="--x") for p in tiny.write_prompts(tiny_model, tmp_path))
-    record = redirect(
-        LoadOptions(str(tiny_model)), forget, retain, tmp_path / "out", SETTINGS, padding=True, overwrite=False
-    )
+    record = Uce(flags(tiny_model, tmp_path, uce_padding=True)).run()
     family = load_family(LoadOptions(str(tiny_model)))
     guide, apple, *kept = last_token_states(family, ["", "apple", "pear", "plum"], padding=True)
     assert record["config"]["rank"] == len(apple) < len(guide)

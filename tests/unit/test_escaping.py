@@ -16,8 +16,11 @@ from safemax_sd.evaluation.metrics import Result
 from safemax_sd.evaluation.metrics.unlearning_accuracy import UnlearningAccuracy
 from safemax_sd.evaluation.report import Row
 
-from safemax_sd.cli import console, main, report_marks, report_redirection, say
+from safemax_sd.cli import main
+from safemax_sd.commands.console import console, say
 from safemax_sd.core.escaping import latex_text, markdown_code, markdown_text, printable
+from safemax_sd.erasing.edits.halting_marks import HaltingMarks, HaltingMarksConfig
+from safemax_sd.erasing.edits.uce import Uce, UceConfig
 from safemax_sd.results.erasure import read_record
 from safemax_sd.results.model_card import describe
 from tests.reports import report_of, row
@@ -48,8 +51,9 @@ def test_lines_of_the_command_print_names_as_they_are(name: str, capsys: pytest.
             "seconds": {"total": 1.0, "solve": 0.5},
         },
     }
-    report_redirection(record, Path(name))
-    report_marks(record, Path(name))
+    for edit in (Uce(UceConfig(output_dir=name)), HaltingMarks(HaltingMarksConfig(output_dir=name))):
+        for line in edit.summary(record):
+            say(line)
     shown = printable(name)
     assert capsys.readouterr().out.splitlines() == [
         f"page: {shown}/index.html",

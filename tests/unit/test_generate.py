@@ -22,8 +22,8 @@ from safemax_sd.evaluation.run import Evaluation
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.prompts import Prompt, load_prompts, load_suite
 from safemax_sd.prompts.length import LIBRARIES
-from safemax_sd.train import read_input
 from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.input import read_input
 from safemax_sd.training.probe import UnlearningProbe
 from tests import tiny
 from tests.reports import report_of

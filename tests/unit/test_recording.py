@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safemax_sd.cli import both_prompt_files
+from safemax_sd.erasing.edits import EditConfig
 from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_family
 from safemax_sd.prompts import load_prompts
 from safemax_sd.recording.likeness import likeness, nearest
@@ -117,7 +117,8 @@ def test_prompts_that_differ_by_seed_alone_are_trained_on_once(tiny_model: Path,
     data = tiny.recording(config, load_family(LoadOptions(str(tiny_model)))).before(0)
     assert (len(data.forget), len(data.retain)) == (1, 2)
     assert data.retain_concepts == ("a green pear", "a blue plum")
-    assert [len(prompts) for prompts in both_prompt_files(config.forget_prompts, config.retain_prompts)] == [1, 2]
+    edit = EditConfig(forget_prompts=config.forget_prompts, retain_prompts=config.retain_prompts)
+    assert [len(prompts) for prompts in edit.prompts()] == [1, 2]
     assert len(load_prompts(config.retain_prompts, option="--x")) == 100
 
 

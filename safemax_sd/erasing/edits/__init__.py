@@ -1,5 +1,5 @@
 """Closed-form edits: one file each, found by discovery."""
 
-from safemax_sd.erasing.edits.base import EDITS, ClosedFormEdit, EditData
+from safemax_sd.erasing.edits.base import EDITS, BaseModelConfig, BaseModelEdit, ClosedFormEdit, EditConfig
 
-__all__ = ["EDITS", "ClosedFormEdit", "EditData"]
+__all__ = ["EDITS", "BaseModelConfig", "BaseModelEdit", "ClosedFormEdit", "EditConfig"]

@@ -1,49 +1,194 @@
-"""The interface of a closed-form edit: from token states to a change of the cross-attention's keys and values."""
+"""The interface of a closed-form edit, and what edits of a plain base model share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
-
+from safemax_sd.adapters.lora import save_changes
 from safemax_sd.adapters.low_rank import LowRank
+from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import flags_of, option
+from safemax_sd.core.provenance import Cost, Stopwatch
 from safemax_sd.core.registry import Registry
+from safemax_sd.families import LoadOptions, ModelFamily, load_family
+from safemax_sd.families.options import LoadingOptions
+from safemax_sd.prompts import PromptOptions, PromptSet, check_disjoint, load_prompts
+from safemax_sd.results.folder import claimed, replacing
+from safemax_sd.training.config import TrainConfig
+from safemax_sd.training.output import RECORD, check_output_dir, write_results
 
 
-@dataclass(frozen=True)
-class EditData:
-    """What is to be erased and what is to stay.
+@dataclass
+class EditConfig(PromptOptions):
+    """Flags that every edit has; an edit adds its own by a subclass."""
 
-    Attributes:
-        forbidden: Of each concept, the token states of prompts that name it, [P, L, D].
-        kept: Token states of prompts to keep and of the empty prompt, [N, D].
-    """
+    group: ClassVar[str] = "Erasure"
 
-    forbidden: dict[str, Tensor]
-    kept: Tensor
+    output_dir: str = option("", "Folder of the erased adapter.", required=True, path=True)
+    overwrite_output_dir: bool = option(False, "Replace another run in --output_dir.")
+
+    def words(self) -> list[str]:
+        """Return the command line that gives these flags, those at their defaults left out."""
+        words: list[str] = []
+        for flag in flags_of(type(self)):
+            value = getattr(self, flag.name)
+            if value == flag.default:
+                continue
+            parts = value if isinstance(value, list) else [value]
+            words += [f"--{flag.name}"] if value is True else [f"--{flag.name}={part}" for part in parts]
+        return words
+
+    def prompts(self) -> tuple[PromptSet, PromptSet]:
+        """Read the prompt files, forget and retain.
+
+        Raises:
+            OptionError: One cannot be used, or a prompt is in both.
+        """
+        forget = load_prompts(self.forget_prompts, option="--forget_prompts").each_text_once()
+        retain = load_prompts(self.retain_prompts, option="--retain_prompts").each_text_once()
+        check_disjoint(forget, retain)
+        return forget, retain
+
+
+@dataclass
+class BaseModelConfig(EditConfig, LoadingOptions):
+    """Flags of every edit that needs a base model and nothing else."""
 
 
 class ClosedFormEdit(ABC):
-    """A method that needs no training: a change of the cross-attention's keys and values.
+    """An erasure that is solved for and not trained.
+
+    Args:
+        config: Its flags, of the class `Config`.
 
     Attributes:
-        name: Recorded in `erasure.json`.
-        paper: Where it was published.
+        name: Value of `--edit`, recorded in `erasure.json`.
+        Config: Its flags with their help and ranges.
     """
 
     name: ClassVar[str]
-    paper: ClassVar[str]
+    Config: ClassVar[type[EditConfig]] = EditConfig
+    config: EditConfig
+
+    def __init__(self, config: EditConfig) -> None:
+        self.config = config
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
 
     @abstractmethod
-    def solve(self, layers: dict[str, nn.Module], data: EditData) -> dict[str, LowRank]:
-        """The change of every layer, float32.
+    def base_model(self) -> str:
+        """Name the model that it edits, as `erasure.json` will.
+
+        Raises:
+            OptionError: There is none.
+        """
+
+    def check(self) -> None:
+        """Check flags and prompt files before a model is loaded; writes nothing.
+
+        Raises:
+            OptionError: One cannot be used.
+        """
+        self.config.validate()
+        self.config.prompts()
+
+    @abstractmethod
+    def run(self) -> dict[str, Any]:
+        """Write the erased adapter and return its record.
+
+        Raises:
+            OptionError: A flag or file that cannot be used, or an output folder in use; all is as before.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the erased weights depend on besides prompts and base model: the edit's own flags."""
+        shared = {flag.name for flag in flags_of(BaseModelConfig)}
+        own = (flag.name for flag in flags_of(self.Config) if flag.name not in shared)
+        return {name: getattr(self.config, name) for name in own}
+
+    def summary(self, record: dict[str, Any]) -> list[str]:
+        """Return the lines in which the command says what was done."""
+        forget = record["forget"]
+        prompts = f"{forget['count']} prompt{'' if forget['count'] == 1 else 's'}"
+        seconds = record["cost"]["seconds"]["solve"]
+        return [f"{', '.join(forget['concepts']) or prompts}: solved in {seconds:.2f} s: {self.output_dir}"]
+
+
+class BaseModelEdit(ClosedFormEdit):
+    """An edit of the cross-attention's keys and values in a base model that nothing was trained on."""
+
+    Config: ClassVar[type[EditConfig]] = BaseModelConfig
+    config: BaseModelConfig
+
+    @abstractmethod
+    def solve(self, family: ModelFamily, forget: PromptSet, retain: PromptSet, clock: Stopwatch) -> dict[str, LowRank]:
+        """Solve for the change of every layer of `family.token_projections()`, all of one rank, float32.
 
         Args:
-            layers: The projections of token states to keys and values, by name; an attached LoRA counts as theirs.
-            data: At least one concept.
+            family: The base model.
+            forget: What to erase.
+            retain: What to keep; no text is in both.
+            clock: Its phases `encode` and `solve` are to be timed.
         """
+
+    def base_model(self) -> str:
+        return self.config.pretrained_model_name_or_path
+
+    def run(self) -> dict[str, Any]:
+        self.config.validate()
+        forget, retain = self.config.prompts()
+        with claimed(self.output_dir):
+            check_output_dir(self.output_dir, overwrite=self.config.overwrite_output_dir, instead="or name a new one")
+            clock = Stopwatch()
+            with clock.phase("load"):
+                family = self._load()
+            changes = self.solve(family, forget, retain, clock)
+            edit = {"name": self.name, "settings": self.settings()}
+            with replacing(self.output_dir, RECORD) as folder:
+                with clock.phase("write"):
+                    save_changes(family, folder, changes)
+                rank = len(next(iter(changes.values())).down)
+                cost = Cost(clock.seconds)
+                return write_results(folder, self._as_training(rank), family, forget, retain, cost, 0, edit)
+
+    def _load(self) -> ModelFamily:
+        config = self.config
+        family = load_family(
+            LoadOptions(
+                config.pretrained_model_name_or_path,
+                revision=config.revision,
+                variant=config.variant,
+                cache_dir=config.cache_dir,
+                prediction_type=config.prediction_type,
+            )
+        )
+        if not family.token_projections():
+            text = f"edits keys and values of cross-attention, which {family.name} has not"
+            raise OptionError("--edit", self.name, text)
+        return family
+
+    def _as_training(self, rank: int) -> TrainConfig:
+        """The flags of a training without steps, as which the record describes an adapter."""
+        config = self.config
+        return TrainConfig(
+            forget_prompts=config.forget_prompts,
+            retain_prompts=config.retain_prompts,
+            output_dir=str(self.output_dir),
+            pretrained_model_name_or_path=config.pretrained_model_name_or_path,
+            revision=config.revision,
+            variant=config.variant,
+            cache_dir=config.cache_dir,
+            prediction_type=config.prediction_type,
+            rank=rank,
+            lora_targets="cross_attention",
+            objective=self.name,
+            max_train_steps=0,
+        )
 
 
 EDITS: Registry[ClosedFormEdit] = Registry("edit", ClosedFormEdit, "safemax_sd.erasing.edits")  # type: ignore[type-abstract]

@@ -1,38 +1,309 @@
-"""Halting anchor, stage 2: mark the tokens of forbidden prompts (`safemax_sd.adapters.halting_marks`)."""
+"""Halting anchor, stage 2: mark the words of concepts, and a model with a halting anchor does the rest.
+
+A concept is added or removed without training: the token states of its prompts are kept beside the adapter, and a few
+rows of the adapter, the same in every layer, are solved for again.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from safemax_sd.adapters.halting_marks import HaltingMarksSettings, readouts
-from safemax_sd.adapters.lora import effective_weight
+from safemax_sd.adapters.halting_marks import MARKS, MARKS_FILE, HaltingMarksSettings, readouts, strength
+from safemax_sd.adapters.lora import (
+    ADAPTER,
+    WEIGHTS_NAME,
+    effective_weight,
+    rank_pattern,
+    read_weights,
+    save_adapter,
+)
 from safemax_sd.adapters.low_rank import LowRank
-from safemax_sd.erasing.edits.base import ClosedFormEdit, EditData
+from safemax_sd.assets import resolve_anchor
+from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import flags_of, option
+from safemax_sd.core.provenance import Stopwatch, write_json_atomic
+from safemax_sd.erasing.edits.base import ClosedFormEdit, EditConfig
+from safemax_sd.erasing.stored_states import StoredStates
+from safemax_sd.erasing.token_states import contexts, forbidden_states, kept_states, texts_by_concept
+from safemax_sd.objectives.halting_anchor import HaltingAnchor
+from safemax_sd.prompts import PromptSet, load_prompts
+from safemax_sd.results.erasure import load_base, load_erased, read_record
+from safemax_sd.results.folder import claimed, replacing
+from safemax_sd.results.model_card import write_model_card
+from safemax_sd.training.output import EDIT_FILE, RECORD, check_output_dir, describe_prompts
+
+CHANGING = frozenset({"output_dir", "add", "remove"})
+"""Flags of a change of concepts: all else is as the folder's record has it."""
+
+
+@dataclass
+class HaltingMarksConfig(HaltingMarksSettings, EditConfig):
+    """Flags of a new erasure with an anchor, or of a change of the concepts of one that is there."""
+
+    group: ClassVar[str] = "Anchor"
+
+    forget_prompts: str = option("", required=False)
+    retain_prompts: str = option("", required=False)
+    anchor: str | None = option(None, "Output of --objective halting_anchor, or emoji: the embedded one.", path=True)
+    add: str | None = option(None, "Prompts of more concepts for the erased adapter in --output_dir.", path=True)
+    remove: list[str] = option([], "Concepts to bring back.", repeated=True)
+
+    @property
+    def changes(self) -> bool:
+        """Tell whether concepts of an erased adapter are to be changed."""
+        return self.add is not None or bool(self.remove)
+
+    @property
+    def settings(self) -> HaltingMarksSettings:
+        """How readouts are weighed."""
+        return HaltingMarksSettings(self.retain_weight, self.excess_weight, self.faint)
 
 
 class HaltingMarks(ClosedFormEdit):
-    """Mark forbidden prompts; a model with a halting anchor does the rest.
-
-    Args:
-        marks: Rows h_k, [K, D].
-        settings: Weights.
-    """
+    """Mark forbidden prompts for a model with a halting anchor."""
 
     name: ClassVar[str] = "halting_marks"
-    paper: ClassVar[str] = "this project"
+    Config: ClassVar[type[EditConfig]] = HaltingMarksConfig
+    config: HaltingMarksConfig
 
-    def __init__(self, marks: Tensor, settings: HaltingMarksSettings) -> None:
-        self.marks, self.settings = marks, settings
+    @property
+    def anchor(self) -> Path:
+        """Output folder of the anchor's training.
 
-    def solve(self, layers: dict[str, nn.Module], data: EditData) -> dict[str, LowRank]:
-        down = self.readouts(data).float()
-        marks = self.marks.double().T
-        return {
-            name: LowRank((effective_weight(layer).double() @ marks).float(), down) for name, layer in layers.items()
+        Raises:
+            OptionError: None was named.
+        """
+        if self.config.anchor is None:
+            raise OptionError("--anchor", "(not given)", "is required, or --add or --remove for an erased adapter")
+        return resolve_anchor(self.config.anchor)
+
+    def anchor_record(self) -> dict[str, Any]:
+        """Read the anchor's record.
+
+        Raises:
+            OptionError: It is no anchor's.
+        """
+        record = read_record(self.anchor, "--anchor")
+        if record["method"] != HaltingAnchor.name or "edit" in record:
+            text = f"must be the output folder of safemax train --objective {HaltingAnchor.name}"
+            raise OptionError("--anchor", self.anchor, text)
+        return record
+
+    def base_model(self) -> str:
+        record = read_record(self.output_dir, "--output_dir") if self.config.changes else self.anchor_record()
+        return str(record["base_model"]["name_or_path"])
+
+    def settings(self) -> dict[str, Any]:
+        """Return its flags, and the digest of the anchor's record where one is named."""
+        flags = {name: value for name, value in super().settings().items() if name not in CHANGING}
+        if self.config.anchor is None:
+            return flags
+        return {**flags, "anchor_sha256": hashlib.sha256((self.anchor / RECORD).read_bytes()).hexdigest()}
+
+    def check(self) -> None:
+        config = self.config
+        config.validate()
+        if not config.changes:
+            self.anchor_record()
+            for name in ("forget_prompts", "retain_prompts"):
+                if not getattr(config, name):
+                    raise OptionError(f"--{name}", "(not given)", "is required")
+            config.prompts()
+            return
+        if config.anchor is not None:
+            text = "starts a new erasure: --add and --remove change one that is there"
+            raise OptionError("--anchor", config.anchor, text)
+        for flag in flags_of(type(config)):
+            value = getattr(config, flag.name)
+            if flag.name not in CHANGING and value != flag.default:
+                text = "goes with a new erasure: --add and --remove go by the record in --output_dir"
+                raise OptionError(f"--{flag.name}", value, text)
+
+    def run(self) -> dict[str, Any]:
+        """Write an adapter that holds the anchor and marks all concepts, or change the concepts of one; see `base`.
+
+        What is taken out is remembered, and kept like the prompts to keep; of those, what is added counts no longer.
+        """
+        self.check()
+        if self.config.changes:
+            add = self.config.add
+            added = None if add is None else load_prompts(add, option="--add").each_text_once()
+            read_record(self.output_dir, "--output_dir")  # before a folder that is not there is created
+            with claimed(self.output_dir):
+                return self._change(added)
+        forget, retain = self.config.prompts()
+        with claimed(self.output_dir):
+            if self.output_dir.samefile(self.anchor):
+                raise OptionError("--output_dir", self.output_dir, "is the anchor's own folder: name another one")
+            check_output_dir(
+                self.output_dir,
+                overwrite=self.config.overwrite_output_dir,
+                instead="or use --add and --remove to change its concepts",
+            )
+            return self._start(forget, retain)
+
+    def _start(self, forget: PromptSet, retain: PromptSet) -> dict[str, Any]:
+        clock, record = Stopwatch(), self.anchor_record()
+        with clock.phase("load"):
+            family = load_erased(self.anchor)
+        with clock.phase("encode"):
+            texts, templates = texts_by_concept(forget), contexts(retain)
+            kept, kept_row = kept_states(family, retain)
+            concepts = [prompt.shows for prompt in retain.prompts]
+            marks = read_weights(self.anchor / MARKS_FILE)[MARKS]
+            stored = StoredStates(marks, kept, kept_row, concepts, forbidden_states(family, texts, templates))
+        with clock.phase("solve"):
+            forbidden, keep = stored.split(texts)
+            rows = readouts(len(marks), forbidden, keep, self.config.settings).float()
+            changes = marked(family.token_projections(), marks, rows)
+        rank: int = family.denoiser.peft_config[ADAPTER].r  # type: ignore[union-attr,index]
+        record["edit"] = {
+            "name": self.name,
+            "settings": asdict(self.config.settings),
+            "contexts": templates,
+            "kept_concepts": concepts,
+            "rank_pattern": rank_pattern(rank, changes),
+            "texts": texts,
         }
+        record["retain"] = describe_prompts(retain, with_texts=False)
+        with replacing(self.output_dir, RECORD) as folder:
+            save_adapter(family, folder, changes=changes)
+            return _write(folder, record, stored, forbidden, keep, rows, clock)
 
-    def readouts(self, data: EditData) -> Tensor:
-        """Solve for the rows w_k, float64 [K, D]."""
-        return readouts(len(self.marks), data.forbidden, data.kept, self.settings)
+    def _change(self, added: PromptSet | None) -> dict[str, Any]:
+        clock, record = Stopwatch(), read_record(self.output_dir, "--output_dir")
+        edit = record.get("edit", {})
+        if edit.get("name") != self.name:
+            raise OptionError("--output_dir", self.output_dir, "was not written by safemax erase --anchor")
+        _check_weights(self.output_dir, edit["rank_pattern"])
+        stored = StoredStates.load(self.output_dir / EDIT_FILE, edit["kept_concepts"])
+        erased = _without(record["forget"]["concepts"], self.config.remove)
+        texts = {} if added is None else texts_by_concept(added)
+        # States of prompts that are known are not computed anew: in another batch they would be so to rounding only.
+        new = {concept: own for concept, own in texts.items() if edit["texts"].get(concept) != own}
+        if new:
+            with clock.phase("load"):
+                family = load_base(record)
+            with clock.phase("encode"):
+                stored.known.update(forbidden_states(family, new, edit["contexts"]))
+        edit["texts"] |= texts
+        erased += [concept for concept in texts if concept not in erased]
+        if not erased:
+            removed = ", ".join(self.config.remove)
+            raise OptionError("--remove", removed, "would leave nothing erased: use the anchor's adapter instead")
+        with clock.phase("solve"):
+            forbidden, keep = stored.split(erased)
+            rows = readouts(len(stored.marks), forbidden, keep, HaltingMarksSettings(**edit["settings"])).float()
+        with replacing(self.output_dir, RECORD) as folder:
+            content = (self.output_dir / WEIGHTS_NAME).read_bytes()
+            (folder / WEIGHTS_NAME).write_bytes(with_readouts(content, list(edit["rank_pattern"]), rows))
+            return _write(folder, record, stored, forbidden, keep, rows, clock)
+
+    def summary(self, record: dict[str, Any]) -> list[str]:
+        """Return how strongly concepts are marked, and what else is."""
+        edit, halts, keeps = record["edit"], record["config"]["mark_least"], record["config"]["mark_kept"]
+        lines = []
+        for concept, mark in edit["marks"].items():
+            weak = f"; halts from {halts:g}: some prompts may survive" if mark["least"] < halts else ""
+            lines.append(f"{concept}: marked {mark['mean']:.2f}, {mark['least']:.2f} at least{weak}")
+        kept = edit["kept_marks"]
+        strong = f"; up to {keeps:g} changes nothing: some kept prompts may halt" if kept["largest"] > keeps else ""
+        lines.append(f"kept tokens: marked {kept['largest']:.2f} at most, 99 % below {kept['q99']:.2f}{strong}")
+        seconds, noun = edit["seconds"], "concept" if len(edit["marks"]) == 1 else "concepts"
+        time = f"{seconds['total']:.2f} s, {seconds['solve']:.2f} s of it the edit"
+        return [*lines, f"erased {len(edit['marks'])} {noun} in {time}: {self.output_dir}"]
+
+
+def marked(layers: dict[str, nn.Module], marks: Tensor, rows: Tensor) -> dict[str, LowRank]:
+    """Return the change of every layer by which it reads a token state c as c + Σ_k (w_kᵀc)·h_k, float32.
+
+    Args:
+        layers: Projections of token states to keys and values, by name; an attached LoRA counts as theirs.
+        marks: h_k, [K, D].
+        rows: w_k, [K, D].
+    """
+    columns = marks.double().T
+    return {name: LowRank((effective_weight(layer).double() @ columns).float(), rows) for name, layer in layers.items()}
+
+
+def _without(erased: Sequence[str], removed: Sequence[str]) -> list[str]:
+    """Concepts that stay erased.
+
+    Raises:
+        OptionError: One to remove is not erased.
+    """
+    left = list(erased)
+    for concept in removed:
+        if concept not in left:
+            raise OptionError("--remove", concept, f"is not erased here; erased are {', '.join(left)}")
+        left.remove(concept)
+    return left
+
+
+def _check_weights(output_dir: Path, ranks: dict[str, int]) -> None:
+    """Check that an adapter's weights are whole and have the layers that an edit is to change.
+
+    Raises:
+        OptionError: They lack a layer, or have it of another rank.
+        SafemaxError: They cannot be read or are not finite.
+    """
+    weights = read_weights(output_dir / WEIGHTS_NAME)
+    for layer, rank in ranks.items():
+        down = weights.get(f"unet.{layer}.lora_A.weight")
+        if down is None or len(down) != rank or down.dtype != torch.float32:
+            text = f"holds other weights than its record says ({WEIGHTS_NAME} has no {layer} of rank {rank})"
+            raise OptionError("--output_dir", output_dir, text)
+
+
+def with_readouts(weights: bytes, layers: Sequence[str], rows: Tensor) -> bytes:
+    """Return a file of weights with other last rows in the edited layers' down-projections, else byte for byte.
+
+    The library that wrote it orders its metadata at random, so that the same tensors saved again are another file.
+    """
+    content = bytearray(weights)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    new = rows.contiguous().numpy().tobytes()
+    for layer in layers:
+        end = start + header[f"unet.{layer}.lora_A.weight"]["data_offsets"][1]
+        content[end - len(new) : end] = new
+    return bytes(content)
+
+
+def _write(
+    folder: Path,
+    record: dict[str, Any],
+    stored: StoredStates,
+    forbidden: dict[str, Tensor],
+    kept: Tensor,
+    rows: Tensor,
+    clock: Stopwatch,
+) -> dict[str, Any]:
+    """Write everything but the weights into a folder of new files; returns the record."""
+    edit = record["edit"]
+    strengths = {concept: strength(states, rows) for concept, states in forbidden.items()}
+    edit["marks"] = {concept: {"least": float(s.min()), "mean": float(s.mean())} for concept, s in strengths.items()}
+    on_kept = strength(kept, rows)
+    edit["kept_marks"] = {"largest": float(on_kept.max()), "q99": float(on_kept.quantile(0.99))}
+    texts = [text for concept in forbidden for text in edit["texts"][concept]]
+    record["forget"] = {
+        "path": None,
+        "sha256": None,
+        "count": len(texts),
+        "concepts": list(forbidden),
+        "texts": texts,
+    }
+    with clock.phase("write"):
+        stored.save(folder / EDIT_FILE)
+    edit["seconds"] = {**clock.seconds, "total": sum(clock.seconds.values())}
+    write_json_atomic(folder / RECORD, record)
+    write_model_card(folder, record)
+    return record

@@ -19,50 +19,67 @@ from torch import Tensor, nn
 
 from safemax_sd.adapters.lora import effective_weight
 from safemax_sd.adapters.low_rank import LowRank
-from safemax_sd.erasing.edits.base import ClosedFormEdit, EditData
+from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
+from safemax_sd.core.provenance import Stopwatch
+from safemax_sd.erasing.edits.base import BaseModelConfig, BaseModelEdit, EditConfig
+from safemax_sd.erasing.token_states import last_token_states
+from safemax_sd.families import ModelFamily
+from safemax_sd.prompts import PromptSet
 
 
-@dataclass(frozen=True)
-class UceSettings:
-    """Weights; the defaults are those of the authors' code.
+@dataclass
+class UceConfig(BaseModelConfig):
+    """UCE's own flags; the weights' defaults are those of the authors' code."""
 
-    Attributes:
-        erase_scale: η.
-        preserve_scale: ν.
-        lamb: λ.
-    """
+    group: ClassVar[str] = "UCE"
 
-    erase_scale: float = 1.0
-    preserve_scale: float = 1.0
-    lamb: float = 0.5
+    uce_padding: bool = option(False, "Edit the tokens after a concept's name too, as the authors' first code did.")
+    erase_scale: float = option(1.0, "η, weight of a concept's token states.", POSITIVE)
+    preserve_scale: float = option(1.0, "ν, weight of token states to keep.", NOT_NEGATIVE)
+    lamb: float = option(0.5, "λ, weight of the change itself.", POSITIVE)
 
 
-class Uce(ClosedFormEdit):
-    """Redirect concepts to a guide.
+class Uce(BaseModelEdit):
+    """Take concepts for the empty prompt.
 
-    Args:
-        guide: Token states that concepts are taken for, [L, D]: the k-th token of a concept, from its last word on, for
-            the k-th of the guide; the authors' default is the empty prompt.
-        settings: Weights.
+    What is edited and kept are the last words of the concepts' names, or of whole prompts where a file names none.
     """
 
     name: ClassVar[str] = "uce"
-    paper: ClassVar[str] = "arXiv 2308.14761"
+    Config: ClassVar[type[EditConfig]] = UceConfig
+    config: UceConfig
 
-    def __init__(self, guide: Tensor, settings: UceSettings) -> None:
-        self.guide, self.settings = guide, settings
+    def solve(self, family: ModelFamily, forget: PromptSet, retain: PromptSet, clock: Stopwatch) -> dict[str, LowRank]:
+        with clock.phase("encode"):
+            concepts = list(dict.fromkeys(prompt.shows for prompt in forget.prompts))
+            kept = list(dict.fromkeys(prompt.shows for prompt in retain.prompts))
+            guide, *states = last_token_states(family, ["", *concepts, *kept], padding=self.config.uce_padding)
+            named, keep = dict(zip(concepts, states, strict=False)), torch.cat(states[len(concepts) :])
+        with clock.phase("solve"):
+            erased = [named[concept] for concept in sorted(named)]
+            return redirected(family.token_projections(), erased, guide, keep, self.config)
 
-    def solve(self, layers: dict[str, nn.Module], data: EditData) -> dict[str, LowRank]:
-        settings = self.settings
-        concepts = [data.forbidden[concept].flatten(0, 1) for concept in sorted(data.forbidden)]
-        erased = torch.cat(concepts).double()
-        guide = torch.cat([self.guide[: len(tokens)] for tokens in concepts]).double()
-        kept = data.kept.double()
-        matrix = settings.erase_scale * erased.T @ erased + settings.preserve_scale * kept.T @ kept
-        matrix += settings.lamb * torch.eye(len(matrix)).to(matrix)
-        down = torch.linalg.solve(matrix, erased.T).T  # M is symmetric: c_iᵀ·M⁻¹ is (M⁻¹·c_i)ᵀ
-        wanted = settings.erase_scale * (guide - erased)
-        return {
-            name: LowRank((effective_weight(layer).double() @ wanted.T).float(), down.float())
-            for name, layer in layers.items()
-        }
+
+def redirected(
+    layers: dict[str, nn.Module], concepts: list[Tensor], guide: Tensor, kept: Tensor, config: UceConfig
+) -> dict[str, LowRank]:
+    """Solve for the change of every layer, float32.
+
+    Args:
+        layers: Projections of token states to keys and values, by name; an attached LoRA counts as theirs.
+        concepts: Token states of each concept, [T, D].
+        guide: Token states that they are taken for, [L, D]: the k-th of a concept for the k-th of these.
+        kept: Token states to keep, [N, D].
+        config: Weights.
+    """
+    erased = torch.cat(concepts).double()
+    wanted = torch.cat([guide[: len(tokens)] for tokens in concepts]).double()
+    kept = kept.double()
+    matrix = config.erase_scale * erased.T @ erased + config.preserve_scale * kept.T @ kept
+    matrix += config.lamb * torch.eye(len(matrix)).to(matrix)
+    down = torch.linalg.solve(matrix, erased.T).T  # M is symmetric: c_iᵀ·M⁻¹ is (M⁻¹·c_i)ᵀ
+    moved = config.erase_scale * (wanted - erased)
+    return {
+        name: LowRank((effective_weight(layer).double() @ moved.T).float(), down.float())
+        for name, layer in layers.items()
+    }

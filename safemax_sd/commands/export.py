@@ -1,0 +1,32 @@
+"""`safemax export`: one LoRA of several, or a full pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safemax_sd.commands.console import one_line_errors, say
+from safemax_sd.core.errors import OptionError
+
+
+def export(
+    adapter: Annotated[list[Path], typer.Option("--adapter", help="Output folder of a training; may be repeated.")],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder to write.")],
+    weight: Annotated[list[float] | None, typer.Option("--weight", help="Of each adapter, in order; all 1.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="A full pipeline folder instead of one LoRA.")] = False,
+    output_kohya_format: Annotated[bool, typer.Option("--output_kohya_format", help="For A1111 and ComfyUI.")] = False,
+    overwrite_output_dir: Annotated[bool, typer.Option("--overwrite_output_dir", help="An earlier export.")] = False,
+) -> None:
+    """Put adapters together: into one LoRA, or with --merge into the base model's weights."""
+    from safemax_sd.results.export import export_lora, export_pipeline
+
+    with one_line_errors():
+        if not merge:
+            export_lora(adapter, weight or [], output_dir, kohya=output_kohya_format, overwrite=overwrite_output_dir)
+        elif output_kohya_format:
+            raise OptionError("--output_kohya_format", True, "is for a LoRA: leave it or --merge out")
+        else:
+            export_pipeline(adapter, weight or [], output_dir, overwrite=overwrite_output_dir)
+        say(f"{'pipeline' if merge else 'LoRA'}: {output_dir}")

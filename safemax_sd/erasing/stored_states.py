@@ -1,0 +1,70 @@
+"""Token states beside an adapter with marked words, so that concepts can be added and removed later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from safemax_sd.adapters.halting_marks import MARKS
+from safemax_sd.core.errors import OptionError, path_errors
+from safemax_sd.core.provenance import write_tensors_atomic
+
+KEPT, KEPT_ROW = "kept", "kept_row"
+CONCEPT = "concept."
+
+
+@dataclass(frozen=True)
+class StoredStates:
+    """Marks and token states, in `edit.safetensors`.
+
+    Attributes:
+        marks: h_k, [K, D].
+        kept: States of kept tokens, float16 [N, D].
+        kept_row: The kept prompt that each is of, int64 [N]; -1 for the empty prompt.
+        kept_concepts: What each kept prompt shows.
+        known: States of the prompts of each concept that is or was erased, float16 [P, L, D].
+    """
+
+    marks: Tensor
+    kept: Tensor
+    kept_row: Tensor
+    kept_concepts: list[str]
+    known: dict[str, Tensor]
+
+    @classmethod
+    def load(cls, path: Path, kept_concepts: list[str]) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            OptionError: The file is missing, damaged or lacks a tensor.
+        """
+        with path_errors("--output_dir", path):
+            tensors = load_file(path)
+        for name in (MARKS, KEPT, KEPT_ROW):
+            if name not in tensors:
+                raise OptionError("--output_dir", path, f"lacks {name}: it is damaged, or of another version")
+        known = {name.removeprefix(CONCEPT): value for name, value in tensors.items() if name.startswith(CONCEPT)}
+        return cls(tensors[MARKS], tensors[KEPT], tensors[KEPT_ROW], kept_concepts, known)
+
+    def save(self, path: Path) -> None:
+        """Write all but `kept_concepts`, which the record holds."""
+        known = {CONCEPT + name: value.contiguous() for name, value in self.known.items()}
+        write_tensors_atomic(path, {MARKS: self.marks, KEPT: self.kept, KEPT_ROW: self.kept_row, **known})
+
+    def split(self, erased: Iterable[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the states of each concept to erase, [P, L, D], and those of all tokens to keep, [N, D].
+
+        What is known and not to be erased is kept. The order is fixed, so that a concept that comes back gives the same
+        sums, bit for bit.
+        """
+        forbidden = set(erased)
+        gone = torch.tensor([concept in forbidden for concept in [*self.kept_concepts, ""]])  # -1: the empty prompt
+        kept = self.kept[~gone[self.kept_row]]
+        restored = [self.known[name].flatten(0, 1) for name in sorted(self.known) if name not in forbidden]
+        return {name: self.known[name] for name in sorted(forbidden)}, torch.cat([kept, *restored])

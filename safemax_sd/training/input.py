@@ -1,0 +1,39 @@
+"""Input of a run, checked before anything is loaded: flags and prompt files."""
+
+from __future__ import annotations
+
+from safemax_sd.core.errors import OptionError
+from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts
+from safemax_sd.results import hub
+from safemax_sd.training.config import TrainConfig
+from safemax_sd.training.optimizers import check_optimizer
+from safemax_sd.training.output import check_tracker
+
+
+def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
+    """Check the flags and read the prompt files, forget and retain.
+
+    Raises:
+        OptionError: A value or a file that cannot be used; nothing has been written.
+    """
+    config.validate()
+    check_optimizer(config)
+    hub.check(config, config.tracker)
+    check_tracker(config)
+    objective = OBJECTIVES.get(config.objective)
+    if not objective.names_concepts and config.forget_prompts:
+        text = f"is not used by --objective {config.objective}, which is trained before anything is to be forgotten"
+        raise OptionError("--forget_prompts", config.forget_prompts, text)
+    named = None
+    if objective.names_concepts:
+        named = load_prompts(config.forget_prompts, option="--forget_prompts").each_text_once()
+    retain = load_prompts(config.retain_prompts, option="--retain_prompts").each_text_once()
+    forget = retain if named is None else named
+    if named is not None:
+        check_disjoint(named, retain)
+    allowed = objective.trainable
+    if config.trainable not in allowed:
+        text = f"does not go with --objective {config.objective}: use {' or '.join(sorted(allowed))}"
+        raise OptionError("--trainable", config.trainable, text)
+    return forget, retain
