@@ -21,11 +21,17 @@ GUIDANCE = Range(f"must be more than 0 and below {GUIDANCE_BOUND}", lambda value
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuringOptions(Options):
-    """Options that an evaluation and a comparison of methods share."""
+class ImageCounts(Options):
+    """Numbers of pictures, which every evaluation has a flag for."""
 
     num_images: int = option(256, "Pictures of each prompt subset.", IMAGES)
     num_sweep_images: int = option(64, "Pictures a setting; 0: no sweep.", SWEEP_IMAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuringOptions(ImageCounts):
+    """Options that an evaluation and a comparison of methods share."""
+
     guidance_scale: float = option(5.0, "Of prompts without an evaluation_guidance of their own.", GUIDANCE)
     num_inference_steps: int = option(25, "Sampling steps.", SAMPLING_STEPS)
     sampler: str | None = option(None, "ddim, euler, dpm++; euler for flow models.")
