@@ -1,0 +1,118 @@
+"""Write what the dataclasses of flags say where it is to be read: `python -m benchmarks.flags`.
+
+`tests/unit/flags.txt` lists every flag with its type and default, those of one method after its name where they are not
+the shared ones; a change of it is a change of what users may type. In README and `docs/` tables stand between markers:
+
+    <!-- flags of esd -->          the method's own flags; of one that builds on another, what it adds
+    <!-- flags of esd, spm -->     flags of all methods to which one of these gives another default, a column each
+    <!-- end of flags -->
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType
+from typing import get_args, get_origin
+
+from safemax_sd.core.options import Flag, choices_of, flags_of
+from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.training.config import TrainConfig, config_class
+
+ROOT = Path(__file__).parents[1]
+SURFACE = ROOT / "tests" / "unit" / "flags.txt"
+SHARED = "shared"
+MARKED = re.compile(r"(<!-- flags of ([a-z_, ]+) -->\n).*?(<!-- end of flags -->)", re.DOTALL)
+
+
+def documents() -> list[Path]:
+    """Return the files that may hold tables of flags."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def flags_by_name(config: type[TrainConfig]) -> dict[str, Flag]:
+    return {flag.name: flag for flag in flags_of(config)}
+
+
+def kind(flag: Flag) -> str:
+    """Name the type of a flag, or its choices; `?` where it may be left open."""
+    if get_origin(flag.hint) is list:
+        return "list"
+    name = "|".join(choices_of(flag.hint))
+    if not name:
+        (value,) = {*(get_args(flag.hint) or (flag.hint,))} - {NoneType}
+        name = value.__name__
+    return f"{name}?" if flag.optional else name
+
+
+def surface() -> str:
+    """Return the content of `flags.txt`."""
+    shared = [_entry(flag) for flag in flags_of(TrainConfig)]
+    rows = [f"{SHARED} {entry}" for entry in shared]
+    for name in OBJECTIVES.names():
+        entries = (_entry(flag) for flag in flags_of(config_class(name)))
+        rows += [f"{name} {entry}" for entry in entries if entry not in shared]
+    return "".join(f"{row}\n" for row in rows)
+
+
+def _entry(flag: Flag) -> str:
+    return f"{flag.name} {kind(flag)} {flag.default!r}"
+
+
+def with_tables(text: str) -> str:
+    """Return a document with its tables of flags as the dataclasses have them.
+
+    Raises:
+        OptionError: A marker names an unknown method.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        begin, names, end = match.groups()
+        methods = names.split(", ")
+        return f"{begin}{own_flags(*methods) if len(methods) == 1 else differing_flags(methods)}{end}"
+
+    return MARKED.sub(replaced, text)
+
+
+def own_flags(method: str) -> str:
+    """Return the table of the flags that a method has beside the shared ones and those of a method it builds on."""
+    shared, inherited = flags_by_name(TrainConfig), flags_of(OBJECTIVES.get(method).Config.__mro__[1])
+    flags = [flag for flag in flags_of(config_class(method)) if flag.name not in shared and flag not in inherited]
+    rows = [[f"`--{flag.name}`", default_of(flag), meaning(flag)] for flag in flags]
+    return _table(["flag", "default", "meaning"], rows)
+
+
+def differing_flags(methods: Sequence[str]) -> str:
+    """Return the table of the defaults of shared flags to which methods give different ones."""
+    columns = [flags_by_name(config_class(method)) for method in methods]
+    names = [name for name in flags_by_name(TrainConfig) if len({default_of(flags[name]) for flags in columns}) > 1]
+    rows = [[f"`--{name}`", *(default_of(flags[name]) for flags in columns)] for name in names if name != "objective"]
+    return _table(["flag", *(f"`{method}`" for method in methods)], rows)
+
+
+def default_of(flag: Flag) -> str:
+    """Write a default for a table."""
+    return "none" if flag.default in (None, "", []) else f"{flag.default}"
+
+
+def meaning(flag: Flag) -> str:
+    """Return a flag's choices and its help text."""
+    choices = ", ".join(f"`{choice}`" for choice in choices_of(flag.hint))
+    return (f"{choices}: {flag.help}" if choices else flag.help).replace("|", r"\|")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main() -> None:
+    SURFACE.write_text(surface(), encoding="utf8")
+    for path in documents():
+        text = path.read_text(encoding="utf8")
+        path.write_text(with_tables(text), encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()
