@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import option
-from safemax_sd.core.provenance import public_record
+from safemax_sd.core.provenance import json_text, public_record
 from safemax_sd.objectives.base import ObjectiveOptions
 
 FILES = ("*.safetensors", "erasure.json", "README.md", "samples/*.png", "unet/*", "transformer/*")
@@ -91,7 +91,7 @@ def published(path: Path) -> bytes | Path:
     if path.name != RECORD:
         return path
     record = public_record(json.loads(path.read_text(encoding="utf8")))
-    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf8")
+    return f"{json_text(record)}\n".encode()
 
 
 def push(config: HubOptions) -> str:
