@@ -120,7 +120,9 @@ def test_what_is_uploaded(served: Hub, tiny_model: Path, uploaded: Path) -> None
     names = {"pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "erasure.json", "README.md"}
     assert set(served.files) == {*names, "samples/step-00004.png"}
     for name, content in served.files.items():
-        assert content == (uploaded / name).read_bytes().replace(str(tiny_model).encode(), b"path/to/model")
+        expected = (uploaded / name).read_bytes().replace(str(tiny_model).encode(), b"path/to/model")
+        read = json.loads if name == "erasure.json" else bytes  # a shorter path may break lines elsewhere
+        assert read(content) == read(expected)
     assert not [name for name, content in served.files.items() if b"/tmp" in content]
     assert served.created == ["out"]
     assert served.authorization == {f"Bearer {TOKEN}"}
