@@ -18,7 +18,7 @@ import torch
 from safemax_sd.evaluation.inputs import suite_concepts
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
 from safemax_sd.evaluation.metrics.base import wilson
-from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
+from safemax_sd.evaluation.metrics.features import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.prompt_settings import SUBSET_SEEDS
 from safemax_sd.evaluation.real import embedded_pictures
 from torch import Tensor

@@ -13,7 +13,7 @@ import argparse
 import torch
 from safemax_sd.evaluation.inputs import suite_concepts
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context
-from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
+from safemax_sd.evaluation.metrics.features import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures
 from torch import Tensor
 

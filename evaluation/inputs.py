@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from safemax_sd.evaluation.metrics import METRICS
-from safemax_sd.evaluation.metrics.distribution import INCEPTION, JUDGE_EXTRACTOR, check_distribution
+from safemax_sd.evaluation.metrics.distribution import check_distribution
+from safemax_sd.evaluation.metrics.features import INCEPTION, JUDGE_EXTRACTOR
 from safemax_sd.evaluation.options import EvaluateOptions
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
 from torch import Tensor

@@ -6,13 +6,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
 from safemax_sd.evaluation.metrics.description import GROUPS, SUBSETS, Role
+from safemax_sd.evaluation.metrics.features import features_of
 from scipy.stats import binomtest, bootstrap
 from torch import Tensor
 
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.core.judge import Judge
 from safemax_sd.core.registry import Registry
 
@@ -29,7 +32,7 @@ class Context:
         thresholds: By concept, the cosine similarity above which 95 % of its real pictures lie; empty where there are
             no real pictures.
         real: Real pictures of the retained concepts, [M, 3, H, W] in 0 to 1, or None.
-        extractor: torch-fidelity feature extractor for FID and KID.
+        extractor: What FID and KID take features of, see `features_of`.
         forbidden: What the suite erases.
         artists: Those of the concepts that are artists' names.
     """
@@ -41,6 +44,17 @@ class Context:
     extractor: str
     forbidden: tuple[str, ...] = ()
     artists: tuple[str, ...] = ()
+
+    @cached_property
+    def real_features(self) -> Tensor:
+        """Features of the real pictures, which FID and KID of all models share.
+
+        Raises:
+            SafemaxError: There are no real pictures.
+        """
+        if self.real is None:
+            raise SafemaxError("FID and KID need real pictures")
+        return features_of(self.real, self.extractor, self.judge)
 
     @property
     def captions(self) -> list[str]:

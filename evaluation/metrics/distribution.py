@@ -9,52 +9,21 @@ from typing import ClassVar
 import torch
 from safemax_sd.evaluation.metrics.base import WARNING, Batch, Context, Metric, Result
 from safemax_sd.evaluation.metrics.description import Role
+from safemax_sd.evaluation.metrics.features import INCEPTION, INCEPTION_LAYER, features_of
 from torch import Tensor
-from torch.utils.data import Dataset
-from torch_fidelity import FeatureExtractorBase, calculate_metrics, register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.utils import create_feature_extractor
 
 from safemax_sd.core.errors import OptionError, SafemaxError
-from safemax_sd.core.judge import load_judge
 
-JUDGE_EXTRACTOR = "safemax-emoji"
-"""The embedded judge's image features."""
-INCEPTION = "inception-v3-compat"
-"""Features of published values, torch-fidelity's own; it downloads their weights once."""
-LAYER, INCEPTION_LAYER = "image", "2048"
 FEWEST = 2
 """Pictures that a covariance needs."""
 UNBIASED_FROM = 2048
 """Pictures below which the covariance of Inception's features is singular, and FID far too large."""
 INCEPTION_NOTE = f"by Inception from fewer than {UNBIASED_FROM:,} pictures too large, to be compared within the table"
 KID_SUBSETS = 50
-
-
-class _JudgeFeatures(FeatureExtractorBase):  # type: ignore[misc]
-    """The judge's image tower behind torch-fidelity's interface."""
-
-    def __init__(self, name: str, features_list: list[str], **options: object) -> None:
-        super().__init__(name, features_list)
-        self.judge = load_judge("emoji")
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return (LAYER,)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return LAYER
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    def forward(self, pictures: Tensor) -> tuple[Tensor]:
-        return (self.judge.encode_images(pictures.float() / 255),)
-
-
-register_feature_extractor(JUDGE_EXTRACTOR, _JudgeFeatures)
 
 
 def check_distribution(extractor: str, num_images: int) -> None:
@@ -79,19 +48,6 @@ def check_distribution(extractor: str, num_images: int) -> None:
             raise SafemaxError(f"Inception's weights, which FID and KID to real pictures need, {text}") from error
 
 
-class _Pictures(Dataset[Tensor]):
-    """uint8 pictures for torch-fidelity, from pictures in 0 to 1."""
-
-    def __init__(self, pictures: Tensor) -> None:
-        self.pictures = pictures.mul(255).round().byte()
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.pictures[index]
-
-
 class _DistributionMetric(Metric):
     higher_is_better: ClassVar[bool | None] = False
     subsets: ClassVar[tuple[str, ...]] = ("retain",)
@@ -106,19 +62,10 @@ class _DistributionMetric(Metric):
     def update(self, batch: Batch) -> None:
         self.parts.append(batch.pictures)
 
-    def _measure(self, **wanted: object) -> dict[str, float]:
-        assert self.context.real is not None
-        found: dict[str, float] = calculate_metrics(
-            input1=_Pictures(torch.cat(self.parts)),
-            input2=_Pictures(self.context.real),
-            feature_extractor=self.context.extractor,
-            cuda=torch.cuda.is_available(),
-            cache=False,
-            verbose=False,
-            save_cpu_ram=True,  # no worker processes: the pictures are in memory
-            **wanted,
-        )
-        return found
+    @property
+    def features(self) -> Tensor:
+        """Those of the generated pictures."""
+        return features_of(torch.cat(self.parts), self.context.extractor, self.context.judge)
 
     @property
     def n(self) -> int:
@@ -136,7 +83,8 @@ class Fid(_DistributionMetric):
     comparison: ClassVar[tuple[Role, ...]] = (Role("retain", "fid", "FID", INCEPTION_NOTE),)
 
     def compute(self) -> Result:
-        value = float(self._measure(fid=True)["frechet_inception_distance"])
+        moments = [fid_features_to_statistics(features) for features in (self.features, self.context.real_features)]
+        value = float(fid_statistics_to_metric(*moments, verbose=False)[KEY_METRIC_FID])
         return Result(value, None, self.n, self._bias())
 
     def _bias(self) -> dict[str, str]:
@@ -154,11 +102,13 @@ class Kid(_DistributionMetric):
     order: ClassVar[int] = 30
 
     def compute(self) -> Result:
-        assert self.context.real is not None
-        size = min(1000, self.n, len(self.context.real))
-        found = self._measure(kid=True, kid_subsets=KID_SUBSETS, kid_subset_size=size)
-        mean, error = found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
-        if size == self.n == len(self.context.real):  # each subset is all there is, and says nothing of chance
+        real = self.context.real_features
+        size = min(1000, self.n, len(real))
+        found = kid_features_to_metric(
+            self.features, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False
+        )
+        mean, error = found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+        if size == self.n == len(real):  # each subset is all there is, and says nothing of chance
             return Result(mean, None, self.n)
         half = 1.96 * error / math.sqrt(KID_SUBSETS)
         return Result(mean, (mean - half, mean + half), self.n)

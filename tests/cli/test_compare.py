@@ -405,15 +405,13 @@ def test_odd_prompts_and_folders_reach_the_page_and_the_tables(tiny_model: Path,
     assert len(table[0].replace(r"\|", "").split("|")) == len(table[2].split("|"))
 
 
-def test_a_failing_cell_is_recorded(grid: Path, place: Path, tiny_model: Path) -> None:
+def test_a_failing_cell_is_recorded(
+    grid: Path, place: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     broken = {"objective": "safemax", **QUICK, "learning_rate": 1e30, "max_train_steps": 3}
     config = write_config(place, tiny_model, methods={"broken": broken, "negative": METHODS["negative"]})
-    done = subprocess.run(
-        [sys.executable, "-m", "safemax_sd.cli", "compare", "--config", str(config)],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "broken, fruit, seed 0: the loss became" in done.stderr.splitlines()[-1]
+    assert main(["compare", "--config", str(config)]) == 2
+    assert "broken, fruit, seed 0: the loss became" in capfd.readouterr().err.splitlines()[-1]
     content = read(grid)
     assert {cell["label"]: cell["status"] for cell in content["cells"]} == {"broken": "failed", "negative": "done"}
     assert [line["label"] for line in content["summary"]] == ["base", "negative"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,12 +24,13 @@ from typer.testing import CliRunner
 
 from safemax_sd.adapters import lora as adapter
 from safemax_sd.assets import ASSETS
-from safemax_sd.cli import app
+from safemax_sd.cli import app, main
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.results.export import EXPORT_FILE
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
 from tests import tiny
+from tests.processes import SECONDS, forked
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "using_adapters.md"
 WEIGHTS = [0.75, -1.5]
@@ -396,25 +399,26 @@ def test_a_base_model_that_is_gone_or_another(tiny_model: Path, tiny_v_model: Pa
     assert_refused(invoke([run], output, "--merge"), f"does not fit {base}: no layer", output)
 
 
-FULL_DISK = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-from safemax_sd.cli import main
-sys.argv = ["safemax", "export", "--adapter", sys.argv[1], "--output_dir", sys.argv[2], *sys.argv[3:]]
-sys.exit(main())
-"""
+def export_onto_a_full_disk(arguments: list[str]) -> int:
+    """Run the command where no file may be larger than 20 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    return main(["export", *arguments])
 
 
 @pytest.mark.parametrize("more", [[], ["--merge"]])
-def test_a_full_disk_leaves_what_was_there(apple: Path, tmp_path: Path, more: list[str]) -> None:
+def test_a_full_disk_leaves_what_was_there(
+    apple: Path, tmp_path: Path, more: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out"
     export([apple], output)
     before = files(output)
-    command = [sys.executable, "-c", FULL_DISK, str(apple), str(output), "--overwrite_output_dir", *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert f"error: --output_dir {output}: cannot be used (" in done.stderr
-    assert "Traceback" not in done.stderr
+    arguments = ["--adapter", str(apple), "--output_dir", str(output), "--overwrite_output_dir", *more]
+    process = forked(export_onto_a_full_disk, arguments)
+    process.join(SECONDS)
+    printed = capfd.readouterr().err
+    assert process.exitcode == 2, printed
+    assert f"error: --output_dir {output}: cannot be used (" in printed
+    assert "Traceback" not in printed
     assert files(output) == before
     assert not [path for path in tmp_path.iterdir() if path != output]
 
@@ -426,7 +430,6 @@ def test_the_documented_commands_run_as_they_stand(
         (tmp_path / name).symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(DOCUMENT.parents[1]))
     blocks = re.findall(r"```(python|bash)\n(.*?)```", DOCUMENT.read_text(encoding="utf8"), re.DOTALL)
     assert [language for language, _ in blocks].count("python") == 4
     for language, code in blocks:
@@ -434,6 +437,8 @@ def test_the_documented_commands_run_as_they_stand(
         if language == "python":
             assert "safemax_sd" not in code
             exec(code, {})
+        elif code.startswith("safemax "):
+            assert main(shlex.split(code, comments=True)[1:]) == 0, code
         else:
             done = subprocess.run(["bash", "-euc", code], capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{code}\n{done.stderr}"

@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
@@ -37,8 +39,17 @@ for config in (start, HaltingMarksConfig(output_dir=erased, add=more)):
 """
 
 
-def weights_of_all_kinds(models: dict[str, Path], folder: Path, prompts: list[str]) -> dict[str, str]:
-    """Train, export and erase in a process of its own; returns the digest of each file of weights."""
+def weights_of_all_kinds(
+    models: dict[str, Path], folder: Path, prompts: list[str], run: Callable[[str], object]
+) -> dict[str, str]:
+    """Train, export and erase; returns the digest of each file of weights.
+
+    Args:
+        models: Base models by name.
+        folder: To write to.
+        prompts: Files of what to forget, of what more, and of what to keep.
+        run: Runs `RUN_ALL` with an argument.
+    """
     kinds = {
         "lora": (models["sd"], ["--output_kohya_format"]),
         "sdxl": (models["sdxl"], ["--output_kohya_format"]),
@@ -50,11 +61,20 @@ def weights_of_all_kinds(models: dict[str, Path], folder: Path, prompts: list[st
         (name, tiny.train_arguments(model, folder / f"{name}_prompts", folder / name, *more))
         for name, (model, more) in kinds.items()
     ]
-    argument = json.dumps([str(folder), trainings, *prompts])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", RUN_ALL, argument], env=environment, check=True, capture_output=True)
+    run(json.dumps([str(folder), trainings, *prompts]))
     found = sorted(folder.rglob("*.safetensors"))
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def run_elsewhere(argument: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", RUN_ALL, argument], env=environment, check=True, capture_output=True)
+
+
+def run_here(argument: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["", argument])
+        exec(RUN_ALL, {})
 
 
 def test_two_processes_write_the_same_bytes(tiny_model: Path, tiny_sdxl: Path, tiny_ddpm: Path, tmp_path: Path) -> None:
@@ -64,9 +84,9 @@ def test_two_processes_write_the_same_bytes(tiny_model: Path, tiny_sdxl: Path, t
     for path, text in zip(prompts, texts, strict=True):
         path.write_text(f"prompt,concept\n{text}\n")
     runs = []
-    for name in ("first", "second"):
+    for name, run in (("first", run_here), ("second", run_elsewhere)):
         (tmp_path / name).mkdir()
-        runs.append(weights_of_all_kinds(models, tmp_path / name, [str(path) for path in prompts]))
+        runs.append(weights_of_all_kinds(models, tmp_path / name, [str(path) for path in prompts], run))
     assert runs[0] == runs[1]
     names = {Path(name).name for name in runs[0]}
     kohya = "pytorch_lora_weights_kohya.safetensors"

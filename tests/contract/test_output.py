@@ -24,6 +24,7 @@ from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig, config_class
 from safemax_sd.training.output import BESIDE_WEIGHTS, WEIGHTS
 from tests import tiny
+from tests.processes import SECONDS, forked
 
 FEW = {"practice_edits": 4, "max_train_steps": 1, "train_batch_size": 2, "replay_inference_steps": 3, "rank": 2}
 FEW |= {"forget_trajectories": 2, "retain_trajectories": 4}
@@ -151,12 +152,14 @@ def test_precision_is_what_accelerate_says_and_what_is_recorded(config: TrainCon
     assert record["config"]["mixed_precision"] == "no"
 
 
-def test_a_precision_that_a_processor_has_not_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_precision_that_a_processor_has_not_is_refused(
+    config: TrainConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     flags = tiny.train_arguments(Path(config.pretrained_model_name_or_path), tmp_path, tmp_path / "out")
-    command = [sys.executable, "-m", "safemax_sd.train", *flags, "--mixed_precision", "fp16"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "error: --mixed_precision fp16: is not supported here: use bf16 or no" in done.stderr
+    process = forked(main, [*flags, "--mixed_precision", "fp16"])
+    process.join(SECONDS)
+    assert process.exitcode == 2
+    assert "error: --mixed_precision fp16: is not supported here: use bf16 or no" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +31,7 @@ from safemax_sd.training.output import read_log, run_folder
 from safemax_sd.training.workers import make_accelerator
 from tests import tiny
 from tests.kills import kills
+from tests.processes import SECONDS, forked
 
 
 @pytest.fixture
@@ -318,13 +316,12 @@ def test_a_killed_process_leaves_nothing_in_the_way(arguments: list[str]) -> Non
         "--replay_span",
         "0",
     ]  # it ends after other steps than planned
-    command = [sys.executable, "-m", "safemax_sd.train", *arguments, "--max_train_steps", "5000"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = forked(main, [*arguments, "--max_train_steps", "5000"])
     while not checkpoints.all_checkpoints(output):
-        assert process.poll() is None
+        assert process.is_alive()
     assert main([*arguments, "--overwrite_output_dir"]) == 2
     process.kill()
-    process.wait()
+    process.join(SECONDS)
     for name in (".checkpoint-7", ".replay-forget", ".saving"):
         (output / name).mkdir(exist_ok=True)
     assert main([*arguments, "--resume_from_checkpoint", "latest"]) == 0

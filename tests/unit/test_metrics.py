@@ -6,7 +6,7 @@ import pytest
 import torch
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context
 from safemax_sd.evaluation.metrics.base import wilson
-from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
+from safemax_sd.evaluation.metrics.features import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import embedded_pairs, embedded_pictures
 
 from safemax_sd.core.errors import SafemaxError

@@ -14,7 +14,7 @@ from safemax_sd.evaluation.compare_tables import markdown, summaries, summary_gr
 from safemax_sd.evaluation.headline import headline, headline_markdown
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context
 from safemax_sd.evaluation.metrics.base import called_noise
-from safemax_sd.evaluation.metrics.distribution import JUDGE_EXTRACTOR
+from safemax_sd.evaluation.metrics.features import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import embedded_pictures
 
 from benchmarks.judge_calibration import blend, judged

@@ -10,7 +10,8 @@ import torch
 from safemax_sd.evaluation.headline import headline
 from safemax_sd.evaluation.inputs import kept_pictures
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
-from safemax_sd.evaluation.metrics.distribution import INCEPTION, JUDGE_EXTRACTOR, Fid
+from safemax_sd.evaluation.metrics.distribution import Fid
+from safemax_sd.evaluation.metrics.features import INCEPTION, JUDGE_EXTRACTOR
 from safemax_sd.evaluation.options import EvaluateOptions
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
 from safemax_sd.evaluation.report import Row
