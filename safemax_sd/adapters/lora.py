@@ -146,7 +146,9 @@ def save_changes(family: ModelFamily, directory: Path, changes: dict[str, LowRan
     """Write low-rank changes of layers, all of one rank, as an adapter of their own; see `save_adapter`."""
     state: dict[str, Tensor] = {}
     for name, change in changes.items():
-        state |= {f"{name}.lora_A.weight": change.down.contiguous(), f"{name}.lora_B.weight": change.up.contiguous()}
+        for part, matrix in (("A", change.down), ("B", change.up)):
+            # Copied: layers may share a matrix, which safetensors refuses.
+            state[f"{name}.lora_{part}.weight"] = matrix.clone(memory_format=torch.contiguous_format)
     rank = len(next(iter(changes.values())).down)
     plain = dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False)
     patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
