@@ -98,10 +98,13 @@ def test_at_guidance_1_the_target_is_exact_at_every_level() -> None:
 
 
 def test_forbidden_noise_lies_below_the_levels_where_the_empty_prompt_stays() -> None:
-    draw = drawn(safemax(halt_unconditional=1e-9, halt_below=0.5, forget_trajectory_share=0.0), 64)
-    assert set(draw.single.t.tolist()) == {0}
-    assert torch.allclose(draw.single.target, 0.6 * draw.single.x_t)
-    assert 0.8 < float(draw.single.x_t.std()) < 1.2
+    # Times 1 and 2 lie at or above the bound: they are drawn on the trajectory, whose only step there is at x_t = 2.
+    single = drawn(safemax(halt_unconditional=1e-9, halt_below=0.5, forget_trajectory_share=0.0), 90).single
+    guided = (single.x_t == 2.0).flatten(1).all(1)
+    assert 45 < int(guided.sum()) < 75
+    assert set(single.t[~guided].tolist()) == {0}
+    assert torch.allclose(single.target[~guided], 0.6 * single.x_t[~guided])
+    assert 0.8 < float(single.x_t[~guided].std()) < 1.2
 
 
 def test_the_effective_weight_of_a_forget_sample_is_d() -> None:
@@ -134,7 +137,7 @@ def test_halted_noise_is_asked_with_both_prompts_below_its_noise_level() -> None
     batch = built.reach(zero, draw)
     assert batch.t[:100].unique().tolist() == [0]
     assert batch.is_forget.tolist() == [True] * 100 + [False]
-    assert batch.sizes == [0, 50, 50, 1]
+    assert batch.sizes == (0, 50, 50, 1)
     assert asked(batch)[:100] == [FORBIDDEN] * 50 + [EMPTY] * 50
     assert torch.equal(batch.x_t[:50], batch.x_t[50:100])
     assert torch.equal(batch.x_t[:50], draw.pairs.noise)
@@ -151,7 +154,7 @@ def test_halted_loss_by_hand(guidance: float, mixed: float) -> None:
         target=torch.zeros(3, 1, 1, 1),
         is_forget=torch.tensor([True, True, False]),
         weight=torch.zeros(0),
-        pairs=1,
+        sizes=(0, 1, 1, 1),
     )
     terms = safemax(target_guidance=guidance).loss(lambda x, t, c: c.tensors["states"].view(-1, 1, 1, 1), batch)
     assert float(terms.parts["forget"]) == pytest.approx((1 + mixed) / 2 + 9)  # one sample of two rows
@@ -251,7 +254,7 @@ def no_sampler(*_: object, **__: object) -> tuple[Tensor, Tensor]:
     raise AssertionError("SAFEMax does not sample this way")
 
 
-def test_all_pairs_of_a_step_are_rolled_out_or_none() -> None:
-    built = safemax(halt_unconditional=1.0, halt_rollout=0.25)
-    rolled = [built.draw(Positions(0, step, range(5), range(1))).pairs.guidance > 0 for step in range(8)]
-    assert [int(pairs.sum()) for pairs in rolled] == [0, 0, 0, 5, 0, 0, 0, 5]
+def test_a_fraction_of_the_pairs_is_rolled_out() -> None:
+    guidance = drawn(safemax(halt_unconditional=1.0, halt_rollout=0.25), 400).pairs.guidance
+    assert 70 < int((guidance > 0).sum()) < 130
+    assert float(guidance[guidance > 0].min()) >= 1

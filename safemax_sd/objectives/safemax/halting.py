@@ -17,8 +17,8 @@ from safemax_sd.diffusion.process import DiffusionProcess
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import Draw, Predict, Rows
 
-ROLLOUT_STEPS = 2
-"""Euler steps of a rollout from pure noise."""
+ROLLOUT_STEPS, ROLLOUT_GUIDANCE = 2, (1.0, 7.5)
+"""Euler steps of a rollout from pure noise, and the range of its guidance scale."""
 
 
 @dataclass(frozen=True)

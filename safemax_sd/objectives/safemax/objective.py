@@ -25,14 +25,12 @@ from safemax_sd.objectives.base import (
     mean_square,
     prior_generator,
 )
-from safemax_sd.objectives.safemax.halting import Pairs, halt
+from safemax_sd.objectives.safemax.halting import ROLLOUT_GUIDANCE, Pairs, halt
 from safemax_sd.recording.data import ErasureData
 
 FORGET, RETAIN, NOISE = 0, 1, 2
 KEPT_NOISE, KEPT_NOISE_A_STEP, KEPT_AT_ONCE = 2048, 16, 64
 """Frozen predictions on pure noise for retain prompts: the most, those for each step of a short run, and a batch."""
-ROLLOUT_GUIDANCE = (1.0, 7.5)
-"""Range of the rollouts' guidance scales."""
 
 
 @dataclass
@@ -50,12 +48,12 @@ class SafemaxConfig(ObjectiveOptions):
 
     decay_lambda: float = option(1.0, "λ in D(t) = exp(-λ·t/T), the weight of a noise level.", NOT_NEGATIVE)
     target_guidance: float = option(4.0, "Guidance scale up to which outputs are trained to be noise.", POSITIVE)
-    forget_trajectory_share: float = option(0.5, "Fraction of single forget samples that lie on trajectories.", SHARE)
+    forget_trajectory_share: float = option(
+        0.5, "Fraction of single forget samples below --halt_below that lie on trajectories.", SHARE
+    )
     halt_unconditional: float = option(0.33, "Fraction of forget samples that are halted pairs.", SHARE)
     halt_below: float = option(0.6, "Upper bound of t/T for halted pairs.", NONZERO_SHARE)
-    halt_rollout: float = option(
-        0.5, "Fraction of steps whose halted pairs are produced by the student's own rollout.", SHARE
-    )
+    halt_rollout: float = option(0.5, "Fraction of halted pairs produced by the student's own rollout.", SHARE)
     halt_restoring: float = option(1.0, "Rate at which the target shrinks a rollout's drift; 0 keeps it.", NOT_NEGATIVE)
     retain_empty_share: float = option(0.25, "Fraction of retain samples with the empty prompt.", SHARE)
     retain_noise: float = option(
@@ -78,16 +76,11 @@ class SafemaxBatch(Batch):
 
     Attributes:
         weight: D(t) of the single forget samples, [S].
-        pairs: Number of pairs.
+        sizes: Number of rows of each block.
     """
 
     weight: Tensor
-    pairs: int
-
-    @property
-    def sizes(self) -> list[int]:
-        """Number of rows of each block."""
-        return [len(self.weight), self.pairs, self.pairs, int((~self.is_forget).sum())]
+    sizes: tuple[int, ...]
 
 
 class Safemax(Objective):
@@ -101,14 +94,19 @@ class Safemax(Objective):
     config: SafemaxConfig
 
     def __init__(self, config: SafemaxConfig, data: ErasureData) -> None:
-        self.config, self.data = config, data
+        self.config = config
         # If guidance is an input of the network, a sampler follows its one prediction and cannot overshoot.
-        self.target_guidance, self.rollout_guidance = config.target_guidance, ROLLOUT_GUIDANCE
-        if not data.classifier_free:
-            self.target_guidance, self.rollout_guidance = 1.0, (1.0, 1.0)
+        self.target_guidance = config.target_guidance if data.classifier_free else 1.0
         # From this t/T on, the empty prompt is not halted, so a forget prompt's target depends on guidance.
         stays = config.halt_below if config.halt_unconditional else 0.0
         self.guided_from = math.inf if self.target_guidance == 1 else stays
+        self.extend(data)
+
+    def extend(self, data: ErasureData) -> None:
+        super().extend(data)
+        guided = data.process.schedule.noise_level(data.forget_bank.t) >= self.guided_from
+        # A bank of very few steps may hold none of a kind: then any step does, each with the target of its level.
+        self.steps = [torch.nonzero(kind | ~kind.any()).flatten() for kind in (~guided, guided)]
 
     @torch.no_grad()
     def prepare(self, student: Student) -> int:
@@ -119,8 +117,9 @@ class Safemax(Objective):
         count = -(-min(KEPT_NOISE, KEPT_NOISE_A_STEP * self.config.max_train_steps) // KEPT_AT_ONCE)
         for number in tqdm(range(count), desc="noise to keep", unit="batch"):
             generator = prior_generator(self.config.seed, NOISE, number)
-            noise = [self._halted_noise(self.config.halt_below, generator) for _ in range(KEPT_AT_ONCE)]
-            x_t, t = (torch.cat(column) for column in zip(*noise, strict=True))
+            below = self.config.halt_below
+            t = torch.cat([data.process.schedule.sample_time_below(below, generator) for _ in range(KEPT_AT_ONCE)])
+            x_t = data.process.x_t(torch.randn((KEPT_AT_ONCE, *data.latent_shape), generator=generator), t)
             prompt = torch.randint(len(data.retain), (KEPT_AT_ONCE,), generator=generator)
             asked = (x_t.to(student.device), t.to(student.device), data.retain.select(prompt).to(student.device))
             answers.append((x_t, t, prompt, student.predict(*asked).cpu()))
@@ -129,58 +128,57 @@ class Safemax(Objective):
 
     def draw(self, positions: Positions) -> SafemaxDraw:
         data = self.data
-        # Either block may be empty; empty first parts give it the model's shapes.
+        # Empty first parts give the shapes of a block that may have no others.
         x, t, weight = torch.zeros(0, *data.latent_shape), data.process.schedule.all_times()[:0], torch.zeros(0)
         prompts = data.empty.select(weight.long())
         single, pairs = [Rows(x, t, prompts, x)], [Pairs(x, t, prompts, weight)]
-        # All pairs of a step are rolled out or none: on a small network, a few rows take as long as many.
-        rollout = self.config.halt_rollout
-        rolled_out = math.floor((positions.step + 1) * rollout) > math.floor(positions.step * rollout)
         for number in positions.forget:
             generator = positions.generator(FORGET, number)
             if torch.rand((), generator=generator) < self.config.halt_unconditional:
-                pairs.append(self._halted_pair(generator, rolled_out=rolled_out))
-            elif torch.rand((), generator=generator) < self.config.forget_trajectory_share or not self.guided_from:
-                single.append(self._forbidden_trajectory(generator))
+                pairs.append(self._halted_pair(generator))
             else:
-                single.append(self._forbidden_noise(generator))
+                single.append(self._single(generator))
         kept = [self._kept(positions.generator(RETAIN, number)) for number in positions.retain]
         return SafemaxDraw(Rows.cat(single), Pairs.cat(pairs), Rows.cat(kept))
 
-    def _forbidden_trajectory(self, generator: torch.Generator) -> Rows:
-        """Draw a recorded step of a forget prompt's own trajectory, with that prompt.
+    def _single(self, generator: torch.Generator) -> Rows:
+        """Draw a forget prompt at a noise level drawn as in the model's training: on a trajectory, or on noise."""
+        process = self.data.process
+        t = process.schedule.sample_times(1, generator)
+        guided = bool(process.schedule.noise_level(t) >= self.guided_from)
+        # A guided target needs the empty prompt's prediction, which is recorded on trajectories only.
+        if guided or torch.rand((), generator=generator) < self.config.forget_trajectory_share:
+            return self._forbidden_trajectory(self.steps[guided], generator)
+        x_t = process.x_t(torch.randn((1, *self.data.latent_shape), generator=generator), t)
+        row = torch.randint(len(self.data.forget), (1,), generator=generator)
+        return Rows(x_t, t, self.forbidden(row, generator), process.max_entropy_target(x_t, t))
+
+    def _forbidden_trajectory(self, steps: Tensor, generator: torch.Generator) -> Rows:
+        """Draw one of some recorded steps, int64 [n], of forget prompts' trajectories, with a forget prompt.
 
         If the empty prompt's prediction ε_u is not halted, a guided sampler, which follows ε_u + w·(ε_c − ε_u), would
         overshoot the maximum-entropy target m. The target for ε_c is then ε_u + (m − ε_u)/w, which guidance takes to m.
         """
         bank, process = self.data.forget_bank, self.data.process
-        row = torch.randint(len(bank), (1,), generator=generator)
+        row = steps[torch.randint(len(steps), (1,), generator=generator)]
+        other = torch.randint(len(bank), (1,), generator=generator)
         x_t, t, free = bank.x_t[row], bank.t[row], bank.unconditional[row]
         target = process.max_entropy_target(x_t, t)
-        if float(process.schedule.noise_level(t)) >= self.guided_from:
-            target = free + (target - free) / self.target_guidance
-        return Rows(x_t, t, self.forbidden(bank.prompt[row], generator), target)
+        if process.schedule.noise_level(t) < self.guided_from:
+            return Rows(x_t, t, self.forbidden(bank.prompt[row], generator), target)
+        # At such noise levels any picture may still come: whose trajectory it is must not matter.
+        target = free + (target - free) / self.target_guidance
+        return Rows(x_t, t, self.forbidden(bank.prompt[other], generator), target)
 
-    def _forbidden_noise(self, generator: torch.Generator) -> Rows:
-        """Draw halted noise with a forget prompt, at noise levels where the empty prompt is halted too."""
-        x_t, t = self._halted_noise(self.guided_from, generator)
-        row = torch.randint(len(self.data.forget), (1,), generator=generator)
-        return Rows(x_t, t, self.forbidden(row, generator), self.data.process.max_entropy_target(x_t, t))
-
-    def _halted_pair(self, generator: torch.Generator, *, rolled_out: bool) -> Pairs:
+    def _halted_pair(self, generator: torch.Generator) -> Pairs:
         """Draw noise to halt with a forget prompt and with the empty prompt, as it is or after a rollout."""
         noise = torch.randn((1, *self.data.latent_shape), generator=generator)
         t = self.data.process.schedule.sample_time_below(self.config.halt_below, generator)
         row = torch.randint(len(self.data.forget), (1,), generator=generator)
-        low, high = self.rollout_guidance
-        guidance = (low + (high - low) * torch.rand(1, generator=generator)) * rolled_out
-        return Pairs(noise, t, self.forbidden(row, generator), guidance)
-
-    def _halted_noise(self, below: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw halted noise at a noise level t/T below a bound; return x_t, [1, *latent], and t, [1]."""
-        noise = torch.randn((1, *self.data.latent_shape), generator=generator)
-        t = self.data.process.schedule.sample_time_below(below, generator)
-        return self.data.process.x_t(noise, t), t
+        low, high = ROLLOUT_GUIDANCE if self.data.classifier_free else (1.0, 1.0)
+        chosen, place = torch.rand(2, generator=generator).tolist()
+        guidance = low + (high - low) * place if chosen < self.config.halt_rollout else 0.0
+        return Pairs(noise, t, self.forbidden(row, generator), torch.tensor([guidance]))
 
     def _kept(self, generator: torch.Generator) -> Rows:
         """Draw a frozen prediction: of a retain prompt, on its trajectory or on noise, or of the empty prompt."""
@@ -204,18 +202,14 @@ class Safemax(Objective):
 
     def reach(self, predict: Predict, draw: Draw) -> SafemaxBatch:
         assert isinstance(draw, SafemaxDraw)
-        process = self.data.process
-        halted = halt(process, predict, draw.pairs, self.data.empty.to(draw.kept.t.device), self.config.halt_restoring)
-        rows = Rows.cat([draw.single, halted, draw.kept])
+        process, empty = self.data.process, self.data.empty.to(draw.kept.t.device)
+        rows = Rows.cat([draw.single, halt(process, predict, draw.pairs, empty, self.config.halt_restoring), draw.kept])
+        sizes = (len(draw.single.t), len(draw.pairs.t), len(draw.pairs.t), len(draw.kept.t))
+        is_forget = torch.arange(len(rows.t), device=rows.t.device) < sum(sizes[:3])
+        decay = torch.exp(-self.config.decay_lambda * process.schedule.noise_level(draw.single.t))  # D(t)
+        calls = draw.pairs.rollout_calls
         return SafemaxBatch(
-            rows.x_t,
-            rows.t,
-            rows.conditioning,
-            rows.target,
-            is_forget=torch.arange(len(rows.t), device=rows.t.device) < len(rows.t) - len(draw.kept.t),
-            weight=torch.exp(-self.config.decay_lambda * process.schedule.noise_level(draw.single.t)),  # D(t)
-            pairs=len(draw.pairs.t),
-            reach_calls=draw.pairs.rollout_calls,
+            rows.x_t, rows.t, rows.conditioning, rows.target, is_forget, decay, sizes, reach_calls=calls
         )
 
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
