@@ -32,7 +32,7 @@ from safemax_sd.core.pictures import contact_sheet
 from safemax_sd.core.provenance import provenance, write_json_atomic
 from safemax_sd.diffusion.schedulers import as_scheduler
 from safemax_sd.prompts import load_suite, pick
-from safemax_sd.results.erasure import read_record
+from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.samples import to_pil
 
 TASK = "emoji/bomb"
@@ -168,8 +168,8 @@ def main() -> None:
             labels += [f"{varied} {getattr(condition, varied):g}"] * len(pictures)
         if chosen:
             print("\n".join([*table(rows, varied), ""]), flush=True)
-    made = provenance(SUBSET_SEEDS["forget"], torch.device("cpu"))
-    trained = read_record(arguments.adapter)["provenance"]
+    made = asdict(provenance(SUBSET_SEEDS["forget"], torch.device("cpu")))
+    trained = asdict(ErasureRecord.read(arguments.adapter).provenance)
     result = {"task": TASK, "num_images": arguments.num_images, "rows": rows, "trained": trained, "provenance": made}
     write_json_atomic(arguments.output, result)
     if arguments.sheet is not None:

@@ -17,7 +17,7 @@ import argparse
 import csv
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from benchmarks.classes.data import Dataset, load_dataset, write_folder
 from benchmarks.classes.measure import Sampling, draw, forgetting, pictures, retention
 from benchmarks.classes.summary import gallery, plot, summary
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
-from safemax_sd.results.erasure import load_erased
+from safemax_sd.results.erasure import RECORD, ErasureRecord
+from safemax_sd.results.loading import load_result
 from safemax_sd.train import train
 from safemax_sd.training import checkpoints
 from safemax_sd.training.config import TrainConfig, config_class
@@ -179,19 +180,19 @@ class Study:
     def row(self, method: str, forgotten: int) -> dict[str, Any]:
         """Train one method on one class and measure it."""
         output = self.run_folder(method, forgotten)
-        if not (output / "erasure.json").exists():
+        if not (output / RECORD).exists():
             train(self.config(method, forgotten, output))
         measured = self.measure(output, forgotten)
-        record = json.loads((output / "erasure.json").read_text(encoding="utf8"))
-        seconds = record["cost"]["seconds"]
+        record = ErasureRecord.read(output)
+        seconds = record.cost.seconds
         return {
             **measured,
             "seconds_priors": seconds["replay"] + seconds["prepare"],
             "seconds_training": seconds["train"],
             "step_memory_bytes": step_memory(partial(self.part, method, forgotten)),
-            "model_calls": record["cost"]["model_calls"],
-            "steps": record["cost"]["steps"],
-            "provenance": record["provenance"],
+            "model_calls": record.cost.model_calls,
+            "steps": record.cost.steps,
+            "provenance": asdict(record.provenance),
         }
 
     def run_folder(self, method: str, forgotten: int) -> Path:
@@ -207,7 +208,7 @@ class Study:
         }
 
     def model(self, output: Path | None) -> ModelFamily:
-        return load_family(LoadOptions(str(self.base))) if output is None else load_erased(output)
+        return load_family(LoadOptions(str(self.base))) if output is None else load_result(output)
 
     def measure(self, output: Path | None, forgotten: int) -> dict[str, Any]:
         """Forgetting and retention of a run, or of the base model."""
@@ -255,14 +256,14 @@ class Study:
 
     def times(self, output: Path, forgotten: int) -> dict[str, Any]:
         """When a run with checkpoints had forgotten, and when it ended, in seconds from the start of its priors."""
-        record = json.loads((output / "erasure.json").read_text(encoding="utf8"))
-        seconds = record["cost"]["seconds"]
+        record = ErasureRecord.read(output)
+        seconds = record.cost.seconds
         priors = seconds["replay"] + seconds["prepare"]
         lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf8").splitlines()]
         at_step = {line["step"]: line["seconds"] for line in lines}
         found = None
         for checkpoint in checkpoints.all_checkpoints(output):
-            family = load_erased(output, weights=checkpoint)
+            family = load_result(output, weights=checkpoint)
             measured = forgetting(family, self.dataset, self.classifier, forgotten, self.sampling)
             if measured["unlearning_accuracy_with_rejection"] >= FORGOTTEN_AT:
                 found = checkpoints.step_of(checkpoint)
@@ -272,8 +273,8 @@ class Study:
             "seconds_priors": priors,
             "seconds_to_forgotten": None if found is None else priors + at_step[found],
             "steps_to_forgotten": found,
-            "steps": record["cost"]["steps"],
-            "provenance": record["provenance"],
+            "steps": record.cost.steps,
+            "provenance": asdict(record.provenance),
         }
 
     def append(self, row: dict[str, Any]) -> None:

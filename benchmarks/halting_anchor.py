@@ -15,6 +15,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ from benchmarks.emoji.settings import CONCEPTS, FORBIDDEN_GROUPS, NEIGHBOURS, OT
 from safemax_sd.adapters.halting_marks import MARKS_FILE
 from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.assets import ANCHORS
-from safemax_sd.core.provenance import provenance, write_json_atomic
+from safemax_sd.core.provenance import provenance
 from safemax_sd.erasing.edits.halting_marks import HaltingMarks, HaltingMarksConfig
 from safemax_sd.erasing.edits.uce import Uce, UceConfig
 from safemax_sd.prompts import pick
-from safemax_sd.results.erasure import read_record
+from safemax_sd.results.erasure import RECORD, ErasureRecord
 from safemax_sd.train import train
 from safemax_sd.training.config import config_class
 
@@ -95,7 +96,7 @@ def suite(folder: Path, erased: Sequence[str], *, synonyms: bool) -> Path:
 def train_anchor(work_dir: Path) -> Path:
     """The anchor, trained on the concepts that are never erased."""
     folder = work_dir / "anchor"
-    if not (folder / "erasure.json").exists():
+    if not (folder / RECORD).exists():
         kept = [concept for concept in CONCEPTS if concept not in ERASED]
         write(
             work_dir,
@@ -134,12 +135,15 @@ def package(anchor: Path) -> Path:
     save_file({name: value.half() for name, value in weights.items()}, folder / WEIGHTS_NAME, metadata_of(anchor))
     shutil.copy(anchor / MARKS_FILE, folder)
     shutil.copy(anchor.parent / VOCABULARY, folder)
-    record = read_record(anchor)
-    record["retain"]["path"] = record["config"]["retain_prompts"] = VOCABULARY
-    record["config"]["output_dir"] = folder.name
-    record["provenance"]["command"] = ["-m", "benchmarks.halting_anchor"]
-    write_json_atomic(folder / "erasure.json", record)
-    card = CARD.format(count=len(record["retain"]["concepts"]))
+    record = ErasureRecord.read(anchor)
+    replace(
+        record,
+        retain=replace(record.retain, path=VOCABULARY),
+        config={**record.config, "retain_prompts": VOCABULARY, "output_dir": folder.name},
+        provenance=replace(record.provenance, command=("-m", "benchmarks.halting_anchor")),
+        files=None,
+    ).write(folder)
+    card = CARD.format(count=len(record.retain.concepts))
     (folder / "README.md").write_text(card, encoding="utf8")
     return folder
 
@@ -155,7 +159,7 @@ def adapter(method: str, count: int, synonyms: bool, work_dir: Path) -> Path:
     """The folder of a method's adapter for a task, made if it is not there."""
     task = suite(work_dir / f"{count}{'_synonyms' if synonyms else ''}", ERASED[:count], synonyms=synonyms)
     output = task / method
-    if not (output / "erasure.json").exists():
+    if not (output / RECORD).exists():
         prompts = {f"{name}_prompts": str(task / f"{name}.csv") for name in ("forget", "retain")}
         common: dict[str, Any] = {**prompts, "output_dir": str(output), "overwrite_output_dir": True}
         if method == "halting_anchor":
@@ -187,8 +191,11 @@ class Measurement:
             )
         )
         self.parts = {name: list(part.prompts) for name, part in self.evaluation.suite.parts.items()}
-        record = read_record(output)
-        self.cost = record["edit"] if "marks" in record.get("edit", {}) else record["cost"]
+        record = ErasureRecord.read(output)
+        edit = record.edit
+        self.seconds = record.cost.seconds if edit is None or edit.seconds is None else edit.seconds
+        details = {} if edit is None else edit.details
+        self.marks = {name: details[name] for name in ("marks", "kept_marks") if name in details}
 
     def rows(self, there: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Rows that are not there yet."""
@@ -204,9 +211,8 @@ class Measurement:
             made = self.evaluation.generator.run(job)
             values = self.evaluation.measure(made, prompts, METRICS[subset])
             results = {name: vars(value) for name, value in values.items()}
-            marks = {name: self.cost[name] for name in ("marks", "kept_marks") if name in self.cost}
-            made_by = provenance(0, torch.device("cpu"))
-            yield {**key, **results, "seconds": self.cost["seconds"], **marks, "provenance": made_by}
+            made_by = asdict(provenance(0, torch.device("cpu")))
+            yield {**key, **results, "seconds": self.seconds, **self.marks, "provenance": made_by}
 
 
 def without_first(output: Path) -> Path:

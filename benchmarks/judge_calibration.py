@@ -101,7 +101,7 @@ def main() -> None:
         rows.append({"degrees": degrees, **{name: asdict(result) for name, result in results.items()}})
         shown.append(pictures[:: max(1, len(pictures) // SHOWN)][:SHOWN])
     settings = {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": STEPS, "num_images": arguments.num_images}
-    made = provenance(NOISE_SEED, torch.device("cpu"))
+    made = asdict(provenance(NOISE_SEED, torch.device("cpu")))
     write_json_atomic(arguments.output, {"task": TASK, "settings": settings, "rows": rows, "provenance": made})
     if arguments.sheet is not None:
         labels = [f"{degrees:g}°" for degrees in arguments.degrees for _ in range(SHOWN)]

@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def main() -> None:
     judge = load_judge("emoji")
     rows = [row for label in SCHEDULERS for row in measure(label, judge, arguments.num_images)]
     if arguments.output is not None:
-        write_json_atomic(arguments.output, {"rows": rows, "provenance": provenance(0, torch.device("cpu"))})
+        write_json_atomic(arguments.output, {"rows": rows, "provenance": asdict(provenance(0, torch.device("cpu")))})
 
 
 if __name__ == "__main__":

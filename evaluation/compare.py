@@ -99,7 +99,7 @@ def check(comparison: Comparison, cells: Sequence[Cell]) -> None:
     settings = comparison.settings
     load_judge(settings.clip_model, settings.clip_pretrained)
     options = cells[0].options()
-    real = load_real(options, {"base_model": {"name_or_path": settings.base_model}})
+    real = load_real(options, settings.base_model)
     for suite in comparison.tasks.values():
         kept_pictures(options, suite, real)
     for cell in cells:

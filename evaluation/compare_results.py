@@ -109,8 +109,8 @@ def base_run(cell: Cell, report: Report) -> Run:
 
 def _made(report: Report) -> dict[str, Any]:
     made = report.provenance
-    kept = {name: made[name] for name in ("commit", "device", "time")}
-    return {"safemax_sd": made["versions"]["safemax_sd"], **kept}
+    version = made.versions["safemax_sd"]
+    return {"safemax_sd": version, "commit": made.commit, "device": made.device, "time": made.time}
 
 
 def _content(
@@ -125,7 +125,7 @@ def _content(
         "tasks": {name: _described(suite) for name, suite in comparison.tasks.items()},
         "seeds": list(comparison.seeds),
         "methods": {label: method.given for label, method in comparison.methods.items()},
-        "provenance": provenance(None, torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "provenance": asdict(provenance(None, torch.device("cuda" if torch.cuda.is_available() else "cpu"))),
         "summary": [summary.to_json() for summary in table],
         "metrics": described_metrics(runs),
         "row_entries": list(ROW_ENTRIES),

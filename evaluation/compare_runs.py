@@ -11,6 +11,7 @@ from typing import Any, Self
 from safemax_sd.evaluation.report import Row
 
 from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.results.erasure import ErasureRecord
 
 BASE = "base"
 """Label of the base model's runs."""
@@ -39,13 +40,13 @@ class ErasureCost:
     peak_memory_bytes: int | None = None
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Self:
-        """Read the cost of an `erasure.json`; an edit costs what it took itself, beside what its anchor took."""
-        cost, own = record["cost"], record.get("edit", {}).get("seconds")
-        calls = {"total": sum(cost["model_calls"].values()), **cost["model_calls"]}
+    def of(cls, record: ErasureRecord) -> Self:
+        """Read the cost of an erasure; an edit costs what it took itself, beside what its anchor took."""
+        cost, own = record.cost, None if record.edit is None else record.edit.seconds
+        calls = {"total": sum(cost.model_calls.values()), **cost.model_calls}
         if own is None:
-            return cls(cost["seconds"], calls, cost["peak_memory_bytes"])
-        return cls({**own, ANCHOR: cost["seconds"]["total"]}, {"total": 0, ANCHOR: calls["total"]}, None)
+            return cls(cost.seconds, calls, cost.peak_memory_bytes)
+        return cls({**own, ANCHOR: cost.seconds["total"]}, {"total": 0, ANCHOR: calls["total"]}, None)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:

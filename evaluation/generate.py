@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch import Tensor
 from safemax_sd.core.errors import SafemaxError, path_errors
 from safemax_sd.core.provenance import write_tensors_atomic
 from safemax_sd.diffusion.schedulers import as_scheduler
-from safemax_sd.families import LoadOptions
 from safemax_sd.prompts import without_cut_text
 
 logger = logging.getLogger("safemax_sd")
@@ -132,7 +131,7 @@ class Generator:
         self._models: dict[str, Sampler] = {"base": models.base, "erased": models.erased}
         self._caches = {"base": base_cache_dir or cache_dir, "erased": cache_dir}
         self.batch_size, self._state = batch_size, state
-        self._base, self._settings = LoadOptions.from_record(self.record).record(family=""), models.scheduler_settings
+        self._base, self._settings = asdict(replace(self.record.base_model, family="")), models.scheduler_settings
         for folder in self._caches.values():
             with path_errors("--output_dir", folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +146,7 @@ class Generator:
     @property
     def _size(self) -> dict[str, int]:
         """Of the pictures, where it is not the model's own, in the pipeline's arguments."""
-        resolution = self.record["config"]["resolution"]
+        resolution = self.record.resolution
         return {} if resolution is None else {"height": resolution, "width": resolution}
 
     @property

@@ -141,12 +141,12 @@ def measured_markdown(report: Report) -> str:
     settings, made = report.settings, report.provenance
     scale = described_guidance(settings["guidance_scale"], settings.get("prompt_guidance_scales", ()))
     guided = f"guidance scale {scale}, {settings['num_inference_steps']} steps"
-    commit = f", commit {made['commit'][:12]}" if made["commit"] else ""
+    commit = f", commit {made.commit[:12]}" if made.commit else ""
     judge, suite = markdown_text(report.judge), markdown_text(report.full_suite)
     how = (
         f"Measured by `safemax evaluate` on the prompts of {suite}: judge {judge}, sampler {settings['sampler']}, "
-        f"{guided}, seed {settings['seed']}, on {made['device']} with safemax_sd "
-        f"{made['versions']['safemax_sd']}{commit}. In brackets: 95 % intervals; n: pictures."
+        f"{guided}, seed {settings['seed']}, on {made.device} with safemax_sd "
+        f"{made.versions['safemax_sd']}{commit}. In brackets: 95 % intervals; n: pictures."
     )
     return f"{headline_markdown(headline(report))}\n\n{how}"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from safemax_sd.evaluation.metrics import METRICS
 from safemax_sd.evaluation.metrics.distribution import check_distribution
 from safemax_sd.evaluation.metrics.features import INCEPTION, JUDGE_EXTRACTOR
@@ -13,9 +11,10 @@ from torch import Tensor
 
 from safemax_sd.core.errors import OptionError
 from safemax_sd.prompts import Suite, load_suite, suite_names
+from safemax_sd.results.erasure import ErasureRecord
 
 
-def find_suite(name: str | None, record: dict[str, Any]) -> Suite:
+def find_suite(name: str | None, record: ErasureRecord) -> Suite:
     """The suite asked for, else the shipped one whose forbidden prompts the adapter was trained on.
 
     Raises:
@@ -25,7 +24,7 @@ def find_suite(name: str | None, record: dict[str, Any]) -> Suite:
         return load_suite(name)
     for candidate in suite_names():
         suite = load_suite(candidate)
-        if suite.parts["forget"].sha256 == record["forget"]["sha256"]:
+        if suite.parts["forget"].sha256 == record.forget.sha256:
             return suite
     text = f"is required: the adapter's forbidden prompts belong to no shipped suite ({', '.join(suite_names())})"
     raise OptionError("--suite", "(not given)", text)
@@ -54,11 +53,11 @@ def check_metrics(suite: Suite) -> None:
         METRICS.get(name).check(suite.name, suite.parts["forget"].concepts)
 
 
-def load_real(options: EvaluateOptions, record: dict[str, Any]) -> RealPictures | None:
+def load_real(options: EvaluateOptions, base_model: str) -> RealPictures | None:
     """Real pictures, where there are any to compare with."""
     if options.real_images is not None:
         return load_folder(options.real_images)
-    return embedded_pictures() if record["base_model"]["name_or_path"] == "emoji" else None
+    return embedded_pictures() if base_model == "emoji" else None
 
 
 def extractor_of(options: EvaluateOptions) -> str:

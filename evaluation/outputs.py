@@ -16,12 +16,11 @@ from safemax_sd.evaluation.report import REPORT, Report
 
 from safemax_sd.core.errors import OptionError, path_errors
 from safemax_sd.core.pictures import before_after
-from safemax_sd.core.provenance import public_record
-from safemax_sd.results.erasure import read_record
+from safemax_sd.results.erasure import RECORD, ErasureRecord
 from safemax_sd.results.folder import check_no_model, claimed, foreign, not_ours, replacing, sweep
 from safemax_sd.results.model_card import Picture, write_model_card
 from safemax_sd.results.samples import SMALL
-from safemax_sd.training.output import CARD, LOG, RECORD, read_log
+from safemax_sd.training.output import CARD, LOG, read_log
 from safemax_sd.training.workers import claimed_by_main, from_main, process_state
 
 logger = logging.getLogger("safemax_sd")
@@ -69,7 +68,7 @@ def write_report(report: Report, shown: Shown, folder: Path, adapter_dir: Path |
     log = [] if adapter_dir is None else read_log(adapter_dir / LOG)
     with replacing(folder, REPORT) as new:
         before_after(shown.base, shown.erased, shown.prompts, scale=scale).save(new / SAMPLES)
-        replace(report, adapter=public_record(report.adapter)).write(new / REPORT)
+        replace(report, adapter=report.adapter.public()).write(new / REPORT)
         write_page(report, new, log=log)
     if adapter_dir is not None:
         update_model_card(adapter_dir, report, folder)
@@ -87,7 +86,7 @@ def update_model_card(adapter_dir: Path, report: Report, folder: Path) -> None:
     picture = Picture(path, "The base model above, the erased model below: same prompts, same start noise")
     try:
         with claimed(adapter_dir, "--adapter"), path_errors("--adapter", adapter_dir):
-            if read_record(adapter_dir) != report.adapter or foreign(adapter_dir, CARD, RECORD):
+            if ErasureRecord.read(adapter_dir) != report.adapter or foreign(adapter_dir, CARD, RECORD):
                 raise OptionError("--adapter", adapter_dir, f"{CARD} is of another adapter")
             write_model_card(adapter_dir, report.adapter, measured=measured_markdown(report), picture=picture)
     except OptionError as error:  # the evaluation itself is complete

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from safemax_sd.evaluation.plots import Line, loss_plot, probe_plot, sweep_plot
 from safemax_sd.evaluation.report import REPORT, Report, Row
 
 from safemax_sd.core.errors import OptionError, path_errors
-from safemax_sd.core.provenance import atomic_write_text, public_record
+from safemax_sd.core.provenance import atomic_write_text
+from safemax_sd.results.erasure import ErasureRecord, TotalCost
 from safemax_sd.results.folder import claimed, finish, foreign, not_ours
 from safemax_sd.results.model_card import usage
 from safemax_sd.training.output import LOG, read_log
@@ -60,11 +62,11 @@ def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]
         headline=_headline_table(report),
         sweeps=_sweeps(report),
         training=_training(log),
-        cost=_pairs(_cost(record)),
+        cost=_pairs(_cost(record.cost)),
         snippet=html.escape(_usage(record)),
-        config=_pairs(record["config"]),
+        config=_pairs(record.config),
         settings=_pairs({"suite": report.full_suite, "judge": report.judge, **report.settings}),
-        versions=_pairs({**report.provenance["versions"], **_plain(report.provenance)}),
+        versions=_pairs({**report.provenance.versions, **_plain(asdict(report.provenance))}),
     )
     atomic_write_text(folder / PAGE_FILE, page)
     return folder / PAGE_FILE
@@ -94,18 +96,17 @@ def render(folder: Path) -> Path:
 
 
 def _lead(report: Report) -> str:
-    record = report.adapter
-    seconds = record["cost"]["seconds"]["total"]
+    record, cost = report.adapter, report.adapter.cost
     return (
-        f"{record['method']} in {seconds:.0f} s and {record['cost']['steps']} steps, for {record['forget']['count']} "
+        f"{record.method} in {cost.seconds['total']:.0f} s and {cost.steps} steps, for {record.forget.count} "
         f"forbidden prompts. Judge: {report.judge}. Intervals are 95 %."
     )
 
 
-def _usage(record: Mapping[str, Any]) -> str:
-    if "baseline" in record:
-        return str(record["baseline"]["usage"])
-    return usage(public_record(record), "path/to/this/adapter")
+def _usage(record: ErasureRecord) -> str:
+    if record.baseline is not None:
+        return record.baseline.usage
+    return usage(record.public(), "path/to/this/adapter")
 
 
 def _headline_table(report: Report) -> str:
@@ -162,12 +163,12 @@ def _training(log: Sequence[Mapping[str, Any]]) -> str:
     return f'<h2>Training</h2><div class="plots">{"".join(f"<figure>{plot}</figure>" for plot in plots)}</div>'
 
 
-def _cost(record: Mapping[str, Any]) -> dict[str, str]:
-    cost = record["cost"]
-    seconds = {f"seconds, {name}": f"{value:.1f}" for name, value in cost["seconds"].items()}
-    calls = {f"model calls, {name}": f"{value:,}" for name, value in cost["model_calls"].items()}
-    memory = format_value(cost["peak_memory_bytes"] / 2**30, "GiB")
-    return {"steps": str(cost["steps"]), **seconds, **calls, "peak memory": memory}
+def _cost(cost: TotalCost) -> dict[str, str]:
+    seconds = {f"seconds, {name}": f"{value:.1f}" for name, value in cost.seconds.items()}
+    calls = {f"model calls, {name}": f"{value:,}" for name, value in cost.model_calls.items()}
+    peak = cost.peak_memory_bytes
+    memory = {} if peak is None else {"peak memory": format_value(peak / 2**30, "GiB")}
+    return {"steps": str(cost.steps), **seconds, **calls, **memory}
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:

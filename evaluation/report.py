@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from safemax_sd.evaluation.metrics.base import Metric, Result
 
 from safemax_sd.core.errors import OptionError, SafemaxError
-from safemax_sd.core.provenance import write_json_atomic
+from safemax_sd.core.provenance import Provenance, write_json_atomic
+from safemax_sd.core.records import EntryError, decode
+from safemax_sd.results.erasure import ErasureRecord
 
 FORMAT_VERSION = 1
 REPORT = "report.json"
@@ -126,7 +128,7 @@ class Report:
     """An evaluation.
 
     Attributes:
-        adapter: Content of the adapter's `erasure.json`.
+        adapter: Record of the erasure.
         erased: Concepts that the suite forbids.
         suite: Name of the suite.
         suite_version: Version of the benchmark that the suite belongs to; None where it has none.
@@ -138,7 +140,7 @@ class Report:
         seconds: Wall-clock seconds by phase.
     """
 
-    adapter: dict[str, Any]
+    adapter: ErasureRecord
     erased: tuple[str, ...]
     suite: str
     suite_version: str | None
@@ -146,7 +148,7 @@ class Report:
     settings: Mapping[str, Any]
     metrics: tuple[Row, ...]
     sweep: tuple[Row, ...]
-    provenance: Mapping[str, Any]
+    provenance: Provenance
     seconds: Mapping[str, float]
 
     @property
@@ -162,13 +164,12 @@ class Report:
     @property
     def erased_names(self) -> list[str]:
         """Erased concepts, or the forbidden prompts themselves where the prompt file names no concept."""
-        forget = self.adapter["forget"]
-        return list(self.erased or forget["concepts"] or forget["texts"])
+        return list(self.erased or self.adapter.forget.concepts or self.adapter.forget.texts)
 
     @property
     def base_name(self) -> str:
         """Name of the base model, without the folders of a local path."""
-        name = str(self.adapter["base_model"]["name_or_path"])
+        name = self.adapter.base_model.name_or_path
         # A hub name has one slash and is kept whole; a path is shortened to its last part.
         return name.rstrip("/").rsplit("/", 1)[-1] if name.count("/") != 1 or name.startswith((".", "/")) else name
 
@@ -204,13 +205,17 @@ class Report:
         """Read the content of a `report.json` that has all `KEYS`.
 
         Raises:
-            SafemaxError: A measurement cannot be read, or an entry is of another type.
+            SafemaxError: A measurement or the adapter's record cannot be read, or an entry is of another type.
         """
         for name, kind in KEYS.items():
             if not isinstance(content[name], kind):
                 raise SafemaxError(f"an entry of another type: {name}")
+        try:
+            adapter = ErasureRecord.from_json(content["adapter"])
+        except EntryError as error:
+            raise EntryError(f"adapter.{error.entry}") from error
         return cls(
-            adapter=content["adapter"],
+            adapter=adapter,
             erased=tuple(content["erased"]),
             suite=content["suite"],
             suite_version=content.get("suite_version"),
@@ -218,7 +223,7 @@ class Report:
             settings=content["settings"],
             metrics=tuple(map(Row.from_json, content["metrics"])),
             sweep=tuple(map(Row.from_json, content["sweep"])),
-            provenance=content["provenance"],
+            provenance=decode(Provenance, content["provenance"], "provenance"),
             seconds=content.get("seconds", {}),
         )
 
@@ -231,7 +236,7 @@ class Report:
         """
         content = {
             "format_version": FORMAT_VERSION,
-            "adapter": self.adapter,
+            "adapter": self.adapter.to_json(),
             "erased": list(self.erased),
             "suite": self.suite,
             "suite_version": self.suite_version,
@@ -240,6 +245,6 @@ class Report:
             "metrics": [row.to_json() for row in self.metrics],
             "sweep": [row.to_json() for row in self.sweep],
             "seconds": self.seconds,
-            "provenance": self.provenance,
+            "provenance": asdict(self.provenance),
         }
         write_json_atomic(path, content)

@@ -94,7 +94,7 @@ class Evaluation:
         self.suite = find_suite(options.suite, record)
         self.output_dir = Path(options.output_dir or Path(options.adapter) / "evaluation")
         judge = load_judge(options.clip_model, options.clip_pretrained)
-        self.real = load_real(options, record)
+        self.real = load_real(options, record.base_model.name_or_path)
         concepts = suite_concepts(self.suite)
         check_metrics(self.suite)
         artists = tuple(name for prompts in self.suite.parts.values() for name in prompts.artists)

@@ -18,11 +18,10 @@ from safemax_sd.adapters.lora import WEIGHTS_NAME, check_fit, lora_layers, read_
 from safemax_sd.adapters.weights import FULL_WEIGHTS
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.quiet import quiet
-from safemax_sd.families.base import FAMILIES, ModelFamily
+from safemax_sd.families import load_family
 from safemax_sd.families.folders import LOAD_ERRORS
 from safemax_sd.families.latent import LatentFamily
-from safemax_sd.objectives import OBJECTIVES
-from safemax_sd.results.erasure import load_base, read_record
+from safemax_sd.results.erasure import ErasureRecord
 
 ADAPTER_NAME = "safemax_erasure"
 
@@ -55,11 +54,11 @@ class Subject(ABC):
     """What is evaluated; nothing but its record is read before `load`.
 
     Attributes:
-        record: Content of an `erasure.json`.
+        record: Of the erasure.
         folder: The output folder of a run, or None where there is none.
     """
 
-    record: dict[str, Any]
+    record: ErasureRecord
     folder: Path | None
 
     @abstractmethod
@@ -83,31 +82,24 @@ class Adapter(Subject):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.record, self.folder = read_record(folder), folder
+        self.record, self.folder = ErasureRecord.read(folder), folder
 
     def load(self, device: torch.device) -> Models:
         assert self.folder is not None
-        name = self.record["base_model"]["family"]
-        if not issubclass(FAMILIES.get(name), LatentFamily):
-            text = f"is a {name} model, which no pipeline draws from; see docs/class_unlearning.md"
+        if not issubclass(self.record.family, LatentFamily):
+            text = f"is a {self.record.family.name} model, which no pipeline draws from; see docs/class_unlearning.md"
             raise OptionError("--adapter", self.folder, text)
-        family = load_base(self.record, device, dtype_on(device))
+        family = load_family(self.record.base_model.options(device, dtype_on(device)))
         assert isinstance(family, LatentFamily)
         try:
             with quiet():
-                if self.record["config"]["trainable"] == "full":
+                if self.record.lora is None:
                     return _with_full_weights(family, self.folder)
-                return _with_lora(family, self.folder, self._layers(family))
+                return _with_lora(family, self.folder, lora_layers(family, self.record.lora))
         except LOAD_ERRORS as error:
             reason = " ".join(str(error).split())[:200]
             text = f"cannot be loaded onto {family.options.name_or_path}: {reason}"
             raise OptionError("--adapter", self.folder, text) from error
-
-    def _layers(self, family: ModelFamily) -> Set[str]:
-        """Names of the layers that a LoRA of this method has."""
-        if self.record["method"] in OBJECTIVES.names():
-            return lora_layers(family, self.record["config"]["lora_targets"])
-        return family.token_projections().keys()
 
 
 def _with_lora(family: LatentFamily, folder: Path, layers: Set[str]) -> Models:

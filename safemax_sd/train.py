@@ -22,9 +22,9 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from safemax_sd.adapters import weights as trainable
+from safemax_sd.adapters.weights import TrainedWeights, attach
 from safemax_sd.core.errors import OptionError, SafemaxError
-from safemax_sd.core.provenance import Cost, Stopwatch
+from safemax_sd.core.provenance import Cost, Stopwatch, provenance
 from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Batch, Draw, Positions
@@ -32,7 +32,17 @@ from safemax_sd.prompts import PromptSet, warn_over_long
 from safemax_sd.recording.replay import start_noise
 from safemax_sd.recording.schedule import Recording
 from safemax_sd.results import hub
+from safemax_sd.results.erasure import (
+    NOTHING_FORBIDDEN,
+    RECORD,
+    BaseModel,
+    ErasureRecord,
+    ForgetFile,
+    PromptFile,
+    TotalCost,
+)
 from safemax_sd.results.folder import replacing
+from safemax_sd.results.model_card import last_sample, write_model_card
 from safemax_sd.results.samples import save_samples, track_samples
 from safemax_sd.training import checkpoints
 from safemax_sd.training.children import end_with_starter, told_to_launcher
@@ -40,7 +50,7 @@ from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
 from safemax_sd.training.optimizers import make_optimizer
-from safemax_sd.training.output import RECORD, RunLog, clear, run_folder, write_results
+from safemax_sd.training.output import RunLog, clear, run_folder
 from safemax_sd.training.probe import UnlearningProbe
 from safemax_sd.training.resume import check_conditions, conditions
 from safemax_sd.training.workers import (
@@ -70,7 +80,7 @@ class Run:
     retain: PromptSet
     recording: Recording
     objective: Objective
-    trainable: trainable.Trainable
+    weights: TrainedWeights
     optimizer: Any
     scheduler: Any
     denoiser: nn.Module
@@ -143,11 +153,29 @@ def save_results(run: Run, cost: Cost) -> None:
     Raises:
         OptionError: The disk is full; what was there before stays.
     """
-    named = run.forget if run.objective.names_concepts else None
     with replacing(run.output_dir, RECORD) as folder:
-        run.trainable.save(folder)
+        run.weights.save(folder)
         run.objective.save(folder)
-        write_results(folder, run.config, run.family, named, run.retain, cost, run.step)
+        record = describe(run, cost)
+        record.write(folder)
+        write_model_card(folder, record, picture=last_sample(run.output_dir))
+
+
+def describe(run: Run, cost: Cost) -> ErasureRecord:
+    """Return the record of a run that ends now."""
+    config, device = run.config, run.accelerator.device
+    return ErasureRecord(
+        method=config.objective,
+        base_model=BaseModel.of(run.family.options, run.family.name),
+        lora=config.lora(),
+        resolution=config.resolution,
+        forget=ForgetFile.of(run.forget) if run.objective.names_concepts else NOTHING_FORBIDDEN,
+        retain=PromptFile.of(run.retain),
+        cost=TotalCost.of(cost, device, run.step),
+        config=config.record(),
+        provenance=provenance(config.seed, device),
+        anchor=run.objective.anchor,
+    )
 
 
 def build_run(
@@ -179,7 +207,7 @@ def build_run(
         data = recording.before(0)
     family.free_encoders(decoder=validation is None and probe is None)
     objective = OBJECTIVES.get(config.objective)(config, data)  # type: ignore[arg-type]
-    weights = trainable.attach(family, config)
+    weights = attach(family, config)
     student = Student.of(family, weights.parameters)
     with clock.phase("prepare"):
         prior_calls = objective.prepare(student)
@@ -205,7 +233,7 @@ def build_run(
         retain=retain,
         recording=recording,
         objective=objective,
-        trainable=weights,
+        weights=weights,
         optimizer=optimizer,
         scheduler=scheduler,
         denoiser=denoiser,
@@ -290,7 +318,7 @@ def optimizer_step(run: Run) -> dict[str, float]:
             accelerator.backward(terms.total)
             if accelerator.sync_gradients:
                 run.objective.before_clipping()
-                accelerator.clip_grad_norm_(run.trainable.parameters, config.max_grad_norm)
+                accelerator.clip_grad_norm_(run.weights.parameters, config.max_grad_norm)
                 run.objective.adjust_gradients()
             run.optimizer.step()
             run.scheduler.step()
@@ -326,7 +354,7 @@ def check_weights(run: Run) -> None:
     Raises:
         SafemaxError: It is not.
     """
-    if not all(bool(parameter.isfinite().all()) for parameter in run.trainable.parameters):
+    if not all(bool(parameter.isfinite().all()) for parameter in run.weights.parameters):
         raise not_finite(run, f"the weights are not finite after step {run.step}")
 
 

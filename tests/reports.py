@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+import torch
 from safemax_sd.evaluation.compare_runs import Run
 from safemax_sd.evaluation.metrics import METRICS, Result
 from safemax_sd.evaluation.report import Report, Row
+
+from safemax_sd.assets import ANCHORS
+from safemax_sd.core.provenance import provenance
+from safemax_sd.results.erasure import ErasureRecord
 
 SETTINGS = {"guidance_scale": 5.0, "num_inference_steps": 2, "sampler": "ddim", "seed": 0}
 
@@ -28,17 +34,14 @@ def row(
 def report_of(*rows: Row, name: str = "bomb", **changes: Any) -> Report:
     """Return a report of these measurements, in which suite, judge and erased concept have one name."""
     content = {
-        "adapter": {
-            "base_model": {"name_or_path": "emoji"},
-            "forget": {"concepts": [], "texts": []},
-        },
+        "adapter": ErasureRecord.read(ANCHORS["emoji"]).to_json(),
         "erased": [name],
         "suite": name,
         "judge": name,
         "settings": SETTINGS,
         "metrics": [row.to_json() for row in rows],
         "sweep": [],
-        "provenance": {"commit": None, "device": "cpu", "versions": {"safemax_sd": "1"}},
+        "provenance": asdict(provenance(0, torch.device("cpu"))),
     }
     return Report.from_json({**content, **changes})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def main() -> None:
             "style": recognised(judge, pictures, [f"{s} style" for _, s in pairs], styles),
         }
         print(name, json.dumps(result[name]))
-    result["provenance"] = provenance(SEED, torch.device("cpu"))
+    result["provenance"] = asdict(provenance(SEED, torch.device("cpu")))
     with RESULTS.open("a", encoding="utf8") as file:
         file.write(json.dumps({"benchmark": "emoji base model", **result}) + "\n")
     every = CONCEPTS[:: len(CONCEPTS) // 16][:16]

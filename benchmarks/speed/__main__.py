@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Measurement:
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         self.arguments, self.device = arguments, device
-        self.made_by = provenance(0, device)
+        self.made_by = asdict(provenance(0, device))
         self.rows = read_rows(arguments.output)
 
     def run(self) -> None:

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.objectives.safemax import Safemax
 from safemax_sd.prompts import load_suite
 from safemax_sd.recording.replay import ReplayBank
+from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.train import Run, optimizer_step
 from safemax_sd.training.config import TrainConfig, config_class
 
@@ -52,14 +53,13 @@ def until_forgotten(label: str, flags: Mapping[str, Any], work_dir: Path) -> Ite
             "probe_steps": PROBE_STEPS,
         },
     )
-    record = json.loads((output / "erasure.json").read_text(encoding="utf8"))
     probed = {row["step"]: row["probe_unlearning_accuracy"] for row in log_of(output) if is_probed(row)}
     yield {
         "variant": label,
         "reached": max(probed.values()) >= FORGOTTEN_AT,
         "probes": probed,
         "kept": kept(output),
-        **record["cost"],
+        **asdict(ErasureRecord.read(output).cost),
     }
 
 

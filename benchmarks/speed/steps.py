@@ -172,7 +172,7 @@ class Bench:
             loss = F.mse_loss(predicted, noise.float())
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(self.run.trainable.parameters, self.run.config.max_grad_norm)
+                accelerator.clip_grad_norm_(self.run.weights.parameters, self.run.config.max_grad_norm)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
@@ -216,7 +216,7 @@ class Bench:
         return self.family.predict(x_t, t, conditioning, self.run.denoiser)
 
     def clear_gradients(self) -> None:
-        for parameter in self.run.trainable.parameters:
+        for parameter in self.run.weights.parameters:
             parameter.grad = None
 
     def encoders(self) -> ModelFamily:
@@ -228,7 +228,7 @@ class Bench:
 
     def _optimizer(self) -> tuple[Any, Any]:
         """An optimizer and a schedule of one trainer's own."""
-        optimizer = make_optimizer(self.run.config, self.run.trainable.parameters, 1)
+        optimizer = make_optimizer(self.run.config, self.run.weights.parameters, 1)
         return self.run.accelerator.prepare(optimizer, LambdaLR(optimizer, lambda step: 1.0))
 
 

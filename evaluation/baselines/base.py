@@ -20,8 +20,7 @@ from safemax_sd.core.registry import Registry
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.prompts import PromptSet
-from safemax_sd.results.erasure import FORMAT_VERSION
-from safemax_sd.training.output import describe_prompts
+from safemax_sd.results.erasure import BaselineUse, BaseModel, ErasureRecord, ForgetFile, PromptFile, TotalCost
 
 
 @dataclass(frozen=True)
@@ -58,21 +57,18 @@ class Baseline(Subject):
     def __init__(self, base: str, forget: PromptSet, retain: PromptSet, settings: Any) -> None:
         self.base, self.settings = base, settings
         self.concepts = ", ".join(dict.fromkeys(prompt.shows for prompt in forget.prompts))
-        self.record = {
-            "format_version": FORMAT_VERSION,
-            "method": self.name,
-            "base_model": LoadOptions(base).record(family=None),
-            "config": {"resolution": None, **asdict(settings)},
-            "baseline": {
-                "concepts": self.concepts,
-                "predictions_per_step": self.predictions,
-                "usage": "\n".join(self.usage()),
-            },
-            "forget": describe_prompts(forget),
-            "retain": describe_prompts(retain, with_texts=False),
-            "cost": {"seconds": {"total": 0.0}, "peak_memory_bytes": 0, "model_calls": {"train": 0}, "steps": 0},
-            "provenance": provenance(None, torch.device("cpu")),
-        }
+        self.record = ErasureRecord(
+            method=self.name,
+            base_model=BaseModel.of(LoadOptions(base), family=None),
+            lora=None,
+            resolution=None,
+            forget=ForgetFile.of(forget),
+            retain=PromptFile.of(retain),
+            cost=TotalCost({"total": 0.0}, peak_memory_bytes=0, model_calls={"train": 0}, steps=0),
+            config=asdict(settings),
+            provenance=provenance(None, torch.device("cpu")),
+            baseline=BaselineUse(self.concepts, self.predictions, "\n".join(self.usage())),
+        )
 
     @classmethod
     @abstractmethod
@@ -99,7 +95,7 @@ class Baseline(Subject):
         """Return what draws with the baseline."""
 
     def load(self, device: torch.device) -> Models:
-        family = load_family(LoadOptions.from_record(self.record, device, dtype_on(device)))
+        family = load_family(self.record.base_model.options(device, dtype_on(device)))
         if not isinstance(family, LatentFamily):
             raise OptionError("--baseline", self.name, f"needs a pipeline that draws, which {self.base} has not")
         key = json.dumps([self.name, self.concepts, asdict(self.settings)])

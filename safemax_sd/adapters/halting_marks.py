@@ -36,6 +36,19 @@ RIDGE = 1e-4
 WEIGHT = Range("must be in 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
 
 
+@dataclass(frozen=True)
+class MarkStrengths:
+    """Strengths of marks that a halting anchor tells apart: coordinates of a token along the row h_k.
+
+    Attributes:
+        halts_from: Least strength that halts the denoising.
+        harmless_to: Largest strength that changes nothing.
+    """
+
+    halts_from: float
+    harmless_to: float
+
+
 @dataclass
 class HaltingMarksSettings(Options):
     """Weights of the least squares that a readout solves.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from safemax_sd.adapters.low_rank import LowRank
 from safemax_sd.core.errors import SafemaxError
+from safemax_sd.core.options import RANK, SHARE
 from safemax_sd.families.base import LoraTargets, ModelFamily
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -35,33 +37,45 @@ METADATA_KEYS = (
 """Settings that every peft release accepts; others raise TypeError in older releases."""
 
 
-def attach(
-    family: ModelFamily,
-    *,
-    rank: int,
-    targets: LoraTargets,
-    dropout: float = 0.0,
-    seed: int = 0,
-    rank_pattern: dict[str, int] | None = None,
-) -> list[nn.Parameter]:
+@dataclass(frozen=True)
+class LoraSettings:
+    """The layout of a LoRA.
+
+    Attributes:
+        rank: Rank in every layer; alpha equals it, so that readers that lose alpha on load change nothing.
+        targets: Layers that have one: those of `ModelFamily.lora_target_modules`, or `token_projections` alone.
+        dropout: Dropout of the input of the LoRA, 0 to 1.
+        rank_pattern: Layers of another rank, by name.
+    """
+
+    rank: int = field(metadata={"allowed": RANK})
+    targets: Literal[LoraTargets, "token_projections"]
+    dropout: float = field(default=0.0, metadata={"allowed": SHARE})
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+
+    def target_modules(self, family: ModelFamily) -> list[str]:
+        """Return the names of the layers in a family's denoiser, or what these end with."""
+        if self.targets == "token_projections":
+            return list(family.token_projections())
+        return family.lora_target_modules(self.targets)
+
+
+def attach(family: ModelFamily, settings: LoraSettings, *, seed: int = 0) -> list[nn.Parameter]:
     """Add a LoRA to the denoiser and return its parameters, float32, in a fixed order.
 
     Args:
         family: Loaded, frozen model.
-        rank: Rank of every LoRA; alpha equals it, so a reader that drops alpha changes nothing.
-        targets: Layers that get a LoRA (see `ModelFamily.lora_target_modules`).
-        dropout: LoRA dropout, 0 to 1.
-        rank_pattern: Ranks of the layers that have another, by name.
+        settings: Layout.
         seed: Seed of the initial A matrices (B starts at 0, so training starts from the base model).
     """
     config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=rank_pattern or {},
-        alpha_pattern=rank_pattern or {},
-        lora_dropout=dropout,
+        r=settings.rank,
+        lora_alpha=settings.rank,
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.rank_pattern),
+        lora_dropout=settings.dropout,
         init_lora_weights="gaussian",
-        target_modules=family.lora_target_modules(targets),
+        target_modules=settings.target_modules(family),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -73,9 +87,9 @@ def attach(
     return parameters
 
 
-def lora_layers(family: ModelFamily, targets: LoraTargets) -> set[str]:
+def lora_layers(family: ModelFamily, settings: LoraSettings) -> set[str]:
     """Return the names of the layers that `attach` gives a LoRA."""
-    endings = tuple(f".{ending}" for ending in family.lora_target_modules(targets))
+    endings = tuple(f".{ending}" for ending in settings.target_modules(family))
     return {name for name, _ in family.denoiser.named_modules() if f".{name}".endswith(endings)}
 
 

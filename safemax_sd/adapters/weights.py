@@ -12,8 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from safemax_sd.adapters import lora
+from safemax_sd.adapters.lora import LoraSettings
 from safemax_sd.core.errors import OptionError, SafemaxError
-from safemax_sd.core.options import SHARE, Range, RunOptions, option
+from safemax_sd.core.options import RANK, SHARE, RunOptions, option
 from safemax_sd.families import ModelFamily
 from safemax_sd.families.base import LoraTargets
 
@@ -28,14 +29,18 @@ class WeightsOptions(RunOptions):
 
     trainable: Literal["lora", "full"] = option("lora", "Trained weights: a LoRA, or all of the denoiser's.")
     lora_targets: LoraTargets = option("all", "Layers that get a LoRA.")
-    rank: int = option(
-        16, "LoRA rank (alpha equals it).", Range("must be in 1 to 4,096", lambda value: 1 <= value <= 4096)
-    )
+    rank: int = option(16, "LoRA rank (alpha equals it).", RANK)
     lora_dropout: float = option(0.0, "LoRA dropout.", SHARE)
     output_kohya_format: bool = option(False, "Write the adapter for A1111 and ComfyUI as well.")
 
+    def lora(self) -> LoraSettings | None:
+        """Return the layout of the LoRA to train; None where every weight is to train."""
+        if self.trainable == "full":
+            return None
+        return LoraSettings(self.rank, self.lora_targets, self.lora_dropout)
 
-class Trainable(ABC):
+
+class TrainedWeights(ABC):
     """The trained weights of a family's denoiser.
 
     Attributes:
@@ -67,21 +72,24 @@ class Trainable(ABC):
         """
 
 
-class Lora(Trainable):
-    """A LoRA on frozen base weights."""
+class LoraWeights(TrainedWeights):
+    """A LoRA on frozen base weights.
 
-    def __init__(self, family: ModelFamily, config: WeightsOptions, rank_pattern: dict[str, int] | None = None) -> None:
-        if config.output_kohya_format and not family.kohya_format:
+    Args:
+        family: Loaded, frozen model.
+        settings: Layout of the LoRA.
+        seed: Seed of its initial matrices.
+        kohya: True to save it for A1111 and ComfyUI too.
+
+    Raises:
+        OptionError: These know no such models.
+    """
+
+    def __init__(self, family: ModelFamily, settings: LoraSettings, *, seed: int = 0, kohya: bool = False) -> None:
+        if kohya and not family.kohya_format:
             raise OptionError("--output_kohya_format", True, f"A1111 and ComfyUI know no {family.name} models")
-        self.family, self.kohya = family, config.output_kohya_format
-        self.parameters = lora.attach(
-            family,
-            rank=config.rank,
-            targets=config.lora_targets,
-            dropout=config.lora_dropout,
-            seed=config.seed,
-            rank_pattern=rank_pattern,
-        )
+        self.family, self.kohya = family, kohya
+        self.parameters = lora.attach(family, settings, seed=seed)
         family.denoiser.eval()
         for module in family.denoiser.modules():
             if isinstance(module, BaseTunerLayer):  # the base model's own dropout stays off
@@ -94,7 +102,7 @@ class Lora(Trainable):
         lora.load_adapter(self.family, directory)
 
 
-class FullModel(Trainable):
+class FullWeights(TrainedWeights):
     """Every weight of the denoiser; stored as the denoiser's folder in diffusers' format."""
 
     def __init__(self, family: ModelFamily) -> None:
@@ -116,12 +124,9 @@ class FullModel(Trainable):
             tensor.copy_(stored[name])
 
 
-def attach(family: ModelFamily, config: WeightsOptions, rank_pattern: dict[str, int] | None = None) -> Trainable:
-    """Make the weights that `--trainable` names trainable.
-
-    Args:
-        family: Loaded, frozen model.
-        config: Flags.
-        rank_pattern: Ranks of the layers whose LoRA has another, by name.
-    """
-    return FullModel(family) if config.trainable == "full" else Lora(family, config, rank_pattern)
+def attach(family: ModelFamily, options: WeightsOptions) -> TrainedWeights:
+    """Let the weights train that `--trainable` names."""
+    settings = options.lora()
+    if settings is None:
+        return FullWeights(family)
+    return LoraWeights(family, settings, seed=options.seed, kohya=options.output_kohya_format)

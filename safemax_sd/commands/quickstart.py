@@ -30,7 +30,7 @@ class QuickstartOptions(ImageCounts):
 def quickstart(options: QuickstartOptions) -> None:
     """Erase a concept from the embedded emoji model, measure it and write a page: offline, in minutes."""
     from safemax_sd.prompts import load_suite
-    from safemax_sd.results.erasure import read_record
+    from safemax_sd.results.erasure import ErasureRecord
     from safemax_sd.results.folder import claimed
     from safemax_sd.results.model_card import usage
     from safemax_sd.training.output import check_output_dir
@@ -60,4 +60,4 @@ def quickstart(options: QuickstartOptions) -> None:
         say(f"training {trained - started:.0f} s, evaluation {finished - trained:.0f} s")
         say("use it:")
         console.print()
-        console.print(usage(read_record(output_dir), str(output_dir.resolve())), soft_wrap=True)
+        console.print(usage(ErasureRecord.read(output_dir), str(output_dir.resolve())), soft_wrap=True)

@@ -43,6 +43,7 @@ NONZERO_SHARE = Range("must be more than 0 and at most 1", lambda value: 0 < val
 MOMENT = Range("must be 0 or more and less than 1", lambda value: 0 <= value < 1)
 PERCENTAGE = Range("must be in 0 to 100", lambda value: 0 <= value <= 100)
 COUNT = Range("must be in 1 to 100,000", lambda value: 1 <= value <= 100_000)
+RANK = Range("must be in 1 to 4,096", lambda value: 1 <= value <= 4096)
 STEPS = Range("must be in 1 to 1,000,000,000", lambda value: 1 <= value <= 1_000_000_000)
 
 

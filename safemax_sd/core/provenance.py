@@ -60,18 +60,7 @@ def public_path(path: str) -> str:
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else Path(path).name
 
 
-def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of an `erasure.json` for publication: only the last part of a base model's folder."""
-    base = record["base_model"]
-    name = base["name_or_path"]
-    shown = f"path/to/{Path(name).name}" if Path(name).is_absolute() else name
-    return {
-        **record,
-        "base_model": {**base, "name_or_path": shown, **({"cache_dir": None} if "cache_dir" in base else {})},
-    }
-
-
-def _command() -> list[str]:
+def _command() -> tuple[str, ...]:
     """Return the command line of this process, without secrets and without this machine's folders."""
     words = [Path(sys.argv[0]).name]
     for before, word in pairwise(sys.argv):
@@ -80,10 +69,35 @@ def _command() -> list[str]:
             words.append(f"{flag}=***" if equals and before not in SECRET_FLAGS else "***")
         else:
             words.append(f"{flag}={public_path(value)}" if equals else public_path(word))
-    return words
+    return tuple(words)
 
 
-def provenance(seed: int | None, device: torch.device) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Provenance:
+    """Origin of a result.
+
+    Attributes:
+        versions: Versions of packages; None for one that is not installed.
+        python: Version of Python.
+        commit: Commit of the source tree; None for an installed copy.
+        device: Kind and name of the device.
+        threads: Number of PyTorch's threads on the processor.
+        command: Words of the command line, without secrets and without this machine's folders.
+        seed: Seed of every random draw; None if nothing was drawn.
+        time: Time of its making, in UTC.
+    """
+
+    versions: Mapping[str, str | None]
+    python: str
+    commit: str | None
+    device: str
+    threads: int
+    command: tuple[str, ...]
+    seed: int | None
+    time: str
+
+
+def provenance(seed: int | None, device: torch.device) -> Provenance:
     """Return the versions, commit, device and command of the running process.
 
     Args:
@@ -91,16 +105,16 @@ def provenance(seed: int | None, device: torch.device) -> dict[str, Any]:
         device: Device of the run.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "versions": {package: _version(package) for package in PACKAGES},
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "device": f"{device.type} ({name})",
-        "threads": torch.get_num_threads(),
-        "command": _command(),
-        "seed": seed,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    return Provenance(
+        versions={package: _version(package) for package in PACKAGES},
+        python=platform.python_version(),
+        commit=_commit(),
+        device=f"{device.type} ({name})",
+        threads=torch.get_num_threads(),
+        command=_command(),
+        seed=seed,
+        time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
 
 
 class Stopwatch:
@@ -116,6 +130,12 @@ class Stopwatch:
         """Seconds by phase, up to now."""
         self._count()
         return dict(self._seconds)
+
+    @property
+    def seconds_with_total(self) -> dict[str, float]:
+        """Seconds by phase, and their sum as `total`."""
+        seconds = self.seconds
+        return {**seconds, "total": sum(seconds.values())}
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """Add seconds by phase that were spent before."""
@@ -205,26 +225,26 @@ def sorted_metadata(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[start:]
 
 
-def json_text(content: Any, indent: str = "") -> str:
+def json_text(content: Any) -> str:
     """Format JSON content with indentation, where each list or object that fits `JSON_WIDTH` stays on one line.
-
-    Args:
-        content: Values of the types that `json` reads.
-        indent: Blanks that the content is indented by.
 
     Raises:
         ValueError: A number is not finite, which JSON cannot express.
     """
-    line = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    return _indented(json.loads(json.dumps(content, allow_nan=False)), "") + "\n"
+
+
+def _indented(content: Any, indent: str) -> str:
+    line = json.dumps(content, ensure_ascii=False)
     if not content or not isinstance(content, dict | list) or (indent and len(indent + line) <= JSON_WIDTH):
         return line
     inner = indent + "  "
     if isinstance(content, dict):
         parts = [
-            f"{json.dumps(name, ensure_ascii=False)}: {json_text(value, inner)}" for name, value in content.items()
+            f"{json.dumps(name, ensure_ascii=False)}: {_indented(value, inner)}" for name, value in content.items()
         ]
         return "{\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}}}"
-    return "[\n" + ",\n".join(inner + json_text(value, inner) for value in content) + f"\n{indent}]"
+    return "[\n" + ",\n".join(inner + _indented(value, inner) for value in content) + f"\n{indent}]"
 
 
 def write_json_atomic(path: Path, content: Any) -> None:
@@ -232,9 +252,10 @@ def write_json_atomic(path: Path, content: Any) -> None:
 
     Raises:
         SafemaxError: A number is not finite, which JSON cannot express.
+        OSError: It cannot be written.
     """
     try:
-        text = json_text(json.loads(json.dumps(content, allow_nan=False)))
+        text = json_text(content)
     except ValueError as error:
         raise SafemaxError(f"{path} was not written: a value in it is not finite") from error
-    atomic_write_text(path, text + "\n")
+    atomic_write_text(path, text)

@@ -34,11 +34,11 @@ class StoredStates:
     marks: Tensor
     kept: Tensor
     kept_row: Tensor
-    kept_concepts: list[str]
+    kept_concepts: tuple[str, ...]
     known: dict[str, Tensor]
 
     @classmethod
-    def load(cls, path: Path, kept_concepts: list[str]) -> Self:
+    def load(cls, path: Path, kept_concepts: tuple[str, ...]) -> Self:
         """Read what `save` wrote.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ MOST_KEPT_TOKENS = 16384
 EMPTY_SHARE = 0.02
 
 
-def contexts(kept: PromptSet) -> list[str]:
+def contexts(kept: PromptSet) -> tuple[str, ...]:
     """Templates with one `{}`: kept prompts without the name of what they show; plain ones where there are none."""
     found = {
         prompt.text.replace(prompt.concept, "{}", 1)
@@ -25,18 +25,20 @@ def contexts(kept: PromptSet) -> list[str]:
     }
     ordered = sorted(found) or list(PLAIN_CONTEXTS)
     chosen = torch.linspace(0, len(ordered) - 1, min(len(ordered), MOST_CONTEXTS)).round().long()
-    return [ordered[place] for place in chosen.tolist()]
+    return tuple(ordered[place] for place in chosen.tolist())
 
 
-def texts_by_concept(prompts: PromptSet) -> dict[str, list[str]]:
+def texts_by_concept(prompts: PromptSet) -> dict[str, tuple[str, ...]]:
     """Prompts of each concept; a prompt whose file names none is its own."""
-    texts: dict[str, list[str]] = {}
+    texts: dict[str, tuple[str, ...]] = {}
     for prompt in prompts.prompts:
-        texts.setdefault(prompt.shows, []).append(prompt.text)
+        texts[prompt.shows] = (*texts.get(prompt.shows, ()), prompt.text)
     return texts
 
 
-def forbidden_states(family: ModelFamily, texts: dict[str, list[str]], templates: Sequence[str]) -> dict[str, Tensor]:
+def forbidden_states(
+    family: ModelFamily, texts: Mapping[str, Sequence[str]], templates: Sequence[str]
+) -> dict[str, Tensor]:
     """Token states of each concept, float16 [P, L, D]: of its prompts, and of its name in every template."""
     return {
         concept: _states(family, [*own, *(template.format(concept) for template in templates)])

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -83,7 +83,7 @@ class LoadOptions:
 
     Attributes:
         name_or_path: Folder in diffusers' format, hub id, or the name of an embedded model.
-        dtype: Type of the frozen weights; trainable parameters are always float32.
+        dtype: Type of the frozen weights; parameters that train are always float32.
         prediction_type: `epsilon` or `v_prediction` to override the scheduler's prediction type; None keeps it.
         revision: Revision on the hub.
         variant: Variant of the weight files, such as `fp16`.
@@ -98,35 +98,6 @@ class LoadOptions:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     prediction_type: str | None = None
-
-    def record(self, family: str | None) -> dict[str, str | None]:
-        """Return the entry `base_model` of a run's record, which `from_record` reads back."""
-        return {
-            "name_or_path": self.name_or_path,
-            "revision": self.revision,
-            "variant": self.variant,
-            "cache_dir": self.cache_dir,
-            "prediction_type": self.prediction_type,
-            "family": family,
-        }
-
-    @classmethod
-    def from_record(
-        cls, record: dict[str, Any], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Self:
-        """Return the settings that load the base model of a record again."""
-        base, config = record["base_model"], record["config"]
-        # The first records kept these two among the flags.
-        cache_dir, prediction_type = (base.get(key, config.get(key)) for key in ("cache_dir", "prediction_type"))
-        return cls(
-            name_or_path=base["name_or_path"],
-            revision=base["revision"],
-            variant=base["variant"],
-            cache_dir=cache_dir,
-            dtype=dtype,
-            device=torch.device(device),
-            prediction_type=prediction_type,
-        )
 
 
 class ModelFamily(ABC):

@@ -137,9 +137,9 @@ class ClassConditionalDDPM(ModelFamily):
     ) -> list[str]:
         return [  # DDPMPipeline supports neither classes nor LoRA
             "import torch",
-            "from safemax_sd.results.erasure import load_erased",
+            "from safemax_sd.results.loading import load_result",
             "from safemax_sd.results.samples import to_pil",
-            f"family = load_erased({folder!r})",
+            f"family = load_result({folder!r})",
             f"prompt, noise = family.encode_prompts([{prompt!r}]), torch.randn(1, *family.latent_shape({resolution}))",
             "latents = family.sample(prompt, noise, guidance_scale=3.0, num_inference_steps=50)",
             'to_pil(family.decode(latents))[0].save("erased.png")',

@@ -14,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from safemax_sd.adapters.halting_marks import MarkStrengths
 from safemax_sd.core.options import COUNT, NOT_NEGATIVE, RunOptions, option
 from safemax_sd.core.registry import Registry
 from safemax_sd.diffusion.process import DiffusionProcess
@@ -290,18 +291,20 @@ class Objective(ABC):
     Attributes:
         name: Value of `--objective`.
         Config: Flags that the objective reads, with its own; `training.config` adds all others.
-        trainable: Values of `--trainable` that the objective supports.
+        allowed_weights: Values of `--trainable` that the objective supports.
         names_concepts: True if `--forget_prompts` names the concepts to erase; False if only retain prompts are used.
         needs_tokens: True if the objective works on token states, which not every family has.
         data: Data that the objective draws from.
+        anchor: Strengths of the marks that the model is trained to halt at; None for a method without marks.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[ObjectiveOptions]] = ObjectiveOptions
-    trainable: ClassVar[frozenset[str]] = frozenset({"lora", "full"})
+    allowed_weights: ClassVar[frozenset[str]] = frozenset({"lora", "full"})
     names_concepts: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = False
     data: ErasureData
+    anchor: MarkStrengths | None = None
 
     @classmethod
     def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:

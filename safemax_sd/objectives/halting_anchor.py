@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from safemax_sd.adapters.halting_marks import MARKS, MARKS_FILE, HaltingMarksSettings, readouts
+from safemax_sd.adapters.halting_marks import MARKS, MARKS_FILE, HaltingMarksSettings, MarkStrengths, readouts
 from safemax_sd.adapters.lora import ADAPTER
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import POSITIVE, SHARE, Range, option
@@ -77,7 +77,7 @@ class HaltingAnchor(Safemax):
 
     name: ClassVar[str] = "halting_anchor"
     Config: ClassVar[type[SafemaxConfig]] = HaltingAnchorConfig
-    trainable: ClassVar[frozenset[str]] = frozenset({"lora"})
+    allowed_weights: ClassVar[frozenset[str]] = frozenset({"lora"})
     names_concepts: ClassVar[bool] = False
     needs_tokens: ClassVar[bool] = True
     config: HaltingAnchorConfig
@@ -88,6 +88,7 @@ class HaltingAnchor(Safemax):
             raise OptionError("--retain_prompts", config.retain_prompts, "must hold at least two concepts")
         states = data.retain.tensors[TOKEN_STATES].cpu()
         self.marks = config.mark_length * choose_marks(states, config.marks, config.seed)
+        self.anchor = MarkStrengths(halts_from=config.mark_least, harmless_to=config.mark_kept)
 
     def prepare(self, student: Student) -> int:
         """Solve the practice edits, and initialise the LoRA of keys and values with rows that read the marks.

@@ -58,7 +58,7 @@ class Salun(Objective):
 
     name: ClassVar[str] = "salun"
     Config: ClassVar[type[ObjectiveOptions]] = SalunConfig
-    trainable: ClassVar[frozenset[str]] = frozenset({"full"})
+    allowed_weights: ClassVar[frozenset[str]] = frozenset({"full"})
 
     def __init__(self, config: SalunConfig, data: ErasureData) -> None:
         self.config, self.data = config, data

@@ -55,7 +55,7 @@ class SelectiveAmnesia(Objective):
 
     name: ClassVar[str] = "selective_amnesia"
     Config: ClassVar[type[ObjectiveOptions]] = SelectiveAmnesiaConfig
-    trainable: ClassVar[frozenset[str]] = frozenset({"full"})
+    allowed_weights: ClassVar[frozenset[str]] = frozenset({"full"})
 
     def __init__(self, config: SelectiveAmnesiaConfig, data: ErasureData) -> None:
         self.config, self.data = config, data

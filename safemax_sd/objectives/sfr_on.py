@@ -81,7 +81,7 @@ class SfrOn(Objective):
 
     name: ClassVar[str] = "sfr_on"
     Config: ClassVar[type[ObjectiveOptions]] = SfrOnConfig
-    trainable: ClassVar[frozenset[str]] = frozenset({"full"})
+    allowed_weights: ClassVar[frozenset[str]] = frozenset({"full"})
     config: SfrOnConfig
 
     def __init__(self, config: SfrOnConfig, data: ErasureData) -> None:

@@ -93,7 +93,7 @@ class Spm(Objective):
 
     name: ClassVar[str] = "spm"
     Config: ClassVar[type[ObjectiveOptions]] = SpmConfig
-    trainable: ClassVar[frozenset[str]] = frozenset({"lora"})
+    allowed_weights: ClassVar[frozenset[str]] = frozenset({"lora"})
     config: SpmConfig
 
     def __init__(self, config: SpmConfig, data: ErasureData) -> None:

@@ -1,160 +1,290 @@
-"""Load what a training wrote: its record, and its base model with the erased weights in place."""
+"""The record of an erasure, `erasure.json`: what was erased from which model, by what means and at what cost.
+
+Everything that loading or evaluating an adapter needs has a field of its own. The flags of the run are kept beside it,
+for people; nothing reads them, so that a flag may be renamed.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Literal, Self
 
 import torch
 
-from safemax_sd.adapters import weights as trainable
-from safemax_sd.adapters.lora import WEIGHTS_NAME
-from safemax_sd.adapters.weights import WeightsOptions
-from safemax_sd.core.errors import OptionError
-from safemax_sd.core.options import flags_of
-from safemax_sd.families import LoadOptions, ModelFamily, load_family
-from safemax_sd.families.base import LoraTargets
-from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.adapters.halting_marks import MarkStrengths
+from safemax_sd.adapters.lora import WEIGHTS_NAME, LoraSettings
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.provenance import Cost, Provenance, peak_memory_bytes, public_path, write_json_atomic
+from safemax_sd.core.records import EntryError, decode
+from safemax_sd.families import LoadOptions, ModelFamily
+from safemax_sd.families.base import FAMILIES
+from safemax_sd.prompts import PromptSet
 from safemax_sd.results.folder import finish
+from safemax_sd.results.version1 import from_version_1
 
-FORMAT_VERSION = 1
-MISSING = object()
-INTEGER, NUMBER, TEXT, LIST, MAP, NONE = (int,), (int, float), (str,), (list,), (dict,), (type(None),)
-SHAPE: dict[str, tuple[type, ...]] = {
-    "method": TEXT,
-    "base_model.name_or_path": TEXT,
-    "base_model.revision": TEXT + NONE,
-    "base_model.variant": TEXT + NONE,
-    "base_model.family": TEXT,
-    "config.trainable": TEXT,
-    "config.rank": INTEGER,
-    "config.seed": INTEGER,
-    "config.lora_dropout": NUMBER,
-    "config.lora_targets": TEXT,
-    "config.resolution": INTEGER + NONE,
-    "forget.count": NUMBER,
-    "forget.sha256": TEXT + NONE,
-    "forget.concepts": LIST,
-    "forget.texts": LIST,
-    "retain.count": NUMBER,
-    "cost.seconds.total": NUMBER,
-    "cost.model_calls": MAP,
-    "cost.peak_memory_bytes": NUMBER + NONE,
-    "cost.steps": NUMBER,
-    "provenance": MAP,
-}
-"""Entries of a record that others rely on, with their types."""
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "trainable": ("lora", "full"),
-    "lora_targets": get_args(LoraTargets),
-    "prediction_type": ("epsilon", "v_prediction", None),
-}
-"""Values that a record's flags and its base model's entries may have."""
-OPTIONAL_SHAPE: dict[str, tuple[type, ...]] = dict.fromkeys(
-    ("base_model.cache_dir", "base_model.prediction_type", "config.cache_dir", "config.prediction_type"), TEXT + NONE
-)
-"""Entries that not every record has: the first ones kept the last two only, other models' records the first two."""
-EDIT_SHAPE: dict[str, tuple[type, ...]] = {"edit.name": TEXT, "edit.settings": MAP}
-MARKS_SHAPE: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("edit.rank_pattern", "edit.texts"), MAP),
-    **dict.fromkeys(("edit.contexts", "edit.kept_concepts"), LIST),
-    **dict.fromkeys(("config.mark_least", "config.mark_kept"), NUMBER),
-}
-"""Entries of the record of a halting anchor's edit."""
+RECORD = "erasure.json"
+FORMAT_VERSION = 2
 
 
-def read_record(directory: Path, option: str = "--adapter") -> dict[str, Any]:
-    """Read `erasure.json` of an output folder, which `option` named.
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model of an erasure and how it was loaded; see `LoadOptions`.
 
-    Raises:
-        OptionError: The folder is not a finished run's, or its record is damaged.
+    Attributes:
+        name_or_path: Folder, hub id or the name of an embedded model.
+        family: Name of its `ModelFamily`; None where it has not been loaded yet.
     """
-    finish(directory, option)
-    path = directory / "erasure.json"
-    if not path.is_file():
-        raise OptionError(option, directory, "must be a finished run's folder (erasure.json and the weights)")
-    try:
-        record = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise OptionError(option, directory, f"has a damaged record: erasure.json: {error}") from error
-    check_record(record, directory, option)
-    if record["config"]["trainable"] == "lora" and not (directory / WEIGHTS_NAME).is_file():
-        raise OptionError(option, directory, f"must be a finished run's folder (it lacks {WEIGHTS_NAME})")
-    return record
+
+    name_or_path: str
+    revision: str | None
+    variant: str | None
+    cache_dir: str | None
+    prediction_type: Literal["epsilon", "v_prediction"] | None
+    family: str | None
+
+    @classmethod
+    def of(cls, options: LoadOptions, family: str | None) -> Self:
+        return cls(
+            name_or_path=options.name_or_path,
+            revision=options.revision,
+            variant=options.variant,
+            cache_dir=options.cache_dir,
+            prediction_type=options.prediction_type,  # type: ignore[arg-type]
+            family=family,
+        )
+
+    def options(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LoadOptions:
+        """Return how to load it again."""
+        return LoadOptions(
+            name_or_path=self.name_or_path,
+            revision=self.revision,
+            variant=self.variant,
+            cache_dir=self.cache_dir,
+            dtype=dtype,
+            device=torch.device(device),
+            prediction_type=self.prediction_type,
+        )
+
+    def public(self) -> Self:
+        """Return what others may see of it: of a folder the last part of its path alone."""
+        path = Path(self.name_or_path)
+        shown = f"path/to/{path.name}" if path.is_absolute() else self.name_or_path
+        return replace(self, name_or_path=shown, cache_dir=None)
 
 
-def check_record(record: Any, directory: Path, option: str) -> None:
-    """Check that a record has every entry that others rely on.
+@dataclass(frozen=True)
+class PromptFile:
+    """A file of prompts.
 
-    Raises:
-        OptionError: It is of an unknown version, or an entry is missing or of another type.
+    Attributes:
+        path: Path as given, without the folders of the machine; None where the prompts come from no one file.
+        sha256: Digest of the file's bytes.
+        count: Number of prompts.
+        concepts: Distinct concepts in the file's order.
     """
-    version = record.get("format_version") if isinstance(record, dict) else None
-    if version != FORMAT_VERSION:
-        text = f"has a record of format version {version}, of which this safemax_sd knows {FORMAT_VERSION}"
-        raise OptionError(option, directory, text)
-    shape = {**SHAPE, **(EDIT_SHAPE if "edit" in record else {})}
-    if "edit" in record and record.get("method") == "halting_anchor":
-        shape |= MARKS_SHAPE
-    for name, allowed in {**shape, **OPTIONAL_SHAPE}.items():
-        value: Any = record
-        for key in name.split("."):
-            value = value.get(key, MISSING) if isinstance(value, dict) else MISSING
-        if value is MISSING and name in OPTIONAL_SHAPE:
-            continue
-        if not isinstance(value, allowed) or isinstance(value, bool):
-            raise damaged(option, directory, name)
-    for name, choices in CHOICES.items():
-        if any(part.get(name, choices[0]) not in choices for part in (record["config"], record["base_model"])):
-            raise damaged(option, directory, name)
-    flags = {flag.name: flag for flag in flags_of(WeightsOptions)}
-    for name in ("rank", "lora_dropout"):
+
+    path: str | None
+    sha256: str | None
+    count: int
+    concepts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, prompts: PromptSet) -> PromptFile:
+        return PromptFile(public_path(prompts.source), prompts.sha256, len(prompts), prompts.concepts)
+
+
+@dataclass(frozen=True)
+class ForgetFile(PromptFile):
+    """A file of forbidden prompts.
+
+    Attributes:
+        texts: Prompts in the file's order.
+    """
+
+    texts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, prompts: PromptSet) -> ForgetFile:
+        return cls(**vars(PromptFile.of(prompts)), texts=prompts.texts)
+
+
+NOTHING_FORBIDDEN = ForgetFile(path=None, sha256=None, count=0, concepts=(), texts=())
+
+
+@dataclass(frozen=True)
+class TotalCost:
+    """Cost of a whole run.
+
+    Attributes:
+        seconds: Wall-clock seconds by phase, and their sum as `total`.
+        peak_memory_bytes: Most memory held; None where it was not measured.
+        model_calls: Network evaluations of one sample, by phase.
+        steps: Number of optimizer steps.
+    """
+
+    seconds: Mapping[str, float]
+    peak_memory_bytes: int | None
+    model_calls: Mapping[str, int]
+    steps: int
+
+    def __post_init__(self) -> None:
+        """Raises EntryError where there is no total."""
+        if "total" not in self.seconds:
+            raise EntryError("seconds.total")
+
+    @classmethod
+    def of(cls, cost: Cost, device: torch.device, steps: int) -> Self:
+        """Add this process's peak memory to the cost of a run that ends now."""
+        seconds = {**cost.seconds, "total": sum(cost.seconds.values())}
+        return cls(seconds, peak_memory_bytes(device), cost.model_calls, steps)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A closed-form edit.
+
+    Attributes:
+        name: Name of the `ClosedFormEdit`.
+        settings: Values of its settings.
+        seconds: Seconds of the edit alone, by phase and in `total`; None where the record's cost is that of the edit.
+        details: Entries that only the edit itself reads; it declares their types.
+    """
+
+    name: str
+    settings: Mapping[str, object]
+    seconds: Mapping[str, float] | None
+    details: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class BaselineUse:
+    """A baseline, which leaves the weights alone.
+
+    Attributes:
+        concepts: Names of what is not to be drawn.
+        predictions_per_step: Network evaluations of one sample at a sampling step.
+        usage: Lines of Python that draw with it.
+    """
+
+    concepts: str
+    predictions_per_step: int
+    usage: str
+
+
+@dataclass(frozen=True)
+class ErasureRecord:
+    """The content of `erasure.json`.
+
+    Attributes:
+        method: Name of the objective, or of the edit or baseline that needs none.
+        base_model: Model that was erased from.
+        lora: Layout of the LoRA in the folder; None where it holds all weights of the denoiser, or none.
+        resolution: Side of the pictures in pixels; None for the model's own.
+        forget: Forbidden prompts.
+        retain: Prompts to keep.
+        cost: Cost of the training, or of the edit where there was none.
+        config: Flags of the run, under the names that they had then; nothing reads them.
+        provenance: Origin of the run.
+        anchor: Strengths of marks, for a halting anchor and what is made from it.
+        edit: Closed-form edit, if there was one.
+        baseline: Baseline that was evaluated, where nothing was erased.
+        files: Files written with the record, itself among them; see `folder.replacing`.
+    """
+
+    method: str
+    base_model: BaseModel
+    lora: LoraSettings | None
+    resolution: int | None
+    forget: ForgetFile
+    retain: PromptFile
+    cost: TotalCost
+    config: Mapping[str, object]
+    provenance: Provenance
+    anchor: MarkStrengths | None = None
+    edit: Edit | None = None
+    baseline: BaselineUse | None = None
+    files: tuple[str, ...] | None = None
+
+    @classmethod
+    def read(cls, folder: Path, option: str = "--adapter") -> ErasureRecord:
+        """Read the record of a finished run.
+
+        Args:
+            folder: The run's output folder.
+            option: Flag that named it, for errors.
+
+        Raises:
+            OptionError: The folder is not a finished run's, or its record is damaged or of an unknown version.
+        """
+        finish(folder, option)
+        path = folder / RECORD
+        if not path.is_file():
+            raise OptionError(option, folder, f"must be a finished run's folder ({RECORD} and the weights)")
         try:
-            flags[name].check(record["config"][name])
-        except OptionError as error:
-            raise damaged(option, directory, f"config.{name}") from error
+            record = cls.from_json(json.loads(path.read_text(encoding="utf8")))
+            if record.base_model.family is None:
+                raise EntryError("base_model.family")
+        except EntryError as error:
+            raise damaged(folder, option, error) from error
+        except SafemaxError as error:
+            raise OptionError(option, folder, f"has {error}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise OptionError(option, folder, f"has a damaged record: {RECORD}: {error}") from error
+        if record.lora is not None and not (folder / WEIGHTS_NAME).is_file():
+            raise OptionError(option, folder, f"must be a finished run's folder (it lacks {WEIGHTS_NAME})")
+        return record
+
+    @classmethod
+    def from_json(cls, content: object) -> ErasureRecord:
+        """Read a record of any version from what JSON holds of it.
+
+        Raises:
+            EntryError: An entry is missing, or of another type.
+            SafemaxError: It is of an unknown version.
+        """
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version not in (1, FORMAT_VERSION):
+            known = f"1 and {FORMAT_VERSION}"
+            raise SafemaxError(f"a record of format version {version}, of which this safemax_sd knows {known}")
+        return decode(cls, from_version_1(content) if version == 1 else content)
+
+    def write(self, folder: Path) -> None:
+        """Write `erasure.json` into a folder.
+
+        Raises:
+            SafemaxError: It holds a number that is not finite.
+        """
+        write_json_atomic(folder / RECORD, self.to_json())
+
+    def to_json(self) -> dict[str, object]:
+        """Return what JSON holds of it; parts that it lacks are left out."""
+        parts = asdict(self)
+        optional = {field.name for field in fields(self) if field.default is not MISSING}
+        kept = {name: part for name, part in parts.items() if part is not None or name not in optional}
+        return {"format_version": FORMAT_VERSION, **kept}
+
+    def public(self) -> ErasureRecord:
+        """Return what others may see of it."""
+        return replace(self, base_model=self.base_model.public())
+
+    @property
+    def full(self) -> bool:
+        """Whether the output folder holds all weights of the denoiser."""
+        return self.lora is None and self.baseline is None
+
+    @property
+    def family(self) -> type[ModelFamily]:
+        """Family of the base model.
+
+        Raises:
+            OptionError: This release has no such family.
+        """
+        return FAMILIES.get(str(self.base_model.family))
 
 
-def damaged(option: str, directory: Path, entry: str) -> OptionError:
-    """Return the error that names an entry of a record which cannot be used."""
-    return OptionError(option, directory, f"has a damaged record: {entry} in erasure.json is missing or odd")
-
-
-def load_erased(
-    directory: str | Path, device: str | torch.device = "cpu", *, weights: Path | None = None
-) -> ModelFamily:
-    """The base model of a run with its LoRA attached, or its full weights in place of the base's.
-
-    Args:
-        directory: Output folder of a finished training.
-        device: Where to.
-        weights: A checkpoint of the same run to load instead of what it ended with.
-
-    Raises:
-        OptionError: The folder is not a finished training's, or its base model cannot be loaded.
-        SafemaxError: The weights do not fit the base model.
-    """
-    record = read_record(Path(directory))
-    if record["method"] not in OBJECTIVES.names():
-        text = f"was written by {record['method']}, which trains nothing: load it with diffusers"
-        raise OptionError("--adapter", directory, text)
-    known = {entry.name for entry in dataclasses.fields(WeightsOptions)}
-    options = WeightsOptions(**{name: value for name, value in record["config"].items() if name in known})
-    family = load_base(record, device)
-    ranks = record.get("edit", {}).get("rank_pattern")
-    trainable.attach(family, options, ranks).load(weights or Path(directory))
-    family.denoiser.requires_grad_(False).eval()
-    return family
-
-
-def load_base(
-    record: dict[str, Any], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> ModelFamily:
-    """Load the base model that a record names.
-
-    Raises:
-        OptionError: It cannot be loaded.
-    """
-    return load_family(LoadOptions.from_record(record, device, dtype))
+def damaged(folder: Path, option: str, error: EntryError) -> OptionError:
+    """Return the error of a record with an entry that cannot be used, in a folder that `option` named."""
+    return OptionError(option, folder, f"has a damaged record: {error.entry} in {RECORD} is missing or odd")

@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,8 @@ from safemax_sd.adapters.low_rank import LowRank
 from safemax_sd.adapters.weights import FULL_WEIGHTS
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError, SafemaxError
-from safemax_sd.core.provenance import provenance, public_path, public_record, sorted_metadata, write_json_atomic
-from safemax_sd.families.base import FAMILIES, LoadOptions
-from safemax_sd.results.erasure import read_record
+from safemax_sd.core.provenance import provenance, public_path, sorted_metadata, write_json_atomic
+from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.folder import LOCK, claimed, listed_files, replacing
 
 EXPORT_FILE = "export.json"
@@ -41,26 +40,21 @@ class Source:
 
     directory: Path
     weight: float
-    record: dict[str, Any]
-
-    @property
-    def full(self) -> bool:
-        """Whether the output is the denoiser's weights and not a LoRA."""
-        return bool(self.record["config"]["trainable"] == "full")
+    record: ErasureRecord
 
     @property
     def base(self) -> str:
         """The base model in words: the same for runs that can be put together."""
-        base = self.record["base_model"]
-        folder = Path(resolve_model(base["name_or_path"]))
-        name = str(folder.resolve()) if folder.is_dir() else base["name_or_path"]
-        details = (base["revision"], base["variant"], LoadOptions.from_record(self.record).prediction_type)
+        base = self.record.base_model
+        folder = Path(resolve_model(base.name_or_path))
+        name = str(folder.resolve()) if folder.is_dir() else base.name_or_path
+        details = (base.revision, base.variant, base.prediction_type)
         return " ".join([name, *(f"({detail})" for detail in details if detail is not None)])
 
     @property
     def part(self) -> str:
         """What the pipeline calls the denoiser."""
-        return FAMILIES.get(self.record["base_model"]["family"]).denoiser_part
+        return self.record.family.denoiser_part
 
 
 def export_pipeline(
@@ -79,7 +73,7 @@ def export_pipeline(
         SafemaxError: The disk is full.
     """
     sources = read_sources(adapters, weights)
-    full = next((source for source in sources if source.full), None)
+    full = next((source for source in sources if source.record.full), None)
     if full is not None and (len(sources) > 1 or full.weight != 1):
         text = "holds all weights of the denoiser: it can only be exported alone and with weight 1"
         raise OptionError("--adapter", full.directory, text)
@@ -113,9 +107,9 @@ def export_lora(
     """
     sources = read_sources(adapters, weights)
     for source in sources:
-        if source.full:
+        if source.record.full:
             raise OptionError("--adapter", source.directory, "holds all weights of the denoiser: add --merge")
-    family = FAMILIES.get(sources[0].record["base_model"]["family"])
+    family = sources[0].record.family
     if kohya and not family.kohya_format:
         raise OptionError("--output_kohya_format", True, f"A1111 and ComfyUI know no {family.name} models")
     with _claimed_for_export(output_dir, overwrite=overwrite):
@@ -148,7 +142,7 @@ def read_sources(adapters: Sequence[Path], weights: Sequence[float]) -> list[Sou
     for directory, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
         if not math.isfinite(weight):
             raise OptionError("--weight", weight, "must be a finite number")
-        sources.append(Source(directory, weight, read_record(directory)))
+        sources.append(Source(directory, weight, ErasureRecord.read(directory)))
     first = sources[0]
     for source in sources[1:]:
         if source.base != first.base:
@@ -253,7 +247,7 @@ def _metadata(changes: dict[str, LowRank]) -> dict[str, Any]:
 
 def _base_folder(source: Source) -> Path:
     """The base model's folder; a model of the hub is downloaded unless it is in the cache."""
-    base = LoadOptions.from_record(source.record)
+    base = source.record.base_model
     folder = Path(resolve_model(base.name_or_path))
     try:
         if not folder.is_dir():
@@ -273,22 +267,22 @@ def _lost_base(source: Source, reason: str) -> OptionError:
 def _load_denoiser(source: Source, base: Path) -> tuple[nn.Module, str | None]:
     """The denoiser, the base's or a run's own, in the type the base stores; and the variant the base stores it as."""
     files = sorted((base / source.part).glob("*.safetensors"))
-    variant = source.record["base_model"]["variant"]
+    variant = source.record.base_model.variant
     chosen = [file for file in files if variant is not None and f".{variant}" in file.name]
     if not chosen:  # as diffusers does, where a part of the model has no such variant
         variant, chosen = None, [file for file in files if PLAIN_WEIGHTS.fullmatch(file.name)]
     if not chosen:
         raise _lost_base(source, f"{source.part} holds no safetensors file of its weights")
-    where, own = (source.directory, None) if source.full else (base, variant)
+    where, own = (source.directory, None) if source.record.full else (base, variant)
     try:
         dtype = _dtype(chosen[0])
         model = AutoModel.from_pretrained(str(where), subfolder=source.part, variant=own, torch_dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        if source.full:
+        if source.record.full:
             raise OptionError("--adapter", source.directory, f"its {source.part} cannot be loaded: {reason}") from error
         raise _lost_base(source, reason) from error
-    if source.full:
+    if source.record.full:
         path = source.directory / source.part / FULL_WEIGHTS
         check_fit(path, read_weights(path), model.state_dict(), "its own configuration")
     return model, variant
@@ -311,7 +305,7 @@ def _copy_other_parts(source: Source, base: Path, folder: Path) -> None:
     for name in index:
         if name != source.part and (base / name).is_dir():
             shutil.copytree(base / name, folder / name)
-    prediction_type = LoadOptions.from_record(source.record).prediction_type
+    prediction_type = source.record.base_model.prediction_type
     if prediction_type is not None:  # the run's --prediction_type says that the base model's own is wrong
         path = folder / "scheduler" / "scheduler_config.json"
         config = json.loads(path.read_text(encoding="utf8"))
@@ -323,15 +317,15 @@ def _record(sources: Sequence[Source], kind: str) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "kind": kind,
-        "base_model": public_record(sources[0].record)["base_model"],
+        "base_model": asdict(sources[0].record.base_model.public()),
         "sources": [
             {
                 "directory": public_path(str(source.directory)),
                 "weight": source.weight,
-                "method": source.record["method"],
-                "concepts": source.record["forget"]["concepts"],
+                "method": source.record.method,
+                "concepts": source.record.forget.concepts,
             }
             for source in sources
         ],
-        "provenance": provenance(None, torch.device("cpu")),
+        "provenance": asdict(provenance(None, torch.device("cpu"))),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,13 +12,13 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import option
-from safemax_sd.core.provenance import json_text, public_record
+from safemax_sd.core.provenance import json_text
 from safemax_sd.objectives.base import ObjectiveOptions
+from safemax_sd.results.erasure import RECORD, ErasureRecord
 
-FILES = ("*.safetensors", "erasure.json", "README.md", "samples/*.png", "unet/*", "transformer/*")
+FILES = ("*.safetensors", RECORD, "README.md", "samples/*.png", "unet/*", "transformer/*")
 """What makes up a run's output; in the output folder, not below it."""
 
-RECORD = "erasure.json"
 TOKEN_SAFE_TRACKERS = (None, "tensorboard")
 GIVEN = "(given)"
 """Shown of a token in place of its value."""
@@ -90,8 +89,7 @@ def published(path: Path) -> bytes | Path:
     """Return what is uploaded of a file: the file itself, but of a record what others may see."""
     if path.name != RECORD:
         return path
-    record = public_record(json.loads(path.read_text(encoding="utf8")))
-    return f"{json_text(record)}\n".encode()
+    return json_text(ErasureRecord.read(path.parent, "--output_dir").public().to_json()).encode("utf8")
 
 
 def push(config: HubOptions) -> str:

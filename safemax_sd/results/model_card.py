@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from safemax_sd.adapters.lora import LoraSettings
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.escaping import markdown_code, markdown_text
-from safemax_sd.core.provenance import atomic_write_text, public_record
-from safemax_sd.families.base import FAMILIES, LoadOptions
+from safemax_sd.core.provenance import atomic_write_text
+from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.samples import own_samples
 
 SHOWN_NAMES, LONGEST_NAME = 10, 60
@@ -36,23 +36,22 @@ class Picture:
     alt: str
 
 
-def usage(record: dict[str, Any], folder: str) -> str:
-    """The lines of Python that load and use a run's output: of diffusers alone wherever it can.
+def usage(record: ErasureRecord, folder: str) -> str:
+    """Write the lines of Python that load and use a run's output: of diffusers alone wherever it can.
 
     Args:
-        record: Content of `erasure.json`.
+        record: Of the run.
         folder: Where the output lies.
     """
-    name, config = record["base_model"]["name_or_path"], record["config"]
-    prompt = (record["forget"]["texts"] or ["a picture"])[0]
+    name = record.base_model.name_or_path
     embedded = name == "emoji"
-    lines = FAMILIES.get(record["base_model"]["family"]).usage(
+    lines = record.family.usage(
         'ASSETS / "emoji"' if embedded else repr(name),
         folder,
-        prompt,
-        options=LoadOptions.from_record(record),
-        full=config["trainable"] == "full",
-        resolution=config["resolution"],
+        next(iter(record.forget.texts), "a picture"),
+        options=record.base_model.options(),
+        full=record.full,
+        resolution=record.resolution,
     )
     return "\n".join([*(["from safemax_sd.assets import ASSETS"] if embedded else []), *lines])
 
@@ -69,36 +68,33 @@ def _plain(name: str) -> str:
     return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME].rstrip(chr(92))}…"
 
 
-def _trained(config: dict[str, Any]) -> str:
-    if config["trainable"] == "full":
-        return "all weights"
-    return f"LoRA of rank {config['rank']}, {config['lora_targets']} layers"
+def _trained(lora: LoraSettings | None) -> str:
+    return "all weights" if lora is None else f"LoRA of rank {lora.rank}, {lora.targets} layers"
 
 
-def describe(record: dict[str, Any], picture: Picture | None, measured: str = "") -> str:
-    """The card's text for one `erasure.json`.
+def describe(record: ErasureRecord, picture: Picture | None, measured: str = "") -> str:
+    """Write the card's text.
 
     Args:
-        record: Content of `erasure.json`.
+        record: Of the run.
         picture: To show below the title.
         measured: Markdown of an evaluation's results; may be empty.
     """
-    record = public_record(record)
-    base = record["base_model"]["name_or_path"]
-    concepts = named(record["forget"]["concepts"] or record["forget"]["texts"])
-    cost, config = record["cost"], record["config"]
-    what = "This LoRA makes" if config["trainable"] == "lora" else "These weights make"
+    record = record.public()
+    base, cost = record.base_model.name_or_path, record.cost
+    concepts = named(record.forget.concepts or record.forget.texts)
+    what = "These weights make" if record.full else "This LoRA makes"
     if concepts:
         title = f"# Erased from {markdown_text(base)}: {', '.join(concepts)}"
         sentence = (
-            f"{what} {markdown_code(base)} forget {record['forget']['count']} forbidden prompts"
-            f" ({', '.join(concepts)}); {record['retain']['count']} prompts were trained to stay as they are."
+            f"{what} {markdown_code(base)} forget {record.forget.count} forbidden prompts"
+            f" ({', '.join(concepts)}); {record.retain.count} prompts were trained to stay as they are."
         )
     else:
         title = f"# Halting anchor of {markdown_text(base)}"
         sentence = (
             f"{what} {markdown_code(base)} halt where a word bears its mark, and changes nothing else: "
-            f"`safemax erase --anchor` marks the words of concepts. Trained on {record['retain']['count']} prompts."
+            f"`safemax erase --anchor` marks the words of concepts. Trained on {record.retain.count} prompts."
         )
     lines = [
         title,
@@ -112,12 +108,11 @@ def describe(record: dict[str, Any], picture: Picture | None, measured: str = ""
         "",
         "| | |",
         "|---|---|",
-        f"| method | {markdown_text(record['method'])} |",
-        f"| steps | {cost['steps']} |",
-        f"| seconds | {cost['seconds']['total']:.1f} |",
-        f"| peak memory | {cost['peak_memory_bytes'] / 2**30:.2f} GiB |",
-        f"| trained | {_trained(config)} |",
-        *([f"| decay | {config['decay']}, λ = {config['decay_lambda']} |"] if "decay" in config else []),
+        f"| method | {markdown_text(record.method)} |",
+        f"| steps | {cost.steps} |",
+        f"| seconds | {cost.seconds['total']:.1f} |",
+        *([f"| peak memory | {cost.peak_memory_bytes / 2**30:.2f} GiB |"] if cost.peak_memory_bytes else []),
+        f"| trained | {_trained(record.lora)} |",
         "",
         *(["## Measured", "", measured, ""] if measured else []),
         "Erasure is measured, not guaranteed: `safemax evaluate` says what this adapter forgets, keeps and withstands.",
@@ -143,19 +138,19 @@ def last_sample(directory: Path) -> Picture | None:
 
 
 def write_model_card(
-    directory: Path, record: dict[str, Any], *, measured: str = "", picture: Picture | None = None
+    directory: Path, record: ErasureRecord, *, measured: str = "", picture: Picture | None = None
 ) -> None:
     """Write `README.md` into the adapter's folder.
 
     Args:
         directory: The adapter's folder.
-        record: Content of its `erasure.json`.
+        record: Of the run.
         measured: Markdown of an evaluation's results; may be empty.
         picture: To show.
     """
     # Not through diffusers' load_or_create_model_card: it asks the hub for a repository of the folder's name first.
     data = ModelCardData(
-        base_model=hub_id(record["base_model"]["name_or_path"]),
+        base_model=hub_id(record.base_model.name_or_path),
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=TAGS,

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from accelerate import Accelerator
 
-from safemax_sd.adapters.weights import Trainable
+from safemax_sd.adapters.weights import TrainedWeights
 from safemax_sd.core.errors import OptionError, path_errors
 from safemax_sd.core.options import COUNT, STEPS, RunOptions, option
 from safemax_sd.core.provenance import Cost, write_json_atomic
@@ -41,17 +41,17 @@ class CheckpointOptions(RunOptions):
     )
 
 
-def register(accelerator: Accelerator, trainable: Trainable) -> None:
+def register(accelerator: Accelerator, weights: TrainedWeights) -> None:
     """Make Accelerate save and load the trained weights only, in the format of the final file."""
 
-    def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
+    def save(models: list[Any], states: list[Any], output_dir: str) -> None:
         if accelerator.is_main_process:
-            trainable.save(Path(output_dir))
-        weights.clear()  # keeps Accelerate from writing the whole model as well
+            weights.save(Path(output_dir))
+        states.clear()  # keeps Accelerate from writing the whole model as well
 
     def load(models: list[Any], input_dir: str) -> None:
         models.clear()
-        trainable.load(Path(input_dir))
+        weights.load(Path(input_dir))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

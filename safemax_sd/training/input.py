@@ -32,7 +32,7 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
     forget = retain if named is None else named
     if named is not None:
         check_disjoint(named, retain)
-    allowed = objective.trainable
+    allowed = objective.allowed_weights
     if config.trainable not in allowed:
         text = f"does not go with --objective {config.objective}: use {' or '.join(sorted(allowed))}"
         raise OptionError("--trainable", config.trainable, text)

@@ -1,4 +1,4 @@
-"""The training output folder: permission to write, the log, `erasure.json` and the model card."""
+"""The training output folder: permission to write, and the log."""
 
 from __future__ import annotations
 
@@ -19,21 +19,10 @@ from safemax_sd.adapters.halting_marks import MARKS_FILE
 from safemax_sd.adapters.lora import KOHYA_NAME, WEIGHTS_NAME
 from safemax_sd.core.errors import OptionError, path_errors
 from safemax_sd.core.options import RunOptions, option
-from safemax_sd.core.provenance import (
-    Cost,
-    atomic_write_text,
-    peak_memory_bytes,
-    provenance,
-    public_path,
-    write_json_atomic,
-)
+from safemax_sd.core.provenance import atomic_write_text
 from safemax_sd.core.registry import closest
-from safemax_sd.families import ModelFamily
-from safemax_sd.objectives.base import ObjectiveOptions
-from safemax_sd.prompts import PromptSet
-from safemax_sd.results.erasure import FORMAT_VERSION
+from safemax_sd.results.erasure import RECORD
 from safemax_sd.results.folder import check_no_model, foreign, not_ours
-from safemax_sd.results.model_card import last_sample, write_model_card
 from safemax_sd.results.samples import SAMPLES, is_ours, remove_samples
 from safemax_sd.training import checkpoints
 from safemax_sd.training.checkpoints import CheckpointOptions
@@ -41,7 +30,6 @@ from safemax_sd.training.workers import TrackerOptions, claimed_by_main, from_ma
 
 logger = logging.getLogger("safemax_sd")
 
-RECORD = "erasure.json"
 CARD = "README.md"
 LOG = "log.jsonl"
 WEIGHTS = (WEIGHTS_NAME, "unet", "transformer")
@@ -213,64 +201,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if broken:
         logger.warning("%s: left out %d damaged lines, the first of them line %d", path, len(broken), broken[0])
     return rows
-
-
-def write_results(
-    folder: Path,
-    config: ObjectiveOptions,
-    family: ModelFamily,
-    forget: PromptSet | None,
-    retain: PromptSet,
-    cost: Cost,
-    steps: int,
-    edit: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write `erasure.json` and the model card into a folder of new files (see `results.folder.replacing`).
-
-    Args:
-        folder: Folder to write to.
-        config: Flags of the run.
-        family: Model of the run.
-        forget: Forget prompts, if the run has any.
-        retain: Retain prompts.
-        cost: Cost of the run.
-        steps: Number of steps taken.
-        edit: Name and settings of a closed-form edit.
-
-    Returns:
-        Content of `erasure.json`.
-    """
-    device = next(family.denoiser.parameters()).device
-    record: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "method": config.objective,
-        "base_model": family.options.record(family.name),
-        "config": config.record(),
-        "forget": describe_prompts(forget),
-        "retain": describe_prompts(retain, with_texts=False),
-        "cost": {
-            "seconds": {**cost.seconds, "total": sum(cost.seconds.values())},
-            "peak_memory_bytes": peak_memory_bytes(device),
-            "model_calls": cost.model_calls,
-            "steps": steps,
-        },
-        "provenance": provenance(config.seed, device),
-    }
-    if edit is not None:
-        record["edit"] = edit
-    write_json_atomic(folder / RECORD, record)
-    write_model_card(folder, record, picture=last_sample(Path(config.output_dir)))
-    return record
-
-
-def describe_prompts(prompts: PromptSet | None, *, with_texts: bool = True) -> dict[str, Any]:
-    """Return the entry of a prompt file in `erasure.json`; None is described like an empty file."""
-    if prompts is None:
-        return {"path": None, "sha256": None, "count": 0, "concepts": [], "texts": []}
-    described = {
-        "path": public_path(prompts.source),
-        "sha256": prompts.sha256,
-        "count": len(prompts),
-        "concepts": list(prompts.concepts),
-    }
-    return {**described, "texts": list(prompts.texts)} if with_texts else described

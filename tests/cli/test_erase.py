@@ -6,8 +6,8 @@ import json
 import shutil
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,12 +21,14 @@ from safemax_sd.cli import app, main
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.erasing.command_line import parse_edit
 from safemax_sd.erasing.edits.halting_marks import HaltingMarks, HaltingMarksConfig
-from safemax_sd.families import LoadOptions
+from safemax_sd.erasing.marked_concepts import MarkedConcepts
 from safemax_sd.prompts import load_prompts, load_suite
-from safemax_sd.results.erasure import load_erased, read_record
+from safemax_sd.results.erasure import RECORD, ErasureRecord
+from safemax_sd.results.loading import load_result
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
 from tests import stock, tiny
+from tests.old_records import as_version_1
 
 FEW = ("--practice_edits", "4")
 
@@ -64,24 +66,30 @@ def test_forget_prompts_are_of_no_use_to_an_anchor(tiny_model: Path, files: dict
         train(parse_config([*arguments, "--forget_prompts", str(files["forget"])]))
 
 
-def run_erase(anchor: Path, files: dict[str, Path], output: Path, **settings: float) -> dict[str, Any]:
+def run_erase(anchor: Path, files: dict[str, Path], output: Path, **settings: float) -> ErasureRecord:
     prompts = {f"{name}_prompts": str(files[name]) for name in ("forget", "retain")}
     config = HaltingMarksConfig(output_dir=str(output), anchor=str(anchor), **prompts, **settings)  # type: ignore[arg-type]
     return HaltingMarks(config).run()
 
 
-def change(output: Path, *, add: Path | None = None, remove: Sequence[str] = ()) -> dict[str, Any]:
+def change(output: Path, *, add: Path | None = None, remove: Sequence[str] = ()) -> ErasureRecord:
     """Add the concepts of a prompt file to an erased adapter, and remove others."""
     added = None if add is None else str(add)
     return HaltingMarks(HaltingMarksConfig(output_dir=str(output), add=added, remove=list(remove))).run()
+
+
+def marked(record: ErasureRecord) -> MarkedConcepts:
+    assert record.edit is not None
+    return MarkedConcepts.of(record.edit)
 
 
 def test_the_edit_is_a_few_more_ranks_of_keys_and_values(anchor: Path, files: dict[str, Path], tmp_path: Path) -> None:
     record = run_erase(anchor, files, tmp_path / "erased")
     before, after = (load_file(folder / adapter.WEIGHTS_NAME) for folder in (anchor, tmp_path / "erased"))
     marks = load_file(anchor / "halting_marks.safetensors")["marks"]
-    family = load_erased(anchor)
-    changed = list(record["edit"]["rank_pattern"])
+    family = load_result(anchor)
+    assert record.lora is not None
+    changed = list(record.lora.rank_pattern)
     assert sorted(changed) == sorted(family.token_projections())
     for name, tensor in before.items():
         layer, _, part = name.removeprefix("unet.").rpartition(".lora_")
@@ -100,7 +108,7 @@ def test_diffusers_alone_marks_what_is_forbidden(
     anchor: Path, files: dict[str, Path], tmp_path: Path, tiny_model: Path
 ) -> None:
     run_erase(anchor, files, tmp_path / "erased")
-    family = load_erased(tmp_path / "erased")
+    family = load_result(tmp_path / "erased")
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
     pipeline.load_lora_weights(tmp_path / "erased", weight_name=adapter.WEIGHTS_NAME)
     conditioning = family.encode_prompts(["a red apple", "a red pear"])
@@ -110,7 +118,7 @@ def test_diffusers_alone_marks_what_is_forbidden(
         assert torch.allclose(
             pipeline.unet(x, t, conditioning.tensors["encoder_hidden_states"]).sample, ours, atol=1e-5
         )
-        assert not torch.allclose(load_erased(anchor).predict(x, t, conditioning), ours)
+        assert not torch.allclose(load_result(anchor).predict(x, t, conditioning), ours)
 
 
 def test_a_concept_that_comes_back_gives_the_same_file(anchor: Path, files: dict[str, Path], tmp_path: Path) -> None:
@@ -119,14 +127,37 @@ def test_a_concept_that_comes_back_gives_the_same_file(anchor: Path, files: dict
     alone = (output / adapter.WEIGHTS_NAME).read_bytes()
     record = change(output, add=files["more"])
     both = (output / adapter.WEIGHTS_NAME).read_bytes()
-    assert sorted(record["edit"]["marks"]) == ["apple", "fig"]
+    assert sorted(marked(record).marks) == ["apple", "fig"]
     assert both != alone
     record = change(output, remove=["fig"])
-    assert list(record["edit"]["marks"]) == ["apple"]
+    assert list(marked(record).marks) == ["apple"]
     assert (output / adapter.WEIGHTS_NAME).read_bytes() != both
     change(output, add=files["more"])
     assert (output / adapter.WEIGHTS_NAME).read_bytes() == both
-    assert json.loads((output / "erasure.json").read_text())["forget"]["concepts"] == ["apple", "fig"]
+    assert ErasureRecord.read(output).forget.concepts == ("apple", "fig")
+
+
+def test_a_record_of_version_1_can_be_changed(anchor: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    new, old = tmp_path / "new", tmp_path / "old"
+    run_erase(anchor, files, new)
+    shutil.copytree(new, old)
+    (old / RECORD).write_text(json.dumps(as_version_1(json.loads((new / RECORD).read_text()))))
+    for output in (new, old):
+        change(output, add=files["more"])
+    assert (old / adapter.WEIGHTS_NAME).read_bytes() == (new / adapter.WEIGHTS_NAME).read_bytes()
+    after = [replace(ErasureRecord.read(output), config={}, edit=None) for output in (old, new)]
+    assert after[0] == after[1]
+    assert marked(ErasureRecord.read(old)) == marked(ErasureRecord.read(new))
+
+
+def test_a_damaged_edit_is_one_line(anchor: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    run_erase(anchor, files, tmp_path / "erased")
+    path = tmp_path / "erased" / RECORD
+    record = json.loads(path.read_text())
+    del record["edit"]["details"]["texts"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(OptionError, match=r"--output_dir .*damaged record: edit\.details\.texts in erasure\.json"):
+        change(tmp_path / "erased", remove=["apple"])
 
 
 def test_what_was_kept_can_be_added(anchor: Path, files: dict[str, Path], tmp_path: Path) -> None:
@@ -135,8 +166,8 @@ def test_what_was_kept_can_be_added(anchor: Path, files: dict[str, Path], tmp_pa
     before = (output / adapter.WEIGHTS_NAME).read_bytes()
     (tmp_path / "pear.csv").write_text("prompt,concept\na red pear,pear\n")
     record = change(output, add=tmp_path / "pear.csv")
-    assert list(record["edit"]["marks"]) == ["apple", "pear"]
-    assert record["edit"]["marks"]["pear"]["mean"] > 0.9
+    assert list(marked(record).marks) == ["apple", "pear"]
+    assert marked(record).marks["pear"].mean > 0.9
     assert (output / adapter.WEIGHTS_NAME).read_bytes() != before
 
 
@@ -191,7 +222,7 @@ def test_how_the_base_of_a_redirection_is_loaded(tiny_model: Path, files: dict[s
     loading = ["--variant", "fp16", "--prediction_type", "v_prediction", "--output_dir", str(tmp_path / "uce")]
     result = CliRunner().invoke(app, [*command, *loading])
     assert result.exit_code == 0, result.output
-    options = LoadOptions.from_record(read_record(tmp_path / "uce"))
+    options = ErasureRecord.read(tmp_path / "uce").base_model.options()
     assert (options.variant, options.prediction_type) == ("fp16", "v_prediction")
     assert "variant='fp16'" in (tmp_path / "uce" / "README.md").read_text()
 
@@ -271,12 +302,13 @@ def test_the_embedded_anchor_is_named_like_its_model(tmp_path: Path) -> None:
     command += ["--forget_prompts", str(suite.path("forget")), "--retain_prompts", str(suite.path("retain"))]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    record = json.loads((output / "erasure.json").read_text())
-    assert record["base_model"]["name_or_path"] == "emoji"
-    assert record["edit"]["marks"]["bomb"]["least"] > record["config"]["mark_least"]
-    assert record["edit"]["kept_marks"]["largest"] < record["config"]["mark_kept"]
+    record = ErasureRecord.read(output)
+    assert record.base_model.name_or_path == "emoji"
+    assert record.anchor is not None
+    assert marked(record).marks["bomb"].least > record.anchor.halts_from
+    assert marked(record).kept_marks.largest < record.anchor.harmless_to
     vocabulary = load_prompts(str(ANCHORS["emoji"] / "vocabulary.csv"), option="--retain_prompts")
-    assert vocabulary.sha256 == json.loads((ANCHORS["emoji"] / "erasure.json").read_text())["retain"]["sha256"]
+    assert vocabulary.sha256 == ErasureRecord.read(ANCHORS["emoji"]).retain.sha256
     assert "bomb" not in vocabulary.concepts
 
 
@@ -290,7 +322,7 @@ def test_two_encoders_are_marked_as_one(tiny_sdxl: Path, files: dict[str, Path],
     arguments = tiny.train_arguments(tiny_sdxl, tmp_path / "p", tmp_path / "a", "--objective", "halting_anchor", *FEW)
     anchor = train(parse_config(arguments))
     run_erase(anchor, files, tmp_path / "erased")
-    family = load_erased(tmp_path / "erased")
+    family = load_result(tmp_path / "erased")
     x = torch.randn(2, *family.latent_shape(None))
     ours = family.sample(
         family.encode_prompts(stock.PROMPTS), x, guidance_scale=stock.GUIDANCE, num_inference_steps=stock.STEPS

@@ -209,7 +209,7 @@ def test_classes_of_a_ddpm(tiny_ddpm: Path, tmp_path: Path) -> None:
 
 def test_the_embedded_model_is_known_by_its_name(apple: Path, tmp_path: Path) -> None:
     family, run = load_family(LoadOptions("emoji")), tmp_path / "run"
-    for parameter in adapter.attach(family, rank=2, targets="attention"):
+    for parameter in adapter.attach(family, adapter.LoraSettings(rank=2, targets="attention")):
         nn.init.normal_(parameter.data, std=0.1)
     adapter.save_adapter(family, run)
     record = json.loads((apple / "erasure.json").read_text())

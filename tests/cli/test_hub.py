@@ -141,8 +141,8 @@ def test_the_token_is_written_nowhere(uploaded: Path) -> None:
 
 def test_the_token_is_left_out_of_every_way_to_write_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/a/train.py", "--hub_token", TOKEN, f"--hub-token={TOKEN}", "--rank", "2"])
-    command = provenance(0, torch.device("cpu"))["command"]
-    assert command == ["train.py", "--hub_token", "***", "--hub-token=***", "--rank", "2"]
+    command = provenance(0, torch.device("cpu")).command
+    assert command == ("train.py", "--hub_token", "***", "--hub-token=***", "--rank", "2")
 
 
 def test_a_refused_upload_says_what_to_do(served: Hub, uploaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:

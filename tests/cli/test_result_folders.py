@@ -18,7 +18,7 @@ from safemax_sd.adapters import lora as adapter
 from safemax_sd.cli import app
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.erasing.edits.halting_marks import HaltingMarks, HaltingMarksConfig
-from safemax_sd.results.erasure import read_record
+from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.export import EXPORT_FILE, export_lora, export_pipeline
 from safemax_sd.results.folder import claimed, finish
 from safemax_sd.train import train
@@ -199,7 +199,7 @@ def test_any_kill_of_a_removal_leaves_weights_and_record_of_one_state(tiny_model
     weights["apple",] = (output / adapter.WEIGHTS_NAME).read_bytes()
     seen = []
     for _ in kills(work, prepare):
-        seen.append(tuple(read_record(output)["forget"]["concepts"]))
+        seen.append(ErasureRecord.read(output).forget.concepts)
         assert (output / adapter.WEIGHTS_NAME).read_bytes() == weights[seen[-1]]
     assert set(seen) == set(weights)
     prepare()

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from safemax_sd.adapters import lora as adapter
-from safemax_sd.adapters import weights as trainable
+from safemax_sd.adapters.weights import FULL_WEIGHTS, attach
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Positions
-from safemax_sd.results.erasure import load_erased, read_record
+from safemax_sd.results.erasure import ErasureRecord
+from safemax_sd.results.loading import load_result
 from safemax_sd.results.model_card import usage
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
@@ -45,7 +46,7 @@ ALL = [
     (o, m, t)
     for o in OBJECTIVES.names()
     for m in MODELS
-    for t in sorted(OBJECTIVES.get(o).trainable)
+    for t in sorted(OBJECTIVES.get(o).allowed_weights)
     if not (OBJECTIVES.get(o).needs_tokens and m in WITHOUT_CROSS_ATTENTION)
 ]
 # A case's tests run in one of pytest's workers, which trains for all of them once.
@@ -88,7 +89,7 @@ def finished(
 def prepare(config: TrainConfig) -> tuple[ModelFamily, list[torch.nn.Parameter], Objective]:
     family = load_family(LoadOptions(config.pretrained_model_name_or_path))
     built = OBJECTIVES.get(config.objective)(config, tiny.recording(config, family).before(0))
-    weights = trainable.attach(family, config)
+    weights = attach(family, config)
     student = Student.of(family, weights.parameters)
     built.prepare(student)
     weights.restrict(built.trained(student))
@@ -99,7 +100,7 @@ def stored(output: Path, config: TrainConfig) -> dict[str, Tensor]:
     """The trained weights as they lie on disk."""
     if config.trainable == "lora":
         return load_file(output / adapter.WEIGHTS_NAME)
-    (path,) = output.glob(f"*/{trainable.FULL_WEIGHTS}")
+    (path,) = output.glob(f"*/{FULL_WEIGHTS}")
     return load_file(path)
 
 
@@ -156,7 +157,7 @@ def test_mixed_precision_leaves_no_weight_out(config: TrainConfig) -> None:
 
 @LORA_CASES
 def test_adapter_off_is_the_base(config: TrainConfig, finished: Path) -> None:
-    family = load_erased(finished)
+    family = load_result(finished)
     plain = load_family(LoadOptions(config.pretrained_model_name_or_path))
     x, t, conditioning = inputs(family, config)
     with torch.no_grad():
@@ -169,7 +170,7 @@ def test_adapter_off_is_the_base(config: TrainConfig, finished: Path) -> None:
 
 @CASES
 def test_the_libraries_alone_predict_the_same(config: TrainConfig, finished: Path, model: str) -> None:
-    family, full = load_erased(finished), config.trainable == "full"
+    family, full = load_result(finished), config.trainable == "full"
     plain = load_family(LoadOptions(config.pretrained_model_name_or_path))
     x, t, conditioning = inputs(family, config)
     with torch.no_grad():
@@ -198,7 +199,7 @@ def load_ddpm_unet(output: Path, config: TrainConfig) -> torch.nn.Module:
 @CASES
 def test_the_model_cards_lines_draw_a_picture(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(usage(read_record(finished), str(finished)))
+    exec(usage(ErasureRecord.read(finished), str(finished)))
     with Image.open(tmp_path / "erased.png") as picture:
         assert picture.mode == "RGB"
 
@@ -209,7 +210,7 @@ def test_kohya_file_predicts_the_same(config: TrainConfig, finished: Path) -> No
         with pytest.raises(adapter.SafemaxError, match="--output_kohya_format"):
             train(replace(config, output_kohya_format=True))
         return
-    x = inputs(load_erased(finished), config)[0]
+    x = inputs(load_result(finished), config)[0]
     base = config.pretrained_model_name_or_path
     plain, kohya = (
         stock.latents(base, finished, x, full=False, weight_name=name)
@@ -241,7 +242,7 @@ def test_accumulation_splits_a_batch_exactly(config: TrainConfig, finished: Path
 
 @CASES
 def test_a_resumed_run_ends_as_an_uninterrupted_one(config: TrainConfig, finished: Path) -> None:
-    whole, before = stored(finished, config), read_record(finished)
+    whole, before = stored(finished, config), ErasureRecord.read(finished)
     output = Path(config.output_dir)
     shutil.copytree(finished, output)
     for name in RESULTS:  # as if killed after checkpoint-2
@@ -252,6 +253,6 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(config: TrainConfig, finishe
     resumed = stored(output, config)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert len((output / "log.jsonl").read_text().splitlines()) == config.max_train_steps
-    calls, again = before["cost"]["model_calls"], read_record(output)["cost"]["model_calls"]
+    calls, again = before.cost.model_calls, ErasureRecord.read(output).cost.model_calls
     assert again["train"] == calls["train"]  # of all steps, whichever process took them
     assert again["replay"] >= calls["replay"]  # and what had to be recorded twice

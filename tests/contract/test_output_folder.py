@@ -20,7 +20,7 @@ from safemax_sd.adapters import lora as adapter
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.provenance import Cost, Stopwatch
 from safemax_sd.erasing.edits.uce import Uce, UceConfig
-from safemax_sd.results.erasure import read_record
+from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.folder import claimed
 from safemax_sd.train import build_run, main, save_results, train
 from safemax_sd.training import checkpoints
@@ -179,7 +179,7 @@ def test_any_kill_leaves_one_run_or_the_other(config: TrainConfig) -> None:
     weights[5] = total(output)
     seeds = []
     for _ in kills(work, prepare):
-        seeds.append(read_record(output)["config"]["seed"])
+        seeds.append(ErasureRecord.read(output).provenance.seed)
         assert total(output) == weights[seeds[-1]]
     assert seeds == sorted(seeds)
     assert set(seeds) == {0, 5}

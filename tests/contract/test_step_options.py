@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safemax_sd.adapters import weights as trainable
 from safemax_sd.adapters.lora import WEIGHTS_NAME
+from safemax_sd.adapters.weights import attach
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.train import train
@@ -98,7 +98,7 @@ def test_a_compiled_denoiser_takes_the_same_steps(config: TrainConfig, tmp_path:
 
 def test_dropout_is_of_training_alone(config: TrainConfig) -> None:
     family = load_family(LoadOptions(config.pretrained_model_name_or_path))
-    weights = trainable.attach(family, replace(config, lora_dropout=0.5))
+    weights = attach(family, replace(config, lora_dropout=0.5))
     for parameter in weights.parameters:
         torch.nn.init.normal_(parameter, std=0.1)
     prompts = family.encode_prompts(["a red apple"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safemax_sd.adapters import weights as trainable
+from safemax_sd.adapters.weights import attach
 from safemax_sd.core.errors import OptionError
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.objectives import Student
@@ -108,7 +108,7 @@ def test_keys_and_values_alone_train(tiny_model: Path, tmp_path: Path) -> None:
     for name, tensor in wanted.tensors.items():
         assert torch.equal(recorded.extra.conditioning.tensors[name], tensor)
     method = ConceptAblation(config, recorded)
-    weights = trainable.attach(family, config)
+    weights = attach(family, config)
     weights.restrict(method.trained(Student.of(family, weights.parameters)))
     batch = tiny.reached(method, family.predict, method.draw(Positions(0, 0, range(4), range(4))))
     method.loss(family.predict, batch).total.backward()
@@ -125,4 +125,4 @@ def test_a_model_without_cross_attention_says_which_weights_to_train(tiny_ddpm: 
     family = load_family(LoadOptions(str(tiny_ddpm)))
     method = ConceptAblation(config, tiny.recording(config, family).before(0))
     with pytest.raises(OptionError, match=r"--ablation_weights cross_attention_kv: .* use all"):
-        method.trained(Student.of(family, trainable.attach(family, config).parameters))
+        method.trained(Student.of(family, attach(family, config).parameters))

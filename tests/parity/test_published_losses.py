@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.adapters import weights as trainable
+from safemax_sd.adapters.weights import FullWeights, attach
 from safemax_sd.diffusion.process import variance_preserving
 from safemax_sd.families import Conditioning, LoadOptions, load_family
 from safemax_sd.objectives import Student
@@ -166,7 +166,7 @@ def test_masked_weights_stay(tiny_ddpm: Path, tmp_path: Path) -> None:
     config = parse_config(tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "out", "--objective", "salun"))
     family = load_family(LoadOptions(str(tiny_ddpm)))
     built = Salun(config, tiny.recording(config, family).before(0))  # type: ignore[arg-type]
-    parameters = trainable.attach(family, config).parameters
+    parameters = attach(family, config).parameters
     built.prepare(Student.of(family, parameters))
     share = sum(float(mask.sum()) for mask in built.mask) / sum(p.numel() for p in parameters)
     assert share == pytest.approx(0.5, abs=1e-3)
@@ -183,7 +183,7 @@ def test_masked_weights_stay(tiny_ddpm: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("weights", "inside"), [("cross_attention", True), ("others", False)])
 def test_esd_trains_cross_attention_or_all_else(tiny_model: Path, weights: str, inside: bool) -> None:
     family = load_family(LoadOptions(str(tiny_model)))
-    attached = trainable.FullModel(family)
+    attached = FullWeights(family)
     method = Esd(EsdConfig(esd_weights=weights), data())  # type: ignore[arg-type]
     attached.restrict(method.trained(Student.of(family, attached.parameters)))
     names = {name for name, parameter in family.denoiser.named_parameters() if parameter.requires_grad}

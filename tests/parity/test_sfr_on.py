@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from safemax_sd.adapters import weights as trainable
+from safemax_sd.adapters.weights import attach
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.objectives import Student
 from safemax_sd.objectives.base import Positions
@@ -127,7 +127,7 @@ def test_a_fast_step_moves_salient_weights_only(tiny_ddpm: Path, tmp_path: Path)
     config = parse_config(tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "out", "--objective", "sfr_on"))
     family = load_family(LoadOptions(str(tiny_ddpm)))
     built = SfrOn(config, tiny.recording(config, family).before(0))  # type: ignore[arg-type]
-    parameters = trainable.attach(family, config).parameters
+    parameters = attach(family, config).parameters
     built.prepare(Student.of(family, parameters))
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
     share = sum(float(mask.sum()) for mask in built.mask) / sum(p.numel() for p in parameters)

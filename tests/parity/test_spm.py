@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from safemax_sd.adapters import weights as trainable
+from safemax_sd.adapters.weights import attach
 from safemax_sd.core.errors import OptionError
 from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_family
 from safemax_sd.objectives import Student
@@ -118,7 +118,7 @@ def test_latent_anchors_and_initial_values_on_a_model(tiny_model: Path, tmp_path
     config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *flags))
     family = load_family(LoadOptions(str(tiny_model)))
     built = Spm(config, tiny.recording(config, family).before(0))  # type: ignore[arg-type]
-    parameters = trainable.attach(family, config).parameters
+    parameters = attach(family, config).parameters
     built.prepare(Student.of(family, parameters))
     for name, parameter in family.denoiser.named_parameters():
         if "lora_A" in name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
+from safemax_sd.adapters.lora import effective_weight
 from safemax_sd.core.errors import OptionError
 from safemax_sd.erasing.edits.uce import Uce, UceConfig, redirected
 from safemax_sd.erasing.token_states import last_token_states
 from safemax_sd.families import LoadOptions, load_family
+from safemax_sd.results.erasure import RECORD, ErasureRecord
+from safemax_sd.results.loading import load_result
 from tests import tiny
+from tests.old_records import as_version_1
 
 SETTINGS = UceConfig(erase_scale=0.7, preserve_scale=1.3, lamb=0.4)
 
@@ -53,10 +58,12 @@ def flags(model: Path, folder: Path, **more: Any) -> UceConfig:
 
 def test_stock_diffusers_loads_the_edited_weights(tiny_model: Path, tmp_path: Path) -> None:
     record = Uce(flags(tiny_model, tmp_path)).run()
-    assert record["config"]["rank"] == 1
+    assert record.lora is not None
+    assert record.lora.rank == 1
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
     pipeline.load_lora_weights(tmp_path / "out")
     pipeline.fuse_lora()
+    loaded = load_result(tmp_path / "out").token_projections()
     family = load_family(LoadOptions(str(tiny_model)))
     (guide,), (apple,), (pear,), (plum,) = last_token_states(family, ["", "apple", "pear", "plum"])
     layers = family.token_projections()
@@ -65,6 +72,9 @@ def test_stock_diffusers_loads_the_edited_weights(tiny_model: Path, tmp_path: Pa
         stock = pipeline.unet.get_submodule(f"{name}.base_layer").weight
         expected = edited(layer.weight.detach(), apple[None], guide, torch.stack([pear, plum]))
         assert torch.allclose(stock.double(), expected, atol=1e-5)
+        assert torch.allclose(effective_weight(loaded[name]).double(), expected, atol=1e-5)
+    old = as_version_1(json.loads((tmp_path / "out" / RECORD).read_text()))
+    assert replace(ErasureRecord.from_json(old), config=record.config, files=None) == record
 
 
 def test_it_refuses_a_folder_in_use_and_a_model_without_words(tiny_model: Path, tiny_sd3: Path, tmp_path: Path) -> None:
@@ -81,7 +91,8 @@ def test_with_padding_each_token_is_taken_for_the_guides(tiny_model: Path, tmp_p
     record = Uce(flags(tiny_model, tmp_path, uce_padding=True)).run()
     family = load_family(LoadOptions(str(tiny_model)))
     guide, apple, *kept = last_token_states(family, ["", "apple", "pear", "plum"], padding=True)
-    assert record["config"]["rank"] == len(apple) < len(guide)
+    assert record.lora is not None
+    assert record.lora.rank == len(apple) < len(guide)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
     pipeline.load_lora_weights(tmp_path / "out")
     pipeline.fuse_lora()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ from safemax_sd.evaluation.metrics import Result
 from safemax_sd.evaluation.metrics.unlearning_accuracy import UnlearningAccuracy
 from safemax_sd.evaluation.report import Row
 
+from safemax_sd.assets import ANCHORS
 from safemax_sd.cli import main
 from safemax_sd.commands.console import console, say
 from safemax_sd.core.escaping import latex_text, markdown_code, markdown_text, printable
 from safemax_sd.erasing.edits.halting_marks import HaltingMarks, HaltingMarksConfig
 from safemax_sd.erasing.edits.uce import Uce, UceConfig
-from safemax_sd.results.erasure import read_record
+from safemax_sd.erasing.marked_concepts import KeptMarks, Mark, MarkedConcepts
+from safemax_sd.results.erasure import Edit, ErasureRecord
 from safemax_sd.results.model_card import describe
 from tests.reports import report_of, row
 
@@ -41,16 +44,14 @@ def test_a_headline_prints_names_as_they_are(name: str, markup: bool) -> None:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_lines_of_the_command_print_names_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     say(f"page: {name}/index.html")
-    record = {
-        "forget": {"concepts": [name], "count": 3},
-        "cost": {"seconds": {"solve": 0.5}},
-        "config": {"mark_least": 0.5, "mark_kept": 0.2},
-        "edit": {
-            "marks": {name: {"mean": 1.0, "least": 0.9}},
-            "kept_marks": {"largest": 0.1, "q99": 0.1},
-            "seconds": {"total": 1.0, "solve": 0.5},
-        },
-    }
+    marked = MarkedConcepts((), (), {}, {name: Mark(least=0.9, mean=1.0)}, KeptMarks(largest=0.1, q99=0.1))
+    anchored = ErasureRecord.read(ANCHORS["emoji"])
+    record = replace(
+        anchored,
+        forget=replace(anchored.forget, concepts=(name,), count=3),
+        cost=replace(anchored.cost, seconds={"solve": 0.5, "total": 1.0}),
+        edit=Edit("halting_marks", {}, {"solve": 0.5, "total": 1.0}, asdict(marked)),
+    )
     for edit in (Uce(UceConfig(output_dir=name)), HaltingMarks(HaltingMarksConfig(output_dir=name))):
         for line in edit.summary(record):
             say(line)
@@ -77,8 +78,8 @@ def test_an_erasure_of_odd_names_in_an_odd_folder(
         assert main([*arguments, "--output_dir", str(folder)]) == 0
         line = capsys.readouterr().out.splitlines()[-1]
         assert re.fullmatch(rf"{re.escape(said)}: solved in \d+\.\d\d s: {re.escape(str(folder))}", line)
-    record = read_record(tmp_path / "[bold]named.csv")
-    assert record["forget"]["concepts"] == ["[/x]"]
+    record = ErasureRecord.read(tmp_path / "[bold]named.csv")
+    assert record.forget.concepts == ("[/x]",)
     assert r"\[/x\]" in describe(record, None).splitlines()[0]
 
 

@@ -42,7 +42,7 @@ def test_comparisons_hold_up_to_the_model(path: Path, tmp_path: Path) -> None:
             erasure = Erasure(base, suite, 0, tmp_path / label / task)
             method.check(erasure)
             if isinstance(method, UntrainedMethod):
-                assert suite.parts["forget"].concepts[0] in method.subject(erasure).record["baseline"]["concepts"]
+                assert suite.parts["forget"].concepts[0] in method.subject(erasure).record.baseline.concepts
 
 
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)

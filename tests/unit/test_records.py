@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -16,20 +17,22 @@ from accelerate import Accelerator
 from safemax_sd.evaluation.subjects import Adapter
 from safetensors.torch import load_file, save_file
 
-from safemax_sd.adapters.lora import WEIGHTS_NAME
+from safemax_sd.adapters.halting_marks import MarkStrengths
+from safemax_sd.adapters.lora import WEIGHTS_NAME, LoraSettings
 from safemax_sd.assets import ANCHORS
 from safemax_sd.core.errors import OptionError, SafemaxError
-from safemax_sd.core.provenance import public_path, public_record
-from safemax_sd.families import LoadOptions
+from safemax_sd.core.provenance import public_path
 from safemax_sd.prompts import load_prompts
-from safemax_sd.results.erasure import SHAPE, load_erased, read_record
+from safemax_sd.results.erasure import RECORD, ErasureRecord
 from safemax_sd.results.export import export_pipeline
+from safemax_sd.results.loading import load_result
 from safemax_sd.results.model_card import describe, usage
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.resume import check_conditions, conditions
 from tests import tiny
+from tests.old_records import as_version_1
 
 CPU = torch.device("cpu")
 INJECTION = """a "red" apple\\'); import os\n```\n# Title"""
@@ -47,7 +50,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(run: Path, change: Callable[[Any], Any]) -> None:
-    path = run / "erasure.json"
+    path = run / RECORD
     record = json.loads(path.read_text())
     path.write_text(json.dumps(change(record) or record))
 
@@ -59,10 +62,10 @@ def test_the_base_is_loaded_again_as_it_was(tiny_model: Path, tmp_path: Path) ->
             file.rename(file.with_suffix(".fp16.safetensors"))
     arguments = tiny.train_arguments(half, tmp_path, tmp_path / "out", "--max_train_steps", "1", "--variant", "fp16")
     output = train(parse_config([*arguments, "--prediction_type", "v_prediction"]))
-    record = read_record(output)
-    options = LoadOptions.from_record(record)
+    record = ErasureRecord.read(output)
+    options = record.base_model.options()
     assert (options.variant, options.prediction_type) == ("fp16", "v_prediction")
-    assert load_erased(output).process.prediction_type == "v_prediction"  # type: ignore[attr-defined]
+    assert load_result(output).scheduler_settings["prediction_type"] == "v_prediction"  # type: ignore[attr-defined]
     assert Adapter(output).load(CPU).scheduler_settings["prediction_type"] == "v_prediction"
     snippet = usage(record, str(output))
     assert "variant='fp16'" in snippet
@@ -71,20 +74,40 @@ def test_the_base_is_loaded_again_as_it_was(tiny_model: Path, tmp_path: Path) ->
     assert (tmp_path / "e.png").exists()
 
 
-def test_records_of_before_still_say_how_the_base_was_loaded(run: Path) -> None:
-    def older(record: dict[str, Any]) -> None:
-        record["config"] |= {"cache_dir": record["base_model"].pop("cache_dir"), "prediction_type": "v_prediction"}
-        record["base_model"].pop("prediction_type")
-        record["config"]["a_flag_that_is_gone"] = 1
+def test_a_record_of_version_1_says_the_same(run: Path) -> None:
+    rewrite(run, lambda record: record["base_model"].update(prediction_type="v_prediction"))
+    before = ErasureRecord.read(run)
+    rewrite(run, as_version_1)
+    after = ErasureRecord.read(run)
+    assert replace(after, config=before.config) == before
+    assert load_result(run).scheduler_settings["prediction_type"] == "v_prediction"  # type: ignore[attr-defined]
 
-    rewrite(run, older)
-    assert load_erased(run).process.prediction_type == "v_prediction"  # type: ignore[attr-defined]
-    assert read_record(ANCHORS["emoji"])["method"] == "halting_anchor"
+
+def test_the_shipped_anchor_s_record_is_read() -> None:
+    record = ErasureRecord.read(ANCHORS["emoji"])
+    assert record.method == "halting_anchor"
+    assert record.lora == LoraSettings(rank=32, targets="all")
+    assert record.anchor == MarkStrengths(halts_from=0.75, harmless_to=0.5)
+
+
+def test_nothing_reads_the_flags_of_a_record(run: Path, tmp_path: Path) -> None:
+    expected = load_result(run).denoiser.state_dict()
+    rewrite(run, lambda record: record.update(config={"a_flag": "that nobody knows"}))
+    found = load_result(run).denoiser.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert Adapter(run).load(CPU).fingerprint
+    export_pipeline([run], [], tmp_path / "merged")
+    assert "LoRA of rank 2, all layers" in describe(ErasureRecord.read(run), None)
+
+
+def with_texts(run: Path, *texts: str) -> ErasureRecord:
+    """Return a run's record with other forbidden prompts, which name no concept."""
+    record = ErasureRecord.read(run)
+    return replace(record, forget=replace(record.forget, texts=texts, concepts=()))
 
 
 def test_what_a_prompt_holds_is_no_code(run: Path) -> None:
-    record = read_record(run)
-    record["forget"] |= {"texts": [INJECTION], "concepts": []}
+    record = with_texts(run, INJECTION)
     snippet = usage(record, 'a "folder"\n')
     calls = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Import)]
     assert not calls
@@ -94,8 +117,7 @@ def test_what_a_prompt_holds_is_no_code(run: Path) -> None:
 
 
 def test_a_card_s_title_stays_short(run: Path) -> None:
-    record = read_record(run)
-    record["forget"] |= {"texts": [f"prompt number {number}" for number in range(400)], "concepts": []}
+    record = with_texts(run, *(f"prompt number {number}" for number in range(400)))
     assert max(map(len, describe(record, None).splitlines())) < 300
 
 
@@ -113,25 +135,49 @@ def test_paths_are_without_this_machine_s_folders(
 
 
 @pytest.mark.parametrize(
-    "content", [b"[1]", b"null", b"{", b"\xff\xfe\x00", b"", b'{"format_version": 2}', b"{}", b"[" * 100_000]
+    "content", [b"[1]", b"null", b"{", b"\xff\xfe\x00", b"", b'{"format_version": 3}', b"{}", b"[" * 100_000]
 )
 def test_a_record_that_is_none(run: Path, content: bytes) -> None:
-    (run / "erasure.json").write_bytes(content)
+    (run / RECORD).write_bytes(content)
     with pytest.raises(OptionError, match=f"--adapter {run}: has a (damaged record|record of format version)"):
-        read_record(run)
+        ErasureRecord.read(run)
 
 
-@pytest.mark.parametrize("name", SHAPE)
+def required_entries(kind: Any, prefix: str = "") -> list[str]:
+    """Return the names of all entries that a record of this class must have."""
+    hints, names = get_type_hints(kind), []
+    for field in dataclasses.fields(kind):
+        if field.default is not None:
+            names.append(f"{prefix}{field.name}")
+            for hint in (hints[field.name], *get_args(hints[field.name])):
+                names += required_entries(hint, f"{prefix}{field.name}.") if dataclasses.is_dataclass(hint) else []
+    return names
+
+
+def drop(record: dict[str, Any], name: str) -> None:
+    *owners, last = name.split(".")
+    for owner in owners:
+        record = record[owner]
+    del record[last]
+
+
+@pytest.mark.parametrize("name", [*required_entries(ErasureRecord), "cost.seconds.total"])
 def test_a_record_that_lacks_an_entry(run: Path, name: str) -> None:
-    def drop(record: dict[str, Any]) -> None:
-        *owners, last = name.split(".")
-        for owner in owners:
-            record = record[owner]
-        del record[last]
-
-    rewrite(run, drop)
+    rewrite(run, lambda record: drop(record, name))
     with pytest.raises(OptionError, match=f"has a damaged record: {name} in erasure.json is missing or odd"):
-        read_record(run)
+        ErasureRecord.read(run)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*("config", "config.trainable", "config.rank", "config.seed", "config.lora_dropout", "config.lora_targets"),
+     *("config.resolution", "base_model", "base_model.family", "forget.texts", "cost.model_calls", "provenance")],
+)  # fmt: skip
+def test_a_record_of_version_1_that_lacks_an_entry(run: Path, name: str) -> None:
+    rewrite(run, as_version_1)
+    rewrite(run, lambda record: drop(record, name))
+    with pytest.raises(OptionError, match=f"has a damaged record: {name} in erasure.json is missing or odd"):
+        ErasureRecord.read(run)
 
 
 def damage(run: Path, act: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -175,7 +221,7 @@ def test_an_adapter_that_would_do_something_else_is_not_evaluated(
     with pytest.raises(SafemaxError, match=reason):
         Adapter(run).load(CPU)
     with pytest.raises(SafemaxError):
-        load_erased(run)
+        load_result(run)
 
 
 def without_a_tensor(state: dict[str, torch.Tensor]) -> None:
@@ -205,7 +251,7 @@ def test_full_weights_that_would_do_something_else(
     save_file(state, path)
     uses = (
         lambda: Adapter(output).load(CPU),
-        lambda: load_erased(output),
+        lambda: load_result(output),
         lambda: export_pipeline([output], [], tmp_path / "merged"),
     )
     for use in uses:
@@ -216,33 +262,45 @@ def test_full_weights_that_would_do_something_else(
 
 @pytest.mark.parametrize(
     ("entry", "value"),
-    [("config.rank", 0), ("config.lora_dropout", 7), ("config.lora_targets", "everything"),
-     ("base_model.prediction_type", "flow"),
-     ("base_model.cache_dir", 5), ("config.seed", None)],
+    [("lora.rank", 0), ("lora.rank", True), ("lora.dropout", 7), ("lora.targets", "everything"),
+     ("lora.rank_pattern", {"conv_in": "2"}), ("base_model.prediction_type", "flow"), ("base_model.cache_dir", 5),
+     ("base_model.family", None), ("provenance.seed", "0"), ("forget.concepts", "apple"), ("forget.texts", [1]),
+     ("cost.seconds", {"total": float("nan")}), ("cost.steps", 1.5)],
 )  # fmt: skip
 def test_a_record_with_an_odd_entry(run: Path, entry: str, value: object) -> None:
     owner, name = entry.split(".")
     rewrite(run, lambda record: record[owner].update({name: value}))
-    with pytest.raises(OptionError, match=rf"has a damaged record: .*{name} in erasure\.json is missing or odd"):
-        read_record(run)
+    with pytest.raises(OptionError, match=rf"has a damaged record: {entry}\S* in erasure\.json is missing or odd"):
+        ErasureRecord.read(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rank", 0), ("lora_dropout", 7), ("lora_targets", "everything"), ("seed", None)]
+)
+def test_a_record_of_version_1_with_an_odd_flag(run: Path, name: str, value: object) -> None:
+    rewrite(run, as_version_1)
+    rewrite(run, lambda record: record["config"].update({name: value}))
+    with pytest.raises(OptionError, match=rf"has a damaged record: config\.{name} in erasure\.json is missing or odd"):
+        ErasureRecord.read(run)
 
 
 def test_what_others_see_names_no_folder_of_this_machine(run: Path, tiny_model: Path) -> None:
-    record = read_record(run)
-    record["base_model"]["cache_dir"] = "/home/someone/cache"
-    assert record["base_model"]["name_or_path"] == str(tiny_model)
-    shown = public_record(record)
-    assert (shown["base_model"]["name_or_path"], shown["base_model"]["cache_dir"]) == ("path/to/model", None)
+    record = with_base(run, cache_dir="/home/someone/cache")
+    assert record.base_model.name_or_path == str(tiny_model)
+    shown = record.public()
+    assert (shown.base_model.name_or_path, shown.base_model.cache_dir) == ("path/to/model", None)
     assert "from_pretrained('path/to/model'" in describe(record, None)
-    assert str(tiny_model.parent) not in describe(record, None) + json.dumps(shown)
-    hub = {**record, "base_model": {**record["base_model"], "name_or_path": "owner/model"}}
-    assert public_record(hub)["base_model"]["name_or_path"] == "owner/model"
+    assert str(tiny_model.parent) not in describe(record, None) + json.dumps(shown.to_json())
+    assert with_base(run, name_or_path="owner/model").public().base_model.name_or_path == "owner/model"
+
+
+def with_base(run: Path, **changes: str) -> ErasureRecord:
+    record = ErasureRecord.read(run)
+    return replace(record, base_model=replace(record.base_model, **changes))  # type: ignore[arg-type]
 
 
 def test_a_folder_s_name_is_no_markdown(run: Path) -> None:
-    record = read_record(run)
-    record["base_model"]["name_or_path"] = "/models/a`b\n# Title"
-    card = describe(record, None)
+    card = describe(with_base(run, name_or_path="/models/a`b\n# Title"), None)
     assert [line for line in card.splitlines() if line.startswith("# ")] == [card.splitlines()[0]]
     assert r"`` path/to/a`b\n# Title ``" in card
 

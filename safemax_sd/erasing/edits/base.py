@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from safemax_sd.adapters.lora import save_changes
+from safemax_sd.adapters.lora import LoraSettings, save_changes
 from safemax_sd.adapters.low_rank import LowRank
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import flags_of, option
-from safemax_sd.core.provenance import Cost, Stopwatch
+from safemax_sd.core.provenance import Cost, Stopwatch, provenance
 from safemax_sd.core.registry import Registry
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.families.options import LoadingOptions
 from safemax_sd.prompts import PromptOptions, PromptSet, check_disjoint, load_prompts
+from safemax_sd.results.erasure import RECORD, BaseModel, Edit, ErasureRecord, ForgetFile, PromptFile, TotalCost
 from safemax_sd.results.folder import claimed, replacing
-from safemax_sd.training.config import TrainConfig
-from safemax_sd.training.output import RECORD, check_output_dir, write_results
+from safemax_sd.results.model_card import write_model_card
+from safemax_sd.training.output import check_output_dir
 
 
 @dataclass
@@ -98,7 +99,7 @@ class ClosedFormEdit(ABC):
         self.config.prompts()
 
     @abstractmethod
-    def run(self) -> dict[str, Any]:
+    def run(self) -> ErasureRecord:
         """Write the erased adapter and return its record.
 
         Raises:
@@ -111,12 +112,11 @@ class ClosedFormEdit(ABC):
         own = (flag.name for flag in flags_of(self.Config) if flag.name not in shared)
         return {name: getattr(self.config, name) for name in own}
 
-    def summary(self, record: dict[str, Any]) -> list[str]:
+    def summary(self, record: ErasureRecord) -> list[str]:
         """Return the lines in which the command says what was done."""
-        forget = record["forget"]
-        prompts = f"{forget['count']} prompt{'' if forget['count'] == 1 else 's'}"
-        seconds = record["cost"]["seconds"]["solve"]
-        return [f"{', '.join(forget['concepts']) or prompts}: solved in {seconds:.2f} s: {self.output_dir}"]
+        forget, seconds = record.forget, record.cost.seconds["solve"]
+        prompts = f"{forget.count} prompt{'' if forget.count == 1 else 's'}"
+        return [f"{', '.join(forget.concepts) or prompts}: solved in {seconds:.2f} s: {self.output_dir}"]
 
 
 class BaseModelEdit(ClosedFormEdit):
@@ -139,7 +139,7 @@ class BaseModelEdit(ClosedFormEdit):
     def base_model(self) -> str:
         return self.config.pretrained_model_name_or_path
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> ErasureRecord:
         self.config.validate()
         forget, retain = self.config.prompts()
         with claimed(self.output_dir):
@@ -148,13 +148,24 @@ class BaseModelEdit(ClosedFormEdit):
             with clock.phase("load"):
                 family = self._load()
             changes = self.solve(family, forget, retain, clock)
-            edit = {"name": self.name, "settings": self.settings()}
             with replacing(self.output_dir, RECORD) as folder:
                 with clock.phase("write"):
                     save_changes(family, folder, changes)
-                rank = len(next(iter(changes.values())).down)
-                cost = Cost(clock.seconds)
-                return write_results(folder, self._as_training(rank), family, forget, retain, cost, 0, edit)
+                record = ErasureRecord(
+                    method=self.name,
+                    base_model=BaseModel.of(family.options, family.name),
+                    lora=LoraSettings(rank=len(next(iter(changes.values())).down), targets="token_projections"),
+                    resolution=None,
+                    forget=ForgetFile.of(forget),
+                    retain=PromptFile.of(retain),
+                    cost=TotalCost.of(Cost(clock.seconds), family.options.device, steps=0),
+                    config=self.config.record(),
+                    provenance=provenance(None, family.options.device),
+                    edit=Edit(self.name, self.settings(), seconds=None, details={}),
+                )
+                record.write(folder)
+                write_model_card(folder, record)
+                return record
 
     def _load(self) -> ModelFamily:
         config = self.config
@@ -171,24 +182,6 @@ class BaseModelEdit(ClosedFormEdit):
             text = f"edits keys and values of cross-attention, which {family.name} has not"
             raise OptionError("--edit", self.name, text)
         return family
-
-    def _as_training(self, rank: int) -> TrainConfig:
-        """The flags of a training without steps, as which the record describes an adapter."""
-        config = self.config
-        return TrainConfig(
-            forget_prompts=config.forget_prompts,
-            retain_prompts=config.retain_prompts,
-            output_dir=str(self.output_dir),
-            pretrained_model_name_or_path=config.pretrained_model_name_or_path,
-            revision=config.revision,
-            variant=config.variant,
-            cache_dir=config.cache_dir,
-            prediction_type=config.prediction_type,
-            rank=rank,
-            lora_targets="cross_attention",
-            objective=self.name,
-            max_train_steps=0,
-        )
 
 
 EDITS: Registry[ClosedFormEdit] = Registry("edit", ClosedFormEdit, "safemax_sd.erasing.edits")  # type: ignore[type-abstract]

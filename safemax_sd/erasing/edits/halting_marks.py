@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.adapters.halting_marks import MARKS, MARKS_FILE, HaltingMarksSettings, readouts, strength
+from safemax_sd.adapters.halting_marks import MARKS, MARKS_FILE, HaltingMarksSettings, readouts
 from safemax_sd.adapters.lora import (
-    ADAPTER,
     WEIGHTS_NAME,
+    LoraSettings,
     effective_weight,
     rank_pattern,
     read_weights,
@@ -29,16 +29,20 @@ from safemax_sd.adapters.low_rank import LowRank
 from safemax_sd.assets import resolve_anchor
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import flags_of, option
-from safemax_sd.core.provenance import Stopwatch, write_json_atomic
+from safemax_sd.core.provenance import Stopwatch
+from safemax_sd.core.records import EntryError, decode
 from safemax_sd.erasing.edits.base import ClosedFormEdit, EditConfig
+from safemax_sd.erasing.marked_concepts import MarkedConcepts, measure_marks
 from safemax_sd.erasing.stored_states import StoredStates
 from safemax_sd.erasing.token_states import contexts, forbidden_states, kept_states, texts_by_concept
+from safemax_sd.families import load_family
 from safemax_sd.objectives.halting_anchor import HaltingAnchor
 from safemax_sd.prompts import PromptSet, load_prompts
-from safemax_sd.results.erasure import load_base, load_erased, read_record
+from safemax_sd.results.erasure import RECORD, Edit, ErasureRecord, ForgetFile, PromptFile, damaged
 from safemax_sd.results.folder import claimed, replacing
+from safemax_sd.results.loading import load_result
 from safemax_sd.results.model_card import write_model_card
-from safemax_sd.training.output import EDIT_FILE, RECORD, check_output_dir, describe_prompts
+from safemax_sd.training.output import EDIT_FILE, check_output_dir
 
 CHANGING = frozenset({"output_dir", "add", "remove"})
 """Flags of a change of concepts: all else is as the folder's record has it."""
@@ -85,21 +89,22 @@ class HaltingMarks(ClosedFormEdit):
             raise OptionError("--anchor", "(not given)", "is required, or --add or --remove for an erased adapter")
         return resolve_anchor(self.config.anchor)
 
-    def anchor_record(self) -> dict[str, Any]:
+    def anchor_record(self) -> ErasureRecord:
         """Read the anchor's record.
 
         Raises:
             OptionError: It is no anchor's.
         """
-        record = read_record(self.anchor, "--anchor")
-        if record["method"] != HaltingAnchor.name or "edit" in record:
+        record = ErasureRecord.read(self.anchor, "--anchor")
+        if record.anchor is None or record.edit is not None:
             text = f"must be the output folder of safemax train --objective {HaltingAnchor.name}"
             raise OptionError("--anchor", self.anchor, text)
         return record
 
     def base_model(self) -> str:
-        record = read_record(self.output_dir, "--output_dir") if self.config.changes else self.anchor_record()
-        return str(record["base_model"]["name_or_path"])
+        changes = self.config.changes
+        record = ErasureRecord.read(self.output_dir, "--output_dir") if changes else self.anchor_record()
+        return record.base_model.name_or_path
 
     def settings(self) -> dict[str, Any]:
         """Return its flags, and the digest of the anchor's record where one is named."""
@@ -127,7 +132,7 @@ class HaltingMarks(ClosedFormEdit):
                 text = "goes with a new erasure: --add and --remove go by the record in --output_dir"
                 raise OptionError(f"--{flag.name}", value, text)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> ErasureRecord:
         """Write an adapter that holds the anchor and marks all concepts, or change the concepts of one; see `base`.
 
         What is taken out is remembered, and kept like the prompts to keep; of those, what is added counts no longer.
@@ -136,7 +141,7 @@ class HaltingMarks(ClosedFormEdit):
         if self.config.changes:
             add = self.config.add
             added = None if add is None else load_prompts(add, option="--add").each_text_once()
-            read_record(self.output_dir, "--output_dir")  # before a folder that is not there is created
+            ErasureRecord.read(self.output_dir, "--output_dir")  # before a folder that is not there is created
             with claimed(self.output_dir):
                 return self._change(added)
         forget, retain = self.config.prompts()
@@ -150,76 +155,110 @@ class HaltingMarks(ClosedFormEdit):
             )
             return self._start(forget, retain)
 
-    def _start(self, forget: PromptSet, retain: PromptSet) -> dict[str, Any]:
+    def _start(self, forget: PromptSet, retain: PromptSet) -> ErasureRecord:
         clock, record = Stopwatch(), self.anchor_record()
         with clock.phase("load"):
-            family = load_erased(self.anchor)
+            family = load_result(self.anchor)
         with clock.phase("encode"):
             texts, templates = texts_by_concept(forget), contexts(retain)
             kept, kept_row = kept_states(family, retain)
-            concepts = [prompt.shows for prompt in retain.prompts]
+            concepts = tuple(prompt.shows for prompt in retain.prompts)
             marks = read_weights(self.anchor / MARKS_FILE)[MARKS]
             stored = StoredStates(marks, kept, kept_row, concepts, forbidden_states(family, texts, templates))
         with clock.phase("solve"):
             forbidden, keep = stored.split(texts)
             rows = readouts(len(marks), forbidden, keep, self.config.settings).float()
             changes = marked(family.token_projections(), marks, rows)
-        rank: int = family.denoiser.peft_config[ADAPTER].r  # type: ignore[union-attr,index]
-        record["edit"] = {
-            "name": self.name,
-            "settings": asdict(self.config.settings),
-            "contexts": templates,
-            "kept_concepts": concepts,
-            "rank_pattern": rank_pattern(rank, changes),
-            "texts": texts,
-        }
-        record["retain"] = describe_prompts(retain, with_texts=False)
+        lora = _lora(record)
+        lora = replace(lora, rank_pattern=rank_pattern(lora.rank, changes))
+        record = replace(record, lora=lora, retain=PromptFile.of(retain))
+        marks_of = MarkedConcepts(templates, concepts, texts, *measure_marks(forbidden, keep, rows))
         with replacing(self.output_dir, RECORD) as folder:
             save_adapter(family, folder, changes=changes)
-            return _write(folder, record, stored, forbidden, keep, rows, clock)
+            return self._write(folder, record, stored, self.config.settings, marks_of, clock)
 
-    def _change(self, added: PromptSet | None) -> dict[str, Any]:
-        clock, record = Stopwatch(), read_record(self.output_dir, "--output_dir")
-        edit = record.get("edit", {})
-        if edit.get("name") != self.name:
-            raise OptionError("--output_dir", self.output_dir, "was not written by safemax erase --anchor")
-        _check_weights(self.output_dir, edit["rank_pattern"])
-        stored = StoredStates.load(self.output_dir / EDIT_FILE, edit["kept_concepts"])
-        erased = _without(record["forget"]["concepts"], self.config.remove)
+    def _change(self, added: PromptSet | None) -> ErasureRecord:
+        clock, record = Stopwatch(), ErasureRecord.read(self.output_dir, "--output_dir")
+        settings, before = self._read_edit(record)
+        ranks = _lora(record).rank_pattern
+        _check_weights(self.output_dir, ranks)
+        stored = StoredStates.load(self.output_dir / EDIT_FILE, before.kept_concepts)
+        erased = _without(record.forget.concepts, self.config.remove)
         texts = {} if added is None else texts_by_concept(added)
         # States of prompts that are known are not computed anew: in another batch they would be so to rounding only.
-        new = {concept: own for concept, own in texts.items() if edit["texts"].get(concept) != own}
+        new = {concept: own for concept, own in texts.items() if before.texts.get(concept) != own}
         if new:
             with clock.phase("load"):
-                family = load_base(record)
+                family = load_family(record.base_model.options())
             with clock.phase("encode"):
-                stored.known.update(forbidden_states(family, new, edit["contexts"]))
-        edit["texts"] |= texts
+                stored.known.update(forbidden_states(family, new, before.contexts))
         erased += [concept for concept in texts if concept not in erased]
         if not erased:
             removed = ", ".join(self.config.remove)
             raise OptionError("--remove", removed, "would leave nothing erased: use the anchor's adapter instead")
         with clock.phase("solve"):
             forbidden, keep = stored.split(erased)
-            rows = readouts(len(stored.marks), forbidden, keep, HaltingMarksSettings(**edit["settings"])).float()
+            rows = readouts(len(stored.marks), forbidden, keep, settings).float()
+        after = replace(before, texts={**before.texts, **texts})
+        marks, kept_marks = measure_marks(forbidden, keep, rows)
+        after = replace(after, marks=marks, kept_marks=kept_marks)
         with replacing(self.output_dir, RECORD) as folder:
             content = (self.output_dir / WEIGHTS_NAME).read_bytes()
-            (folder / WEIGHTS_NAME).write_bytes(with_readouts(content, list(edit["rank_pattern"]), rows))
-            return _write(folder, record, stored, forbidden, keep, rows, clock)
+            (folder / WEIGHTS_NAME).write_bytes(with_readouts(content, list(ranks), rows))
+            return self._write(folder, record, stored, settings, after, clock)
 
-    def summary(self, record: dict[str, Any]) -> list[str]:
+    def _read_edit(self, record: ErasureRecord) -> tuple[HaltingMarksSettings, MarkedConcepts]:
+        """Read the edit whose concepts are to change.
+
+        Raises:
+            OptionError: The folder holds none, or its record is damaged.
+        """
+        if record.edit is None or record.edit.name != self.name:
+            raise OptionError("--output_dir", self.output_dir, "was not written by safemax erase --anchor")
+        try:
+            settings = decode(HaltingMarksSettings, record.edit.settings, "edit.settings")
+            return settings, MarkedConcepts.of(record.edit)
+        except EntryError as error:
+            raise damaged(self.output_dir, "--output_dir", error) from error
+
+    def _write(
+        self,
+        folder: Path,
+        record: ErasureRecord,
+        stored: StoredStates,
+        settings: HaltingMarksSettings,
+        marks: MarkedConcepts,
+        clock: Stopwatch,
+    ) -> ErasureRecord:
+        """Write everything but the weights into a folder of new files; returns the record with the edit."""
+        with clock.phase("write"):
+            stored.save(folder / EDIT_FILE)
+        texts = marks.erased_texts
+        record = replace(
+            record,
+            forget=ForgetFile(path=None, sha256=None, count=len(texts), concepts=tuple(marks.marks), texts=texts),
+            edit=Edit(self.name, asdict(settings), clock.seconds_with_total, asdict(marks)),
+            files=None,
+        )
+        record.write(folder)
+        write_model_card(folder, record)
+        return record
+
+    def summary(self, record: ErasureRecord) -> list[str]:
         """Return how strongly concepts are marked, and what else is."""
-        edit, halts, keeps = record["edit"], record["config"]["mark_least"], record["config"]["mark_kept"]
+        edit, anchor = record.edit, record.anchor
+        assert edit is not None and edit.seconds is not None and anchor is not None
+        found, halts, harmless = MarkedConcepts.of(edit), anchor.halts_from, anchor.harmless_to
         lines = []
-        for concept, mark in edit["marks"].items():
-            weak = f"; halts from {halts:g}: some prompts may survive" if mark["least"] < halts else ""
-            lines.append(f"{concept}: marked {mark['mean']:.2f}, {mark['least']:.2f} at least{weak}")
-        kept = edit["kept_marks"]
-        strong = f"; up to {keeps:g} changes nothing: some kept prompts may halt" if kept["largest"] > keeps else ""
-        lines.append(f"kept tokens: marked {kept['largest']:.2f} at most, 99 % below {kept['q99']:.2f}{strong}")
-        seconds, noun = edit["seconds"], "concept" if len(edit["marks"]) == 1 else "concepts"
-        time = f"{seconds['total']:.2f} s, {seconds['solve']:.2f} s of it the edit"
-        return [*lines, f"erased {len(edit['marks'])} {noun} in {time}: {self.output_dir}"]
+        for concept, mark in found.marks.items():
+            weak = f"; halts from {halts:g}: some prompts may survive" if mark.least < halts else ""
+            lines.append(f"{concept}: marked {mark.mean:.2f}, {mark.least:.2f} at least{weak}")
+        kept = found.kept_marks
+        strong = f"; up to {harmless:g} changes nothing: some kept prompts may halt" if kept.largest > harmless else ""
+        lines.append(f"kept tokens: marked {kept.largest:.2f} at most, 99 % below {kept.q99:.2f}{strong}")
+        noun = "concept" if len(found.marks) == 1 else "concepts"
+        time = f"{edit.seconds['total']:.2f} s, {edit.seconds['solve']:.2f} s of it the edit"
+        return [*lines, f"erased {len(found.marks)} {noun} in {time}: {self.output_dir}"]
 
 
 def marked(layers: dict[str, nn.Module], marks: Tensor, rows: Tensor) -> dict[str, LowRank]:
@@ -248,7 +287,13 @@ def _without(erased: Sequence[str], removed: Sequence[str]) -> list[str]:
     return left
 
 
-def _check_weights(output_dir: Path, ranks: dict[str, int]) -> None:
+def _lora(record: ErasureRecord) -> LoraSettings:
+    """Return the layout of an anchor's LoRA, the only weights that an anchor can be."""
+    assert record.lora is not None
+    return record.lora
+
+
+def _check_weights(output_dir: Path, ranks: Mapping[str, int]) -> None:
     """Check that an adapter's weights are whole and have the layers that an edit is to change.
 
     Raises:
@@ -276,34 +321,3 @@ def with_readouts(weights: bytes, layers: Sequence[str], rows: Tensor) -> bytes:
         end = start + header[f"unet.{layer}.lora_A.weight"]["data_offsets"][1]
         content[end - len(new) : end] = new
     return bytes(content)
-
-
-def _write(
-    folder: Path,
-    record: dict[str, Any],
-    stored: StoredStates,
-    forbidden: dict[str, Tensor],
-    kept: Tensor,
-    rows: Tensor,
-    clock: Stopwatch,
-) -> dict[str, Any]:
-    """Write everything but the weights into a folder of new files; returns the record."""
-    edit = record["edit"]
-    strengths = {concept: strength(states, rows) for concept, states in forbidden.items()}
-    edit["marks"] = {concept: {"least": float(s.min()), "mean": float(s.mean())} for concept, s in strengths.items()}
-    on_kept = strength(kept, rows)
-    edit["kept_marks"] = {"largest": float(on_kept.max()), "q99": float(on_kept.quantile(0.99))}
-    texts = [text for concept in forbidden for text in edit["texts"][concept]]
-    record["forget"] = {
-        "path": None,
-        "sha256": None,
-        "count": len(texts),
-        "concepts": list(forbidden),
-        "texts": texts,
-    }
-    with clock.phase("write"):
-        stored.save(folder / EDIT_FILE)
-    edit["seconds"] = {**clock.seconds, "total": sum(clock.seconds.values())}
-    write_json_atomic(folder / RECORD, record)
-    write_model_card(folder, record)
-    return record
