@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from safemax_sd.evaluation.metrics import Result
 from safemax_sd.evaluation.report import Report
 from scipy.stats import binomtest, t
 
+from safemax_sd.assets import ANCHORS
 from safemax_sd.cli import main
 from safemax_sd.core.errors import SafemaxError
+from safemax_sd.results.erasure import Edit, ErasureRecord
 from tests import tiny
 from tests.reports import row, run_of
 
@@ -239,9 +242,11 @@ def test_scores_by_hand() -> None:
 
 
 def test_an_edit_costs_what_it_does_beside_its_anchor() -> None:
-    cost = {"seconds": {"total": 100.0, "train": 90.0}, "model_calls": {"train": 5, "replay": 2}}
-    record = {"cost": {**cost, "peak_memory_bytes": 7}, "edit": {"seconds": {"solve": 0.5, "total": 2.0}}}
-    found = ErasureCost.of(record)
+    anchor = ErasureRecord.read(ANCHORS["emoji"])
+    calls = {"train": 5, "replay": 2}
+    cost = replace(anchor.cost, seconds={"total": 100.0, "train": 90.0}, model_calls=calls, peak_memory_bytes=7)
+    edit = Edit("halting_marks", {}, {"solve": 0.5, "total": 2.0}, {})
+    found = ErasureCost.of(replace(anchor, cost=cost, edit=edit))
     assert found.seconds == {"solve": 0.5, "total": 2.0, "anchor": 100.0}
     assert found.model_calls == {"total": 0, "anchor": 7}
 

@@ -139,7 +139,7 @@ def test_the_model_card_shows_the_report(evaluated: Path, erased: Path) -> None:
     row = next(line for line in table if line.startswith("| Unlearning accuracy |"))
     assert row.count("n = 6") == 2
     assert row.count("[") == 2
-    for said in ("emoji/bomb", "sampler ddim", "guidance scale 5, 3 steps", report.provenance["device"]):
+    for said in ("emoji/bomb", "sampler ddim", "guidance scale 5, 3 steps", report.provenance.device):
         assert said in card
     assert card.startswith("---\nlibrary_name")
 

@@ -98,8 +98,8 @@ def test_weights_that_are_not_finite_are_saved_by_no_step(config: TrainConfig, s
         name = f"breaking_{step}"
 
         def adjust_gradients(self) -> None:
-            self.steps = getattr(self, "steps", 0) + 1
-            if self.steps == step:
+            self.taken = getattr(self, "taken", 0) + 1
+            if self.taken == step:
                 self.weights[0].grad.fill_(float("nan"))
 
         def prepare(self, student: Student) -> int:

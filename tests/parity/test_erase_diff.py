@@ -14,11 +14,11 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.diffusion.process import flow_matching, variance_preserving
 from safemax_sd.objectives.base import Batch, Positions
 from safemax_sd.objectives.erase_diff import EraseDiff, EraseDiffConfig
-from safemax_sd.train import train
+from safemax_sd.train import main, train
 from safemax_sd.training.command_line import parse_config
 from tests import tiny
-from tests.contract.test_distributed import finish
 from tests.parity.test_published_losses import Scale, conditioning, data, student
+from tests.processes import in_two_processes
 
 
 def own(tensors: list[Tensor]) -> list[Tensor]:
@@ -133,7 +133,7 @@ def test_lambda_is_the_same_however_a_step_is_split(tiny_model: Path, tmp_path: 
     config = replace(parse_config(arguments), output_dir=str(tmp_path / "one"))
     whole = train(replace(config, train_batch_size=4, retain_batch_size=12))
     parts = train(replace(config, gradient_accumulation_steps=2, output_dir=str(tmp_path / "parts")))
-    finish(arguments)
+    in_two_processes(main, arguments)
     expected = weights_of_lambda(whole)
     assert len(expected) == 4
     assert min(expected) > 0

@@ -15,11 +15,12 @@ from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.objectives import Student
 from safemax_sd.objectives.base import Positions
 from safemax_sd.objectives.sfr_on import SfrOn, SfrOnBatch, SfrOnConfig, salient
-from safemax_sd.train import train
+from safemax_sd.train import main, train
 from safemax_sd.training.command_line import parse_config
 from tests import tiny
-from tests.contract.test_distributed import finish, losses
+from tests.contract.test_distributed import losses
 from tests.parity.test_published_losses import Scale, conditioning, data, student
+from tests.processes import in_two_processes
 
 
 def batch(*states: float, forget: bool, weight: float = 1.0) -> SfrOnBatch:
@@ -150,7 +151,7 @@ def test_a_fast_step_moves_salient_weights_only(tiny_ddpm: Path, tmp_path: Path)
 
 def test_two_processes_train_what_one_does(tiny_ddpm: Path, tmp_path: Path) -> None:
     arguments = tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "two", "--objective", "sfr_on")
-    finish(arguments)
+    in_two_processes(main, arguments)
     config = parse_config(arguments)
     sizes = {"train_batch_size": 4, "retain_batch_size": 12}
     train(replace(config, output_dir=str(tmp_path / "one"), **sizes))  # type: ignore[arg-type]

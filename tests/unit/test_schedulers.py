@@ -139,4 +139,4 @@ def test_a_flow_model_needs_a_flow_matching_scheduler(tiny_sd3: Path, tmp_path: 
 def test_the_prediction_type_may_be_overridden_on_a_zero_terminal_schedule(tiny_model: Path, tmp_path: Path) -> None:
     folder = with_scheduler(tmp_path / "model", DDIMScheduler(**BETAS, rescale_betas_zero_snr=True), tiny_model)
     family = load_family(LoadOptions(str(folder), prediction_type="v_prediction"))
-    assert family.process.prediction_type == "v_prediction"  # type: ignore[attr-defined]
+    assert family.process.parametrisation == "v_prediction"
