@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
 
@@ -35,6 +37,17 @@ def forked(
     process = get_context("fork").Process(target=run, daemon=True)
     process.start()
     return process  # type: ignore[no-any-return]
+
+
+def importing(module: Path, work: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """Return a command's function that imports a file first; to be forked, so that the other tests do not know it."""
+
+    def run(arguments: list[str]) -> int:
+        sys.path.insert(0, str(module.parent))
+        importlib.import_module(module.stem)
+        return work(arguments)
+
+    return run
 
 
 def in_two_processes(work: Callable[[list[str]], int], arguments: list[str]) -> None:

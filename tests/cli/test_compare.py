@@ -32,6 +32,8 @@ from safemax_sd.results.erasure import Edit, ErasureRecord
 from tests import tiny
 from tests.reports import row, run_of
 
+pytestmark = pytest.mark.xdist_group("compare")
+
 QUICK = {
     "rank": 2,
     "train_batch_size": 1,

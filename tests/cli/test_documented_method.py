@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from pathlib import Path
 
-import pytest
-
 from safemax_sd.train import main
 from tests import tiny
-from tests.processes import SECONDS, forked
+from tests.processes import SECONDS, forked, importing
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "adding_a_method.md"
 
 
-def train_with_documented_method(arguments: list[str]) -> int:
-    """Train after importing the method: it is found then, as every file in safemax_sd/objectives/ is."""
-    importlib.import_module("documented_method")
-    return main(arguments)
-
-
-def test_example_trains(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_trains(tiny_model: Path, tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf8"), re.DOTALL)
-    (tmp_path / "documented_method.py").write_text(code, encoding="utf8")
+    method = tmp_path / "documented_method.py"  # found once it is imported, as every file in safemax_sd/objectives/ is
+    method.write_text(code, encoding="utf8")
     output = tmp_path / "out"
     arguments = tiny.train_arguments(tiny_model, tmp_path, output, "--objective", "redirect")
-    monkeypatch.syspath_prepend(tmp_path)
-    process = forked(train_with_documented_method, arguments)  # so that the other tests' registry lacks it
+    process = forked(importing(method, main), arguments)
     process.join(SECONDS)
     assert process.exitcode == 0
     assert json.loads((output / "erasure.json").read_text())["method"] == "redirect"

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-
-from tests import tiny
-from tests.cli.test_compare import write_config, write_task
-
-DOCUMENT = Path(__file__).parents[2] / "docs" / "adding_a_metric.md"
-# A metric is found once it is imported, as every file in evaluation/metrics/ is.
-RUN = """
-import sys, documented_metric
-from pathlib import Path
 from rich.console import Console
-from safemax_sd.cli import main
 from safemax_sd.evaluation.headline import print_headline
 from safemax_sd.evaluation.report import Report
-code = main(["compare", "--config", sys.argv[1]])
-print_headline(Report.read(Path(sys.argv[2]), "--output_dir"), Console(width=200))
-sys.exit(code)
-"""
+
+from safemax_sd.cli import main
+from tests import tiny
+from tests.cli.test_compare import write_config, write_task
+from tests.processes import SECONDS, forked, importing
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "adding_a_metric.md"
+pytestmark = pytest.mark.xdist_group("documented_metric")  # one worker runs the comparison for all
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +26,25 @@ def printed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     """Return the comparison's folder and what the run printed."""
     folder = tmp_path_factory.mktemp("documented")
     (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf8"), re.DOTALL)
-    (folder / "documented_metric.py").write_text(code, encoding="utf8")
+    metric = folder / "documented_metric.py"  # found once it is imported, as every file in evaluation/metrics/ is
+    metric.write_text(code, encoding="utf8")
     write_task(folder / "fruit")
     tiny.write_pictures(folder / "real")
     methods = {"negative": {"baseline": "negative_prompt"}}
     config = write_config(folder, tiny_model, methods=methods, num_sweep_images=1)
     report = folder / "grid" / "negative" / "fruit" / "0" / "evaluation" / "report.json"
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(config), str(report)], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "grid", done.stdout
+    text = folder / "printed.txt"
+
+    def compare_and_print(arguments: list[str]) -> int:
+        with text.open("w", encoding="utf8") as file, redirect_stdout(file):
+            code = main(arguments)
+            print_headline(Report.read(report, "--output_dir"), Console(width=200))
+        return code
+
+    process = forked(importing(metric, compare_and_print), ["compare", "--config", str(config)])
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    return folder / "grid", text.read_text(encoding="utf8")
 
 
 def test_the_report_and_its_page_have_it(printed: tuple[Path, str]) -> None:

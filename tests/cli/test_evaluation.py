@@ -29,6 +29,8 @@ from safemax_sd.prompts import Prompt, load_suite
 from safemax_sd.train import main
 from safemax_sd.training.probe import ProbeOptions, UnlearningProbe
 
+pytestmark = pytest.mark.xdist_group("evaluation")
+
 SMALL = {"num_images": 6, "num_sweep_images": 2, "num_inference_steps": 3}
 
 

@@ -26,6 +26,8 @@ from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
 from tests import tiny
 
+pytestmark = pytest.mark.xdist_group("hub")
+
 TOKEN = "hf_notforothers"
 
 

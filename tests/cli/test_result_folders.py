@@ -27,6 +27,8 @@ from tests import tiny
 from tests.cli.test_compare import METHODS, write_config, write_task
 from tests.kills import kills
 
+pytestmark = pytest.mark.xdist_group("result_folders")
+
 SMALL = {"num_images": 2, "num_sweep_images": 0, "num_inference_steps": 2}
 
 

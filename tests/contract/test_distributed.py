@@ -28,6 +28,8 @@ from safemax_sd.training.workers import check_distribution
 from tests import tiny
 from tests.processes import SECONDS, in_two_processes
 
+pytestmark = pytest.mark.xdist_group("distributed")
+
 STEADY = ("--lr_scheduler", "constant", "--replay_span", "0")
 """Flags with which a run may go on to another number of steps."""
 

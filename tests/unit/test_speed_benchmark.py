@@ -16,6 +16,8 @@ from benchmarks.speed.steps import ESD_PREDICTIONS, ESD_STEPS
 from benchmarks.speed.tables import NAMES, PHASES, plot, tables
 from safemax_sd.objectives.safemax.halting import ROLLOUT_STEPS
 
+pytestmark = pytest.mark.xdist_group("speed_benchmark")
+
 ALTERNATIONS = 2
 BATCH = (6, 6)
 VARIANTS = {
