@@ -96,6 +96,10 @@ class Run:
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
 
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the student's native prediction, float32 [B, *latent]."""
+        return self.family.predict(x_t, t, conditioning, self.denoiser)
+
     def cost(self) -> Cost:
         """What the run has cost so far, with what it went on from; to be called by all processes alike."""
         calls = {**self.model_calls, "train": sum(gather_object([self.model_calls["train"]]))}
@@ -184,13 +188,7 @@ def build_run(
     """Load the model, record the replay banks and set up everything that steps."""
     with clock.phase("load"):
         family = load_family(load_options(config, accelerator.device))
-        if OBJECTIVES.get(config.objective).needs_tokens and not family.token_projections():
-            text = f"works on the keys and values of a prompt's words in cross-attention, which {family.name} has not"
-            raise OptionError("--objective", config.objective, text)
-        most = len(family.process.schedule.all_times())
-        if config.replay_inference_steps > most:
-            text = f"must be at most {most}, the timesteps of this model's schedule"
-            raise OptionError("--replay_inference_steps", config.replay_inference_steps, text)
+        check_family(config, family)
         messages = family.enable_memory_savings(
             gradient_checkpointing=config.gradient_checkpointing,
             xformers=config.enable_xformers_memory_efficient_attention,
@@ -244,17 +242,26 @@ def build_run(
     )
 
 
+def check_family(config: TrainConfig, family: ModelFamily) -> None:
+    """Check the flags that depend on the model.
+
+    Raises:
+        OptionError: One does not go with it.
+    """
+    if OBJECTIVES.get(config.objective).needs_tokens and not family.token_projections():
+        text = f"works on the keys and values of a prompt's words in cross-attention, which {family.name} has not"
+        raise OptionError("--objective", config.objective, text)
+    most = len(family.process.schedule.all_times())
+    if config.replay_inference_steps > most:
+        text = f"must be at most {most}, the timesteps of this model's schedule"
+        raise OptionError("--replay_inference_steps", config.replay_inference_steps, text)
+
+
 def load_options(config: TrainConfig, device: torch.device) -> LoadOptions:
-    return LoadOptions(
-        name_or_path=config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        # On a processor autocast alone is used: half-precision weights would be converted at every layer.
-        dtype=torch.float32 if device.type == "cpu" else DTYPES[config.mixed_precision or "no"],
-        device=device,
-        prediction_type=config.prediction_type,
-    )
+    """Return how the base model of a training is loaded."""
+    # On a processor autocast alone is used: half-precision weights would be converted at every layer.
+    dtype = torch.float32 if device.type == "cpu" else DTYPES[config.mixed_precision or "no"]
+    return config.load_options(device, dtype)
 
 
 def loop(run: Run) -> None:
@@ -310,11 +317,10 @@ def optimizer_step(run: Run) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     draws = [run.objective.draw(positions(run, micro)) for micro in range(config.gradient_accumulation_steps)]
     run.model_calls["train"] += run.objective.before_step(draws, partial(accelerator.reduce, reduction="mean"))
-    predict = partial(run.family.predict, denoiser=run.denoiser)
     for draw in draws:
         with accelerator.accumulate(run.denoiser), accelerator.autocast():
             batch = reach(run, draw)
-            terms = run.objective.loss(predict, batch)
+            terms = run.objective.loss(run.predict, batch)
             accelerator.backward(terms.total)
             if accelerator.sync_gradients:
                 run.objective.before_clipping()
@@ -335,7 +341,7 @@ def optimizer_step(run: Run) -> dict[str, float]:
 @torch.no_grad()
 def reach(run: Run, draw: Draw) -> Batch:
     """Return the batch of a draw on the run's device, sampled to with the student where the objective does so."""
-    batch = run.objective.reach(partial(run.family.predict, denoiser=run.denoiser), draw.to(run.accelerator.device))
+    batch = run.objective.reach(run.predict, draw.to(run.accelerator.device))
     # Older PyTorch keeps autocast's copies of the weights, and those made here know no gradient.
     torch.clear_autocast_cache()
     return batch
@@ -361,6 +367,8 @@ def check_weights(run: Run) -> None:
 @torch.no_grad()
 def warn_if_diverged(run: Run) -> None:
     """Warn where the trained model's error on what is to be kept is far larger than the target itself."""
+    if not run.objective.retains:
+        return
     with run.accelerator.autocast(), run.family.evaluating():
         batch = reach(run, run.objective.draw(positions(run, 0)))
         rows = torch.nonzero(~batch.is_forget).flatten()

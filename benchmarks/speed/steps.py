@@ -105,7 +105,7 @@ class Bench:
 
             def step() -> None:
                 with self.run.accelerator.autocast():
-                    F.mse_loss(self.predict(x_t, batch.t, batch.conditioning), batch.target).backward()
+                    F.mse_loss(self.run.predict(x_t, batch.t, batch.conditioning), batch.target).backward()
 
             return step
 
@@ -168,7 +168,7 @@ class Bench:
             x0, conditioning = inputs()
             noise, schedule = torch.randn_like(x0), self.schedule
             t = torch.randint(schedule.config.num_train_timesteps, (len(x0),), device=self.device)
-            predicted = self.predict(schedule.add_noise(x0, noise, t), t, conditioning)
+            predicted = self.run.predict(schedule.add_noise(x0, noise, t), t, conditioning)
             loss = F.mse_loss(predicted, noise.float())
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -206,14 +206,11 @@ class Bench:
             x_t = point.following
         asked = [concept] * (ESD_PREDICTIONS - 1) + [family.empty.to(self.device)]
         with torch.no_grad(), family.base_only():
-            wanted, known, free = (self.predict(x_t, t, conditioning) for conditioning in asked)
-        loss = F.mse_loss(self.predict(x_t, t, concept), free - ESD_ETA * (wanted - known))
+            wanted, known, free = (self.run.predict(x_t, t, conditioning) for conditioning in asked)
+        loss = F.mse_loss(self.run.predict(x_t, t, concept), free - ESD_ETA * (wanted - known))
         self.run.accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.family.predict(x_t, t, conditioning, self.run.denoiser)
 
     def clear_gradients(self) -> None:
         for parameter in self.run.weights.parameters:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from safemax_sd.core.options import Options, Range, option
+from safemax_sd.families.base import LoadOptions
+
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -21,6 +26,23 @@ class LoadingOptions(Options):
     variant: str | None = option(None, "Variant of the weight files, such as fp16.")
     cache_dir: str | None = option(None, "Folder of hub downloads.", path=True)
     prediction_type: Literal["epsilon", "v_prediction"] | None = option(None, "Override of the scheduler's setting.")
+
+    def load_options(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> LoadOptions:
+        """Return the options of `load_family`.
+
+        Args:
+            device: Device of all networks.
+            dtype: Type of the frozen weights.
+        """
+        return LoadOptions(
+            self.pretrained_model_name_or_path,
+            revision=self.revision,
+            variant=self.variant,
+            cache_dir=self.cache_dir,
+            dtype=dtype,
+            device=device,
+            prediction_type=self.prediction_type,
+        )
 
 
 @dataclass

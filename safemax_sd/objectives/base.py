@@ -294,6 +294,7 @@ class Objective(ABC):
         allowed_weights: Values of `--trainable` that the objective supports.
         names_concepts: True if `--forget_prompts` names the concepts to erase; False if only retain prompts are used.
         needs_tokens: True if the objective works on token states, which not every family has.
+        retains: True if some samples are trained to stay as they are.
         data: Data that the objective draws from.
         anchor: Strengths of the marks that the model is trained to halt at; None for a method without marks.
     """
@@ -303,6 +304,7 @@ class Objective(ABC):
     allowed_weights: ClassVar[frozenset[str]] = frozenset({"lora", "full"})
     names_concepts: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = False
+    retains: ClassVar[bool] = True
     data: ErasureData
     anchor: MarkStrengths | None = None
 

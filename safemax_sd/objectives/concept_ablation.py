@@ -22,18 +22,12 @@ from safemax_sd.families import Conditioning
 from safemax_sd.families.base import LoraTargets
 from safemax_sd.objectives.base import (
     AuthorsAdamW,
-    Batch,
-    Draw,
-    LossTerms,
-    Objective,
     ObjectiveOptions,
     Positions,
-    Predict,
     Student,
     draw_noised,
-    forget_and_retain_loss,
 )
-from safemax_sd.objectives.relabelling import RelabelledDraw, take_over
+from safemax_sd.objectives.relabelling import RelabelledDraw, Relabelling
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
@@ -59,7 +53,7 @@ class ConceptAblationConfig(AuthorsAdamW):
     learning_rate: float = option(1.6e-5)
 
 
-class ConceptAblation(Objective):
+class ConceptAblation(Relabelling):
     """Concept Ablation: ‖f_θ(x_t, t, c_f) − sg f_θ(x_t, t, c_a)‖² + λ·‖ε − f_θ(x_t, t, c_a)‖² on anchor samples."""
 
     name: ClassVar[str] = "concept_ablation"
@@ -102,13 +96,6 @@ class ConceptAblation(Objective):
 
     def _sample(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return draw_noised(self.anchors.samples, self.data.process, generator)
-
-    def reach(self, predict: Predict, draw: Draw) -> Batch:
-        assert isinstance(draw, RelabelledDraw)
-        return take_over(predict, draw)
-
-    def loss(self, predict: Predict, batch: Batch) -> LossTerms:
-        return forget_and_retain_loss(predict, batch, self.config.retain_weight)
 
 
 def anchor_prompts(forget: PromptSet, text: str) -> tuple[str, ...]:

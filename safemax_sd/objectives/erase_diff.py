@@ -126,7 +126,7 @@ class EraseDiff(Objective):
         """Compute λ from the gradients of F and f over the whole step and, for the gap rule, from the inner steps."""
         if self.config.lambda_rule == "fixed":
             return 0
-        batches = [draw.to(self.student.device) for draw in draws if isinstance(draw, Batch)]
+        batches = [self.reach(self.student.predict, draw.to(self.student.device)) for draw in draws]
         calls = sum(batch.model_calls for batch in batches)
         forget, gradients = self._gradients(batches, self._forget_loss, mean)
         _, kept = self._gradients(batches, self._retain_loss, mean)

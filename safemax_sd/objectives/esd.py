@@ -80,6 +80,7 @@ class Esd(Objective):
 
     name: ClassVar[str] = "esd"
     Config: ClassVar[type[ObjectiveOptions]] = EsdConfig
+    retains: ClassVar[bool] = False
     config: EsdConfig
 
     def __init__(self, config: EsdConfig, data: ErasureData) -> None:

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import Batch, Draw, Predict
+from safemax_sd.objectives.base import (
+    Batch,
+    Draw,
+    LossTerms,
+    Objective,
+    ObjectiveOptions,
+    Predict,
+    forget_and_retain_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -30,14 +38,22 @@ class RelabelledDraw(Draw):
     retain_target: Tensor
 
 
-def take_over(predict: Predict, draw: RelabelledDraw) -> Batch:
-    """Return the batch of a draw, with the student's prediction for the other prompt as each forget sample's target."""
-    forget = len(draw.other)
-    return Batch(
-        x_t=draw.x_t,
-        t=draw.t,
-        conditioning=draw.conditioning,
-        target=torch.cat([predict(draw.x_t[:forget], draw.t[:forget], draw.other), draw.retain_target]),
-        is_forget=torch.arange(len(draw.t), device=draw.t.device) < forget,
-        reach_calls=forget,
-    )
+class Relabelling(Objective):
+    """Mean squared error to the student's prediction for the other prompt and, weighted, to the retain targets."""
+
+    config: ObjectiveOptions
+
+    def reach(self, predict: Predict, draw: Draw) -> Batch:
+        assert isinstance(draw, RelabelledDraw)
+        forget = len(draw.other)
+        return Batch(
+            x_t=draw.x_t,
+            t=draw.t,
+            conditioning=draw.conditioning,
+            target=torch.cat([predict(draw.x_t[:forget], draw.t[:forget], draw.other), draw.retain_target]),
+            is_forget=torch.arange(len(draw.t), device=draw.t.device) < forget,
+            reach_calls=forget,
+        )
+
+    def loss(self, predict: Predict, batch: Batch) -> LossTerms:
+        return forget_and_retain_loss(predict, batch, self.config.retain_weight)

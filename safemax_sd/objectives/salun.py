@@ -17,21 +17,15 @@ from tqdm import tqdm
 from safemax_sd.core.options import NONZERO_SHARE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
-    Batch,
-    Draw,
     FullWeightsConfig,
-    LossTerms,
-    Objective,
     ObjectiveOptions,
     Positions,
-    Predict,
     Student,
     draw_noised,
-    forget_and_retain_loss,
     noised,
     prior_generator,
 )
-from safemax_sd.objectives.relabelling import RelabelledDraw, take_over
+from safemax_sd.objectives.relabelling import RelabelledDraw, Relabelling
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
@@ -50,7 +44,7 @@ class SalunConfig(FullWeightsConfig):
     retain_trajectories: int = option(800, "Samples of retain prompts without --train_data_dir.")
 
 
-class Salun(Objective):
+class Salun(Relabelling):
     """SalUn: ‖ε_θ(x_t, t, c_f) − sg ε_θ(x_t, t, c_other)‖² + α·‖ε − ε_θ(x_t, t, c_r)‖², gradients masked by saliency.
 
     Forget prompt i is relabelled as retain prompt i, modulo their number.
@@ -58,6 +52,7 @@ class Salun(Objective):
 
     name: ClassVar[str] = "salun"
     Config: ClassVar[type[ObjectiveOptions]] = SalunConfig
+    config: SalunConfig
     allowed_weights: ClassVar[frozenset[str]] = frozenset({"full"})
 
     def __init__(self, config: SalunConfig, data: ErasureData) -> None:
@@ -91,13 +86,6 @@ class Salun(Objective):
             other=data.retain.select(prompts % len(data.retain)),
             retain_target=process.target(x0, noise, t)[len(forget) :],
         )
-
-    def reach(self, predict: Predict, draw: Draw) -> Batch:
-        assert isinstance(draw, RelabelledDraw)
-        return take_over(predict, draw)
-
-    def loss(self, predict: Predict, batch: Batch) -> LossTerms:
-        return forget_and_retain_loss(predict, batch, self.config.retain_weight)
 
     def adjust_gradients(self) -> None:
         for parameter, mask in zip(self.parameters, self.mask, strict=True):

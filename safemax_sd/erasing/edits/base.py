@@ -13,7 +13,7 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import flags_of, option
 from safemax_sd.core.provenance import Cost, Stopwatch, provenance
 from safemax_sd.core.registry import Registry
-from safemax_sd.families import LoadOptions, ModelFamily, load_family
+from safemax_sd.families import ModelFamily, load_family
 from safemax_sd.families.options import LoadingOptions
 from safemax_sd.prompts import PromptOptions, PromptSet, check_disjoint, load_prompts
 from safemax_sd.results.erasure import RECORD, BaseModel, Edit, ErasureRecord, ForgetFile, PromptFile, TotalCost
@@ -168,16 +168,7 @@ class BaseModelEdit(ClosedFormEdit):
                 return record
 
     def _load(self) -> ModelFamily:
-        config = self.config
-        family = load_family(
-            LoadOptions(
-                config.pretrained_model_name_or_path,
-                revision=config.revision,
-                variant=config.variant,
-                cache_dir=config.cache_dir,
-                prediction_type=config.prediction_type,
-            )
-        )
+        family = load_family(self.config.load_options())
         if not family.token_projections():
             text = f"edits keys and values of cross-attention, which {family.name} has not"
             raise OptionError("--edit", self.name, text)

@@ -114,15 +114,31 @@ class HaltingMarks(ClosedFormEdit):
         return {**flags, "anchor_sha256": hashlib.sha256((self.anchor / RECORD).read_bytes()).hexdigest()}
 
     def check(self) -> None:
+        self.config.validate()
+        if self.config.changes:
+            self._check_change()
+        else:
+            self._read_new()
+
+    def _read_new(self) -> tuple[PromptSet, PromptSet]:
+        """Check the flags of a new erasure and read its prompt files, forget and retain.
+
+        Raises:
+            OptionError: One cannot be used.
+        """
+        self.anchor_record()
+        for name in ("forget_prompts", "retain_prompts"):
+            if not getattr(self.config, name):
+                raise OptionError(f"--{name}", "(not given)", "is required")
+        return self.config.prompts()
+
+    def _check_change(self) -> None:
+        """Check that a change of concepts is given no flags of a new erasure.
+
+        Raises:
+            OptionError: It is.
+        """
         config = self.config
-        config.validate()
-        if not config.changes:
-            self.anchor_record()
-            for name in ("forget_prompts", "retain_prompts"):
-                if not getattr(config, name):
-                    raise OptionError(f"--{name}", "(not given)", "is required")
-            config.prompts()
-            return
         if config.anchor is not None:
             text = "starts a new erasure: --add and --remove change one that is there"
             raise OptionError("--anchor", config.anchor, text)
@@ -137,14 +153,15 @@ class HaltingMarks(ClosedFormEdit):
 
         What is taken out is remembered, and kept like the prompts to keep; of those, what is added counts no longer.
         """
-        self.check()
+        self.config.validate()
         if self.config.changes:
+            self._check_change()
             add = self.config.add
             added = None if add is None else load_prompts(add, option="--add").each_text_once()
             ErasureRecord.read(self.output_dir, "--output_dir")  # before a folder that is not there is created
             with claimed(self.output_dir):
                 return self._change(added)
-        forget, retain = self.config.prompts()
+        forget, retain = self._read_new()
         with claimed(self.output_dir):
             if self.output_dir.samefile(self.anchor):
                 raise OptionError("--output_dir", self.output_dir, "is the anchor's own folder: name another one")
