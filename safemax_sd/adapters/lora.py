@@ -8,10 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,7 +15,7 @@ from torch import Tensor, nn
 from safemax_sd.adapters.low_rank import LowRank
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.core.options import RANK, SHARE
-from safemax_sd.families.base import LoraTargets, ModelFamily
+from safemax_sd.families.base import LoraTargets, ModelFamily, tuner_layers
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
@@ -68,6 +64,8 @@ def attach(family: ModelFamily, settings: LoraSettings, *, seed: int = 0) -> lis
         settings: Layout.
         seed: Seed of the initial A matrices (B starts at 0, so training starts from the base model).
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank,
@@ -95,13 +93,15 @@ def lora_layers(family: ModelFamily, settings: LoraSettings) -> set[str]:
 
 def effective_weight(layer: nn.Module) -> Tensor:
     """Return a linear layer's weight with an attached LoRA added, [out, in]."""
-    if not isinstance(layer, BaseTunerLayer):
+    if not tuner_layers(layer):
         return layer.weight.detach()  # type: ignore[return-value,union-attr,operator]
     return (layer.base_layer.weight + layer.get_delta_weight(ADAPTER)).detach()  # type: ignore[operator,union-attr,no-any-return]
 
 
 def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
     """Return the adapter's tensors by peft's names."""
+    from peft.utils import get_peft_model_state_dict
+
     return {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(denoiser).items()}
 
 
@@ -180,6 +180,8 @@ def _save(
 
 def layer_alpha(metadata: dict[str, Any], layer: str) -> float:
     """Return the alpha of one layer's LoRA, looked up in the adapter's metadata as peft does."""
+    from peft.utils.other import get_pattern_key
+
     pattern: dict[str, float] = metadata["alpha_pattern"]
     return float(pattern.get(get_pattern_key(list(pattern), layer), metadata["lora_alpha"]))
 
@@ -260,6 +262,8 @@ def load_adapter(family: ModelFamily, directory: Path) -> None:
     Raises:
         SafemaxError: The file is missing or belongs to another model or other LoRA settings.
     """
+    from peft.utils import set_peft_model_state_dict
+
     path = directory / WEIGHTS_NAME
     if not path.exists():
         raise SafemaxError(f"{directory} holds no {WEIGHTS_NAME}")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from safemax_sd.adapters import lora
@@ -16,7 +15,7 @@ from safemax_sd.adapters.lora import LoraSettings
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import RANK, SHARE, RunOptions, option
 from safemax_sd.families import ModelFamily
-from safemax_sd.families.base import LoraTargets
+from safemax_sd.families.base import LoraTargets, tuner_layers
 
 FULL_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -91,9 +90,8 @@ class LoraWeights(TrainedWeights):
         self.family, self.kohya = family, kohya
         self.parameters = lora.attach(family, settings, seed=seed)
         family.denoiser.eval()
-        for module in family.denoiser.modules():
-            if isinstance(module, BaseTunerLayer):  # the base model's own dropout stays off
-                module.lora_dropout.train()  # type: ignore[union-attr]
+        for layer in tuner_layers(family.denoiser):  # the base model's own dropout stays off
+            layer.lora_dropout.train()
 
     def save(self, directory: Path) -> None:
         lora.save_adapter(self.family, directory, kohya=self.kohya)

@@ -10,6 +10,8 @@ import typer
 
 from safemax_sd.commands.console import one_line_errors
 
+TRAINING = ("-m", "safemax_sd.train")
+
 
 def train(context: typer.Context) -> None:
     """Erase concepts: the same flags as `accelerate launch -m safemax_sd.train` (see `safemax train --help`)."""
@@ -22,22 +24,23 @@ def train(context: typer.Context) -> None:
 
 
 def launch_training(arguments: list[str]) -> None:
-    """Run `safemax_sd.train` through Accelerate's launcher; its exit code becomes ours if it fails."""
+    """Run `safemax_sd.train` in a process of its own for each GPU; its exit code becomes ours if it fails."""
     import torch
     from accelerate.commands.config.config_args import default_config_file
 
-    from safemax_sd.training.children import run_launched
+    from safemax_sd.training.children import run_child, run_launched
 
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    if not Path(default_config_file).exists():  # spelled out, the launcher's defaults need no warning
-        processes = max(1, torch.cuda.device_count())
-        command += ["--num_processes", str(processes), "--num_machines", "1"]
-        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        command += ["--mixed_precision", precision, "--dynamo_backend", "no"]
-        command += ["--multi_gpu"] if processes > 1 else []
-        # Left alone, the launcher counts physical cores, and a process on two virtual ones gets one thread.
-        threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // processes)
-        command += ["--num_cpu_threads_per_process", str(threads)]
-    code = run_launched([*command, "-m", "safemax_sd.train", *arguments])
+    processes = max(1, torch.cuda.device_count())
+    # Left alone, PyTorch and the launcher count physical cores: a process on two virtual ones gets one thread.
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    if Path(default_config_file).exists():
+        code = run_launched([*launcher, *TRAINING, *arguments])
+    elif processes > 1:  # spelled out, the launcher's defaults need no warning
+        launcher += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--dynamo_backend", "no"]
+        launcher += ["--mixed_precision", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")]
+        code = run_launched([*launcher, "--num_cpu_threads_per_process", threads, *TRAINING, *arguments])
+    else:  # one process needs no launcher, which takes seconds to import what the training imports again
+        code = run_child([sys.executable, *TRAINING, *arguments], env={"OMP_NUM_THREADS": threads})
     if code:
         raise typer.Exit(code)

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -136,6 +135,8 @@ def load_judge(
     Raises:
         OptionError: Unknown model, missing weights, or weights that do not fit.
     """
+    import open_clip
+
     if clip_model == "emoji":
         return _load_folder(EVALUATOR, device)
     if (Path(clip_model) / "open_clip_config.json").is_file():
@@ -158,6 +159,8 @@ def load_judge(
 
 
 def _load_folder(folder: Path, device: str | torch.device) -> Judge:
+    import open_clip
+
     config_path, weights = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
     if not config_path.is_file() or not weights.is_file():
         raise OptionError("--clip_model", folder, "lacks open_clip_config.json or open_clip_model.safetensors")

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from safemax_sd.core.errors import SafemaxError
+
+if TYPE_CHECKING:  # the options of a command line, which are read without torch, need this module
+    import torch
+    from torch import Tensor
 
 PACKAGES = ("safemax_sd", "torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")
 JSON_WIDTH = 160
@@ -104,6 +104,8 @@ def provenance(seed: int | None, device: torch.device) -> Provenance:
         seed: Seed of the run; None if nothing was drawn at random.
         device: Device of the run.
     """
+    import torch
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return Provenance(
         versions={package: _version(package) for package in PACKAGES},
@@ -177,6 +179,8 @@ class Cost:
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak of the bytes allocated on a CUDA device, otherwise of the process's resident size."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux":
         # getrusage's peak is no use on Linux: a new process inherits the peak of the process that started it.
@@ -208,6 +212,8 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 def write_tensors_atomic(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save
+
     atomic_write_bytes(path, save(tensors))
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any
 
-from diffusers import DDIMScheduler
-
 LEFT_OUT = {
     "clip_sample": False,
     "thresholding": False,
@@ -33,7 +31,7 @@ def as_scheduler(kind: type[Any], settings: dict[str, Any]) -> Any:
         kind: Scheduler class of diffusers.
         settings: Settings that `settings_of` returned.
     """
-    if kind is DDIMScheduler and settings.get("timestep_spacing") == "linspace":
+    if kind.__name__ == "DDIMScheduler" and settings.get("timestep_spacing") == "linspace":
         # DDIM always steps by T // N timesteps, which would leave a linearly spaced grid.
         spacing = "trailing" if settings["rescale_betas_zero_snr"] else "leading"
         settings = {**settings, "timestep_spacing": spacing}

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import DiffusionPipeline
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from safemax_sd.assets import resolve_model
@@ -363,7 +361,7 @@ class ModelFamily(ABC):
     @contextmanager
     def base_only(self) -> Iterator[None]:
         """Switch an attached LoRA off inside the block; predictions are then the frozen model's, bit for bit."""
-        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        layers = tuner_layers(self.denoiser)
         for layer in layers:
             layer.enable_adapters(False)
         try:
@@ -377,6 +375,13 @@ class ModelFamily(ABC):
         """Switch on memory savings; return a message for each that is not available here."""
 
 
+def tuner_layers(network: nn.Module) -> list[Any]:
+    """Return the layers of a network that peft has put a LoRA around."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
 FAMILIES: Registry[ModelFamily] = Registry("model family", ModelFamily, "safemax_sd.families")  # type: ignore[type-abstract]
 
 
@@ -386,6 +391,8 @@ def load_family(options: LoadOptions) -> ModelFamily:
     Raises:
         OptionError: The model does not exist or cannot be loaded, or no family has its pipeline class.
     """
+    from diffusers import DiffusionPipeline
+
     path = resolve_model(options.name_or_path)
     try:
         config = DiffusionPipeline.load_config(path, revision=options.revision, cache_dir=options.cache_dir)

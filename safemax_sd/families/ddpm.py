@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,6 +17,9 @@ from safemax_sd.diffusion.process import check_variance_preserving, from_schedul
 from safemax_sd.diffusion.schedulers import as_scheduler, settings_of
 from safemax_sd.families.base import Conditioning, LoadOptions, LoraTargets, ModelFamily
 from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, load_part, own_side
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"]
@@ -57,6 +59,8 @@ class ClassConditionalDDPM(ModelFamily):
 
     @classmethod
     def load(cls, options: LoadOptions) -> ClassConditionalDDPM:
+        from diffusers import DiffusionPipeline
+
         where = {"revision": options.revision, "cache_dir": options.cache_dir}
         try:
             with quiet():
@@ -71,6 +75,8 @@ class ClassConditionalDDPM(ModelFamily):
 
     def save_base(self, directory: Path) -> None:
         """Write the model as a `DDPMPipeline` folder that `load` reads."""
+        from diffusers import DDPMScheduler
+
         self.unet.save_pretrained(directory / "unet")
         as_scheduler(DDPMScheduler, self.scheduler_settings).save_pretrained(directory / "scheduler")
         index = {
@@ -107,6 +113,8 @@ class ClassConditionalDDPM(ModelFamily):
         return output.float()
 
     def sampler(self) -> DDIMScheduler:
+        from diffusers import DDIMScheduler
+
         # Nothing is clipped while sampling, as in the published study: a forgotten class's output is not a picture.
         return as_scheduler(DDIMScheduler, {**self.scheduler_settings, "clip_sample": False})
 

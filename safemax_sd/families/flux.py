@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from safemax_sd.families.base import TOKEN_STATES, Conditioning, LoadOptions
@@ -30,7 +29,6 @@ class Flux(TransformerFamily):
 
     name: ClassVar[str] = "flux"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"FluxPipeline"})
-    pipeline_class: ClassVar[Any] = FluxPipeline
 
     def __init__(self, pipeline: Any, options: LoadOptions) -> None:
         self.classifier_free = not pipeline.transformer.config.guidance_embeds

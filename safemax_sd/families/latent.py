@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from abc import abstractmethod
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -31,14 +32,12 @@ class LatentFamily(ModelFamily):
     """A diffusers pipeline whose denoiser works on an autoencoder's latents.
 
     Attributes:
-        pipeline_class: Pipeline class of diffusers.
         pipeline_arguments: Further arguments of the class's `from_pretrained`.
         scheduler_settings: Settings of the model's scheduler; `--prediction_type` overrides the prediction type.
         normalises_latents: True if the pipeline applies the autoencoder's `latents_mean` and `latents_std`.
     """
 
     normalises_latents: ClassVar[bool] = False
-    pipeline_class: ClassVar[Any]
     pipeline_arguments: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, pipeline: Any, options: LoadOptions) -> None:
@@ -62,7 +61,7 @@ class LatentFamily(ModelFamily):
         parts = load_folder(options)
         try:
             with quiet():
-                pipeline = cls.pipeline_class.from_pretrained(
+                pipeline = cls._pipeline_class().from_pretrained(
                     resolve_model(options.name_or_path),
                     revision=options.revision,
                     variant=options.variant,
@@ -75,6 +74,12 @@ class LatentFamily(ModelFamily):
             raise cannot_be_loaded(options.name_or_path, error) from error
         check_tokenizers(pipeline, options.name_or_path)
         return cls(pipeline, options)
+
+    @classmethod
+    def _pipeline_class(cls) -> Any:
+        """Import the one pipeline class that the family loads."""
+        (name,) = cls.pipeline_classes
+        return getattr(import_module("diffusers"), name)
 
     @abstractmethod
     def _check_scheduler(self, scheduler: Any) -> None:
@@ -199,7 +204,7 @@ class LatentFamily(ModelFamily):
             f"{self.denoiser_part}_lora_layers": state,
             f"{self.denoiser_part}_lora_adapter_metadata": metadata,
         }
-        self.pipeline_class.save_lora_weights(directory, safe_serialization=True, **layers)
+        self._pipeline_class().save_lora_weights(directory, safe_serialization=True, **layers)
         path = directory / "pytorch_lora_weights.safetensors"
         path.write_bytes(sorted_metadata(path.read_bytes()))
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from diffusers import StableDiffusionPipeline
-
 from safemax_sd.families.base import TOKEN_STATES, Conditioning
 from safemax_sd.families.unet import UNetFamily
 
@@ -15,7 +13,6 @@ class StableDiffusion(UNetFamily):
 
     name: ClassVar[str] = "stable_diffusion"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
-    pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     pipeline_arguments: ClassVar[dict[str, Any]] = {"safety_checker": None}
 
     def _encode(self, prompts: list[str]) -> Conditioning:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from safemax_sd.families.base import TOKEN_STATES, Conditioning
@@ -17,7 +16,6 @@ class StableDiffusion3(TransformerFamily):
 
     name: ClassVar[str] = "stable_diffusion_3"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusion3Pipeline"})
-    pipeline_class: ClassVar[Any] = StableDiffusion3Pipeline
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         states, _, pooled, _ = self.pipeline.encode_prompt(

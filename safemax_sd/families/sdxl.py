@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from safemax_sd.families.base import TOKEN_STATES, Conditioning
@@ -23,7 +22,6 @@ class StableDiffusionXL(UNetFamily):
 
     name: ClassVar[str] = "stable_diffusion_xl"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusionXLPipeline"})
-    pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
     normalises_latents: ClassVar[bool] = True
 
     @classmethod

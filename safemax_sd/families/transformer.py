@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from safemax_sd.core.errors import OptionError
@@ -13,6 +12,9 @@ from safemax_sd.diffusion.process import DiffusionProcess, flow_matching
 from safemax_sd.diffusion.schedulers import as_scheduler
 from safemax_sd.families.base import LoraTargets
 from safemax_sd.families.latent import LatentFamily
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 TEXT_ATTENTION = ["add_k_proj", "add_v_proj"]
@@ -33,6 +35,8 @@ class TransformerFamily(LatentFamily):
             raise OptionError("--pretrained_model_name_or_path", f"scheduler {name}", text)
 
     def sampler(self) -> FlowMatchEulerDiscreteScheduler:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
         return as_scheduler(FlowMatchEulerDiscreteScheduler, self.scheduler_settings)
 
     def _noise_process(self) -> DiffusionProcess:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from safemax_sd.core.errors import OptionError
@@ -13,6 +12,9 @@ from safemax_sd.diffusion.process import check_variance_preserving
 from safemax_sd.diffusion.schedulers import as_scheduler
 from safemax_sd.families.base import TOKEN_STATES, Conditioning, LoadOptions, LoraTargets
 from safemax_sd.families.latent import LatentFamily
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
@@ -47,6 +49,8 @@ class UNetFamily(LatentFamily):
         check_variance_preserving(scheduler)
 
     def sampler(self) -> DDIMScheduler:
+        from diffusers import DDIMScheduler
+
         return as_scheduler(DDIMScheduler, self.scheduler_settings)
 
     def lora_target_modules(self, targets: LoraTargets) -> list[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from safemax_sd.adapters.halting_marks import MarkStrengths
@@ -19,6 +18,7 @@ from safemax_sd.core.options import COUNT, NOT_NEGATIVE, RunOptions, option
 from safemax_sd.core.registry import Registry
 from safemax_sd.diffusion.process import DiffusionProcess
 from safemax_sd.families import Conditioning, ModelFamily
+from safemax_sd.families.base import tuner_layers
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 from safemax_sd.recording.replay import Samples
@@ -151,8 +151,7 @@ class Student:
 
 def _freeze(family: ModelFamily) -> Predict:
     """Return the base model's prediction: with the LoRA switched off, or by a copy if the base weights train."""
-    adapted = any(isinstance(module, BaseTunerLayer) for module in family.denoiser.modules())
-    network = None if adapted else copy.deepcopy(family.denoiser).requires_grad_(False).eval()
+    network = None if tuner_layers(family.denoiser) else copy.deepcopy(family.denoiser).requires_grad_(False).eval()
 
     def predict(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         with torch.no_grad(), family.base_only():
