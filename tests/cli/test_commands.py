@@ -132,3 +132,30 @@ def test_quickstart_checks_the_evaluation_before_it_trains(
     assert main(["quickstart", "--output_dir", str(output), flag, value]) == 2
     assert f"error: {flag} {value}: must be in" in capsys.readouterr().err
     assert not output.exists()
+
+
+LOADED = """
+import sys
+from safemax_sd.cli import main
+try:
+    main(sys.argv[2:])
+except SystemExit:
+    pass
+print([name for name in sys.argv[1].split() if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "libraries"),
+    [
+        (("--help",), "torch accelerate transformers diffusers peft open_clip"),
+        (("train", "--help"), "diffusers peft open_clip"),
+        (
+            ("train", "--forget_prompts=/nowhere.csv", "--retain_prompts=r", "--output_dir=o"),
+            "diffusers peft open_clip",
+        ),
+    ],
+)
+def test_libraries_that_a_command_does_without_are_not_imported(words: tuple[str, ...], libraries: str) -> None:
+    done = run("-c", LOADED, libraries, *words)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr
