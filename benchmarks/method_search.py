@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safemax_sd.evaluation.compare import compare
-from safemax_sd.evaluation.compare_columns import HARMONIC
+from safemax_sd.evaluation.comparison.columns import HARMONIC
+from safemax_sd.evaluation.comparison.grid import compare
 
 from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.methods import SEARCH, trained_methods

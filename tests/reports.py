@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from safemax_sd.evaluation.compare_runs import Run
+from safemax_sd.evaluation.comparison.runs import Run
 from safemax_sd.evaluation.metrics import METRICS, Result
 from safemax_sd.evaluation.report import Report, Row
 

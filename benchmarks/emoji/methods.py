@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safemax_sd.evaluation.compare_config import read_comparison
-from safemax_sd.evaluation.compare_methods import TrainedMethod
+from safemax_sd.evaluation.comparison.config import read_comparison
+from safemax_sd.evaluation.comparison.methods import TrainedMethod
 
 COMPARISON = Path(__file__).parents[2] / "examples" / "compare_emoji.yaml"
 SEARCH = Path(__file__).with_name("search.yaml")

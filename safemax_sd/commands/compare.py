@@ -15,7 +15,7 @@ def compare(
     output_dir: Annotated[str | None, typer.Option("--output_dir", help="Instead of the file's.")] = None,
 ) -> None:
     """Run methods x tasks x seeds, or what is left of them, and write their table and page."""
-    from safemax_sd.evaluation.compare import compare as compare_methods
+    from safemax_sd.evaluation.comparison.grid import compare as compare_methods
 
     with one_line_errors():
         folder, failed = compare_methods(config, output_dir)

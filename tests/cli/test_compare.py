@@ -17,10 +17,10 @@ import psutil
 import pytest
 import yaml
 from filelock import FileLock
-from safemax_sd.evaluation.compare import compare
-from safemax_sd.evaluation.compare_columns import over_tasks, pooled, table_columns
-from safemax_sd.evaluation.compare_runs import ErasureCost, Run, read_runs
-from safemax_sd.evaluation.compare_tables import Summary, by_task, leaders
+from safemax_sd.evaluation.comparison.columns import over_tasks, pooled, table_columns
+from safemax_sd.evaluation.comparison.grid import compare
+from safemax_sd.evaluation.comparison.runs import ErasureCost, Run, read_runs
+from safemax_sd.evaluation.comparison.tables import Summary, by_task, leaders
 from safemax_sd.evaluation.metrics import Result
 from safemax_sd.evaluation.report import Report
 from scipy.stats import binomtest, t
@@ -288,7 +288,7 @@ def test_a_cell_whose_evaluation_failed_is_only_evaluated(
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("safemax_sd.evaluation.compare_cell.evaluate_cell", full)
+        patch.setattr("safemax_sd.evaluation.comparison.cell.evaluate_cell", full)
         assert compare(str(write_config(place, tiny_model)))[1] == ["ours, fruit, seed 0: OSError: the disk is full"]
     weights = folder / "pytorch_lora_weights.safetensors"
     before = weights.stat().st_mtime_ns

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import typer
-from safemax_sd.evaluation.compare_config import Settings
+from safemax_sd.evaluation.comparison.config import Settings
 from safemax_sd.evaluation.options import EvaluateOptions, MeasuringOptions
 from typer.testing import CliRunner
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from safemax_sd.evaluation.compare_config import read_comparison
+from safemax_sd.evaluation.comparison.config import read_comparison
 
 from safemax_sd.adapters.halting_marks import HaltingMarksSettings
 from safemax_sd.core.errors import OptionError, SafemaxError

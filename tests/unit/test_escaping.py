@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from safemax_sd.evaluation.compare_page import _table
-from safemax_sd.evaluation.compare_tables import Entry, Grid, latex, markdown
+from safemax_sd.evaluation.comparison.page import _table
+from safemax_sd.evaluation.comparison.tables import Entry, Grid, latex, markdown
 from safemax_sd.evaluation.headline import measured_markdown, print_headline
 from safemax_sd.evaluation.metrics import Result
 from safemax_sd.evaluation.metrics.unlearning_accuracy import UnlearningAccuracy
@@ -128,9 +128,9 @@ def test_a_card_s_table_and_sentence_hold_no_foreign_marks() -> None:
 
 
 def test_the_published_comparison_is_tabulated_as_before() -> None:
-    from safemax_sd.evaluation.compare_columns import table_columns
-    from safemax_sd.evaluation.compare_runs import read_runs
-    from safemax_sd.evaluation.compare_tables import by_task, task_grid
+    from safemax_sd.evaluation.comparison.columns import table_columns
+    from safemax_sd.evaluation.comparison.runs import read_runs
+    from safemax_sd.evaluation.comparison.tables import by_task, task_grid
 
     path = Path("docs/results/emoji_comparison/compare.json")
     content = json.loads(path.read_text())

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safemax_sd.evaluation.compare_columns import table_columns
-from safemax_sd.evaluation.compare_runs import read_runs
-from safemax_sd.evaluation.compare_tables import markdown, summaries, summary_grid, table_note
+from safemax_sd.evaluation.comparison.columns import table_columns
+from safemax_sd.evaluation.comparison.runs import read_runs
+from safemax_sd.evaluation.comparison.tables import markdown, summaries, summary_grid, table_note
 from safemax_sd.evaluation.headline import headline, headline_markdown
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context
 from safemax_sd.evaluation.metrics.base import called_noise

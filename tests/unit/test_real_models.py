@@ -9,8 +9,8 @@ from typing import Any
 import open_clip
 import pytest
 import yaml
-from safemax_sd.evaluation.compare_config import Comparison, read_comparison
-from safemax_sd.evaluation.compare_methods import Erasure, UntrainedMethod
+from safemax_sd.evaluation.comparison.config import Comparison, read_comparison
+from safemax_sd.evaluation.comparison.methods import Erasure, UntrainedMethod
 
 from benchmarks import real_prompt_suites
 from safemax_sd.prompts import check_disjoint, load_prompts, load_suite, suite_names

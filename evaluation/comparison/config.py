@@ -9,8 +9,8 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
-from safemax_sd.evaluation.compare_methods import Method, read_method
-from safemax_sd.evaluation.compare_runs import BASE
+from safemax_sd.evaluation.comparison.methods import Method, read_method
+from safemax_sd.evaluation.comparison.runs import BASE
 from safemax_sd.evaluation.inputs import check_metrics, suite_concepts
 from safemax_sd.evaluation.options import SEED, EvaluateOptions, MeasuringOptions
 

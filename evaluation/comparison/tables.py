@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safemax_sd.evaluation.compare_columns import Column, HarmonicMean, MetricColumn, TableColumns
-from safemax_sd.evaluation.compare_runs import BASE, Run
+from safemax_sd.evaluation.comparison.columns import Column, HarmonicMean, MetricColumn, TableColumns
+from safemax_sd.evaluation.comparison.runs import BASE, Run
 from safemax_sd.evaluation.headline import DASH, format_interval, format_value
 from safemax_sd.evaluation.metrics.base import Result
 

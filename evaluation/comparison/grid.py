@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from safemax_sd.evaluation.compare_cell import LOCK, Cell, run_cell, taken
-from safemax_sd.evaluation.compare_config import CACHE, Comparison, read_comparison
-from safemax_sd.evaluation.compare_methods import Erasure
-from safemax_sd.evaluation.compare_results import RESULTS, write_results
+from safemax_sd.evaluation.comparison.cell import LOCK, Cell, run_cell, taken
+from safemax_sd.evaluation.comparison.config import CACHE, Comparison, read_comparison
+from safemax_sd.evaluation.comparison.methods import Erasure
+from safemax_sd.evaluation.comparison.results import RESULTS, write_results
 from safemax_sd.evaluation.inputs import kept_pictures, load_real
 from tqdm import tqdm
 

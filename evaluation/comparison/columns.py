@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safemax_sd.evaluation.compare_runs import Run
+from safemax_sd.evaluation.comparison.runs import Run
 from safemax_sd.evaluation.headline import rows_of
 from safemax_sd.evaluation.metrics.base import Metric, RateMetric, Result, quantities, wilson
 from safemax_sd.evaluation.metrics.description import Role

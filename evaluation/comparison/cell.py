@@ -11,8 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from PIL import Image
-from safemax_sd.evaluation.compare_methods import Erasure, Method
-from safemax_sd.evaluation.compare_runs import BASE
+from safemax_sd.evaluation.comparison.methods import Erasure, Method
+from safemax_sd.evaluation.comparison.runs import BASE
 from safemax_sd.evaluation.generate import clear_cache
 from safemax_sd.evaluation.metrics import METRICS
 from safemax_sd.evaluation.options import EvaluateOptions

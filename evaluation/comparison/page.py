@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safemax_sd.evaluation.compare_columns import Column, TableColumns
-from safemax_sd.evaluation.compare_tables import Entry, Grid, Summary
+from safemax_sd.evaluation.comparison.columns import Column, TableColumns
+from safemax_sd.evaluation.comparison.tables import Entry, Grid, Summary
 from safemax_sd.evaluation.headline import described_guidance
 from safemax_sd.evaluation.metrics.description import SUBSETS
 from safemax_sd.evaluation.page import STYLE_SHEET, data_uri

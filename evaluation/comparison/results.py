@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safemax_sd.evaluation.compare_cell import Cell
-from safemax_sd.evaluation.compare_columns import table_columns
-from safemax_sd.evaluation.compare_config import CACHE, Comparison
-from safemax_sd.evaluation.compare_page import Gallery, write_comparison_page
-from safemax_sd.evaluation.compare_runs import BASE, FORMAT_VERSION, ROW_ENTRIES, ErasureCost, Run, described_metrics
-from safemax_sd.evaluation.compare_tables import Summary, by_task, latex, markdown, summaries, summary_grid, task_grid
+from safemax_sd.evaluation.comparison.cell import Cell
+from safemax_sd.evaluation.comparison.columns import table_columns
+from safemax_sd.evaluation.comparison.config import CACHE, Comparison
+from safemax_sd.evaluation.comparison.page import Gallery, write_comparison_page
+from safemax_sd.evaluation.comparison.runs import BASE, FORMAT_VERSION, ROW_ENTRIES, ErasureCost, Run, described_metrics
+from safemax_sd.evaluation.comparison.tables import (
+    Summary,
+    by_task,
+    latex,
+    markdown,
+    summaries,
+    summary_grid,
+    task_grid,
+)
 from safemax_sd.evaluation.prompt_settings import own_guidance
 from safemax_sd.evaluation.report import Report
 
