@@ -10,27 +10,21 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
-from diffusers.optimization import get_scheduler
-from torch import Tensor, nn
+from accelerate.utils import set_seed
+from torch import Tensor
 from tqdm import tqdm
 
-from safemax_sd.adapters.weights import TrainedWeights, attach
-from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.core.provenance import Cost, Stopwatch, provenance
-from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
-from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Batch, Draw, Positions
-from safemax_sd.prompts import PromptSet, warn_over_long
+from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.replay import start_noise
-from safemax_sd.recording.schedule import Recording
 from safemax_sd.results import hub
 from safemax_sd.results.erasure import (
     NOTHING_FORBIDDEN,
@@ -49,10 +43,9 @@ from safemax_sd.training.children import end_with_starter, told_to_launcher
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
-from safemax_sd.training.optimizers import make_optimizer
 from safemax_sd.training.output import RunLog, clear, run_folder
-from safemax_sd.training.probe import UnlearningProbe
 from safemax_sd.training.resume import check_conditions, conditions
+from safemax_sd.training.run import Run, build_run
 from safemax_sd.training.workers import (
     PROCESS_LOST,
     lost_a_process,
@@ -64,51 +57,12 @@ from safemax_sd.training.workers import (
 logger = logging.getLogger("safemax_sd")
 
 DIVERGED = 1.0
-"""Ratio of mean squares that a network which predicts nothing would have."""
+"""Ratio of mean squares, error to target, of a network that predicts 0."""
 LOSS_NOT_FINITE = "the loss became"
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass
-class Run:
-    """What the training loop works on."""
-
-    config: TrainConfig
-    accelerator: Accelerator
-    family: ModelFamily
-    forget: PromptSet
-    retain: PromptSet
-    recording: Recording
-    objective: Objective
-    weights: TrainedWeights
-    optimizer: Any
-    scheduler: Any
-    denoiser: nn.Module
-    clock: Stopwatch
-    validation: Conditioning | None
-    probe: UnlearningProbe | None
-    step: int = 0
-    model_calls: dict[str, int] = field(default_factory=dict)
-    conditions: dict[str, Any] = field(default_factory=dict)
-    earlier: Cost = field(default_factory=Cost)
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.config.output_dir)
-
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the student's native prediction, float32 [B, *latent]."""
-        return self.family.predict(x_t, t, conditioning, self.denoiser)
-
-    def cost(self) -> Cost:
-        """What the run has cost so far, with what it went on from; to be called by all processes alike."""
-        calls = {**self.model_calls, "train": sum(gather_object([self.model_calls["train"]]))}
-        before = self.earlier.model_calls
-        return Cost(self.clock.seconds, {name: count + before.get(name, 0) for name, count in calls.items()})
 
 
 def train(config: TrainConfig) -> Path:
-    """Erase the forbidden prompts of `config` and write the output directory; returns it.
+    """Erase the forbidden prompts of `config`, write the output directory and return it.
 
     Raises:
         SafemaxError: Bad input, a non-finite loss or a full disk; nothing that was there before is lost.
@@ -152,7 +106,7 @@ def train_in(
 
 
 def save_results(run: Run, cost: Cost) -> None:
-    """Write weights, record and model card into the claimed output folder, as one.
+    """Write weights, record and model card into the claimed output folder, all of them or none.
 
     Raises:
         OptionError: The disk is full; what was there before stays.
@@ -166,7 +120,7 @@ def save_results(run: Run, cost: Cost) -> None:
 
 
 def describe(run: Run, cost: Cost) -> ErasureRecord:
-    """Return the record of a run that ends now."""
+    """Return the record of a finished run."""
     config, device = run.config, run.accelerator.device
     return ErasureRecord(
         method=config.objective,
@@ -182,90 +136,8 @@ def describe(run: Run, cost: Cost) -> ErasureRecord:
     )
 
 
-def build_run(
-    config: TrainConfig, accelerator: Accelerator, forget: PromptSet, retain: PromptSet, clock: Stopwatch
-) -> Run:
-    """Load the model, record the replay banks and set up everything that steps."""
-    with clock.phase("load"):
-        family = load_family(load_options(config, accelerator.device))
-        check_family(config, family)
-        messages = family.enable_memory_savings(
-            gradient_checkpointing=config.gradient_checkpointing,
-            xformers=config.enable_xformers_memory_efficient_attention,
-        )
-        for message in messages:
-            logger.warning(message)
-        warn_over_long(forget, family.tokenizer, option="--forget_prompts")
-        warn_over_long(retain, family.tokenizer, option="--retain_prompts")
-        validation = family.encode_prompts(config.validation_prompt) if config.validation_prompt else None
-        probe = UnlearningProbe.build(config, family, forget, retain)
-    with clock.phase("replay"):
-        needs = OBJECTIVES.get(config.objective).needs(config, forget)
-        recording = Recording(config, needs, family, forget, retain)
-        data = recording.before(0)
-    family.free_encoders(decoder=validation is None and probe is None)
-    objective = OBJECTIVES.get(config.objective)(config, data)  # type: ignore[arg-type]
-    weights = attach(family, config)
-    student = Student.of(family, weights.parameters)
-    with clock.phase("prepare"):
-        prior_calls = objective.prepare(student)
-    weights.restrict(objective.trained(student))
-    optimizer = make_optimizer(config, weights.parameters, accelerator.num_processes)
-    scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer=optimizer,
-        # Accelerate steps the schedule once for every process.
-        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=config.max_train_steps * accelerator.num_processes,
-        num_cycles=config.lr_num_cycles,
-    )
-    checkpoints.register(accelerator, weights)
-    denoiser, optimizer, scheduler = accelerator.prepare(family.denoiser, optimizer, scheduler)
-    if config.torch_compile is not None:  # a wrapper: `family.denoiser`, which is saved and samples, stays as it is
-        denoiser = torch.compile(denoiser, backend=config.torch_compile)
-    return Run(
-        config=config,
-        accelerator=accelerator,
-        family=family,
-        forget=forget,
-        retain=retain,
-        recording=recording,
-        objective=objective,
-        weights=weights,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        denoiser=denoiser,
-        clock=clock,
-        validation=validation,
-        probe=probe,
-        model_calls={"replay": recording.model_calls, "prepare": prior_calls, "train": 0, "probe": 0},
-    )
-
-
-def check_family(config: TrainConfig, family: ModelFamily) -> None:
-    """Check the flags that depend on the model.
-
-    Raises:
-        OptionError: One does not go with it.
-    """
-    if OBJECTIVES.get(config.objective).needs_tokens and not family.token_projections():
-        text = f"works on the keys and values of a prompt's words in cross-attention, which {family.name} has not"
-        raise OptionError("--objective", config.objective, text)
-    most = len(family.process.schedule.all_times())
-    if config.replay_inference_steps > most:
-        text = f"must be at most {most}, the timesteps of this model's schedule"
-        raise OptionError("--replay_inference_steps", config.replay_inference_steps, text)
-
-
-def load_options(config: TrainConfig, device: torch.device) -> LoadOptions:
-    """Return how the base model of a training is loaded."""
-    # On a processor autocast alone is used: half-precision weights would be converted at every layer.
-    dtype = torch.float32 if device.type == "cpu" else DTYPES[config.mixed_precision or "no"]
-    return config.load_options(device, dtype)
-
-
 def loop(run: Run) -> None:
-    """Step until `max_train_steps` or until the probe says that the prompts are forgotten."""
+    """Step until `max_train_steps`, or until the probe finds the prompts forgotten."""
     config, accelerator = run.config, run.accelerator
     log = RunLog(run.output_dir / "log.jsonl", accelerator, config=config, resume_step=run.step)
     bar = tqdm(
@@ -308,7 +180,7 @@ def loop(run: Run) -> None:
 
 
 def optimizer_step(run: Run) -> dict[str, float]:
-    """One step over all its micro-batches; returns the step's mean loss terms over all processes.
+    """Take one step over all its micro-batches and return its mean loss terms over all processes.
 
     Raises:
         SafemaxError: The loss is not finite. The last checkpoint stays.
@@ -340,7 +212,7 @@ def optimizer_step(run: Run) -> dict[str, float]:
 
 @torch.no_grad()
 def reach(run: Run, draw: Draw) -> Batch:
-    """Return the batch of a draw on the run's device, sampled to with the student where the objective does so."""
+    """Return the batch of a draw on the run's device, with what the objective samples from the student."""
     batch = run.objective.reach(run.predict, draw.to(run.accelerator.device))
     # Older PyTorch keeps autocast's copies of the weights, and those made here know no gradient.
     torch.clear_autocast_cache()
@@ -348,17 +220,17 @@ def reach(run: Run, draw: Draw) -> Batch:
 
 
 def not_finite(run: Run, what: str) -> SafemaxError:
-    """Return the error for a run that has blown up; it names the last checkpoint where there is one."""
+    """Return the error of a diverged run, which names the last checkpoint if there is one."""
     kept = checkpoints.all_checkpoints(run.output_dir)
     intact = f"; {kept[-1].name} is intact (--resume_from_checkpoint latest)" if kept else ""
     return SafemaxError(f"{what}: lower --learning_rate{intact}")
 
 
 def check_weights(run: Run) -> None:
-    """See that what is about to be saved is finite: the loss of a step says nothing of the step itself.
+    """Check that the weights are finite: a step's loss is computed before the step changes them.
 
     Raises:
-        SafemaxError: It is not.
+        SafemaxError: Some weight is not finite.
     """
     if not all(bool(parameter.isfinite().all()) for parameter in run.weights.parameters):
         raise not_finite(run, f"the weights are not finite after step {run.step}")
@@ -366,7 +238,7 @@ def check_weights(run: Run) -> None:
 
 @torch.no_grad()
 def warn_if_diverged(run: Run) -> None:
-    """Warn where the trained model's error on what is to be kept is far larger than the target itself."""
+    """Warn if the mean squared error on retain samples exceeds their targets' mean square."""
     if not run.objective.retains:
         return
     with run.accelerator.autocast(), run.family.evaluating():
@@ -383,7 +255,7 @@ def warn_if_diverged(run: Run) -> None:
 
 
 def positions(run: Run, micro: int) -> Positions:
-    """The samples of one micro-batch of this process within the step."""
+    """Return the positions of one micro-batch of this process within the step."""
     config, accelerator = run.config, run.accelerator
     part = micro * accelerator.num_processes + accelerator.process_index
 
@@ -395,7 +267,7 @@ def positions(run: Run, micro: int) -> Positions:
 
 @torch.no_grad()
 def sample_validation(run: Run) -> None:
-    """Write a contact sheet of the validation prompts as the model draws them now."""
+    """Write a contact sheet of what the model now generates for the validation prompts."""
     if not run.accelerator.is_main_process or run.validation is None:
         return
     config, family = run.config, run.family
@@ -414,7 +286,7 @@ def sample_validation(run: Run) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (2 for an error that the user can mend)."""
+    """Run the command line and return the exit code, 2 for bad input."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         train(parse_config(arguments))

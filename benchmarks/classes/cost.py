@@ -15,9 +15,10 @@ from benchmarks.classes.measure import TensorMemory
 from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.objectives.salun import SalunConfig
 from safemax_sd.objectives.selective_amnesia import SelectiveAmnesiaConfig
-from safemax_sd.train import build_run, optimizer_step
+from safemax_sd.train import optimizer_step
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
+from safemax_sd.training.run import build_run
 
 TRAJECTORIES, INFERENCE_STEPS, FISHER_TIMESTEPS, STEPS = 8, 2, 256, 3
 MEMORY_SHARES = (0.25, 0.5)

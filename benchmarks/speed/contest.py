@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.classes.measure import TensorMemory
 from benchmarks.speed.steps import Bench, Candidate, Counter, phases
-from safemax_sd.train import Run, optimizer_step
+from safemax_sd.train import optimizer_step
+from safemax_sd.training.run import Run
 
 Row = dict[str, Any]
 WARM_UP = 2

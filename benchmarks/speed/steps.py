@@ -23,17 +23,11 @@ from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.families import Conditioning, ModelFamily, load_family
 from safemax_sd.objectives.base import Batch
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
-from safemax_sd.train import (
-    Run,
-    build_run,
-    load_options,
-    optimizer_step,
-    positions,
-    reach,
-)
+from safemax_sd.train import optimizer_step, positions, reach
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
 from safemax_sd.training.optimizers import make_optimizer
+from safemax_sd.training.run import Run, build_run
 from safemax_sd.training.workers import make_accelerator
 
 Step = Callable[[], object]
@@ -218,7 +212,7 @@ class Bench:
 
     def encoders(self) -> ModelFamily:
         """The autoencoder and the text encoders, which a SAFEMax run has dropped, without a second denoiser."""
-        family = load_family(load_options(self.run.config, self.device))
+        family = load_family(self.run.family.options)
         family.pipeline.unet = None  # type: ignore[attr-defined]
         del family.denoiser
         return family

@@ -22,12 +22,13 @@ from safemax_sd.core.provenance import Cost, Stopwatch
 from safemax_sd.erasing.edits.uce import Uce, UceConfig
 from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.folder import claimed
-from safemax_sd.train import build_run, main, save_results, train
+from safemax_sd.train import main, save_results, train
 from safemax_sd.training import checkpoints
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
 from safemax_sd.training.output import read_log, run_folder
+from safemax_sd.training.run import build_run
 from safemax_sd.training.workers import make_accelerator
 from tests import tiny
 from tests.kills import kills

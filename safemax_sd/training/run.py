@@ -1,0 +1,149 @@
+"""A training run: the model, its recorded trajectories, the objective, its weights and their optimizer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from safemax_sd.adapters.weights import TrainedWeights, attach
+from safemax_sd.core.errors import OptionError
+from safemax_sd.core.provenance import Cost, Stopwatch
+from safemax_sd.families import Conditioning, ModelFamily, load_family
+from safemax_sd.objectives import OBJECTIVES, Objective, Student
+from safemax_sd.prompts import PromptSet, warn_over_long
+from safemax_sd.recording.schedule import Recording
+from safemax_sd.training import checkpoints
+from safemax_sd.training.config import TrainConfig
+from safemax_sd.training.optimizers import make_optimizer
+from safemax_sd.training.probe import UnlearningProbe
+
+logger = logging.getLogger("safemax_sd")
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Run:
+    """State of a training run."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    family: ModelFamily
+    forget: PromptSet
+    retain: PromptSet
+    recording: Recording
+    objective: Objective
+    weights: TrainedWeights
+    optimizer: Any
+    scheduler: Any
+    denoiser: nn.Module
+    clock: Stopwatch
+    validation: Conditioning | None
+    probe: UnlearningProbe | None
+    step: int = 0
+    model_calls: dict[str, int] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)
+    earlier: Cost = field(default_factory=Cost)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the student's native prediction, float32 [B, *latent]."""
+        return self.family.predict(x_t, t, conditioning, self.denoiser)
+
+    def cost(self) -> Cost:
+        """Return the cost so far, that of the checkpoint it resumed from included; every process has to call it."""
+        calls = {**self.model_calls, "train": sum(gather_object([self.model_calls["train"]]))}
+        before = self.earlier.model_calls
+        return Cost(self.clock.seconds, {name: count + before.get(name, 0) for name, count in calls.items()})
+
+
+def build_run(
+    config: TrainConfig, accelerator: Accelerator, forget: PromptSet, retain: PromptSet, clock: Stopwatch
+) -> Run:
+    """Load the model, record the replay banks and set up everything that steps."""
+    with clock.phase("load"):
+        family = load_family(config.load_options(accelerator.device, frozen_dtype(config, accelerator.device)))
+        check_family(config, family)
+        messages = family.enable_memory_savings(
+            gradient_checkpointing=config.gradient_checkpointing,
+            xformers=config.enable_xformers_memory_efficient_attention,
+        )
+        for message in messages:
+            logger.warning(message)
+        warn_over_long(forget, family.tokenizer, option="--forget_prompts")
+        warn_over_long(retain, family.tokenizer, option="--retain_prompts")
+        validation = family.encode_prompts(config.validation_prompt) if config.validation_prompt else None
+        probe = UnlearningProbe.build(config, family, forget, retain)
+    with clock.phase("replay"):
+        needs = OBJECTIVES.get(config.objective).needs(config, forget)
+        recording = Recording(config, needs, family, forget, retain)
+        data = recording.before(0)
+    family.free_encoders(decoder=validation is None and probe is None)
+    objective = OBJECTIVES.get(config.objective)(config, data)  # type: ignore[arg-type]
+    weights = attach(family, config)
+    student = Student.of(family, weights.parameters)
+    with clock.phase("prepare"):
+        prior_calls = objective.prepare(student)
+    weights.restrict(objective.trained(student))
+    optimizer = make_optimizer(config, weights.parameters, accelerator.num_processes)
+    scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        # Accelerate steps the schedule once for every process.
+        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=config.max_train_steps * accelerator.num_processes,
+        num_cycles=config.lr_num_cycles,
+    )
+    checkpoints.register(accelerator, weights)
+    denoiser, optimizer, scheduler = accelerator.prepare(family.denoiser, optimizer, scheduler)
+    if config.torch_compile is not None:  # a wrapper: `family.denoiser`, which is saved and samples, stays as it is
+        denoiser = torch.compile(denoiser, backend=config.torch_compile)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        family=family,
+        forget=forget,
+        retain=retain,
+        recording=recording,
+        objective=objective,
+        weights=weights,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        denoiser=denoiser,
+        clock=clock,
+        validation=validation,
+        probe=probe,
+        model_calls={"replay": recording.model_calls, "prepare": prior_calls, "train": 0, "probe": 0},
+    )
+
+
+def check_family(config: TrainConfig, family: ModelFamily) -> None:
+    """Check the flags that depend on the model.
+
+    Raises:
+        OptionError: One does not go with it.
+    """
+    if OBJECTIVES.get(config.objective).needs_tokens and not family.token_projections():
+        text = f"works on the keys and values of a prompt's words in cross-attention, which {family.name} has not"
+        raise OptionError("--objective", config.objective, text)
+    most = len(family.process.schedule.all_times())
+    if config.replay_inference_steps > most:
+        text = f"must be at most {most}, the timesteps of this model's schedule"
+        raise OptionError("--replay_inference_steps", config.replay_inference_steps, text)
+
+
+def frozen_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Return the type that the frozen weights are loaded in."""
+    # On a processor autocast alone is used: half-precision weights would be converted at every layer.
+    return torch.float32 if device.type == "cpu" else DTYPES[config.mixed_precision or "no"]
