@@ -207,10 +207,8 @@ class Safemax(Objective):
         sizes = (len(draw.single.t), len(draw.pairs.t), len(draw.pairs.t), len(draw.kept.t))
         is_forget = torch.arange(len(rows.t), device=rows.t.device) < sum(sizes[:3])
         decay = torch.exp(-self.config.decay_lambda * process.schedule.noise_level(draw.single.t))  # D(t)
-        calls = draw.pairs.rollout_calls
-        return SafemaxBatch(
-            rows.x_t, rows.t, rows.conditioning, rows.target, is_forget, decay, sizes, reach_calls=calls
-        )
+        asked = (rows.x_t, rows.t, rows.conditioning, rows.target)
+        return SafemaxBatch(*asked, is_forget, decay, sizes, reach_calls=draw.pairs.rollout_calls)
 
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
         assert isinstance(batch, SafemaxBatch)
