@@ -19,7 +19,7 @@ from safemax_sd.commands.suites import suites
 from safemax_sd.commands.train import train
 
 UsageError: Any = typer.BadParameter.__base__
-"""Typer's error for a command line that it cannot parse, which it exports under no name of its own."""
+"""Typer's error for a command line that it cannot parse; Typer does not export it."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 for command in (quickstart, train, erase, evaluate, compare, export, report, suites):
@@ -27,7 +27,11 @@ for command in (quickstart, train, erase, evaluate, compare, export, report, sui
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line (default: this process's) and return the exit code, 2 for an error that the user can mend."""
+    """Run a command line and return its exit code: 2 for an error that the user can fix.
+
+    Args:
+        arguments: Words of the command line; None for this process's own.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return app(words or ["--help"], prog_name="safemax", standalone_mode=False) or 0

@@ -1,4 +1,4 @@
-"""Printing of commands, and errors that the user can mend in one line."""
+"""Console output of commands, and one-line messages for errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from safemax_sd.core.escaping import printable
 
 console = Console(markup=False, emoji=False, highlight=False)
 OWN_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-"""Settings of a command whose flags, `--help` too, are read from a dataclass and not by typer."""
+"""Typer's settings for a command that parses its own flags, including `--help`."""
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print errors that the user can mend in one line and exit with code 2."""
+    """Print a `SafemaxError` of the block in one line and exit with code 2."""
     try:
         yield
     except SafemaxError as error:
@@ -28,5 +28,5 @@ def one_line_errors() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print one line, however long it is; names in it may hold anything."""
+    """Print one line without wrapping it; unprintable characters are escaped."""
     console.print(printable(text), soft_wrap=True)

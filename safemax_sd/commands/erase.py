@@ -1,4 +1,4 @@
-"""`safemax erase`: closed-form edits, whose flags are their own."""
+"""`safemax erase`: closed-form edits, each with its own flags."""
 
 from __future__ import annotations
 

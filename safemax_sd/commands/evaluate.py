@@ -1,4 +1,4 @@
-"""`safemax evaluate`: what an adapter forgets and keeps."""
+"""`safemax evaluate`: measurements of what an adapter forgets and retains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
 
 def run_evaluation(options: EvaluateOptions) -> None:
-    """Evaluate, then print the headline and where the page is."""
+    """Evaluate an adapter, and print the headline and the path of the page."""
     from safemax_sd.evaluation.headline import print_headline
     from safemax_sd.evaluation.report import REPORT, Report
     from safemax_sd.evaluation.run import evaluate as measure

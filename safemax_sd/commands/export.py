@@ -1,4 +1,4 @@
-"""`safemax export`: one LoRA of several, or a full pipeline."""
+"""`safemax export`: several adapters as one LoRA or as a full pipeline."""
 
 from __future__ import annotations
 

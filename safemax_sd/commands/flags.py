@@ -15,10 +15,10 @@ T = TypeVar("T", bound=Options)
 
 
 def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
-    """Give a command one flag for each described field of a dataclass; other fields are for Python callers alone.
+    """Give a command a flag for each field of a dataclass that has a help text; other fields are for Python callers.
 
     Args:
-        options: Dataclass that the command is called with.
+        options: Dataclass whose instance the command receives.
     """
     flags = [flag for flag in flags_of(options) if flag.help]
     parameters = [_parameter(flag) for flag in sorted(flags, key=lambda flag: not _required(flag))]

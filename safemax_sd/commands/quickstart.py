@@ -1,4 +1,4 @@
-"""`safemax quickstart`: erase, measure and show, with what the package brings."""
+"""`safemax quickstart`: training and evaluation with the model, prompts and judge that ship with the package."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def quickstart(options: QuickstartOptions) -> None:
         suite=options.suite,
         num_images=options.num_images,
         num_sweep_images=options.num_sweep_images,
-        sweep_guidance_scales=(1.0, 5.0, 12.0),  # the least, the evaluation's own and the greatest of the default ones
+        sweep_guidance_scales=(1.0, 5.0, 12.0),  # of the default sweep: the smallest, the evaluation's and the largest
     )
     with one_line_errors():
         evaluation.validate()  # before the training, which takes minutes

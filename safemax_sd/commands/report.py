@@ -1,4 +1,4 @@
-"""`safemax report`: the page of an evaluation, written again."""
+"""`safemax report`: the page of an evaluation, rendered again."""
 
 from __future__ import annotations
 

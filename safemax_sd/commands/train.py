@@ -24,23 +24,30 @@ def train(context: typer.Context) -> None:
 
 
 def launch_training(arguments: list[str]) -> None:
-    """Run `safemax_sd.train` in a process of its own for each GPU; its exit code becomes ours if it fails."""
+    """Run `safemax_sd.train` as Accelerate's configuration file says, or without one in one process for each GPU.
+
+    Args:
+        arguments: Words of the command line after `train`.
+
+    Raises:
+        typer.Exit: The training failed; this process exits with its code.
+    """
     import torch
     from accelerate.commands.config.config_args import default_config_file
 
     from safemax_sd.training.children import run_child, run_launched
 
     processes = max(1, torch.cuda.device_count())
-    # Left alone, PyTorch and the launcher count physical cores: a process on two virtual ones gets one thread.
+    # By default PyTorch and the launcher count physical cores: on two virtual ones, a process would get one thread.
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     if Path(default_config_file).exists():
         code = run_launched([*launcher, *TRAINING, *arguments])
-    elif processes > 1:  # spelled out, the launcher's defaults need no warning
+    elif processes > 1:  # given explicitly, the launcher's defaults cause no warning
         launcher += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--dynamo_backend", "no"]
         launcher += ["--mixed_precision", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")]
         code = run_launched([*launcher, "--num_cpu_threads_per_process", threads, *TRAINING, *arguments])
-    else:  # one process needs no launcher, which takes seconds to import what the training imports again
+    else:  # one process needs no launcher, whose imports take seconds
         code = run_child([sys.executable, *TRAINING, *arguments], env={"OMP_NUM_THREADS": threads})
     if code:
         raise typer.Exit(code)
