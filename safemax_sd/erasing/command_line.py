@@ -1,4 +1,4 @@
-"""From a command line to the edit that `--edit` names, with its flags."""
+"""Command line of `safemax erase`, parsed into the edit that `--edit` names."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ DESCRIPTION = "Erase concepts in closed form; writes a LoRA. Each edit has flags
 
 
 def parse_edit(words: Sequence[str]) -> ClosedFormEdit:
-    """Read the flags of `safemax erase`.
+    """Parse the flags of `safemax erase` and return the edit.
+
+    Args:
+        words: Words of the command line after `erase`.
 
     Raises:
-        SafemaxError: Unknown edit, a flag that it does not have, or a value that cannot be used.
+        SafemaxError: The edit or a flag is unknown, a flag belongs to another edit, or a value is missing or has the
+            wrong type.
     """
     name = value_of(words, "--edit") or DEFAULT_EDIT
     edit = EDITS.get(name)
@@ -34,7 +38,7 @@ def parse_edit(words: Sequence[str]) -> ClosedFormEdit:
 
 
 def _refuse(unknown: list[str], edit: str) -> NoReturn:
-    """Raise the error for a flag that an edit does not have, naming the edits that do."""
+    """Raise the error for the first unknown flag; it names the edits with that flag, or the nearest flag."""
     flag, equals, value = unknown[0].partition("=")
     owners = [name for name in EDITS.names() if flag.removeprefix("--") in _flags(name)]
     if owners:

@@ -1,4 +1,4 @@
-"""Strengths of the marks that an edit of a halting anchor leaves, as its record holds them."""
+"""Marks of an edit of a halting anchor and their strengths, as its record stores them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from safemax_sd.results.erasure import Edit
 
 @dataclass(frozen=True)
 class Mark:
-    """Strength of the mark on the prompts of a concept, each on its strongest token.
+    """Strength of the mark on a concept's prompts; that of a prompt is the largest of its tokens.
 
     Attributes:
-        least: Strength on the weakest prompt.
-        mean: Mean over all prompts.
+        least: Smallest strength of any prompt.
+        mean: Mean strength of the prompts.
     """
 
     least: float
@@ -28,7 +28,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class KeptMarks:
-    """Strengths of marks on kept tokens.
+    """Strengths of marks on retained tokens.
 
     Attributes:
         largest: Largest strength.
@@ -44,11 +44,11 @@ class MarkedConcepts:
     """Marks of an edit, the `details` of its record.
 
     Attributes:
-        contexts: Templates that concepts' names were put into.
-        kept_concepts: Concept that each kept prompt shows.
+        contexts: Templates that the concepts' names were inserted into.
+        kept_concepts: Concept of each retain prompt, or the prompt's text if its file names none.
         texts: Prompts of each concept that is or was erased.
-        marks: Strength on each erased concept.
-        kept_marks: Strengths on tokens to keep.
+        marks: Strength of the mark on each erased concept.
+        kept_marks: Strengths of marks on retained tokens.
     """
 
     contexts: tuple[str, ...]
@@ -62,7 +62,7 @@ class MarkedConcepts:
         """Read the details of an edit's record.
 
         Raises:
-            EntryError: An entry is missing, or of another type.
+            EntryError: An entry is missing or has the wrong type.
         """
         return decode(cls, edit.details, "edit.details")
 
@@ -73,12 +73,15 @@ class MarkedConcepts:
 
 
 def measure_marks(forbidden: Mapping[str, Tensor], kept: Tensor, rows: Tensor) -> tuple[dict[str, Mark], KeptMarks]:
-    """Measure the marks that readouts put on concepts and on tokens to keep.
+    """Measure the marks that readouts put on concepts and on retained tokens.
 
     Args:
-        forbidden: Token states of the prompts of each concept, [P, L, D].
+        forbidden: Token states of each concept's prompts, [P, L, D].
         kept: Token states to keep, [N, D].
         rows: Readouts w_k, [K, D].
+
+    Returns:
+        Strengths by concept, and those on retained tokens.
     """
     strengths = {concept: strength(states, rows) for concept, states in forbidden.items()}
     marks = {concept: Mark(float(found.min()), float(found.mean())) for concept, found in strengths.items()}

@@ -1,4 +1,4 @@
-"""Token states beside an adapter with marked words, so that concepts can be added and removed later."""
+"""Token states stored beside an adapter with marked concepts, so that concepts can be added and removed later."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CONCEPT = "concept."
 
 @dataclass(frozen=True)
 class StoredStates:
-    """Marks and token states, in `edit.safetensors`.
+    """Marks and token states of an edit, stored in `edit.safetensors`.
 
     Attributes:
-        marks: h_k, [K, D].
-        kept: States of kept tokens, float16 [N, D].
-        kept_row: The kept prompt that each is of, int64 [N]; -1 for the empty prompt.
-        kept_concepts: What each kept prompt shows.
-        known: States of the prompts of each concept that is or was erased, float16 [P, L, D].
+        marks: Marks h_k, [K, D].
+        kept: Token states of the retain prompts and the empty prompt, float16 [N, D].
+        kept_row: Row of each state's retain prompt, int64 [N]; -1 for the empty prompt.
+        kept_concepts: Concept of each retain prompt, or the prompt's text if its file names none.
+        known: Token states of the prompts of each concept that is or was erased, float16 [P, L, D].
     """
 
     marks: Tensor
@@ -39,10 +39,14 @@ class StoredStates:
 
     @classmethod
     def load(cls, path: Path, kept_concepts: tuple[str, ...]) -> Self:
-        """Read what `save` wrote.
+        """Read the file that `save` writes.
+
+        Args:
+            path: File to read.
+            kept_concepts: Concept of each retain prompt, from the record.
 
         Raises:
-            OptionError: The file is missing, damaged or lacks a tensor.
+            OptionError: The file is missing or damaged, or lacks a tensor.
         """
         with path_errors("--output_dir", path):
             tensors = load_file(path)
@@ -53,18 +57,24 @@ class StoredStates:
         return cls(tensors[MARKS], tensors[KEPT], tensors[KEPT_ROW], kept_concepts, known)
 
     def save(self, path: Path) -> None:
-        """Write all but `kept_concepts`, which the record holds."""
+        """Write all fields but `kept_concepts`, which the record stores."""
         known = {CONCEPT + name: value.contiguous() for name, value in self.known.items()}
         write_tensors_atomic(path, {MARKS: self.marks, KEPT: self.kept, KEPT_ROW: self.kept_row, **known})
 
     def split(self, erased: Iterable[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the states of each concept to erase, [P, L, D], and those of all tokens to keep, [N, D].
+        """Split the token states into those to erase and those to keep.
 
-        What is known and not to be erased is kept. The order is fixed, so that a concept that comes back gives the same
-        sums, bit for bit.
+        Known concepts that are not erased are kept. The order is fixed, so that a concept that is removed and added
+        again gives the same sums, bit for bit.
+
+        Args:
+            erased: Names of the concepts to erase, all of them known.
+
+        Returns:
+            Token states of each concept to erase, [P, L, D], and of all tokens to keep, [N, D].
         """
         forbidden = set(erased)
-        gone = torch.tensor([concept in forbidden for concept in [*self.kept_concepts, ""]])  # -1: the empty prompt
+        gone = torch.tensor([concept in forbidden for concept in [*self.kept_concepts, ""]])  # row -1: the empty prompt
         kept = self.kept[~gone[self.kept_row]]
         restored = [self.known[name].flatten(0, 1) for name in sorted(self.known) if name not in forbidden]
         return {name: self.known[name] for name in sorted(forbidden)}, torch.cat([kept, *restored])

@@ -1,4 +1,4 @@
-"""The token states that an edit works on: of prompts that name a concept, and of prompts to keep."""
+"""The token states of an edit: those of prompts that name a concept, and those of retain prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ EMPTY_SHARE = 0.02
 
 
 def contexts(kept: PromptSet) -> tuple[str, ...]:
-    """Templates with one `{}`: kept prompts without the name of what they show; plain ones where there are none."""
+    """Return templates with one `{}`, at most `MOST_CONTEXTS`, in which concepts' names are encoded.
+
+    They are retain prompts with the name of their concept taken out; if there are none, plain ones are returned.
+    """
     found = {
         prompt.text.replace(prompt.concept, "{}", 1)
         for prompt in kept.prompts
@@ -29,7 +32,7 @@ def contexts(kept: PromptSet) -> tuple[str, ...]:
 
 
 def texts_by_concept(prompts: PromptSet) -> dict[str, tuple[str, ...]]:
-    """Prompts of each concept; a prompt whose file names none is its own."""
+    """Group prompts by concept; a prompt whose file names no concept is its own."""
     texts: dict[str, tuple[str, ...]] = {}
     for prompt in prompts.prompts:
         texts[prompt.shows] = (*texts.get(prompt.shows, ()), prompt.text)
@@ -39,7 +42,16 @@ def texts_by_concept(prompts: PromptSet) -> dict[str, tuple[str, ...]]:
 def forbidden_states(
     family: ModelFamily, texts: Mapping[str, Sequence[str]], templates: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Token states of each concept, float16 [P, L, D]: of its prompts, and of its name in every template."""
+    """Encode the prompts of each concept, and its name in every template.
+
+    Args:
+        family: Model.
+        texts: Prompts by concept.
+        templates: Templates with one `{}`.
+
+    Returns:
+        Token states by concept, float16 [P, L, D].
+    """
     return {
         concept: _states(family, [*own, *(template.format(concept) for template in templates)])
         for concept, own in texts.items()
@@ -47,10 +59,12 @@ def forbidden_states(
 
 
 def kept_states(family: ModelFamily, kept: PromptSet) -> tuple[Tensor, Tensor]:
-    """Token states of prompts to keep and of the empty prompt; a random part of them where they are many.
+    """Return token states of retain prompts, at most `MOST_KEPT_TOKENS` drawn at random, and of the empty prompt.
+
+    The empty prompt's states are repeated until they are about a fraction `EMPTY_SHARE` of the others.
 
     Returns:
-        States, float16 [N, D], and the row of the prompt that each is of, int64 [N]; -1 for the empty prompt.
+        Token states, float16 [N, D], and the row of each state's prompt, int64 [N]; -1 for the empty prompt.
     """
     states = _states(family, list(kept.texts))
     rows = torch.arange(len(states)).unsqueeze(1).expand(states.shape[:2]).flatten()
@@ -64,12 +78,15 @@ def kept_states(family: ModelFamily, kept: PromptSet) -> tuple[Tensor, Tensor]:
 
 
 def last_token_states(family: ModelFamily, texts: Sequence[str], *, padding: bool = False) -> list[Tensor]:
-    """States of each text from its last token before the end-of-text token on, float32 [T, D].
+    """Return the state of each text's last token before the end-of-text token.
 
     Args:
-        family: Model.
-        texts: Of an empty one, its first token counts as its last.
-        padding: Whether all that follows is wanted too, or T is 1.
+        family: Model with a tokenizer.
+        texts: Texts; the first token of an empty one counts as its last.
+        padding: True to return the states of all later tokens as well; if False, T is 1.
+
+    Returns:
+        Token states of each text, float32 [T, D].
     """
     lengths = [len(ids) for ids in family.tokenizer(list(texts), verbose=False)["input_ids"]]
     states = family.encode_prompts(texts).tensors[TOKEN_STATES].float().cpu()

@@ -1,4 +1,4 @@
-"""The interface of a closed-form edit, and what edits of a plain base model share."""
+"""The interface of a closed-form edit, and the base class of edits of a plain base model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from safemax_sd.training.output import check_output_dir
 
 @dataclass
 class EditConfig(PromptOptions):
-    """Flags that every edit has; an edit adds its own by a subclass."""
+    """Flags of every edit; an edit adds its own in a subclass."""
 
     group: ClassVar[str] = "Erasure"
 
@@ -32,7 +32,7 @@ class EditConfig(PromptOptions):
     overwrite_output_dir: bool = option(False, "Replace another run in --output_dir.")
 
     def words(self) -> list[str]:
-        """Return the command line that gives these flags, those at their defaults left out."""
+        """Return the words of the command line that set these flags; defaults are left out."""
         words: list[str] = []
         for flag in flags_of(type(self)):
             value = getattr(self, flag.name)
@@ -43,10 +43,10 @@ class EditConfig(PromptOptions):
         return words
 
     def prompts(self) -> tuple[PromptSet, PromptSet]:
-        """Read the prompt files, forget and retain.
+        """Read the forget and the retain prompts, each text once.
 
         Raises:
-            OptionError: One cannot be used, or a prompt is in both.
+            OptionError: A file cannot be used, or a prompt is in both.
         """
         forget = load_prompts(self.forget_prompts, option="--forget_prompts").each_text_once()
         retain = load_prompts(self.retain_prompts, option="--retain_prompts").each_text_once()
@@ -56,18 +56,18 @@ class EditConfig(PromptOptions):
 
 @dataclass
 class BaseModelConfig(EditConfig, LoadingOptions):
-    """Flags of every edit that needs a base model and nothing else."""
+    """Flags of every edit of a plain base model."""
 
 
 class ClosedFormEdit(ABC):
-    """An erasure that is solved for and not trained.
+    """An erasure that is solved for in closed form instead of trained.
 
     Args:
-        config: Its flags, of the class `Config`.
+        config: Flags, an instance of `Config`.
 
     Attributes:
         name: Value of `--edit`, recorded in `erasure.json`.
-        Config: Its flags with their help and ranges.
+        Config: Dataclass of the edit's flags.
     """
 
     name: ClassVar[str]
@@ -83,17 +83,17 @@ class ClosedFormEdit(ABC):
 
     @abstractmethod
     def base_model(self) -> str:
-        """Name the model that it edits, as `erasure.json` will.
+        """Return the folder, hub id or embedded name of the model to edit, for `erasure.json`.
 
         Raises:
-            OptionError: There is none.
+            OptionError: The record that names the model is missing or cannot be used.
         """
 
     def check(self) -> None:
-        """Check flags and prompt files before a model is loaded; writes nothing.
+        """Check the flags and prompt files without loading a model or writing anything.
 
         Raises:
-            OptionError: One cannot be used.
+            OptionError: A flag or file cannot be used, or a prompt is in both files.
         """
         self.config.validate()
         self.config.prompts()
@@ -103,37 +103,41 @@ class ClosedFormEdit(ABC):
         """Write the erased adapter and return its record.
 
         Raises:
-            OptionError: A flag or file that cannot be used, or an output folder in use; all is as before.
+            OptionError: A flag, file or model cannot be used, or the output folder is in use; it stays as it was.
+            SafemaxError: The weights of an adapter to edit cannot be used; the output folder stays as it was.
         """
 
     def settings(self) -> dict[str, Any]:
-        """Return what the erased weights depend on besides prompts and base model: the edit's own flags."""
+        """Return the edit's own flags; besides these, the weights depend on the prompts and the base model only."""
         shared = {flag.name for flag in flags_of(BaseModelConfig)}
         own = (flag.name for flag in flags_of(self.Config) if flag.name not in shared)
         return {name: getattr(self.config, name) for name in own}
 
     def summary(self, record: ErasureRecord) -> list[str]:
-        """Return the lines in which the command says what was done."""
+        """Return the lines that the command prints about a finished edit."""
         forget, seconds = record.forget, record.cost.seconds["solve"]
         prompts = f"{forget.count} prompt{'' if forget.count == 1 else 's'}"
         return [f"{', '.join(forget.concepts) or prompts}: solved in {seconds:.2f} s: {self.output_dir}"]
 
 
 class BaseModelEdit(ClosedFormEdit):
-    """An edit of the cross-attention's keys and values in a base model that nothing was trained on."""
+    """An edit of the key and value projections of cross-attention in a plain base model."""
 
     Config: ClassVar[type[EditConfig]] = BaseModelConfig
     config: BaseModelConfig
 
     @abstractmethod
     def solve(self, family: ModelFamily, forget: PromptSet, retain: PromptSet, clock: Stopwatch) -> dict[str, LowRank]:
-        """Solve for the change of every layer of `family.token_projections()`, all of one rank, float32.
+        """Solve for the change of every layer of `family.token_projections()`.
 
         Args:
-            family: The base model.
-            forget: What to erase.
-            retain: What to keep; no text is in both.
-            clock: Its phases `encode` and `solve` are to be timed.
+            family: Base model.
+            forget: Forget prompts.
+            retain: Retain prompts; no text is in both sets.
+            clock: Stopwatch that times the phases `encode` and `solve`.
+
+        Returns:
+            Changes by layer, float32, all of the same rank.
         """
 
     def base_model(self) -> str:

@@ -1,7 +1,7 @@
-"""Halting anchor, stage 2: mark the words of concepts, and a model with a halting anchor does the rest.
+"""Halting anchor, stage 2: mark the prompts of concepts, so that a model with a halting anchor halts at them.
 
-A concept is added or removed without training: the token states of its prompts are kept beside the adapter, and a few
-rows of the adapter, the same in every layer, are solved for again.
+Concepts are added and removed without training: the token states of their prompts are stored beside the adapter, and a
+few rows of the adapter, the same in every layer, are solved for again.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from safemax_sd.results.model_card import write_model_card
 from safemax_sd.training.output import EDIT_FILE, check_output_dir
 
 CHANGING = frozenset({"output_dir", "add", "remove"})
-"""Flags of a change of concepts: all else is as the folder's record has it."""
+"""Flags of a change of concepts; all other settings come from the folder's record."""
 
 
 @dataclass
 class HaltingMarksConfig(HaltingMarksSettings, EditConfig):
-    """Flags of a new erasure with an anchor, or of a change of the concepts of one that is there."""
+    """Flags of a new erasure with an anchor, or of a change of an erased adapter's concepts."""
 
     group: ClassVar[str] = "Anchor"
 
@@ -62,17 +62,17 @@ class HaltingMarksConfig(HaltingMarksSettings, EditConfig):
 
     @property
     def changes(self) -> bool:
-        """Tell whether concepts of an erased adapter are to be changed."""
+        """True if the concepts of an erased adapter are to be changed."""
         return self.add is not None or bool(self.remove)
 
     @property
     def settings(self) -> HaltingMarksSettings:
-        """How readouts are weighed."""
+        """Weights of the least squares that readouts solve."""
         return HaltingMarksSettings(self.retain_weight, self.excess_weight, self.faint)
 
 
 class HaltingMarks(ClosedFormEdit):
-    """Mark forbidden prompts for a model with a halting anchor."""
+    """An edit that marks forget prompts for a model with a halting anchor."""
 
     name: ClassVar[str] = "halting_marks"
     Config: ClassVar[type[EditConfig]] = HaltingMarksConfig
@@ -83,7 +83,7 @@ class HaltingMarks(ClosedFormEdit):
         """Output folder of the anchor's training.
 
         Raises:
-            OptionError: None was named.
+            OptionError: `--anchor` is not given.
         """
         if self.config.anchor is None:
             raise OptionError("--anchor", "(not given)", "is required, or --add or --remove for an erased adapter")
@@ -93,7 +93,7 @@ class HaltingMarks(ClosedFormEdit):
         """Read the anchor's record.
 
         Raises:
-            OptionError: It is no anchor's.
+            OptionError: The folder is not a trained anchor's.
         """
         record = ErasureRecord.read(self.anchor, "--anchor")
         if record.anchor is None or record.edit is not None:
@@ -107,7 +107,7 @@ class HaltingMarks(ClosedFormEdit):
         return record.base_model.name_or_path
 
     def settings(self) -> dict[str, Any]:
-        """Return its flags, and the digest of the anchor's record where one is named."""
+        """Return the edit's own flags, and the SHA-256 of the anchor's record if `--anchor` is given."""
         flags = {name: value for name, value in super().settings().items() if name not in CHANGING}
         if self.config.anchor is None:
             return flags
@@ -121,10 +121,10 @@ class HaltingMarks(ClosedFormEdit):
             self._read_new()
 
     def _read_new(self) -> tuple[PromptSet, PromptSet]:
-        """Check the flags of a new erasure and read its prompt files, forget and retain.
+        """Check the flags of a new erasure and read its forget and retain prompts.
 
         Raises:
-            OptionError: One cannot be used.
+            OptionError: A flag is missing, or the anchor or a prompt file cannot be used.
         """
         self.anchor_record()
         for name in ("forget_prompts", "retain_prompts"):
@@ -133,10 +133,10 @@ class HaltingMarks(ClosedFormEdit):
         return self.config.prompts()
 
     def _check_change(self) -> None:
-        """Check that a change of concepts is given no flags of a new erasure.
+        """Check that no flags of a new erasure are given with `--add` and `--remove`.
 
         Raises:
-            OptionError: It is.
+            OptionError: A flag of a new erasure is given.
         """
         config = self.config
         if config.anchor is not None:
@@ -149,16 +149,17 @@ class HaltingMarks(ClosedFormEdit):
                 raise OptionError(f"--{flag.name}", value, text)
 
     def run(self) -> ErasureRecord:
-        """Write an adapter that holds the anchor and marks all concepts, or change the concepts of one; see `base`.
+        """Write an anchor's adapter that marks all concepts, or change an erased one; see `ClosedFormEdit.run`.
 
-        What is taken out is remembered, and kept like the prompts to keep; of those, what is added counts no longer.
+        The prompts of a removed concept stay stored and are retained from then on. Retain prompts of an added concept
+        are retained no longer.
         """
         self.config.validate()
         if self.config.changes:
             self._check_change()
             add = self.config.add
             added = None if add is None else load_prompts(add, option="--add").each_text_once()
-            ErasureRecord.read(self.output_dir, "--output_dir")  # before a folder that is not there is created
+            ErasureRecord.read(self.output_dir, "--output_dir")  # first: claiming creates a missing folder
             with claimed(self.output_dir):
                 return self._change(added)
         forget, retain = self._read_new()
@@ -202,7 +203,7 @@ class HaltingMarks(ClosedFormEdit):
         stored = StoredStates.load(self.output_dir / EDIT_FILE, before.kept_concepts)
         erased = _without(record.forget.concepts, self.config.remove)
         texts = {} if added is None else texts_by_concept(added)
-        # States of prompts that are known are not computed anew: in another batch they would be so to rounding only.
+        # Known prompts are not encoded again: in another batch, their states would differ by rounding.
         new = {concept: own for concept, own in texts.items() if before.texts.get(concept) != own}
         if new:
             with clock.phase("load"):
@@ -225,10 +226,10 @@ class HaltingMarks(ClosedFormEdit):
             return self._write(folder, record, stored, settings, after, clock)
 
     def _read_edit(self, record: ErasureRecord) -> tuple[HaltingMarksSettings, MarkedConcepts]:
-        """Read the edit whose concepts are to change.
+        """Return the settings and the marked concepts of the edit in the output folder.
 
         Raises:
-            OptionError: The folder holds none, or its record is damaged.
+            OptionError: The folder holds no edit of this kind, or its record is damaged.
         """
         if record.edit is None or record.edit.name != self.name:
             raise OptionError("--output_dir", self.output_dir, "was not written by safemax erase --anchor")
@@ -247,7 +248,7 @@ class HaltingMarks(ClosedFormEdit):
         marks: MarkedConcepts,
         clock: Stopwatch,
     ) -> ErasureRecord:
-        """Write everything but the weights into a folder of new files; returns the record with the edit."""
+        """Write all files but the weights into a folder, and return the record with the edit."""
         with clock.phase("write"):
             stored.save(folder / EDIT_FILE)
         texts = marks.erased_texts
@@ -262,7 +263,7 @@ class HaltingMarks(ClosedFormEdit):
         return record
 
     def summary(self, record: ErasureRecord) -> list[str]:
-        """Return how strongly concepts are marked, and what else is."""
+        """Return lines on the marks of each concept and of retained tokens, and on the time taken."""
         edit, anchor = record.edit, record.anchor
         assert edit is not None and edit.seconds is not None and anchor is not None
         found, halts, harmless = MarkedConcepts.of(edit), anchor.halts_from, anchor.harmless_to
@@ -279,22 +280,25 @@ class HaltingMarks(ClosedFormEdit):
 
 
 def marked(layers: dict[str, nn.Module], marks: Tensor, rows: Tensor) -> dict[str, LowRank]:
-    """Return the change of every layer by which it reads a token state c as c + Σ_k (w_kᵀc)·h_k, float32.
+    """Return the changes that make every layer read a token state c as c + Σ_k (w_kᵀc)·h_k.
 
     Args:
-        layers: Projections of token states to keys and values, by name; an attached LoRA counts as theirs.
-        marks: h_k, [K, D].
-        rows: w_k, [K, D].
+        layers: Projections of token states to keys and values, by name; an attached LoRA is part of the weight.
+        marks: Marks h_k, [K, D].
+        rows: Readouts w_k, float32 [K, D].
+
+    Returns:
+        Changes by layer, float32, of rank K.
     """
     columns = marks.double().T
     return {name: LowRank((effective_weight(layer).double() @ columns).float(), rows) for name, layer in layers.items()}
 
 
 def _without(erased: Sequence[str], removed: Sequence[str]) -> list[str]:
-    """Concepts that stay erased.
+    """Return the concepts that stay erased.
 
     Raises:
-        OptionError: One to remove is not erased.
+        OptionError: A concept to remove is not erased.
     """
     left = list(erased)
     for concept in removed:
@@ -305,17 +309,17 @@ def _without(erased: Sequence[str], removed: Sequence[str]) -> list[str]:
 
 
 def _lora(record: ErasureRecord) -> LoraSettings:
-    """Return the layout of an anchor's LoRA, the only weights that an anchor can be."""
+    """Return the layout of an anchor's LoRA; an anchor never has full weights."""
     assert record.lora is not None
     return record.lora
 
 
 def _check_weights(output_dir: Path, ranks: Mapping[str, int]) -> None:
-    """Check that an adapter's weights are whole and have the layers that an edit is to change.
+    """Check that an adapter has the layers that an edit changes, at the ranks of its record.
 
     Raises:
-        OptionError: They lack a layer, or have it of another rank.
-        SafemaxError: They cannot be read or are not finite.
+        OptionError: A layer is missing, or has another rank or type.
+        SafemaxError: The weights cannot be read or are not finite.
     """
     weights = read_weights(output_dir / WEIGHTS_NAME)
     for layer, rank in ranks.items():
@@ -326,9 +330,17 @@ def _check_weights(output_dir: Path, ranks: Mapping[str, int]) -> None:
 
 
 def with_readouts(weights: bytes, layers: Sequence[str], rows: Tensor) -> bytes:
-    """Return a file of weights with other last rows in the edited layers' down-projections, else byte for byte.
+    """Replace the last rows of the edited layers' down-projections in a safetensors file, and no other byte.
 
-    The library that wrote it orders its metadata at random, so that the same tensors saved again are another file.
+    Saving the tensors again would change the file, because the library orders metadata at random.
+
+    Args:
+        weights: Content of the file.
+        layers: Names of the edited layers.
+        rows: New rows w_k, float32 [K, D].
+
+    Returns:
+        Content of the changed file.
     """
     content = bytearray(weights)
     start = 8 + int.from_bytes(content[:8], "little")

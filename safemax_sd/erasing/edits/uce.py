@@ -1,12 +1,12 @@
-"""UCE: a concept's keys and values become those of a guide, those of concepts to keep stay; in closed form.
+"""UCE: replace a concept's keys and values by those of a guide and keep those of other concepts, in closed form.
 
-Source: Unified Concept Editing, arXiv 2308.14761, eq. 7. With W a key or value projection, c_i the token state of a
-concept, g_i the one it is to be taken for, and p_j those to keep, the minimum of
+Source: Unified Concept Editing, arXiv 2308.14761, eq. 7. With W a key or value projection, c_i the token states of
+concepts, g_i the guide's token states that replace them, and p_j the token states to keep, the minimum of
 
     Σ_i η·‖W'c_i − W g_i‖² + Σ_j ν·‖W'p_j − W p_j‖² + λ·‖W' − W‖²
 
 is W' = W + Σ_i η·(W g_i − W c_i)·c_iᵀ·M⁻¹ with M = η·Σ c_i c_iᵀ + ν·Σ p_j p_jᵀ + λI: a change whose rank is the number
-of states c_i, so that a LoRA holds it exactly.
+of states c_i, which a LoRA represents exactly.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from safemax_sd.prompts import PromptSet
 
 @dataclass
 class UceConfig(BaseModelConfig):
-    """UCE's own flags; the weights' defaults are those of the authors' code."""
+    """Flags of UCE; the default weights are those of the authors' code."""
 
     group: ClassVar[str] = "UCE"
 
@@ -40,9 +40,9 @@ class UceConfig(BaseModelConfig):
 
 
 class Uce(BaseModelEdit):
-    """Take concepts for the empty prompt.
+    """UCE with the empty prompt as the guide of every concept.
 
-    What is edited and kept are the last words of the concepts' names, or of whole prompts where a file names none.
+    Token states are those of the last token of a concept's name, or of the prompt if its file names no concept.
     """
 
     name: ClassVar[str] = "uce"
@@ -63,14 +63,17 @@ class Uce(BaseModelEdit):
 def redirected(
     layers: dict[str, nn.Module], concepts: list[Tensor], guide: Tensor, kept: Tensor, config: UceConfig
 ) -> dict[str, LowRank]:
-    """Solve for the change of every layer, float32.
+    """Solve for the change of every layer.
 
     Args:
-        layers: Projections of token states to keys and values, by name; an attached LoRA counts as theirs.
+        layers: Projections of token states to keys and values, by name; an attached LoRA is part of the weight.
         concepts: Token states of each concept, [T, D].
-        guide: Token states that they are taken for, [L, D]: the k-th of a concept for the k-th of these.
+        guide: Token states of the guide, [L, D]; its k-th state replaces the k-th of each concept.
         kept: Token states to keep, [N, D].
-        config: Weights.
+        config: Weights η, ν and λ.
+
+    Returns:
+        Changes by layer, float32, of one rank: the number of all concepts' token states.
     """
     erased = torch.cat(concepts).double()
     wanted = torch.cat([guide[: len(tokens)] for tokens in concepts]).double()
