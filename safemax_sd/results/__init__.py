@@ -1,4 +1,4 @@
-"""What a finished erasure leaves: its record, model card, exports, uploads.
+"""Results of a finished erasure: record, model card, exports and uploads.
 
 May import objectives, recording, adapters, families, diffusion, prompts, core.
 """

@@ -1,7 +1,7 @@
-"""The record of an erasure, `erasure.json`: what was erased from which model, by what means and at what cost.
+"""The record of an erasure, `erasure.json`: its concepts, base model, method and cost.
 
-Everything that loading or evaluating an adapter needs has a field of its own. The flags of the run are kept beside it,
-for people; nothing reads them, so that a flag may be renamed.
+Everything that loading or evaluating an adapter needs has a field of its own. The flags of the run are stored as well,
+but only shown to readers, so that a flag can be renamed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model of an erasure and how it was loaded; see `LoadOptions`.
+    """The base model of an erasure and the settings that load it; see `LoadOptions` for the others.
 
     Attributes:
         name_or_path: Folder, hub id or the name of an embedded model.
-        family: Name of its `ModelFamily`; None where it has not been loaded yet.
+        family: Name of the model's `ModelFamily`; None if it has not been loaded yet.
     """
 
     name_or_path: str
@@ -57,7 +57,7 @@ class BaseModel:
         )
 
     def options(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LoadOptions:
-        """Return how to load it again."""
+        """Return the settings that load the model on a device, in a type."""
         return LoadOptions(
             name_or_path=self.name_or_path,
             revision=self.revision,
@@ -69,7 +69,7 @@ class BaseModel:
         )
 
     def public(self) -> Self:
-        """Return what others may see of it: of a folder the last part of its path alone."""
+        """Return a copy without this machine's folders; of an absolute path, only the last part is kept."""
         path = Path(self.name_or_path)
         shown = f"path/to/{path.name}" if path.is_absolute() else self.name_or_path
         return replace(self, name_or_path=shown, cache_dir=None)
@@ -80,8 +80,8 @@ class PromptFile:
     """A file of prompts.
 
     Attributes:
-        path: Path as given, without the folders of the machine; None where the prompts come from no one file.
-        sha256: Digest of the file's bytes.
+        path: Path as given, without this machine's folders; None if the prompts do not come from one file.
+        sha256: SHA-256 of the file's bytes; None if there is no path.
         count: Number of prompts.
         concepts: Distinct concepts in the file's order.
     """
@@ -98,7 +98,7 @@ class PromptFile:
 
 @dataclass(frozen=True)
 class ForgetFile(PromptFile):
-    """A file of forbidden prompts.
+    """A file of forget prompts.
 
     Attributes:
         texts: Prompts in the file's order.
@@ -120,8 +120,8 @@ class TotalCost:
 
     Attributes:
         seconds: Wall-clock seconds by phase, and their sum as `total`.
-        peak_memory_bytes: Most memory held; None where it was not measured.
-        model_calls: Network evaluations of one sample, by phase.
+        peak_memory_bytes: Peak memory in bytes; None if it was not measured.
+        model_calls: Network evaluations by phase, counted per sample.
         steps: Number of optimizer steps.
     """
 
@@ -131,13 +131,17 @@ class TotalCost:
     steps: int
 
     def __post_init__(self) -> None:
-        """Raises EntryError where there is no total."""
+        """Check that `seconds` has a total.
+
+        Raises:
+            EntryError: `seconds` has no total.
+        """
         if "total" not in self.seconds:
             raise EntryError("seconds.total")
 
     @classmethod
     def of(cls, cost: Cost, device: torch.device, steps: int) -> Self:
-        """Add this process's peak memory to the cost of a run that ends now."""
+        """Return the cost of a run that ends now, with the sum of its seconds and this process's peak memory."""
         seconds = {**cost.seconds, "total": sum(cost.seconds.values())}
         return cls(seconds, peak_memory_bytes(device), cost.model_calls, steps)
 
@@ -148,9 +152,9 @@ class Edit:
 
     Attributes:
         name: Name of the `ClosedFormEdit`.
-        settings: Values of its settings.
-        seconds: Seconds of the edit alone, by phase and in `total`; None where the record's cost is that of the edit.
-        details: Entries that only the edit itself reads; it declares their types.
+        settings: Flags of the edit, by name.
+        seconds: Wall-clock seconds of the edit, by phase and as `total`; None if the record's cost is the edit's.
+        details: Entries that only the edit's own code reads, which declares their types.
     """
 
     name: str
@@ -161,12 +165,12 @@ class Edit:
 
 @dataclass(frozen=True)
 class BaselineUse:
-    """A baseline, which leaves the weights alone.
+    """A baseline, which leaves the weights unchanged.
 
     Attributes:
-        concepts: Names of what is not to be drawn.
-        predictions_per_step: Network evaluations of one sample at a sampling step.
-        usage: Lines of Python that draw with it.
+        concepts: Names of the concepts to suppress, separated by commas.
+        predictions_per_step: Network evaluations at each sampling step, counted per sample.
+        usage: Lines of Python that sample with the baseline.
     """
 
     concepts: str
@@ -179,19 +183,19 @@ class ErasureRecord:
     """The content of `erasure.json`.
 
     Attributes:
-        method: Name of the objective, or of the edit or baseline that needs none.
-        base_model: Model that was erased from.
-        lora: Layout of the LoRA in the folder; None where it holds all weights of the denoiser, or none.
-        resolution: Side of the pictures in pixels; None for the model's own.
-        forget: Forbidden prompts.
-        retain: Prompts to keep.
-        cost: Cost of the training, or of the edit where there was none.
-        config: Flags of the run, under the names that they had then; nothing reads them.
+        method: Name of the objective; of the edit or baseline if nothing was trained.
+        base_model: Base model.
+        lora: Layout of the LoRA in the folder; None if the folder holds full weights, or none.
+        resolution: Picture side in pixels; None for the model's own.
+        forget: Forget prompts.
+        retain: Retain prompts.
+        cost: Cost of the training, or of the edit if nothing was trained.
+        config: Flags of the run, by the names that they had then; they are only shown.
         provenance: Origin of the run.
-        anchor: Strengths of marks, for a halting anchor and what is made from it.
+        anchor: Mark strengths of a halting anchor, and of an adapter made from it.
         edit: Closed-form edit, if there was one.
-        baseline: Baseline that was evaluated, where nothing was erased.
-        files: Files written with the record, itself among them; see `folder.replacing`.
+        baseline: Baseline, if one was evaluated instead of an erasure.
+        files: Files written together with the record, including itself; see `folder.replacing`.
     """
 
     method: str
@@ -213,11 +217,12 @@ class ErasureRecord:
         """Read the record of a finished run.
 
         Args:
-            folder: The run's output folder.
-            option: Flag that named it, for errors.
+            folder: Output folder of the run.
+            option: Flag that names the folder, for errors.
 
         Raises:
-            OptionError: The folder is not a finished run's, or its record is damaged or of an unknown version.
+            OptionError: The folder is not a finished run's, another process is writing to it, or its record is damaged
+                or of an unknown version.
         """
         finish(folder, option)
         path = folder / RECORD
@@ -239,11 +244,11 @@ class ErasureRecord:
 
     @classmethod
     def from_json(cls, content: object) -> ErasureRecord:
-        """Read a record of any version from what JSON holds of it.
+        """Build a record from JSON content of any known version.
 
         Raises:
-            EntryError: An entry is missing, or of another type.
-            SafemaxError: It is of an unknown version.
+            EntryError: An entry is missing or has the wrong type.
+            SafemaxError: The version is unknown.
         """
         version = content.get("format_version") if isinstance(content, dict) else None
         if version not in (1, FORMAT_VERSION):
@@ -255,24 +260,24 @@ class ErasureRecord:
         """Write `erasure.json` into a folder.
 
         Raises:
-            SafemaxError: It holds a number that is not finite.
+            SafemaxError: A number is not finite.
         """
         write_json_atomic(folder / RECORD, self.to_json())
 
     def to_json(self) -> dict[str, object]:
-        """Return what JSON holds of it; parts that it lacks are left out."""
+        """Return the JSON content; optional entries that are None are left out."""
         parts = asdict(self)
         optional = {field.name for field in fields(self) if field.default is not MISSING}
         kept = {name: part for name, part in parts.items() if part is not None or name not in optional}
         return {"format_version": FORMAT_VERSION, **kept}
 
     def public(self) -> ErasureRecord:
-        """Return what others may see of it."""
+        """Return a copy without this machine's folders."""
         return replace(self, base_model=self.base_model.public())
 
     @property
     def full(self) -> bool:
-        """Whether the output folder holds all weights of the denoiser."""
+        """True if the output folder holds all weights of the denoiser."""
         return self.lora is None and self.baseline is None
 
     @property
@@ -286,5 +291,5 @@ class ErasureRecord:
 
 
 def damaged(folder: Path, option: str, error: EntryError) -> OptionError:
-    """Return the error of a record with an entry that cannot be used, in a folder that `option` named."""
+    """Return the error for a record with an entry that cannot be used; the flag `option` names the folder."""
     return OptionError(option, folder, f"has a damaged record: {error.entry} in {RECORD} is missing or odd")

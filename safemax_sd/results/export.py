@@ -1,4 +1,4 @@
-"""`safemax export`: a run's output, or several together, as a full pipeline folder or as one LoRA."""
+"""`safemax export`: the output of one or several runs as a pipeline folder or as one LoRA."""
 
 from __future__ import annotations
 
@@ -36,7 +36,13 @@ PLAIN_WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors"
 
 @dataclass(frozen=True)
 class Source:
-    """A run whose output is exported, and how strongly it counts."""
+    """A run whose output is exported.
+
+    Attributes:
+        directory: Output folder of the run.
+        weight: Factor of the run's LoRA, finite.
+        record: Record of the run.
+    """
 
     directory: Path
     weight: float
@@ -44,7 +50,7 @@ class Source:
 
     @property
     def base(self) -> str:
-        """The base model in words: the same for runs that can be put together."""
+        """Base model as text, which is equal for runs that can be combined."""
         base = self.record.base_model
         folder = Path(resolve_model(base.name_or_path))
         name = str(folder.resolve()) if folder.is_dir() else base.name_or_path
@@ -53,24 +59,25 @@ class Source:
 
     @property
     def part(self) -> str:
-        """What the pipeline calls the denoiser."""
+        """Name of the denoiser in the pipeline."""
         return self.record.family.denoiser_part
 
 
 def export_pipeline(
     adapters: Sequence[Path], weights: Sequence[float], output_dir: Path, *, overwrite: bool = False
 ) -> None:
-    """Write a pipeline folder whose denoiser is the base model's with the runs' outputs in its weights.
+    """Write a pipeline folder of the base model, with the runs' outputs merged into the denoiser's weights.
 
     Args:
-        adapters: Output folders of runs: LoRAs on one base model, or one run of all weights.
-        weights: Of each LoRA; all 1 if there are none.
+        adapters: Output folders of runs: LoRAs on one base model, or a single run with full weights.
+        weights: Factor of each LoRA; if empty, all are 1.
         output_dir: Folder to write, whole or not at all.
-        overwrite: Whether it may be an earlier export.
+        overwrite: True if an earlier export in it may be replaced.
 
     Raises:
-        OptionError: A folder that cannot be read or written, runs that do not go together, or a lost base model.
-        SafemaxError: The disk is full.
+        OptionError: A folder cannot be read or written, as on a full disk; the runs cannot be combined; or the base
+            model cannot be loaded.
+        SafemaxError: The weights of a run cannot be read or do not fit the base model.
     """
     sources = read_sources(adapters, weights)
     full = next((source for source in sources if source.record.full), None)
@@ -96,14 +103,15 @@ def export_lora(
     kohya: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write one LoRA that does what all of these do together; see `export_pipeline` for the arguments.
+    """Write one LoRA with the weighted sum of the runs' LoRAs; see `export_pipeline` for the other arguments.
 
     Args:
-        kohya: Whether to write the file for A1111 and ComfyUI too.
+        kohya: True to write the file for A1111 and ComfyUI as well.
 
     Raises:
-        OptionError: As there; or a run of all weights, or a model that A1111 and ComfyUI do not know.
-        SafemaxError: The disk is full.
+        OptionError: A folder cannot be read or written, as on a full disk; the runs cannot be combined; a run has full
+            weights; or A1111 and ComfyUI do not support the model.
+        SafemaxError: The weights of a run cannot be read, or those of two runs do not fit the same model.
     """
     sources = read_sources(adapters, weights)
     for source in sources:
@@ -129,11 +137,15 @@ def export_lora(
 
 
 def read_sources(adapters: Sequence[Path], weights: Sequence[float]) -> list[Source]:
-    """The runs in these folders.
+    """Read the records of the runs to export.
+
+    Args:
+        adapters: Output folders of the runs, at least one.
+        weights: Factor of each run; if empty, all are 1.
 
     Raises:
-        OptionError: No run, another number of weights than of runs, a weight that is no finite number, or runs on
-            different base models.
+        OptionError: A folder is not a finished run's, the numbers of weights and runs differ, a weight is not finite,
+            or the runs have different base models.
     """
     if weights and len(weights) != len(adapters):
         given = " ".join(f"{weight:g}" for weight in weights)
@@ -153,10 +165,10 @@ def read_sources(adapters: Sequence[Path], weights: Sequence[float]) -> list[Sou
 
 @contextmanager
 def _claimed_for_export(directory: Path, *, overwrite: bool) -> Iterator[None]:
-    """Claim a folder for an export: it is empty, or holds an earlier export and may be overwritten.
+    """Claim a folder for an export; it must be empty, or hold an earlier export that may be overwritten.
 
     Raises:
-        OptionError: It is neither, or cannot be written to.
+        OptionError: The folder holds anything else, cannot be written to, or is claimed by another process.
     """
     with claimed(directory):
         if any(path.name != LOCK for path in directory.iterdir()):
@@ -169,10 +181,10 @@ def _claimed_for_export(directory: Path, *, overwrite: bool) -> Iterator[None]:
 
 
 def read_lora(source: Source) -> dict[str, LowRank]:
-    """What a saved LoRA adds to each layer's weight, by layer, in float32; alpha is folded in.
+    """Return the change that a saved LoRA makes to each layer's weight, float32, with alpha folded in.
 
     Raises:
-        SafemaxError: The file cannot be read or is more than a plain LoRA.
+        SafemaxError: The file cannot be read, is not finite or holds more than a plain LoRA.
     """
     path, prefix = source.directory / WEIGHTS_NAME, f"{source.part}."
     state = {name.removeprefix(prefix): tensor.float() for name, tensor in read_weights(path).items()}
@@ -183,7 +195,7 @@ def read_lora(source: Source) -> dict[str, LowRank]:
     for name, down in state.items():
         layer, is_down, _ = name.partition(".lora_A.weight")
         if is_down:
-            # A file says nothing of alpha where it equals the rank.
+            # A file without metadata has alpha = rank.
             alpha = layer_alpha(metadata, layer) if metadata else len(down)
             up = state.get(f"{layer}.lora_B.weight", down.new_zeros(0))
             changes[layer] = LowRank(up=up * (alpha / len(down)), down=down)
@@ -193,10 +205,10 @@ def read_lora(source: Source) -> dict[str, LowRank]:
 
 
 def weighted_sum(sources: Sequence[Source]) -> dict[str, LowRank]:
-    """What these LoRAs add together, exactly: ranks side by side, those of each scaled by its weight.
+    """Return the exact weighted sum of the runs' LoRAs by layer; a layer's ranks add up.
 
     Raises:
-        SafemaxError: A layer has different sizes in two of them.
+        SafemaxError: A file cannot be read, or a layer has different sizes in two of them.
     """
     found: dict[str, list[LowRank]] = {}
     for source in sources:
@@ -214,10 +226,15 @@ def weighted_sum(sources: Sequence[Source]) -> dict[str, LowRank]:
 
 @torch.no_grad()
 def fuse(denoiser: nn.Module, changes: dict[str, LowRank], base: str) -> None:
-    """Add changes to the weights, computed in float32 and rounded once, to the weights' own type.
+    """Add changes to the weights in float32, and round the sum to the weights' own type.
+
+    Args:
+        denoiser: Network whose weights are changed in place.
+        changes: Changes by layer.
+        base: Base model as text, for errors.
 
     Raises:
-        SafemaxError: A layer is missing or of another size: the base model is not the one that was trained on.
+        SafemaxError: A layer is missing or has another size, so that the changes belong to another base model.
     """
     weights = dict(denoiser.named_parameters())
     for layer, change in changes.items():
@@ -228,10 +245,10 @@ def fuse(denoiser: nn.Module, changes: dict[str, LowRank], base: str) -> None:
 
 
 def _metadata(changes: dict[str, LowRank]) -> dict[str, Any]:
-    """What makes peft read every layer with alpha = rank."""
+    """Return the metadata with which peft reads every layer with alpha = rank."""
     ranks = {layer: len(change.down) for layer, change in changes.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    # peft takes a pattern without "^" for the end of a name, and one layer's name can be the end of another's.
+    # peft matches a pattern without "^" with the end of a name, and one layer's name can be the end of another's.
     others = {f"^{layer}": rank for layer, rank in ranks.items() if rank != usual}
     return {
         "r": usual,
@@ -246,7 +263,11 @@ def _metadata(changes: dict[str, LowRank]) -> dict[str, Any]:
 
 
 def _base_folder(source: Source) -> Path:
-    """The base model's folder; a model of the hub is downloaded unless it is in the cache."""
+    """Return the base model's folder; a model on the hub is downloaded unless it is in the cache.
+
+    Raises:
+        OptionError: The model cannot be downloaded, or its folder is no pipeline's.
+    """
     base = source.record.base_model
     folder = Path(resolve_model(base.name_or_path))
     try:
@@ -265,11 +286,19 @@ def _lost_base(source: Source, reason: str) -> OptionError:
 
 
 def _load_denoiser(source: Source, base: Path) -> tuple[nn.Module, str | None]:
-    """The denoiser, the base's or a run's own, in the type the base stores; and the variant the base stores it as."""
+    """Load the denoiser, in the type of the base model's files.
+
+    Returns:
+        Denoiser of a run with full weights, otherwise the base model's; and the variant of the base model's files.
+
+    Raises:
+        OptionError: The denoiser cannot be loaded.
+        SafemaxError: Full weights cannot be read or do not fit the run's own configuration.
+    """
     files = sorted((base / source.part).glob("*.safetensors"))
     variant = source.record.base_model.variant
     chosen = [file for file in files if variant is not None and f".{variant}" in file.name]
-    if not chosen:  # as diffusers does, where a part of the model has no such variant
+    if not chosen:  # like diffusers, take plain files if a part of the model has no such variant
         variant, chosen = None, [file for file in files if PLAIN_WEIGHTS.fullmatch(file.name)]
     if not chosen:
         raise _lost_base(source, f"{source.part} holds no safetensors file of its weights")
@@ -289,16 +318,16 @@ def _load_denoiser(source: Source, base: Path) -> tuple[nn.Module, str | None]:
 
 
 def _dtype(path: Path) -> torch.dtype:
-    """Of most tensors in a file."""
+    """Return the type of most tensors in a file."""
     with safe_open(path, "pt") as file:
         kinds = Counter(file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118
     return kinds.most_common(1)[0][0]
 
 
 def _copy_other_parts(source: Source, base: Path, folder: Path) -> None:
-    """Copy all parts but the denoiser, file by file.
+    """Copy the files of all parts but the denoiser, and apply the run's prediction type.
 
-    Loaded and saved again by another version of transformers, a text encoder can become one that others misread.
+    Loading and saving a text encoder with one version of transformers can make files that other versions misread.
     """
     index = json.loads((base / "model_index.json").read_text(encoding="utf8"))
     shutil.copyfile(base / "model_index.json", folder / "model_index.json")
@@ -306,14 +335,14 @@ def _copy_other_parts(source: Source, base: Path, folder: Path) -> None:
         if name != source.part and (base / name).is_dir():
             shutil.copytree(base / name, folder / name)
     prediction_type = source.record.base_model.prediction_type
-    if prediction_type is not None:  # the run's --prediction_type says that the base model's own is wrong
+    if prediction_type is not None:  # --prediction_type of the run overrides the base model's
         path = folder / "scheduler" / "scheduler_config.json"
         config = json.loads(path.read_text(encoding="utf8"))
         write_json_atomic(path, {**config, "prediction_type": prediction_type})
 
 
 def _record(sources: Sequence[Source], kind: str) -> dict[str, Any]:
-    """Content of `export.json`."""
+    """Return the content of `export.json`."""
     return {
         "format_version": FORMAT_VERSION,
         "kind": kind,

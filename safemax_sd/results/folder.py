@@ -1,8 +1,8 @@
-"""A folder of results: one writer at a time, several files that change as one, and nothing of others replaced.
+"""A folder of results: one writer at a time, files that change together, and no files of other programs replaced.
 
-New files are written into a hidden folder inside it. A list of them, written last, commits the change; then they take
-their places. A process that is killed before the list is there leaves the old state; one that is killed after it leaves
-a change that the next process to claim or read the folder finishes.
+New files are written into a hidden folder inside it. A list of them, written last, commits the change; only then are
+they moved to their places. If the process is killed before the commit, the old files stay. If it is killed later, the
+next process that claims or reads the folder finishes the change.
 """
 
 from __future__ import annotations
@@ -27,26 +27,28 @@ LOCK = ".safemax.lock"
 STAGING = ".saving"
 COMMIT = "commit.json"
 FILES = "files"
-"""Key under which a record lists all files written with it, itself among them."""
+"""Key under which a record lists all files written with it, including itself."""
 MODEL_INDEX = "model_index.json"
 LEFTOVERS = re.compile(
     r"\.saving(-\w{8})?|\.checkpoint-\d+(\.old)?|\.replay-(forget|retain|extra)|\..+\.\d+\.safemax-tmp"
 )
-"""Names that only a process that was killed leaves behind."""
+"""Pattern of the names that only a killed process leaves behind."""
 
 
 @contextlib.contextmanager
 def claimed(directory: Path, option: str = "--output_dir") -> Iterator[None]:
-    """Create a folder where there is none and keep other writers out of it; finish or sweep what a killed one left.
+    """Create a folder if it is missing, keep other writers out, and finish or remove what a killed writer left.
 
-    The claim ends with the process, however that ends. A folder that is still empty then is removed again.
+    The claim ends with the block, or with the process if that is killed. Folders that were created and are still empty
+    are removed when the block ends.
 
     Args:
         directory: Folder to write to.
-        option: Flag that named it, for errors.
+        option: Flag that names the folder, for errors.
 
     Raises:
-        OptionError: It cannot be created or written to, or another process has claimed it.
+        OptionError: The folder cannot be created or written to, another process has claimed it, or it holds a damaged
+            commit.
     """
     with path_errors(option, directory):
         created = _make(directory, option)
@@ -64,12 +66,16 @@ def claimed(directory: Path, option: str = "--output_dir") -> Iterator[None]:
             os.close(lock)
     finally:
         for folder in created:
-            with contextlib.suppress(OSError):  # it holds results
+            with contextlib.suppress(OSError):  # the folder holds results
                 folder.rmdir()
 
 
 def _make(directory: Path, option: str) -> list[Path]:
-    """Create a folder with its parents; returns those that were not there, innermost first."""
+    """Create a folder with its parents, and return those that were missing, innermost first.
+
+    Raises:
+        OptionError: The path is a file or a broken link.
+    """
     if directory.is_symlink() and not directory.exists():
         raise OptionError(option, directory, "is a link to a folder that does not exist")
     if directory.exists() and not directory.is_dir():
@@ -80,7 +86,7 @@ def _make(directory: Path, option: str) -> list[Path]:
 
 
 def _lock(path: Path) -> int | None:
-    """Lock a file for this process; returns its descriptor, or None if another process holds it."""
+    """Lock a file for this process, and return its descriptor; None if another process holds the lock."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -90,14 +96,14 @@ def _lock(path: Path) -> int | None:
             return None
         if os.fstat(descriptor).st_nlink:
             return descriptor
-        os.close(descriptor)  # its last holder has removed it since: the name is of another file, or of none
+        os.close(descriptor)  # its last holder has removed the file since it was opened here: try again
 
 
 def finish(directory: Path, option: str) -> None:
-    """Finish the change of a folder's files that a killed process had committed; to be called before they are read.
+    """Finish a change that a killed process had committed; call it before reading a folder's files.
 
     Raises:
-        OptionError: A process is at it, or the folder cannot be written to.
+        OptionError: Another process has claimed the folder, it cannot be written to, or its commit is damaged.
     """
     with path_errors(option, directory):
         if not (directory / STAGING / COMMIT).is_file():
@@ -114,14 +120,17 @@ def _settle(directory: Path, option: str) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what processes of this package that were killed left in a folder, if it is there; to be called alone."""
+    """Remove the files that killed processes of this package left in a folder; do nothing if it is missing.
+
+    No other process may be writing to the folder.
+    """
     for path in list(directory.iterdir()) if directory.is_dir() else []:
         if LEFTOVERS.fullmatch(path.name):
             remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; a link, but not what it points to."""
+    """Remove a file, or a folder with its content; of a link, only the link itself."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -129,14 +138,14 @@ def remove(path: Path) -> None:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Paths of the files in a folder and below it, relative to it, in a fixed order."""
+    """List the files in a folder and its subfolders, relative to it, sorted."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
 def listed_files(directory: Path, record: str) -> frozenset[str]:
-    """Files of a folder that its record says were written with it; none where there is no such record.
+    """Return the files that a folder's record lists; none if there is no such record.
 
-    A record may come from elsewhere: what it lists outside the folder is left out.
+    A record may come from elsewhere, so that paths outside the folder are left out.
     """
     try:
         content: Any = json.loads((directory / record).read_text(encoding="utf8"))
@@ -149,13 +158,13 @@ def listed_files(directory: Path, record: str) -> frozenset[str]:
 
 
 def _inside(directory: Path, name: object) -> bool:
-    """Whether a name is that of a file in a folder or below it, links followed."""
+    """Tell whether a relative path stays inside a folder when links among its parents are followed."""
     root = directory.resolve()
     return isinstance(name, str) and (root / name).parent.resolve().is_relative_to(root)
 
 
 def foreign(directory: Path, name: str, record: str) -> bool:
-    """Whether a file of this name, or a folder with files in it, is there and the record lists none of it."""
+    """Tell whether a file or non-empty folder of this name exists and the record lists none of it."""
     path, listed = directory / name, listed_files(directory, record)
     if path.is_dir():
         return any(path.iterdir()) and not any(Path(name) in Path(entry).parents for entry in listed)
@@ -163,10 +172,10 @@ def foreign(directory: Path, name: str, record: str) -> bool:
 
 
 def check_no_model(directory: Path, option: str = "--output_dir") -> None:
-    """Refuse the folder of a model.
+    """Check that a folder is not a model's.
 
     Raises:
-        OptionError: It holds `model_index.json`.
+        OptionError: The folder holds `model_index.json`, or cannot be read.
     """
     with path_errors(option, directory):
         if (directory / MODEL_INDEX).exists():
@@ -174,25 +183,26 @@ def check_no_model(directory: Path, option: str = "--output_dir") -> None:
 
 
 def not_ours(directory: Path, name: str, option: str = "--output_dir") -> OptionError:
-    """The error for a file in the way that no record shows to be a result of this package."""
+    """Return the error for a file that is in the way and that no record lists as a result of this package."""
     text = f"holds {name}, which is not known to be a result of safemax_sd: move it away, or name another folder"
     return OptionError(option, directory, text)
 
 
 @contextlib.contextmanager
 def replacing(directory: Path, record: str, option: str = "--output_dir") -> Iterator[Path]:
-    """Change the files of a claimed folder as one: all those of its record are replaced by new ones.
+    """Replace all files that a claimed folder's record lists by new ones, together or not at all.
 
-    Yields a folder for the new files, `record` among them. When the block ends, the record is given the list of them,
-    and they take the places of the files that the old record lists; until all have, the folder has no record.
+    It yields a folder for the new files, which must include `record`. When the block ends, their list is added to the
+    record, and they replace the files that the old record lists. Until all are in place, the folder has no record.
 
     Args:
-        directory: A claimed folder.
+        directory: Claimed folder.
         record: Name of the JSON file that lists the others.
-        option: Flag that named the folder, for errors.
+        option: Flag that names the folder, for errors.
 
     Raises:
-        OptionError: A file could not be written, or would take the place of one that is not listed; all is as before.
+        OptionError: A file cannot be written, or would replace one that is not listed; the old files stay. If files
+            cannot be moved after the commit, the next claim finishes the change.
     """
     staging = directory / STAGING
     with path_errors(option, directory):
@@ -207,7 +217,11 @@ def replacing(directory: Path, record: str, option: str = "--output_dir") -> Ite
 
 
 def _commit(directory: Path, record: str, option: str) -> None:
-    """Write down what is to take the place of what."""
+    """Write the list of new and stale files, which commits the change.
+
+    Raises:
+        OptionError: A new file would replace one that the old record does not list.
+    """
     staging = directory / STAGING
     new, old = files_in(staging), listed_files(directory, record)
     for name in new:
@@ -226,10 +240,10 @@ def _commit(directory: Path, record: str, option: str) -> None:
 
 
 def _read_commit(directory: Path, option: str) -> tuple[str, list[str], list[str]]:
-    """Record, new and stale files of a committed change.
+    """Return the names of the record, of the new files and of the stale files of a committed change.
 
     Raises:
-        OptionError: It is damaged, or names files outside the folder: a folder may come from elsewhere.
+        OptionError: The commit is damaged, or names files outside the folder, as one from elsewhere may.
     """
     try:
         content: Any = json.loads((directory / STAGING / COMMIT).read_text(encoding="utf8"))
@@ -243,7 +257,7 @@ def _read_commit(directory: Path, option: str) -> tuple[str, list[str], list[str
 
 
 def _apply(directory: Path, option: str) -> None:
-    """Put committed files in their places; what is done already is left as it is."""
+    """Move committed files to their places; steps that are done already are skipped."""
     staging = directory / STAGING
     record, new, stale = _read_commit(directory, option)
     if (staging / record).exists():
@@ -261,9 +275,9 @@ def _apply(directory: Path, option: str) -> None:
 
 
 def _drop(directory: Path, name: str) -> None:
-    """Remove a file, and the folders that it was the last one in."""
+    """Remove a file, and the folders that are empty without it."""
     path = directory / name
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # by a process that was killed after that
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # a killed process has removed it already
         path.unlink()
     for folder in list(path.parents)[: len(Path(name).parts) - 1]:
         if folder.is_dir() and not any(folder.iterdir()):
@@ -271,7 +285,7 @@ def _drop(directory: Path, name: str) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk."""
+    """Flush a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

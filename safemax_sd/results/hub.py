@@ -17,11 +17,11 @@ from safemax_sd.objectives.base import ObjectiveOptions
 from safemax_sd.results.erasure import RECORD, ErasureRecord
 
 FILES = ("*.safetensors", RECORD, "README.md", "samples/*.png", "unet/*", "transformer/*")
-"""What makes up a run's output; in the output folder, not below it."""
+"""Patterns of the files to upload, relative to the output folder."""
 
 TOKEN_SAFE_TRACKERS = (None, "tensorboard")
 GIVEN = "(given)"
-"""Shown of a token in place of its value."""
+"""Text that errors show in place of a token."""
 
 
 @dataclass
@@ -39,15 +39,15 @@ class HubOptions(ObjectiveOptions):
 
 
 def check(config: HubOptions, tracker: str | None) -> None:
-    """Refuse before training what could not be uploaded after it.
+    """Check before training that the result can be uploaded after it.
 
     Args:
         config: Flags.
-        tracker: Name of the tracker in use, if any.
+        tracker: Name of the tracker in use; None for none.
 
     Raises:
-        OptionError: A flag of the hub without `--push_to_hub`, a name that the hub does not take, no token, or one that
-            a tracker might show.
+        OptionError: A flag of the hub is given without `--push_to_hub`, the repository's name is invalid,
+            HF_HUB_OFFLINE is set, there is no token, or the tracker might publish it.
     """
     if not config.push_to_hub:
         given = {
@@ -60,7 +60,7 @@ def check(config: HubOptions, tracker: str | None) -> None:
                 raise OptionError(f"--{name}", value, "needs --push_to_hub")
         return
     if config.hub_token is not None and tracker not in TOKEN_SAFE_TRACKERS:
-        # wandb and others keep the command line with the run.
+        # wandb and others store the command line of a run.
         text = f"may be published by --report_to {tracker}: leave it out and run `hf auth login`"
         raise OptionError("--hub_token", GIVEN, text)
     try:
@@ -75,35 +75,35 @@ def check(config: HubOptions, tracker: str | None) -> None:
 
 
 def repo_id(config: HubOptions) -> str:
-    """Where the run is uploaded to: `name`, of the token's owner, or `owner/name`."""
+    """Return the repository to upload to: `owner/name`, or `name` for one of the token's owner."""
     return config.hub_model_id or Path(config.output_dir).resolve().name
 
 
 def output_files(directory: Path) -> list[str]:
-    """The files of a finished run that others need, relative to its folder: no checkpoints, logs or trackers."""
+    """List the files of a finished run to upload, relative to its folder; checkpoints and logs are left out."""
     paths = (path for pattern in FILES for path in directory.glob(pattern))
     return sorted(path.relative_to(directory).as_posix() for path in paths if not path.name.startswith("."))
 
 
 def published(path: Path) -> bytes | Path:
-    """Return what is uploaded of a file: the file itself, but of a record what others may see."""
+    """Return the content to upload for a file: its path, or the bytes of `ErasureRecord.public` for a record."""
     if path.name != RECORD:
         return path
     return json_text(ErasureRecord.read(path.parent, "--output_dir").public().to_json()).encode("utf8")
 
 
 def push(config: HubOptions) -> str:
-    """Upload a finished run in one commit; returns the repository's address.
+    """Upload a finished run in one commit, and return the repository's address.
 
     Raises:
-        SafemaxError: It could not be uploaded; the output folder is complete all the same.
+        SafemaxError: The upload failed; the output folder is complete.
     """
     directory, api = Path(config.output_dir), HfApi(token=config.hub_token)
     try:
         repository = api.create_repo(repo_id(config), exist_ok=True, private=config.hub_private or None)
         operations = [CommitOperationAdd(name, published(directory / name)) for name in output_files(directory)]
         api.create_commit(repository.repo_id, operations, commit_message=f"Erased by safemax_sd, {config.objective}")
-    except Exception as error:  # the hub's client lets those of its HTTP library through, which differs by release
+    except Exception as error:  # the hub's client passes on errors of its HTTP library, which differs by release
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise SafemaxError(
             f"{directory} is complete but could not be uploaded to {repo_id(config)} ({reason[0]}); "

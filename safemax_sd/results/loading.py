@@ -1,4 +1,4 @@
-"""Load what an erasure has left: its base model with the stored weights in place."""
+"""Loading of a finished erasure: its base model with the stored weights in place."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from safemax_sd.results.erasure import ErasureRecord
 
 
 def load_result(folder: str | Path, device: str | torch.device = "cpu", *, weights: Path | None = None) -> ModelFamily:
-    """Load the base model of a run with its LoRA attached, or with its full weights in place of the base's.
+    """Load the base model of a run, with its LoRA attached or its full weights in place of the base model's.
 
     Args:
         folder: Output folder of a finished run.
         device: Device to load onto.
-        weights: Checkpoint of the same run to load instead of what it ended with.
+        weights: Checkpoint of the same run to load instead of its final weights.
+
+    Returns:
+        Model in evaluation mode, with frozen weights.
 
     Raises:
         OptionError: The folder is not a finished run's, or its base model cannot be loaded.
-        SafemaxError: The weights do not fit the base model.
+        SafemaxError: The weights cannot be read or do not fit the base model.
     """
     record = ErasureRecord.read(Path(folder))
     family = load_family(record.base_model.options(device))

@@ -1,4 +1,4 @@
-"""The adapter's README.md, a model card."""
+"""The model card of an adapter, its `README.md`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.samples import own_samples
 
 SHOWN_NAMES, LONGEST_NAME = 10, 60
-"""Of concepts, in a card's text."""
+"""Number of concepts that a card names, and the length of a name in characters."""
 TAGS = ["diffusers", "text-to-image", "lora", "concept-erasure", "unlearning", "safemax"]
 
 
@@ -28,8 +28,8 @@ class Picture:
     """A picture of the card.
 
     Attributes:
-        path: Relative to the card.
-        alt: What it shows.
+        path: Path relative to the card.
+        alt: Alternative text.
     """
 
     path: str
@@ -37,11 +37,11 @@ class Picture:
 
 
 def usage(record: ErasureRecord, folder: str) -> str:
-    """Write the lines of Python that load and use a run's output: of diffusers alone wherever it can.
+    """Return lines of Python that load a run's output and sample with it, with diffusers alone if it can.
 
     Args:
-        record: Of the run.
-        folder: Where the output lies.
+        record: Record of the run.
+        folder: Folder of the output, as the lines name it.
     """
     name = record.base_model.name_or_path
     embedded = name == "emoji"
@@ -57,13 +57,13 @@ def usage(record: ErasureRecord, folder: str) -> str:
 
 
 def named(names: Sequence[str]) -> list[str]:
-    """Return names for a heading: the first few, each one line of plain text, and how many are left out."""
+    """Return the first few names for a heading, each as one line of plain text, and the number of the others."""
     shown = [_plain(name) for name in names[:SHOWN_NAMES]]
     return [*shown, *([f"{len(names) - SHOWN_NAMES} more"] if len(names) > SHOWN_NAMES else [])]
 
 
 def _plain(name: str) -> str:
-    """A name without line breaks and Markdown's marks, cut where it is long."""
+    """Return a name in one line, with Markdown escaped, cut if it is long."""
     text = markdown_text(" ".join(name.split()))
     return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME].rstrip(chr(92))}…"
 
@@ -73,11 +73,11 @@ def _trained(lora: LoraSettings | None) -> str:
 
 
 def describe(record: ErasureRecord, picture: Picture | None, measured: str = "") -> str:
-    """Write the card's text.
+    """Return the card's text.
 
     Args:
-        record: Of the run.
-        picture: To show below the title.
+        record: Record of the run.
+        picture: Picture below the title; None for none.
         measured: Markdown of an evaluation's results; may be empty.
     """
     record = record.public()
@@ -121,7 +121,7 @@ def describe(record: ErasureRecord, picture: Picture | None, measured: str = "")
 
 
 def hub_id(name_or_path: str) -> str | None:
-    """A base model's id on the hub; None for a folder or an embedded model, whose names the hub takes for an error."""
+    """Return a base model's id on the hub; None for a folder or an embedded model, whose name the hub would refuse."""
     if resolve_model(name_or_path) != name_or_path or Path(name_or_path).exists():
         return None
     try:
@@ -132,7 +132,7 @@ def hub_id(name_or_path: str) -> str | None:
 
 
 def last_sample(directory: Path) -> Picture | None:
-    """The last picture that the training of an adapter drew."""
+    """Return the last contact sheet of validation pictures in an output folder, or None if there is none."""
     drawn = own_samples(directory)
     return Picture(drawn[-1].relative_to(directory).as_posix(), drawn[-1].stem) if drawn else None
 
@@ -143,12 +143,12 @@ def write_model_card(
     """Write `README.md` into the adapter's folder.
 
     Args:
-        directory: The adapter's folder.
-        record: Of the run.
+        directory: Folder of the adapter.
+        record: Record of the run.
         measured: Markdown of an evaluation's results; may be empty.
-        picture: To show.
+        picture: Picture below the title; None for none.
     """
-    # Not through diffusers' load_or_create_model_card: it asks the hub for a repository of the folder's name first.
+    # Not diffusers' load_or_create_model_card: it first asks the hub for a repository with the folder's name.
     data = ModelCardData(
         base_model=hub_id(record.base_model.name_or_path),
         library_name="diffusers",

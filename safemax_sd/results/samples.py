@@ -20,7 +20,7 @@ from safemax_sd.core.provenance import atomic_write_bytes
 SMALL = 256
 SAMPLES = "samples"
 SOFTWARE = "safemax_sd"
-"""Of a picture's metadata; tells a run's pictures from others of the same name."""
+"""Entry in a picture's metadata that tells a run's pictures from others of the same name."""
 
 
 @dataclass
@@ -35,23 +35,23 @@ class ValidationOptions(Options):
 
 
 def to_pil(pictures: Tensor) -> list[Image.Image]:
-    """Images of pictures [N, 3, H, W] in 0 to 1."""
+    """Convert pictures [N, 3, H, W] in 0 to 1 to PIL images."""
     arrays = pictures.mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
 
 
 def save_samples(pictures: Tensor, prompts: Sequence[str], count: int, output_dir: Path, step: int) -> None:
-    """Write `samples/step-{step}.png`: one row a prompt, `count` pictures each.
+    """Write `samples/step-{step}.png`, with one row of `count` pictures for each prompt.
 
     Args:
-        pictures: [len(prompts) * count, 3, H, W] in 0 to 1, the pictures of one prompt together.
+        pictures: Pictures grouped by prompt, [len(prompts) * count, 3, H, W] in 0 to 1.
         prompts: Labels of the rows.
         count: Pictures of each prompt.
-        output_dir: The run's folder.
+        output_dir: Output folder of the run.
         step: Optimizer step.
 
     Raises:
-        OptionError: They cannot be written.
+        OptionError: The file cannot be written, as on a full disk.
     """
     path = output_dir / SAMPLES / f"step-{step:05d}.png"
     labels = [prompt for prompt in prompts for _ in range(count)]
@@ -74,7 +74,7 @@ def _metadata() -> PngImagePlugin.PngInfo:
 
 
 def is_ours(picture: Path) -> bool:
-    """Whether `save_samples` wrote a picture."""
+    """Tell whether `save_samples` wrote a picture."""
     try:
         with Image.open(picture) as image:
             return bool(image.info.get("Software") == SOFTWARE)
@@ -83,7 +83,7 @@ def is_ours(picture: Path) -> bool:
 
 
 def own_samples(output_dir: Path) -> list[Path]:
-    """The pictures drawn during the training of a run, in the order of steps."""
+    """List the files that `save_samples` wrote for a run, in the order of steps."""
     return sorted(path for path in (output_dir / SAMPLES).glob("step-*.png") if is_ours(path))
 
 
@@ -97,17 +97,17 @@ def remove_samples(output_dir: Path) -> None:
 
 
 def track_samples(trackers: Sequence[Any], pictures: Tensor, prompts: Sequence[str], step: int) -> None:
-    """Show each prompt's pictures in the trackers of Accelerate that can.
+    """Log each prompt's pictures to TensorBoard and Weights & Biases, if they are in use.
 
     Args:
-        trackers: `Accelerator.trackers`.
-        pictures: [len(prompts) * count, 3, H, W] in 0 to 1, the pictures of one prompt together.
-        prompts: What they are named.
+        trackers: Trackers of the run, `Accelerator.trackers`.
+        pictures: Pictures grouped by prompt, [len(prompts) * count, 3, H, W] in 0 to 1.
+        prompts: Prompts, which name the pictures.
         step: Optimizer step.
     """
     named = {f"validation/{text}": part for text, part in zip(prompts, pictures.chunk(len(prompts)), strict=True)}
     for tracker in trackers:
-        # The other trackers' `log_images`, where there is one, takes other arguments.
+        # Other trackers have no `log_images`, or one with other arguments.
         if tracker.name == "tensorboard":
             tracker.log_images({name: part.clamp(0, 1).cpu().numpy() for name, part in named.items()}, step=step)
         elif tracker.name == "wandb":

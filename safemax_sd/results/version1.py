@@ -1,4 +1,4 @@
-"""Version 1 of `erasure.json`, which kept what loading needs among the flags of the run."""
+"""Version 1 of `erasure.json`, in which loading depended on the flags of the run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from safemax_sd.core.options import RANK, SHARE
 from safemax_sd.core.records import EntryError, decode
 
 DETAILS = ("contexts", "kept_concepts", "texts", "marks", "kept_marks")
-"""Entries of an edit that its `details` hold since."""
+"""Entries of an edit that version 2 stores in `details`."""
 
 
 @dataclass(frozen=True)
 class _Flags:
-    """Flags of a training that loading its result depends on; the first records had the last two here."""
+    """Flags of a training that loading depends on; only the first records have the last two here."""
 
     trainable: Literal["lora", "full"]
     rank: int = field(metadata={"allowed": RANK})
@@ -35,10 +35,10 @@ class _Strengths:
 
 
 def from_version_1(content: Any) -> dict[str, Any]:
-    """Return the content of a version 1 record as version 2 has it; what it does not convert stays unchecked.
+    """Convert the content of a record to version 2; entries that are not converted are not checked.
 
     Raises:
-        EntryError: An entry that is needed for that is missing, or of another type.
+        EntryError: An entry that is converted is missing or has the wrong type.
     """
     if "baseline" in content:
         return {**content, "lora": None, "resolution": None}
@@ -53,7 +53,7 @@ def from_version_1(content: Any) -> dict[str, Any]:
     if flags.trainable == "lora":
         new["lora"] = {
             "rank": flags.rank,
-            # An edit that no training goes before changes the keys and values alone.
+            # An edit without a training before it changes keys and values only.
             "targets": "token_projections" if edit.get("name") == content.get("method") else flags.lora_targets,
             "dropout": flags.lora_dropout,
             "rank_pattern": edit.get("rank_pattern", {}),
@@ -70,7 +70,7 @@ def _part(content: dict[str, Any], name: str) -> dict[str, Any]:
     """Return an object within a record.
 
     Raises:
-        EntryError: It is missing or none.
+        EntryError: The entry is missing or is no object.
     """
     part = content.get(name)
     if not isinstance(part, dict):
