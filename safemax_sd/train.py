@@ -1,7 +1,7 @@
 """Train an erasure LoRA: `accelerate launch -m safemax_sd.train --help`.
 
-Data goes one way: prompts are encoded, the frozen model's trajectories are recorded, before the first step or as steps
-go on, an objective draws batches from them, and only the LoRA steps.
+Prompts are encoded, and trajectories of the frozen model are recorded before the first step or during training. An
+objective draws batches from them, and the optimizer changes only the LoRA or, with `--trainable full`, the denoiser.
 """
 
 from __future__ import annotations
@@ -57,15 +57,16 @@ from safemax_sd.training.workers import (
 logger = logging.getLogger("safemax_sd")
 
 DIVERGED = 1.0
-"""Ratio of mean squares, error to target, of a network that predicts 0."""
+"""Ratio of the mean squared error to the targets' mean square for a network that predicts 0."""
 LOSS_NOT_FINITE = "the loss became"
 
 
 def train(config: TrainConfig) -> Path:
-    """Erase the forbidden prompts of `config`, write the output directory and return it.
+    """Erase the forget prompts of `config`, and return the output folder with the results.
 
     Raises:
-        SafemaxError: Bad input, a non-finite loss or a full disk; nothing that was there before is lost.
+        SafemaxError: The input is invalid, the loss or a weight is not finite, or a file cannot be written; earlier
+            results stay. Or the upload fails; the output folder is complete.
     """
     forget, retain = read_input(config)
     accelerator = make_accelerator(config)
@@ -109,7 +110,7 @@ def save_results(run: Run, cost: Cost) -> None:
     """Write weights, record and model card into the claimed output folder, all of them or none.
 
     Raises:
-        OptionError: The disk is full; what was there before stays.
+        OptionError: A file cannot be written, as on a full disk; earlier results stay.
     """
     with replacing(run.output_dir, RECORD) as folder:
         run.weights.save(folder)
@@ -155,7 +156,7 @@ def loop(run: Run) -> None:
         bar.set_postfix({name: f"{row[name]:.4f}" for name in ("forget", "retain") if name in row})
         done = False
         if run.probe is not None and run.step % config.probe_steps == 0:
-            # One figure for all processes: they must agree on when to stop.
+            # One value for all processes, which must agree on when to stop.
             row["probe_unlearning_accuracy"] = mean_over_processes(
                 accelerator, run.probe.unlearning_accuracy(run.family)
             )
@@ -212,15 +213,15 @@ def optimizer_step(run: Run) -> dict[str, float]:
 
 @torch.no_grad()
 def reach(run: Run, draw: Draw) -> Batch:
-    """Return the batch of a draw on the run's device, with what the objective samples from the student."""
+    """Return the batch of a draw on the run's device, for which some objectives sample from the student."""
     batch = run.objective.reach(run.predict, draw.to(run.accelerator.device))
-    # Older PyTorch keeps autocast's copies of the weights, and those made here know no gradient.
+    # Older PyTorch would use autocast's copies of the weights again, and those made here pass on no gradients.
     torch.clear_autocast_cache()
     return batch
 
 
 def not_finite(run: Run, what: str) -> SafemaxError:
-    """Return the error of a diverged run, which names the last checkpoint if there is one."""
+    """Return the error for a diverged run; it names the last checkpoint if there is one."""
     kept = checkpoints.all_checkpoints(run.output_dir)
     intact = f"; {kept[-1].name} is intact (--resume_from_checkpoint latest)" if kept else ""
     return SafemaxError(f"{what}: lower --learning_rate{intact}")
@@ -267,7 +268,7 @@ def positions(run: Run, micro: int) -> Positions:
 
 @torch.no_grad()
 def sample_validation(run: Run) -> None:
-    """Write a contact sheet of what the model now generates for the validation prompts."""
+    """Sample the validation prompts with the current weights, and write and log the pictures."""
     if not run.accelerator.is_main_process or run.validation is None:
         return
     config, family = run.config, run.family
@@ -286,7 +287,7 @@ def sample_validation(run: Run) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code, 2 for bad input."""
+    """Run the command line and return its exit code: 2 for an error that the user can fix, 1 for a lost process."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         train(parse_config(arguments))
