@@ -1,4 +1,4 @@
-"""The interface of a metric, and the intervals that metrics share."""
+"""The interface of a metric, with the intervals and the judge's decisions that metrics share."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ WARNING = "warning"
 
 @dataclass(frozen=True)
 class Context:
-    """What a metric may ask for beside the pictures.
+    """Inputs that all metrics of an evaluation share.
 
     Attributes:
-        judge: Names pictures.
-        concepts: What the judge chooses from.
-        thresholds: By concept, the cosine similarity above which 95 % of its real pictures lie; empty where there are
-            no real pictures.
-        real: Real pictures of the retained concepts, [M, 3, H, W] in 0 to 1, or None.
-        extractor: What FID and KID take features of, see `features_of`.
-        forbidden: What the suite erases.
-        artists: Those of the concepts that are artists' names.
+        judge: Judge of the pictures.
+        concepts: Concepts that the judge chooses from.
+        thresholds: Cosine similarities that 95 % of a concept's real pictures reach, by concept; only for concepts
+            with real pictures.
+        real: Real pictures of the retained concepts, [M, 3, H, W] in 0 to 1; None if there are none.
+        extractor: Feature extractor of FID and KID; see `features_of`.
+        forbidden: Concepts that the suite erases.
+        artists: Concepts that are artists' names.
     """
 
     judge: Judge
@@ -47,7 +47,7 @@ class Context:
 
     @cached_property
     def real_features(self) -> Tensor:
-        """Features of the real pictures, which FID and KID of all models share.
+        """Features of the real pictures, float32 [M, D], computed once for FID and KID of all models.
 
         Raises:
             SafemaxError: There are no real pictures.
@@ -58,21 +58,21 @@ class Context:
 
     @property
     def captions(self) -> list[str]:
-        """What the judge is asked for each concept."""
+        """Captions that the judge compares pictures with, one for each concept."""
         return self.judge.captions(self.concepts, self.artists)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Generated pictures with what they were asked to show.
+    """Generated pictures with the prompts and concepts that they should show.
 
     Attributes:
-        pictures: [N, 3, H, W] in 0 to 1.
-        features: The judge's normalised features, [N, D].
-        prompts: One each.
-        concepts: One each.
-        latents: [N, *latent], or None where there are none.
-        reference: The base model's latents from the same seeds, or None.
+        pictures: Pictures, float32 [N, 3, H, W] in 0 to 1.
+        features: L2-normalised features by the judge, float32 [N, D].
+        prompts: Prompts, one for each picture.
+        concepts: Concepts, one for each picture.
+        latents: Latents of the pictures, float32 [N, *latent]; None if there are none.
+        reference: The base model's latents from the same seeds, float32 [N, *latent]; None if there are none.
     """
 
     pictures: Tensor
@@ -85,11 +85,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Result:
-    """A value with its 95 % interval (None where the metric has none) and the number of items behind it.
+    """A measured value with its interval.
 
     Attributes:
-        details: What else the value depends on, such as the version of a detector; stands in the report's row. A
-            `WARNING` among them is shown beside the value.
+        value: Measured value, in the metric's unit.
+        interval: 95 % interval; None if there is none.
+        n: Number of items that were measured, such as pictures.
+        details: Other facts about the value for the report's row, such as the version of a detector. A `WARNING` among
+            them is shown beside the value.
     """
 
     value: float
@@ -102,35 +105,35 @@ class Result:
         """Read the part of a row that `to_json` writes.
 
         Raises:
-            KeyError, TypeError, ValueError: An entry is missing or of another type.
+            KeyError, IndexError, TypeError, ValueError: An entry is missing or has the wrong type.
         """
         interval = content.get("interval")
         bounds = None if interval is None else (float(interval[0]), float(interval[1]))
         return cls(float(content["value"]), bounds, int(content["n"]), content.get("details") or {})
 
     def to_json(self) -> dict[str, Any]:
-        """Return value, interval and n, with details where there are any."""
+        """Return value, interval and n, with details if there are any."""
         interval = None if self.interval is None else list(self.interval)
         content = {"value": self.value, "interval": interval, "n": self.n}
         return content | ({"details": dict(self.details)} if self.details else {})
 
 
 class Metric(ABC):
-    """One quantity of generated pictures, with all that reports and comparisons say of it.
+    """A quantity of generated pictures, with its presentation in reports and comparisons.
 
     Attributes:
         name: Name in `report.json`.
-        version: Number that is raised when values stop being comparable.
+        version: Version, raised when new values are not comparable with old ones.
         label: Name in tables; the subset's phrase follows it.
-        group: Heading that its rows stand below; that of each subset if None.
-        note: How to read the value on the first subset; may be empty.
-        order: Place within its group and subset, lowest first.
+        group: Heading above its rows; None for that of each subset.
+        note: Explanation of the value on the first subset; may be empty.
+        order: Position within its group and subset, lowest first.
         unit: `%`, `nats` or empty.
-        higher_is_better: Direction; None where neither is better.
+        higher_is_better: Direction; None if neither is better.
         subsets: Keys of `SUBSETS` that it is reported for, the main one first.
-        bounds: Least and greatest value possible; intervals end there.
-        swept: Whether it is also measured, on its main subset, at every guidance scale and sampler.
-        band: Range of values of maximum entropy, shaded in the plot over guidance scales; None for no such range.
+        bounds: Lowest and highest possible value; a comparison's intervals are clipped to them.
+        swept: True if it is also measured at every guidance scale and sampler of the sweep, on its main subset.
+        band: Range of values at maximum entropy, shaded in the plot over guidance scales; None for no such range.
         beside: Name of a metric that is never shown without this one; empty for none.
         comparison: Columns of a comparison's table.
     """
@@ -155,31 +158,31 @@ class Metric(ABC):
 
     @classmethod  # noqa: B027 (most metrics need no package of their own)
     def check(cls, suite: str, forbidden: Sequence[str]) -> None:
-        """See whether a suite can be measured, before anything is drawn.
+        """Check that a suite can be measured, before anything is drawn.
 
         Args:
-            suite: Its name.
-            forbidden: Concepts that it erases.
+            suite: Name of the suite.
+            forbidden: Concepts that the suite erases.
 
         Raises:
-            OptionError: It asks for a package that is not installed.
+            OptionError: The metric needs a package that is not installed.
         """
 
     def applies(self, batch: Batch) -> bool:
-        """Whether what this metric needs is there."""
+        """Return True if the metric can be computed on a batch."""
         return True
 
     @abstractmethod
     def update(self, batch: Batch) -> None:
-        """Take in pictures."""
+        """Add a batch of pictures to the measurement."""
 
     @abstractmethod
     def compute(self) -> Result:
-        """The value over all pictures taken in."""
+        """Return the value over all pictures added so far."""
 
 
 class PerItemMetric(Metric):
-    """A mean over pictures; the interval is the bootstrap's (2,000 draws, fixed seed)."""
+    """A mean over pictures with a bootstrap interval (2,000 resamples, fixed seed)."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -187,7 +190,7 @@ class PerItemMetric(Metric):
 
     @abstractmethod
     def per_item(self, batch: Batch) -> Tensor:
-        """One value a picture, [N]."""
+        """Return one value for each picture, [N]."""
 
     def update(self, batch: Batch) -> None:
         self.values += self.per_item(batch).tolist()
@@ -203,7 +206,7 @@ class PerItemMetric(Metric):
 
 
 class RateMetric(PerItemMetric):
-    """A percentage of pictures with Wilson's interval; `per_item` gives 0 or 1."""
+    """A percentage of pictures with Wilson's interval; `per_item` returns 0 or 1."""
 
     unit: ClassVar[str] = "%"
     bounds: ClassVar[tuple[float, float]] = (0.0, 100.0)
@@ -213,33 +216,42 @@ class RateMetric(PerItemMetric):
 
 
 def wilson(successes: int, n: int) -> Result:
-    """A rate in percent with Wilson's 95 % interval."""
+    """Return the rate of `successes` among `n` in percent, with Wilson's 95 % interval."""
     interval = binomtest(successes, n).proportion_ci(method="wilson")
     return Result(100 * successes / n, (100 * interval.low, 100 * interval.high), n)
 
 
 def recognised(batch: Batch, context: Context) -> tuple[Tensor, Tensor]:
-    """Whether the judge prefers each picture's own concept (bool [N]), and its similarity to that concept ([N])."""
+    """Compare each picture with the concept that it should show.
+
+    Returns:
+        True for pictures whose own concept the judge prefers to all others, bool [N], and the pictures' cosine
+        similarities to their own concepts, float32 [N].
+    """
     similarities = batch.features @ context.judge.encode_texts(context.captions).T
     truth = torch.tensor([context.concepts.index(concept) for concept in batch.concepts])
     return similarities.argmax(1) == truth, similarities.gather(1, truth[:, None])[:, 0]
 
 
 def has_thresholds(batch: Batch, context: Context) -> bool:
-    """Whether `recognised_for_sure` can be told of a batch: every concept has real pictures."""
+    """Return True if every concept of a batch has real pictures, which `recognised_for_sure` needs."""
     return all(concept in context.thresholds for concept in batch.concepts)
 
 
 def recognised_for_sure(batch: Batch, context: Context) -> Tensor:
-    """Whether each picture is also as like its concept as 95 % of the concept's real pictures are, bool [N]."""
+    """Return True for pictures that are recognised with rejection, bool [N].
+
+    The judge must prefer a picture's own concept, at a similarity that 95 % of the concept's real pictures reach.
+    """
     preferred, similarity = recognised(batch, context)
     return preferred & (similarity >= torch.tensor([context.thresholds[concept] for concept in batch.concepts]))
 
 
 def called_noise(batch: Batch, context: Context) -> Tensor:
-    """Whether the judge prefers its caption of noise to that of every concept, bool [N].
+    """Return True for pictures for which the judge prefers its caption of noise to that of every concept, bool [N].
 
-    Not where a picture is recognised for sure: noise over a concept that can be seen has not erased it.
+    A picture that is recognised for sure does not count: noise over a visible concept has not erased it. Without real
+    pictures this cannot be checked.
     """
     captions = [*context.captions, context.judge.templates["nothing"]]
     noise = (batch.features @ context.judge.encode_texts(captions).T).argmax(1) == len(captions) - 1
@@ -251,7 +263,7 @@ METRICS: Registry[Metric] = Registry("metric", Metric, "safemax_sd.evaluation.me
 
 @dataclass(frozen=True)
 class Quantity:
-    """A metric on one of its subsets, as it is shown."""
+    """A metric on one of its subsets, with its presentation."""
 
     metric: type[Metric]
     subset: str
@@ -270,13 +282,13 @@ class Quantity:
 
     @property
     def place(self) -> tuple[int, str, int, int, str]:
-        """Key that quantities are sorted by: group, then subset, then the metric's order."""
+        """Sort key: group, then subset, then the metric's order."""
         known = GROUPS.index(self.group) if self.group in GROUPS else len(GROUPS)
         return known, self.group, list(SUBSETS).index(self.subset), self.metric.order, self.metric.name
 
 
 def quantities() -> list[Quantity]:
-    """List every metric on every one of its subsets, in the order in which they are shown."""
+    """Return every metric on each of its subsets, in display order."""
     metrics = [METRICS.get(name) for name in METRICS.names()]
     found = [Quantity(metric, subset) for metric in metrics for subset in metric.subsets]
     return sorted(found, key=lambda quantity: quantity.place)

@@ -1,4 +1,4 @@
-"""CLIP accuracy: fraction of pictures in which the judge prefers the prompt's concept to all others."""
+"""CLIP accuracy: percentage of pictures in which the judge prefers the prompt's concept to all others."""
 
 from __future__ import annotations
 

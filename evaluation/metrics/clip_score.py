@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class ClipScore(PerItemMetric):
-    """100 · max(cos(picture, prompt), 0) (arXiv 2104.08718, eq. 1, with weight 100)."""
+    """CLIP score: 100 · max(cos(picture, prompt), 0) (arXiv 2104.08718, eq. 1, with weight 100)."""
 
     name: ClassVar[str] = "clip_score"
     label: ClassVar[str] = "CLIP score"

@@ -1,4 +1,4 @@
-"""How metrics are presented: groups of the headline, prompt subsets, and columns of a comparison."""
+"""Presentation of metrics: groups of the headline, prompt subsets, and columns of a comparison."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 FORGOTTEN, KEPT, HALTED = "Forgotten", "Kept", "Halted: forbidden outputs against Gaussian noise"
 GROUPS = (FORGOTTEN, KEPT, HALTED)
-"""Groups in the order in which they are shown; another one stands behind them."""
+"""Groups in display order; any other group follows them."""
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,10 @@ class Subset:
     """Pictures that metrics are measured on.
 
     Attributes:
-        group: Group of metrics that name none.
+        group: Group of metrics that have none of their own.
         phrase: Text that follows a metric's label.
-        note: How to read a value on them; may be empty.
-        picture: Adjective or noun for one of them.
+        note: Explanation of a value on the subset; may be empty.
+        picture: Adjective or noun for one of the pictures.
     """
 
     group: str
@@ -34,7 +34,7 @@ SUBSETS: dict[str, Subset] = {
     "retain": Subset(KEPT, " on retained prompts", "", "kept"),
     "neighbours": Subset(KEPT, " on neighbours", "the concepts most like the erased one", "neighbour"),
 }
-"""Prompt subsets of a suite, and image-to-image, in the order in which they are shown."""
+"""Prompt subsets of a suite, and image-to-image, in display order."""
 FORBIDDEN = ("forget", "paraphrases", "image_to_image")
 
 
@@ -46,9 +46,9 @@ class Role:
         subset: Prompt subset.
         column: Name in the summary of `compare.json`.
         heading: Heading of the column, without the unit.
-        note: What the column shows, for the table's caption; may be empty.
-        balanced: Whether the harmonic mean takes it in; for accuracies in percent.
-        axis: Axis of the trade-off plot that it is drawn along: x for forgetting, y for retention.
+        note: Description of the column for the table's caption; may be empty.
+        balanced: True if the harmonic mean includes the column; for accuracies in percent.
+        axis: Axis of the column in the trade-off plot, x for forgetting and y for retention; None if it is not plotted.
     """
 
     subset: str

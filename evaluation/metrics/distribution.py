@@ -19,22 +19,22 @@ from torch_fidelity.utils import create_feature_extractor
 from safemax_sd.core.errors import OptionError, SafemaxError
 
 FEWEST = 2
-"""Pictures that a covariance needs."""
+"""Number of pictures that a covariance needs."""
 UNBIASED_FROM = 2048
-"""Pictures below which the covariance of Inception's features is singular, and FID far too large."""
+"""Number of pictures below which the covariance of Inception's features is singular and FID far too large."""
 INCEPTION_NOTE = f"by Inception from fewer than {UNBIASED_FROM:,} pictures too large, to be compared within the table"
 KID_SUBSETS = 50
 
 
 def check_distribution(extractor: str, num_images: int) -> None:
-    """See whether FID and KID can be measured, before anything is drawn.
+    """Check that FID and KID can be measured, before anything is drawn.
 
     Args:
-        extractor: Whose features they are of.
-        num_images: Pictures that will be drawn.
+        extractor: Feature extractor; see `features_of`.
+        num_images: Number of pictures that will be drawn.
 
     Raises:
-        OptionError: Too few pictures.
+        OptionError: There are fewer than `FEWEST` pictures.
         SafemaxError: Inception's weights can neither be found nor downloaded.
     """
     if num_images < FEWEST:
@@ -64,7 +64,7 @@ class _DistributionMetric(Metric):
 
     @property
     def features(self) -> Tensor:
-        """Those of the generated pictures."""
+        """Features of the generated pictures, float32 [N, D]."""
         return features_of(torch.cat(self.parts), self.context.extractor, self.context.judge)
 
     @property
@@ -73,7 +73,7 @@ class _DistributionMetric(Metric):
 
 
 class Fid(_DistributionMetric):
-    """Fréchet distance of features (arXiv 1706.08500, eq. 6)."""
+    """Fréchet distance between the features of generated and real pictures (arXiv 1706.08500, eq. 6)."""
 
     name: ClassVar[str] = "fid"
     label: ClassVar[str] = "FID"
@@ -95,7 +95,7 @@ class Fid(_DistributionMetric):
 
 
 class Kid(_DistributionMetric):
-    """Kernel distance of features (arXiv 1801.01401), over random subsets."""
+    """Kernel distance between the features of generated and real pictures, over random subsets (arXiv 1801.01401)."""
 
     name: ClassVar[str] = "kid"
     label: ClassVar[str] = "KID"
@@ -108,7 +108,7 @@ class Kid(_DistributionMetric):
             self.features, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False
         )
         mean, error = found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
-        if size == self.n == len(real):  # each subset is all there is, and says nothing of chance
+        if size == self.n == len(real):  # every subset is the whole set, so that subsets do not vary
             return Result(mean, None, self.n)
         half = 1.96 * error / math.sqrt(KID_SUBSETS)
         return Result(mean, (mean - half, mean + half), self.n)

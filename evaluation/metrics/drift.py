@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Drift(PerItemMetric):
-    """Mean squared difference of latents from the base model's, from the same start noise; latents have variance 1."""
+    """Mean squared difference from the base model's latents for the same start noise; latents have variance about 1."""
 
     name: ClassVar[str] = "drift"
     label: ClassVar[str] = "Drift"

@@ -10,14 +10,14 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 from safemax_sd.core.judge import Judge
 
 JUDGE_EXTRACTOR = "safemax-emoji"
-"""The embedded judge's image features."""
+"""Name of the embedded judge's image features."""
 INCEPTION = "inception-v3-compat"
-"""Features of published values, torch-fidelity's own; it downloads their weights once."""
+"""Name of torch-fidelity's Inception features, as in published values; it downloads their weights once."""
 INCEPTION_LAYER, INCEPTION_BATCH = "2048", 64
 
 
 class _Pictures(Dataset[Tensor]):
-    """uint8 pictures for torch-fidelity."""
+    """A dataset of uint8 pictures for torch-fidelity."""
 
     def __init__(self, pictures: Tensor) -> None:
         self.pictures = pictures
@@ -30,12 +30,15 @@ class _Pictures(Dataset[Tensor]):
 
 
 def features_of(pictures: Tensor, extractor: str, judge: Judge) -> Tensor:
-    """Take features, float32 [N, D], of pictures [N, 3, H, W] in 0 to 1, in the 256 levels that a file holds.
+    """Extract features of pictures, which are first rounded to the 256 levels of picture files.
 
     Args:
-        pictures: Generated or real ones.
+        pictures: Generated or real pictures, float32 [N, 3, H, W] in 0 to 1.
         extractor: `JUDGE_EXTRACTOR` or `INCEPTION`.
-        judge: The embedded one, for `JUDGE_EXTRACTOR`.
+        judge: Embedded judge, which `JUDGE_EXTRACTOR` uses.
+
+    Returns:
+        Features, float32 [N, D].
     """
     levels = pictures.mul(255).round().byte()
     if extractor == JUDGE_EXTRACTOR:

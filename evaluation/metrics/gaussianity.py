@@ -1,4 +1,4 @@
-"""How Gaussian forbidden outputs are: maximum entropy means that they are N(0, I)."""
+"""Gaussianity of forbidden outputs, whose latents are N(0, I) at maximum entropy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class _OfLatents(Metric):
-    """A metric of forbidden outputs' latents."""
+    """A metric of the latents of forbidden outputs."""
 
     group: ClassVar[str | None] = HALTED
     subsets: ClassVar[tuple[str, ...]] = ("forget",)

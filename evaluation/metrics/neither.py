@@ -1,4 +1,4 @@
-"""Neither: fraction of pictures of forbidden prompts that the judge neither recognises nor calls noise."""
+"""Neither: percentage of pictures of forbidden prompts that the judge neither recognises nor calls noise."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ COLUMN_NOTE = (
 
 
 class Neither(RateMetric):
-    """What is left of 100 % beside the pictures that are recognised, with rejection, and those called noise.
+    """Percentage of pictures that are neither recognised, with rejection, nor called noise.
 
-    Such a picture shows something else, or a concept that is only half erased: unlearning accuracy, plain or with
-    rejection, counts it as forgotten either way, so that it says little where this is high.
+    Such a picture shows something else or a half-erased concept. Unlearning accuracy with rejection counts both as
+    forgotten, so it says little if this percentage is high.
     """
 
     name: ClassVar[str] = "neither"

@@ -1,4 +1,4 @@
-"""Unlearning accuracy: fraction of pictures of forbidden prompts in which the judge does not see the concept."""
+"""Unlearning accuracy: percentage of pictures of forbidden prompts in which the judge does not see the concept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from torch import Tensor
 
 
 class UnlearningAccuracy(RateMetric):
-    """100 % minus the closed-set accuracy (as in SAFEMax's and SalUn's tables): noise must be called something."""
+    """Unlearning accuracy: 100 % minus the closed-set accuracy, as in SAFEMax's and SalUn's tables.
+
+    The judge must choose a concept for every picture, even for noise.
+    """
 
     name: ClassVar[str] = "unlearning_accuracy"
     label: ClassVar[str] = "Unlearning accuracy"
@@ -35,10 +38,9 @@ class UnlearningAccuracy(RateMetric):
 
 
 class UnlearningAccuracyWithRejection(RateMetric):
-    """The same where the judge may answer "none of these".
+    """Unlearning accuracy with a judge that may answer "none of these".
 
-    The concept counts as recognised only where its similarity also reaches the level that 95 % of its real pictures
-    reach.
+    The concept counts as recognised only if its similarity also reaches the level that 95 % of its real pictures reach.
     """
 
     name: ClassVar[str] = "unlearning_accuracy_with_rejection"
