@@ -1,4 +1,4 @@
-"""Ways to make a model forget without training it: one file each, found by discovery."""
+"""Baselines, which make a model forget without training: one file each, found by discovery."""
 
 from safemax_sd.evaluation.baselines.base import BASELINES, Baseline
 

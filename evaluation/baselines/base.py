@@ -1,4 +1,4 @@
-"""The interface of a baseline: it leaves the weights alone and changes how the pipeline is asked to draw."""
+"""The interface of a baseline, which leaves the weights alone and changes the sampling."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from safemax_sd.results.erasure import BaselineUse, BaseModel, ErasureRecord, Fo
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Flags of a baseline that has none."""
+    """The settings of a baseline without flags."""
 
 
 class Baseline(Subject):
-    """A base model that is kept from drawing the concepts of a prompt file while it samples.
+    """A base model whose sampling is kept away from the concepts of a prompt file.
 
     Args:
         base: Diffusers folder, hub id or an embedded model's name.
-        forget: Its concepts are what is not to be drawn: their names, or the prompts where it names none.
-        retain: For the record.
+        forget: Prompts of the concepts to avoid; the text of a prompt without a concept stands for one.
+        retain: Prompts to keep, which are only recorded.
         settings: Instance of `Settings`.
 
     Attributes:
@@ -42,8 +42,8 @@ class Baseline(Subject):
         label: Name for a reader.
         paper: Publication.
         Settings: Frozen dataclass of its flags.
-        predictions: Predictions of the network at each sampling step.
-        guided: Whether it changes guidance alone, and so needs a guidance scale above 1.
+        predictions: Network evaluations of one sample at each sampling step.
+        guided: True if it only changes guidance, and so needs a guidance scale above 1.
     """
 
     name: ClassVar[str]
@@ -73,14 +73,14 @@ class Baseline(Subject):
     @classmethod
     @abstractmethod
     def refusal(cls, pipeline_class: type[Any]) -> str | None:
-        """Say why it cannot draw with pipelines of a class of diffusers; None where it can."""
+        """Return the reason why the baseline does not support a pipeline class of diffusers; None if it does."""
 
     @classmethod
     def check_pipeline(cls, pipeline_class: type[Any]) -> None:
-        """Check that it can draw with pipelines of a class of diffusers.
+        """Check that the baseline supports a pipeline class of diffusers.
 
         Raises:
-            OptionError: It cannot.
+            OptionError: The class is not supported.
         """
         reason = cls.refusal(pipeline_class)
         if reason is not None:
@@ -88,11 +88,11 @@ class Baseline(Subject):
 
     @abstractmethod
     def usage(self) -> list[str]:
-        """Return lines of Python, of diffusers alone, that draw a picture with it."""
+        """Return lines of Python that draw a picture with diffusers and the baseline."""
 
     @abstractmethod
     def sampler(self, pipeline: Any) -> Sampler:
-        """Return what draws with the baseline."""
+        """Return a sampler that draws with the baseline."""
 
     def load(self, device: torch.device) -> Models:
         family = load_family(self.record.base_model.options(device, dtype_on(device)))

@@ -1,4 +1,4 @@
-"""Negative prompt: the forbidden concepts' names take the empty prompt's place in classifier-free guidance.
+"""Negative prompt: the names of the forbidden concepts replace the empty prompt in classifier-free guidance.
 
 The sampler follows f(x_t, n) + w·(f(x_t, c) − f(x_t, n)) with n the concepts' names (classifier-free guidance, arXiv
 2207.12598, with n for ∅), as diffusers' pipelines do with `negative_prompt`.
@@ -13,11 +13,11 @@ from safemax_sd.evaluation.baselines.base import Baseline, load_lines
 from safemax_sd.evaluation.sampling import Sampler, StockSampler
 
 SECOND_GUIDANCE = "true_cfg_scale"
-"""An argument of pipelines whose `guidance_scale` is an input of the network: it mixes no two predictions."""
+"""Argument of pipelines whose `guidance_scale` is an input of the network and does not mix two predictions."""
 
 
 class NegativePrompt(Baseline):
-    """diffusers' own `negative_prompt`."""
+    """The argument `negative_prompt` of diffusers' pipelines."""
 
     name: ClassVar[str] = "negative_prompt"
     label: ClassVar[str] = "Negative prompt"

@@ -1,7 +1,7 @@
-"""Safe Latent Diffusion: guidance away from a safety concept, wherever the prompt's prediction leans toward it.
+"""Safe Latent Diffusion: guidance away from a safety concept, wherever the prompt's prediction leans towards it.
 
-Source: arXiv 2211.05105, eq. 3 to 8, as diffusers' `StableDiffusionPipelineSafe` computes it; here the safety concept
-is the names of the forbidden concepts. The published settings are named weak, medium, strong and max.
+Source: arXiv 2211.05105, eq. 3 to 8, as diffusers' `StableDiffusionPipelineSafe` computes it. The safety concept is a
+list of the forbidden concepts here. The published settings are named weak, medium, strong and max.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STRENGTHS: dict[str, dict[str, float]] = {
         ("max", 0, 5000, 1.0, 0.5, 0.7),
     )
 }
-"""δ, s_S, λ, s_m and β_m as in the authors' code."""
+"""Published settings by name: δ, s_S, λ, s_m and β_m as in the authors' code."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class SafeLatentDiffusionSettings:
 
 
 class SafeSampler(Sampler):
-    """The base model's parts in `StableDiffusionPipelineSafe`.
+    """`StableDiffusionPipelineSafe` with the base model's networks.
 
     Args:
-        pipeline: The base model's own.
-        concepts: What to guide away from.
-        settings: Values of `STRENGTHS`.
+        pipeline: Pipeline of the base model.
+        concepts: Concepts to guide away from.
+        settings: Entry of `STRENGTHS`.
     """
 
     starts_from_pictures: ClassVar[bool] = False
 
     def __init__(self, pipeline: Any, concepts: str, settings: dict[str, float]) -> None:
-        with quiet():  # that the class is no longer developed
+        with quiet():  # diffusers warns that the class is no longer developed
             parts = {**pipeline.components, "safety_checker": None}
             self.pipeline = getattr(diffusers, PIPELINE)(**parts, requires_safety_checker=False)
         self.pipeline.safety_concept = concepts
@@ -75,7 +75,7 @@ class SafeSampler(Sampler):
             last["latents"] = latents
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of the pipeline's own deprecated ways
+            warnings.simplefilter("ignore", FutureWarning)  # the pipeline calls deprecated methods itself
             pictures = self.pipeline(
                 prompt=list(request.prompts),
                 guidance_scale=request.guidance_scale,
@@ -91,7 +91,7 @@ class SafeSampler(Sampler):
 
 
 class SafeLatentDiffusion(Baseline):
-    """diffusers' own `StableDiffusionPipelineSafe`."""
+    """Safe Latent Diffusion by diffusers' `StableDiffusionPipelineSafe`."""
 
     name: ClassVar[str] = "safe_latent_diffusion"
     label: ClassVar[str] = "Safe Latent Diffusion"
