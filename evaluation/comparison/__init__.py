@@ -1,4 +1,4 @@
-"""Compare methods on tasks: a grid of runs that resumes, then tables and a page.
+"""Comparison of methods on tasks: a grid of runs that can be resumed, then tables and a page.
 
 May import evaluation and what that may import.
 """

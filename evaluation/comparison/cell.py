@@ -25,9 +25,9 @@ from safemax_sd.core.provenance import Stopwatch, write_json_atomic
 from safemax_sd.training.checkpoints import all_checkpoints, discard
 
 TILES_QUALITY = 85
-"""Lossy: noise does not compress, and a page has hundreds of these pictures."""
+"""WebP quality of sample pictures; lossy, since noise does not compress and a page has hundreds of pictures."""
 HELD = {"started": set[str](), "erased": set[str](), "failed": {"reason"}, "done": {"prompts", "subsets"}}
-"""What a state holds beside its settings, by status."""
+"""Entries of a cell's state besides its settings, by status."""
 DAMAGED = "is missing or damaged: remove the cell's folder, and it is run again"
 STATE, LOCK = "cell.json", ".lock"
 
@@ -38,10 +38,10 @@ class Cell:
 
     Attributes:
         label: Label of the method.
-        method: What erases.
+        method: Method that erases.
         task: Name of the suite.
-        erasure: What is erased, and where.
-        evaluation: Options of the evaluation, as `safemax evaluate` has them.
+        erasure: Model, suite, seed and folder of the erasure.
+        evaluation: Options of `safemax evaluate`, by name.
     """
 
     label: str
@@ -63,7 +63,7 @@ class Cell:
         return f"{self.label}, {self.task}, seed {self.erasure.seed}"
 
     def identity(self) -> dict[str, Any]:
-        """Return all that the cell's results depend on, as it is stored; the size of batches is left out."""
+        """Return all that the cell's results depend on, as `cell.json` stores it; the batch size is left out."""
         content = {
             "method": self.method.identity(),
             "base_model": self.erasure.base_model,
@@ -76,10 +76,10 @@ class Cell:
         return stored
 
     def state(self) -> dict[str, Any]:
-        """Read what the folder says of itself; empty where there is nothing.
+        """Read the content of `cell.json`; empty if there is no such file.
 
         Raises:
-            OptionError: It says nothing that can be read.
+            OptionError: The file is damaged.
         """
         path = self.folder / STATE
         with path_errors("--output_dir", self.folder):
@@ -96,7 +96,7 @@ class Cell:
         return dict(content)
 
     def check_results(self) -> None:
-        """Check that all that a done cell's tables and page are made of is there.
+        """Check that the report and the sample pictures of a done cell are there.
 
         Raises:
             OptionError: A file is missing or damaged.
@@ -107,7 +107,7 @@ class Cell:
                 raise OptionError("--output_dir", path, DAMAGED)
 
     def is_erased(self, state: dict[str, Any]) -> bool:
-        """Tell whether a state says that only the evaluation is left."""
+        """Return True if the state says that the cell's erasure is done, with the same settings."""
         erased = state.get("status") == "erased" or bool(state.get("erased"))
         return erased and bool(state["settings"] == self.identity())
 
@@ -116,7 +116,7 @@ class Cell:
             write_json_atomic(self.folder / STATE, {"status": status, "settings": self.identity(), **more})
 
     def report(self) -> Report:
-        """Read what a done cell measured.
+        """Read the report of a done cell.
 
         Raises:
             OptionError: The report is missing, damaged or of an unknown version.
@@ -128,11 +128,11 @@ class Cell:
             raise OptionError("--output_dir", path, DAMAGED) from error
 
     def tiles(self, model: str) -> Path:
-        """Return the file with the pictures to show of the `base` or the `erased` model, side by side."""
+        """Return the file with the sample pictures of the `base` or the `erased` model, side by side."""
         return self.evaluated / f"tiles_{model}.webp"
 
     def options(self) -> EvaluateOptions:
-        """Return the options of its evaluation."""
+        """Return the options of the cell's evaluation."""
         return EvaluateOptions(
             adapter=str(self.folder),
             suite=self.erasure.suite.name,
@@ -143,7 +143,10 @@ class Cell:
 
 @contextmanager
 def taken(cell: Cell) -> Iterator[bool]:
-    """Lock the cell; yields False if another process holds it. The lock ends with the process."""
+    """Lock the cell inside the block; yield False if another process holds it.
+
+    The lock ends with the process at the latest.
+    """
     with path_errors("--output_dir", cell.folder):
         cell.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cell.folder / LOCK)
@@ -156,7 +159,12 @@ def taken(cell: Cell) -> Iterator[bool]:
 
 
 def run_cell(cell: Cell, base_cache: Path) -> None:
-    """Erase and evaluate; a failure is written down with its reason, and with whether the erasure can be kept."""
+    """Erase and evaluate; record a failure with its reason and whether the erasure is done.
+
+    Args:
+        cell: Locked cell.
+        base_cache: Folder of the base model's cached pictures, which cells share.
+    """
     erased = cell.is_erased(cell.state())
     try:
         if not erased:
@@ -168,14 +176,14 @@ def run_cell(cell: Cell, base_cache: Path) -> None:
         save_tiles(cell, shown)
         clean(cell)
         cell.write("done", prompts=shown.prompts, subsets=shown.subsets)
-    except Exception as error:  # whatever it is, the other cells can still be run
+    except Exception as error:  # whatever fails, the other cells can still be run
         text = " ".join(str(error).split())[:300]
         reason = text if isinstance(error, SafemaxError) else f"{type(error).__name__}: {text}"
         cell.write("failed", reason=reason, erased=erased)
 
 
 def evaluate_cell(cell: Cell, base_cache: Path) -> Shown:
-    """Measure a cell whose erasure is done; returns the pictures to show."""
+    """Evaluate a cell whose erasure is done and return its sample pictures."""
     clock = Stopwatch()
     options = cell.options()
     with evaluation_folder(options):
@@ -186,7 +194,7 @@ def evaluate_cell(cell: Cell, base_cache: Path) -> Shown:
 
 
 def save_tiles(cell: Cell, shown: Shown) -> None:
-    """Put the pictures to show into one row each for the base and the erased model."""
+    """Save the sample pictures of the base and the erased model, each model's in one row."""
     for model, images in ((BASE, shown.base), ("erased", shown.erased)):
         width, height = images[0].size
         row = Image.new("RGB", (width * len(images), height))
@@ -196,7 +204,7 @@ def save_tiles(cell: Cell, shown: Shown) -> None:
 
 
 def clean(cell: Cell) -> None:
-    """Remove what a done cell needs no more: its pictures and checkpoints would fill the disk."""
+    """Remove cached pictures and checkpoints of a done cell, which would fill the disk."""
     clear_cache(cell.evaluated / CACHE)
     for checkpoint in all_checkpoints(cell.folder):
         discard(checkpoint)

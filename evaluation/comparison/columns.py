@@ -1,4 +1,4 @@
-"""The columns of a comparison's table: what metrics, the harmonic mean and the costs are over many runs."""
+"""The columns of a comparison's table: metrics, their harmonic mean and costs, each over many runs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ class Column(ABC):
         name: Name in the summary of `compare.json`.
         title: Name in tables, without the unit.
         unit: `%`, `nats`, `GiB` or empty.
-        higher_is_better: Direction; None for a cost, which is not judged apart from what it buys, and where neither
-            is better.
-        bounds: Least and greatest value possible; intervals end there.
+        higher_is_better: Direction; None if neither is better, and for a cost, which is not judged by itself.
+        bounds: Lowest and highest possible value; intervals are clipped to them.
     """
 
     name: str
@@ -39,15 +38,15 @@ class Column(ABC):
 
     @property
     def heading(self) -> str:
-        """Heading of the column."""
+        """Title with the unit."""
         return f"{self.title} {self.unit}".strip()
 
     @abstractmethod
     def of_run(self, run: Run) -> float | None:
-        """Return the value of one run; None where it was not measured."""
+        """Return the value of one run; None if it was not measured."""
 
     def value(self, runs: Sequence[Run]) -> Result | None:
-        """Return the mean over tasks of the means over their seeds; None where nothing was measured."""
+        """Return the mean over tasks of each task's mean over seeds; None if nothing was measured."""
         tasks: dict[str, list[float]] = {}
         for run in runs:
             value = self.of_run(run)
@@ -74,7 +73,7 @@ class MetricColumn(Column):
 
 
 class HarmonicMean(Column):
-    """Harmonic mean of accuracies, taken run by run; not of runs that lack one of them."""
+    """Harmonic mean of accuracies, taken run by run; runs that lack one of them are left out."""
 
     name, title, unit = HARMONIC, "harmonic mean", "%"
     higher_is_better, bounds = True, (0.0, 100.0)
@@ -98,7 +97,7 @@ class Seconds(Column):
 
 
 class ModelCalls(Column):
-    """Network evaluations of the erasure, of one sample each."""
+    """Network evaluations of the erasure, counted per sample."""
 
     name, title = "model_calls", "model calls"
 
@@ -107,7 +106,7 @@ class ModelCalls(Column):
 
 
 class PeakMemory(Column):
-    """Most memory that the erasure held."""
+    """Peak memory of the erasure."""
 
     name, title, unit = "memory", "peak", "GiB"
 
@@ -121,9 +120,9 @@ class TableColumns:
     """The columns of a table, in order.
 
     Attributes:
-        metrics: Those that the metrics ask for.
-        harmonic: Harmonic mean of the balanced ones among them.
-        costs: What erasures take.
+        metrics: Columns of the metrics' roles.
+        harmonic: Harmonic mean of the balanced columns.
+        costs: Columns of the erasures' costs.
     """
 
     metrics: tuple[MetricColumn, ...]
@@ -136,7 +135,7 @@ class TableColumns:
 
 
 def table_columns() -> TableColumns:
-    """Compose the columns from what the metrics say of themselves."""
+    """Compose the columns from the metrics' roles."""
     metrics = tuple(
         MetricColumn(quantity.metric, role)
         for quantity in quantities()
@@ -156,11 +155,11 @@ def pooled(results: Sequence[Result]) -> Result | None:
 
 
 def over_tasks(values: Sequence[float], bounds: tuple[float, float]) -> Result | None:
-    """Return the mean of one value a task, with Student's interval where they differ; n counts tasks.
+    """Return the mean over tasks, with Student's interval if the values differ; n counts tasks.
 
     Args:
-        values: One a task.
-        bounds: Least and greatest value possible; the interval ends there.
+        values: Values, one for each task.
+        bounds: Lowest and highest possible value, to which the interval is clipped.
     """
     if not values:
         return None

@@ -23,15 +23,15 @@ from safemax_sd.training.command_line import check_texts, check_types, read_yaml
 
 CACHE = "cache"
 RESERVED = (BASE, CACHE)
-"""Labels that would be taken for the base model's row or its folder of pictures."""
+"""Labels that would clash with the base model's row or with the folder of its pictures."""
 LABEL = re.compile(r"[^\W_][\w-]{0,63}")
-"""A folder's name; one that began with an underscore would be missing in a plot's legend."""
+"""Pattern of labels, which name folders; plots leave labels that begin with an underscore out of the legend."""
 LISTS = ("tasks", "seeds", "methods")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(MeasuringOptions):
-    """What every cell has in common."""
+    """Settings that all cells share."""
 
     base_model: str = option("emoji", "Diffusers folder, hub id or an embedded model's name.")
     output_dir: str = option("comparison", "Folder of the cells and the results.")
@@ -39,19 +39,19 @@ class Settings(MeasuringOptions):
     num_sweep_images: int = option(0)
 
     def evaluation(self) -> dict[str, Any]:
-        """Return the options of `safemax evaluate`."""
+        """Return the settings that are options of `safemax evaluate`, by name."""
         return {entry.name: getattr(self, entry.name) for entry in fields(MeasuringOptions)}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods x tasks x seeds.
+    """A grid of methods, tasks and seeds.
 
     Attributes:
-        settings: Of every cell.
-        methods: By label, in the order of the tables.
+        settings: Settings of all cells.
+        methods: Methods by label, in the order of the tables.
         tasks: Suites by name.
-        seeds: Of training and evaluation.
+        seeds: Seeds of training and evaluation.
     """
 
     settings: Settings
@@ -65,15 +65,14 @@ class Comparison:
 
 
 def read_comparison(path: str, output_dir: str | None = None) -> Comparison:
-    """The comparison that a YAML file describes.
+    """Read the comparison that a YAML file describes.
 
     Args:
-        path: Of the file.
-        output_dir: Instead of the file's.
+        path: Path of the file.
+        output_dir: Output folder; None for the file's.
 
     Raises:
-        OptionError: An unknown key, method, task or flag (the message names the nearest), or a value that cannot be
-            used.
+        OptionError: A key, method, task or flag is unknown (the message names the nearest), or a value cannot be used.
     """
     content = read_yaml(path)
     allowed = [*LISTS, *(entry.name for entry in fields(Settings))]

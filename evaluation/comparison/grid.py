@@ -1,4 +1,4 @@
-"""Compare methods on tasks: methods x tasks x seeds in one grid that resumes, then tables and a page."""
+"""The grid of a comparison: runs every method on every task with every seed, and can be resumed."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ from safemax_sd.results.folder import claimed, foreign, not_ours
 
 
 def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]]:
-    """Run what is not done of a comparison and write its results.
+    """Run the unfinished cells of a comparison and write its results.
 
-    Several processes may run one comparison at once, such as one a GPU: each takes cells that no other is at, and the
-    last one to end writes the results of all.
+    Several processes may run one comparison at once, for example one on each GPU. Each runs cells that no other process
+    holds, and the last one to end writes the results of all.
 
     Args:
-        config: YAML file.
-        output_dir: Instead of the file's.
+        config: Path of the YAML file.
+        output_dir: Output folder; None for the file's.
 
     Returns:
-        The folder with compare.json, compare.md, compare.tex and index.html, and of each failed cell its name and
-        reason.
+        The folder with compare.json, compare.md, compare.tex and index.html, and the name and reason of each failed
+        cell.
 
     Raises:
-        OptionError: Bad configuration, or cells of other settings in the folder; nothing has been run.
+        OptionError: The configuration cannot be used, or the folder holds results of other settings or files that this
+            package did not write; nothing has been run.
+        SafemaxError: FID and KID need Inception's weights, which cannot be loaded; nothing has been run.
     """
     comparison = read_comparison(config, output_dir)
     cells = make_cells(comparison)
@@ -50,9 +52,9 @@ def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]
     for cell, before in bar:
         bar.set_description(printable(cell.name))
         with taken(cell) as ours:
-            if ours and cell.state() == before:  # else another process has been at it
+            if ours and cell.state() == before:  # otherwise another process has run it meanwhile
                 run_cell(cell, comparison.folder / CACHE)
-    with results_folder(comparison.folder):  # else a process could write down what it saw before another one's end
+    with results_folder(comparison.folder):  # states read earlier could miss cells of other processes
         states = [(cell, cell.state()) for cell in cells]
         write_results(comparison, states)
     return comparison.folder, [
@@ -62,7 +64,7 @@ def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]
 
 @contextmanager
 def results_folder(folder: Path) -> Iterator[None]:
-    """Claim the comparison's folder, once the other processes at it have let it go."""
+    """Claim the comparison's folder inside the block, after waiting for other processes of the comparison."""
     with path_errors("--output_dir", folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
@@ -75,7 +77,7 @@ def results_folder(folder: Path) -> Iterator[None]:
 
 
 def make_cells(comparison: Comparison) -> list[Cell]:
-    """One seed after the other, so that a grid that is stopped has every method on the same tasks."""
+    """Build the cells, one seed after the other, so that a grid that is stopped has all methods on the same tasks."""
     return [
         Cell(
             label,
@@ -91,10 +93,11 @@ def make_cells(comparison: Comparison) -> list[Cell]:
 
 
 def check(comparison: Comparison, cells: Sequence[Cell]) -> None:
-    """Find what would fail later, before anything runs.
+    """Check judge, pictures, methods and earlier results, before anything runs.
 
     Raises:
-        OptionError: Flags or prompt files that cannot be used, or results of other settings.
+        OptionError: A flag or file cannot be used, or a cell's folder holds damaged results or those of other settings.
+        SafemaxError: FID and KID need Inception's weights, which cannot be loaded.
     """
     settings = comparison.settings
     load_judge(settings.clip_model, settings.clip_pretrained)

@@ -1,4 +1,4 @@
-"""The methods of a comparison: what a configuration says of each, and how each erases one task."""
+"""The methods of a comparison: their configuration, and how each of them erases one task."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ GIVEN = (
     "resume_from_checkpoint",
     "push_to_hub",
 )
-"""Flags that the comparison gives, or that would make its runs differ in more than the method."""
+"""Flags that the comparison sets itself, or that would make its runs differ in more than the method."""
 
 
 @dataclass(frozen=True)
 class Erasure:
-    """One erasure of one method.
+    """An erasure for a method to carry out.
 
     Attributes:
         base_model: Diffusers folder, hub id or an embedded model's name.
-        suite: What is to be forgotten and kept.
-        seed: Of the training.
-        folder: Where the result goes.
+        suite: Suite with the prompts to forget and to retain.
+        seed: Seed of the training.
+        folder: Output folder.
     """
 
     base_model: str
@@ -63,18 +63,18 @@ class Erasure:
 
 
 class Method(ABC):
-    """A labelled method with its flags.
+    """A method of erasing, with its flags.
 
     Args:
-        name: Of the objective, edit or baseline.
-        flags: The other flags as the configuration has them.
-        where: The configuration's part, for errors.
+        name: Name of the objective, edit or baseline.
+        flags: Other flags from the configuration.
+        where: Part of the configuration that describes the method, for errors.
 
     Attributes:
-        kind: The flag that names it.
+        kind: Key of the configuration that names the method.
 
     Raises:
-        OptionError: An unknown name or flag, or a value of the wrong type.
+        OptionError: The name or a flag is unknown, or a value cannot be used.
     """
 
     kind: ClassVar[str]
@@ -85,52 +85,60 @@ class Method(ABC):
 
     @abstractmethod
     def checked(self, flags: dict[str, Any]) -> dict[str, Any]:
-        """The flags as their types."""
+        """Check the flags and return them, converted to their types.
+
+        Raises:
+            OptionError: The name or a flag is unknown, or a value cannot be used.
+        """
 
     @abstractmethod
     def check(self, erasure: Erasure) -> None:
-        """Raises OptionError where a task or value cannot be used; writes nothing."""
+        """Check that an erasure can be carried out, without writing anything.
+
+        Raises:
+            OptionError: The suite, the base model or a flag cannot be used.
+        """
 
     def check_base(self, pipeline_class: type[Any] | None, lowest_guidance: float) -> None:  # noqa: B027
-        """Check that it goes with a base model; most methods do with every one.
+        """Check that the method supports a base model, as most methods do.
 
         Args:
-            pipeline_class: Class of diffusers that draws with the model; None for one that diffusers does not have.
+            pipeline_class: Pipeline class of the model; None if diffusers does not have it.
             lowest_guidance: Lowest guidance scale of the evaluation.
 
         Raises:
-            OptionError: It does not.
+            OptionError: The model or the guidance scale is not supported.
         """
 
     @abstractmethod
     def erase(self, erasure: Erasure) -> None:
-        """Make the result.
+        """Carry out an erasure.
 
         Raises:
-            SafemaxError: It failed; the message is the reason.
+            SafemaxError: The erasure failed; the message is the reason.
         """
 
     def subject(self, erasure: Erasure) -> Subject:
-        """What `erase` made, to be evaluated."""
+        """Return the result of `erase`, for its evaluation."""
         return Adapter(erasure.folder)
 
     @property
     def given(self) -> dict[str, Any]:
-        """What the configuration says of it."""
+        """Entries of the method in the configuration."""
         return {self.kind: self.name, **self.flags}
 
     @property
     def described(self) -> str:
-        """What the configuration says of it, for a reader."""
+        """Description of the method in one line, for a reader."""
         return ", ".join(f"{name} {value}" for name, value in self.given.items())
 
     def identity(self) -> dict[str, Any]:
-        """All of the method that its result depends on, defaults included."""
+        """Return the name and all settings, defaults included, that the result depends on."""
         return {self.kind: self.name, **self.settings()}
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Every flag with its value."""
+        """Return all settings of the method by name, defaults included."""
 
     def _refuse_given(self, flags: dict[str, Any]) -> None:
         for flag in flags:
@@ -139,7 +147,7 @@ class Method(ABC):
 
 
 class TrainedMethod(Method):
-    """`safemax_sd.train`, in a process of its own so that peak memory is the run's."""
+    """A training by `safemax_sd.train` in a separate process, so that its peak memory is measured alone."""
 
     kind: ClassVar[str] = "objective"
 
@@ -177,7 +185,7 @@ class TrainedMethod(Method):
 
 
 class EditedMethod(Method):
-    """`safemax erase`, in a process of its own."""
+    """A closed-form edit by `safemax erase` in a separate process."""
 
     kind: ClassVar[str] = "edit"
 
@@ -217,7 +225,7 @@ class EditedMethod(Method):
 
 
 class UntrainedMethod(Method):
-    """A baseline, which only samples in another way."""
+    """A baseline, which only changes the sampling."""
 
     kind: ClassVar[str] = "baseline"
 
@@ -241,7 +249,7 @@ class UntrainedMethod(Method):
         return f"{baseline.label} ({baseline.paper}): {super().described}"
 
     def check(self, erasure: Erasure) -> None:
-        """Check nothing: a suite that can be read is enough."""
+        """Do nothing: a baseline can be used with every suite."""
 
     def check_base(self, pipeline_class: type[Any] | None, lowest_guidance: float) -> None:
         baseline = BASELINES.get(self.name)
@@ -252,7 +260,7 @@ class UntrainedMethod(Method):
             baseline.check_pipeline(pipeline_class)
 
     def erase(self, erasure: Erasure) -> None:
-        """There is nothing to make."""
+        """Do nothing: a baseline only changes the sampling."""
 
     def subject(self, erasure: Erasure) -> Subject:
         baseline, parts = BASELINES.get(self.name), erasure.suite.parts
@@ -263,10 +271,15 @@ KINDS: dict[str, type[Method]] = {cls.kind: cls for cls in (TrainedMethod, Edite
 
 
 def read_method(label: str, content: Any, path: str) -> Method:
-    """The method of one entry of `methods`.
+    """Read the method of one entry of `methods`.
+
+    Args:
+        label: Label of the method.
+        content: Flags of the method, one of which names an objective, edit or baseline.
+        path: Path of the configuration, for errors.
 
     Raises:
-        OptionError: It does not name exactly one objective, edit or baseline, or cannot be used.
+        OptionError: The entry does not name exactly one objective, edit or baseline, or a flag cannot be used.
     """
     where = f"{path}, methods, {label}"
     kinds = ", ".join(KINDS)
@@ -284,16 +297,16 @@ def run_apart(words: Sequence[str], output: Path) -> None:
     """Run a module of this package in another process.
 
     Args:
-        words: The module and its command line.
-        output: File for what it prints.
+        words: Name of the module and words of its command line.
+        output: File for the printed output.
 
     Raises:
-        SafemaxError: It failed; the message is its own, or the last line that it printed.
+        SafemaxError: The process failed; the message is its error message, or the last line of its output.
     """
     with output.open("wb") as file:
         code = run_child([sys.executable, "-m", *words], output=file)
     if code:
         printed = output.read_text(encoding="utf8", errors="replace").strip()
-        own = re.findall(r"\berror: ([^\r\n]+)", printed)  # it may stand behind a progress bar
+        own = re.findall(r"\berror: ([^\r\n]+)", printed)  # may follow a progress bar on its line
         last = re.split(r"[\r\n]+", printed)[-1][:200]
         raise SafemaxError(own[-1] if own else f"exit code {code}: {last}")

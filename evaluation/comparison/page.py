@@ -47,10 +47,10 @@ class Gallery:
     """Pictures of one task.
 
     Attributes:
-        seed: Of the runs that are shown.
-        prompts: One a column.
-        subsets: One a column.
-        rows: By label, a file with one picture a column side by side.
+        seed: Seed of the runs that are shown.
+        prompts: Prompts, one for each column.
+        subsets: Prompt subsets, one for each column.
+        rows: Files by label, each with the pictures of all columns side by side.
     """
 
     seed: int
@@ -68,16 +68,16 @@ def write_comparison_page(
     galleries: Mapping[str, Gallery],
     folder: Path,
 ) -> Path:
-    """Write `index.html`.
+    """Write `index.html` and return its path.
 
     Args:
         content: Content of `compare.json`.
-        methods: Descriptions by label.
+        methods: Descriptions of the methods by label.
         table: Lines of the table, for the plots.
         columns: Columns of the table, for the plots.
-        grids: The table, and that by task.
-        galleries: By task.
-        folder: Where to.
+        grids: Table over all tasks, and table by task.
+        galleries: Pictures by task.
+        folder: Folder to write to.
     """
     made, (whole, tasks) = content["provenance"], grids
     page = PAGE.format(
@@ -128,7 +128,7 @@ def _cell(entry: Entry) -> str:
 
 
 def _name(text: str) -> str:
-    """A label or a task's name, which may break where its parts end."""
+    """Return a label or a task's name as HTML, with line breaks allowed after `/` and `_`."""
     return re.sub("([/_])", r"\1<wbr>", html.escape(text))
 
 
@@ -141,7 +141,7 @@ def _failed(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _plots(table: Sequence[Summary], columns: TableColumns) -> str:
-    """Plot retention against forgetting, as the metrics say, and quality against each cost."""
+    """Plot retention against forgetting, on the axes of the metrics' roles, and the harmonic mean against each cost."""
     axes = {axis: [column for column in columns.metrics if column.role.axis == axis] for axis in ("x", "y")}
     pairs: list[tuple[Column, Column]] = [(x, y) for x in axes["x"] for y in axes["y"]]
     pairs += [(cost, columns.harmonic) for cost in columns.costs]

@@ -1,4 +1,4 @@
-"""What a comparison writes: compare.json, its tables and its page."""
+"""Output of a comparison: compare.json, its tables and its page."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ RESULTS = ("compare.json", "compare.md", "compare.tex", "index.html")
 
 @dataclass(frozen=True)
 class Outcome:
-    """A cell with what became of it.
+    """A cell with its state and measurements.
 
     Attributes:
         cell: Method, task and seed.
-        state: Content of its `cell.json`; empty where it waits.
-        run: Its measurements; None unless it is done.
+        state: Content of its `cell.json`; empty if the cell has not been started.
+        run: Measurements of the cell; None unless it is done.
     """
 
     cell: Cell
@@ -59,11 +59,11 @@ class Outcome:
 
 
 def write_results(comparison: Comparison, states: Sequence[tuple[Cell, Mapping[str, Any]]]) -> None:
-    """Write compare.json, compare.md, compare.tex and index.html of the cells that are done.
+    """Write compare.json, compare.md, compare.tex and index.html from the cells that are done.
 
     Args:
-        comparison: Configuration.
-        states: Every cell with the content of its `cell.json`.
+        comparison: Configuration of the comparison.
+        states: Cells, each with the content of its `cell.json`.
     """
     folder, columns = comparison.folder, table_columns()
     outcomes, base = _outcomes(states)
@@ -79,12 +79,13 @@ def write_results(comparison: Comparison, states: Sequence[tuple[Cell, Mapping[s
         methods = {label: method.described for label, method in comparison.methods.items()}
         write_comparison_page(content, methods, table, columns, grids, galleries(outcomes), new)
         write_json_atomic(new / RESULTS[0], content)
-    if all(state.get("status") in ("done", "failed") for _, state in states):  # else a process may be writing there
+    # While cells are left, another process may be writing to the cache.
+    if all(state.get("status") in ("done", "failed") for _, state in states):
         sweep(folder / CACHE)
 
 
 def _outcomes(states: Sequence[tuple[Cell, Mapping[str, Any]]]) -> tuple[list[Outcome], list[Run]]:
-    """Read the reports of all done cells; returns the base model's runs too, one for each task and seed."""
+    """Read the reports of all done cells; return the base model's runs as well, one for each task and seed."""
     outcomes, base = [], dict[tuple[str, int], Run]()
     for cell, state in states:
         run = None
@@ -148,7 +149,7 @@ def _described(suite: Suite) -> dict[str, Any]:
 
 
 def galleries(outcomes: Sequence[Outcome]) -> dict[str, Gallery]:
-    """Collect the pictures of every task, of the first seed that is done."""
+    """Collect the pictures of each task for the first seed with a done cell."""
     found: dict[str, Gallery] = {}
     for outcome in outcomes:
         cell, state = outcome.cell, outcome.state

@@ -1,4 +1,4 @@
-"""What a comparison holds of each run: its measurements once, and once its cost and provenance."""
+"""Runs of a comparison as `compare.json` stores them, each with its measurements, cost and provenance."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ BASE = "base"
 FORMAT_VERSION = 2
 """Version of `compare.json`; in version 1 every measurement repeated its run's cost and provenance."""
 ANCHOR = "anchor"
-"""Phase that an anchor's cost stands under: it is trained once for all that it erases."""
+"""Phase of the cost of an anchor, which is trained once for all edits."""
 METRIC_ENTRIES = ("version", "unit", "higher_is_better")
-"""What `compare.json` says of each metric once."""
+"""Entries that `compare.json` stores once for each metric."""
 ROW_ENTRIES = ("metric", "subset", "strength", "value", "interval", "n", "details")
-"""What it says of each measurement, in this order; the last one only where there are details."""
+"""Entries that `compare.json` stores for each measurement, in this order; the last one only if there are details."""
 
 
 @dataclass(frozen=True)
 class ErasureCost:
-    """What an erasure took.
+    """The cost of an erasure.
 
     Attributes:
         seconds: Wall-clock seconds by phase, with a total.
-        model_calls: Network evaluations of one sample by phase, with a total.
-        peak_memory_bytes: Most memory held; None where it is not known.
+        model_calls: Network evaluations by phase, counted per sample, with a total.
+        peak_memory_bytes: Peak memory in bytes; None if it is unknown.
     """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class ErasureCost:
 
     @classmethod
     def of(cls, record: ErasureRecord) -> Self:
-        """Read the cost of an erasure; an edit costs what it took itself, beside what its anchor took."""
+        """Return the cost of an erasure; the total of an edit leaves out the cost of its anchor, a phase of its own."""
         cost, own = record.cost, None if record.edit is None else record.edit.seconds
         calls = {"total": sum(cost.model_calls.values()), **cost.model_calls}
         if own is None:
@@ -70,7 +70,7 @@ class Run:
         task: Name of the suite.
         seed: Seed of the training and of the start noise.
         rows: Measurements.
-        cost: What the erasure took; nothing for the base model.
+        cost: Cost of the erasure; empty for the base model.
         provenance: Version, commit, device and time of the evaluation.
     """
 
@@ -83,11 +83,11 @@ class Run:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def value(self, metric: str, subset: str) -> float | None:
-        """Value of a metric on a prompt subset; None where it was not measured."""
+        """Return the value of a metric on a prompt subset; None if it was not measured."""
         return next((row.result.value for row in self.rows if (row.metric, row.subset) == (metric, subset)), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `read_runs` reads back, beside label, task and seed."""
+        """Return the entries that `read_runs` reads back, except label, task and seed."""
         return {
             "objective": self.objective,
             **self.cost.to_json(),
@@ -97,19 +97,19 @@ class Run:
 
 
 def _short(row: Row) -> list[Any]:
-    """Return a measurement's `ROW_ENTRIES`: all but what holds for its metric or its run."""
+    """Return a measurement's `ROW_ENTRIES`; its metric and its run hold the other entries."""
     content = row.to_json()
     return [content.get(name) for name in ROW_ENTRIES if name != "details" or name in content]
 
 
 def described_metrics(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
-    """Collect version, unit and direction of every metric that was measured."""
+    """Return version, unit and direction of every metric that was measured, by name."""
     rows = {row.metric: row.to_json() for run in runs for row in run.rows}
     return {name: {key: rows[name][key] for key in METRIC_ENTRIES} for name in sorted(rows)}
 
 
 def read_runs(path: Path) -> tuple[Run, ...]:
-    """Read the runs of a `compare.json` of this format or of version 1.
+    """Read the runs of a `compare.json` of the current format or of version 1.
 
     Raises:
         OptionError: The file is missing, damaged or of an unknown format version.

@@ -1,4 +1,4 @@
-"""One line a method: what it forgets, keeps and costs over all tasks and seeds, and how it does task by task."""
+"""Tables of a comparison: one line for each method, over all tasks and seeds and task by task."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ TASKS_NOTE = "Harmonic mean % of each task, the mean over its seeds, with the lo
 
 
 def table_note(columns: TableColumns) -> str:
-    """Say how to read the table, with what the metrics say of their columns."""
+    """Return the note below the table, with the metrics' notes on their columns."""
     notes = [f"{column.title}: {column.role.note}" for column in columns.metrics if column.role.note]
     return NOTE.format(metrics="; ".join(notes), balanced=_listed([part.title for part in columns.harmonic.parts]))
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Write `a, b and c`."""
+    """Join names as in `a, b and c`."""
     return " and ".join(text for text in (", ".join(names[:-1]), *names[-1:]) if text)
 
 
@@ -42,9 +42,9 @@ class Summary:
 
     Attributes:
         label: Label of the method, or `base`.
-        runs: Runs that are done.
-        planned: Tasks times seeds.
-        values: Values by column; None where nothing was measured.
+        runs: Number of finished runs.
+        planned: Number of planned runs, tasks times seeds.
+        values: Values by column; None if nothing was measured.
     """
 
     label: str
@@ -58,12 +58,12 @@ class Summary:
 
 
 def summaries(runs: Sequence[Run], labels: Sequence[str], planned: int, columns: Sequence[Column]) -> list[Summary]:
-    """Summarise methods in the order of their labels; those without a done run are left out.
+    """Summarise methods in the order of their labels; methods without a finished run are left out.
 
     Args:
         runs: Runs of all methods.
         labels: Labels of the methods, the base model's first.
-        planned: Tasks times seeds.
+        planned: Number of planned runs of each method, tasks times seeds.
         columns: Columns of the table.
     """
     own = {label: [run for run in runs if run.label == label] for label in labels}
@@ -75,9 +75,13 @@ def summaries(runs: Sequence[Run], labels: Sequence[str], planned: int, columns:
 
 
 def leaders(table: Sequence[Summary], columns: Sequence[Column]) -> frozenset[tuple[str, str]]:
-    """Find label and column of each value that is the best of the methods' or not told apart from the best.
+    """Find the best value of each column and the values that cannot be told apart from it.
 
-    One of two intervals holding the other's value is what counts as not told apart.
+    Two values cannot be told apart if the interval of one contains the other. The base model is left out, and so are
+    columns without a direction.
+
+    Returns:
+        Label and name of the column of each value found.
     """
     found: set[tuple[str, str]] = set()
     for column in columns:
@@ -102,10 +106,10 @@ class TaskScore:
     """A method on one task.
 
     Attributes:
-        value: Harmonic mean in percent, the mean over seeds.
-        lowest: Column of its parts that is the lowest over all seeds.
+        value: Harmonic mean, averaged over seeds, in percent.
+        lowest: Column of the lowest part of the harmonic mean over all seeds.
         part: Value of that part in percent.
-        best: Whether no other method has a higher value on the task.
+        best: True if no other method has a higher value on the task.
     """
 
     value: float
@@ -115,7 +119,7 @@ class TaskScore:
 
 
 def by_task(runs: Sequence[Run], labels: Sequence[str], harmonic: HarmonicMean) -> dict[str, dict[str, TaskScore]]:
-    """Score every method on every task that was measured, by label and task in the order of the labels.
+    """Score each method on each measured task; return scores by label, in the order of `labels`, and by task.
 
     Args:
         runs: Runs of all methods.
@@ -142,7 +146,13 @@ def by_task(runs: Sequence[Run], labels: Sequence[str], harmonic: HarmonicMean) 
 
 @dataclass(frozen=True)
 class Entry:
-    """A place of a table as texts: a value, what stands beside it, and whether it is marked as best."""
+    """An entry of a table as text.
+
+    Attributes:
+        value: Text of the value.
+        more: Text beside the value, such as its interval; may be empty.
+        best: True if the value is marked as best.
+    """
 
     value: str
     more: str = ""
@@ -151,13 +161,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as texts, for any format.
+    """A table as text, for any format.
 
     Attributes:
-        head: Of the labels' column and of each entry's.
+        head: Headings of the labels' column and of the entries' columns.
         lines: Labels with their entries.
-        note: How to read it.
-        more: How plain text sets off what stands beside a value.
+        note: Explanation of the table.
+        more: Format string of the text beside a value, except on a page.
     """
 
     head: list[str]
@@ -166,12 +176,12 @@ class Grid:
     more: str = "{}"
 
     def texts(self, bold: str, *, name: Escape, value: Escape) -> list[list[str]]:
-        """Head and lines in a format's text.
+        """Return the head and the lines as text of a format.
 
         Args:
-            bold: How the best values are set.
-            name: Takes the format's marks out of headings and labels.
-            value: Takes them out of what stands in the table.
+            bold: Format string of the best values.
+            name: Function that escapes headings and labels.
+            value: Function that escapes entries.
         """
 
         def text(entry: Entry) -> str:
@@ -183,7 +193,7 @@ class Grid:
 
 
 def summary_grid(table: Sequence[Summary], columns: TableColumns) -> Grid:
-    """Lay out the lines of the table, with what leads marked."""
+    """Lay out the lines of the table, with the `leaders` marked."""
     best = leaders(table, columns.all)
     lines = []
     for summary in table:
@@ -206,7 +216,7 @@ def task_grid(scores: Mapping[str, Mapping[str, TaskScore]], tasks: Sequence[str
 
 
 def _score_entry(score: TaskScore | None) -> Entry:
-    """A score, and its lowest part unless all are 100 %."""
+    """Return a score with its lowest part, unless all parts are 100 %."""
     if score is None:
         return Entry(DASH)
     part = "" if score.part >= 100 else f"{score.lowest.name} {format_value(score.part, '%', with_unit=False)}"
@@ -214,7 +224,7 @@ def _score_entry(score: TaskScore | None) -> Entry:
 
 
 def markdown(grids: Sequence[Grid]) -> str:
-    """Write the tables and how to read them."""
+    """Return the tables with their notes in Markdown."""
     parts = []
     for grid in grids:
         head, *lines = grid.texts("**{}**", name=markdown_text, value=str)
@@ -223,7 +233,7 @@ def markdown(grids: Sequence[Grid]) -> str:
 
 
 def latex(grids: Sequence[Grid]) -> str:
-    """Write a `tabular` for each table, which needs no package."""
+    """Return a `tabular` for each table, which needs no LaTeX package."""
     return "\n".join(_tabular(grid) for grid in grids)
 
 
