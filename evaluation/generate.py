@@ -1,4 +1,4 @@
-"""Generate with the base model and with what is evaluated; done jobs are read back from a cache."""
+"""Generation with the base and the erased model; finished batches are read back from a cache."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from safemax_sd.prompts import without_cut_text
 logger = logging.getLogger("safemax_sd")
 
 BATCH_FILE = re.compile(r"\.?[0-9a-f]{32}\.safetensors(\.\d+\.safemax-tmp)?")
-"""A kept batch, or what a process that was killed left of one."""
+"""Pattern of the names of cached batches, and of the temporary files that killed processes left of them."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Pictures to make.
+    """Pictures to generate.
 
     Attributes:
         model: `base` or `erased`.
-        prompts: One a picture.
-        seeds: Of the start noise, one a picture.
-        sampler: A key of `Generator.samplers`.
-        guidance_scales: As the pipeline takes it, one a picture.
-        num_inference_steps: Sampling steps.
-        strength: Of image-to-image, 0 to 1; None for text-to-image.
+        prompts: Prompts, one for each picture.
+        seeds: Seeds of the start noise, one for each picture.
+        sampler: Key of `Generator.samplers`.
+        guidance_scales: Guidance scales as the pipeline's argument, one for each picture.
+        num_inference_steps: Number of sampling steps.
+        strength: Strength of image-to-image, 0 to 1; None for text-to-image.
     """
 
     model: str
@@ -55,22 +55,22 @@ class Job:
 
     @property
     def model_calls(self) -> int:
-        """Calls of the model that all pictures take, one a step and two where guidance is classifier-free."""
+        """Network evaluations of all pictures, counted per picture: two a step at guidance scales above 1, else one."""
         return sum(self.calls_of(place) for place in range(len(self.prompts)))
 
     def calls_of(self, place: int) -> int:
-        """Return the calls of the model that one picture takes."""
+        """Return the network evaluations of the picture at an index."""
         steps = self.num_inference_steps if self.strength is None else int(self.num_inference_steps * self.strength)
         return steps * (2 if self.guidance_scales[place] > 1 else 1)
 
     def batches(self, size: int) -> list[list[int]]:
-        """Split into the pictures of each call of a pipeline, which takes one guidance scale for all of them.
+        """Split the pictures into batches, each of one guidance scale, since a pipeline's call takes only one.
 
         Args:
-            size: Most pictures a call.
+            size: Largest number of pictures in a batch.
 
         Returns:
-            Places of each batch's pictures, in ascending order.
+            Indices of each batch's pictures, ascending.
         """
         by_scale: dict[float, list[int]] = {}
         for place, scale in enumerate(self.guidance_scales):
@@ -79,7 +79,7 @@ class Job:
 
 
 def _read(path: Path) -> Pictures | None:
-    """A batch that was kept; None where there is none, or only a damaged file, which is then to be drawn again."""
+    """Read a cached batch; return None if there is none or, with a warning, if its file is damaged."""
     try:
         return Pictures(**load_file(path))
     except FileNotFoundError:
@@ -90,7 +90,7 @@ def _read(path: Path) -> Pictures | None:
 
 
 def clear_cache(folder: Path) -> None:
-    """Remove kept batches, and their folder if nothing else is in it."""
+    """Remove cached batches, and their folder if nothing else is in it."""
     for path in folder.iterdir():
         if BATCH_FILE.fullmatch(path.name):
             path.unlink()
@@ -99,20 +99,26 @@ def clear_cache(folder: Path) -> None:
 
 
 class Generator:
-    """A base model, what is evaluated and a cache of what they drew.
+    """Generator of pictures with the base and the erased model, with a cache of finished batches.
 
-    Several processes that work on one folder share the drawing: each draws some batches, all read all of them.
+    The processes of a run share the work: each draws some of the batches and reads the others from the cache.
 
     Args:
-        subject: What is evaluated.
-        cache_dir: Where finished batches are kept.
-        state: Of the processes; has the device to generate on.
-        batch_size: Pictures at a time.
-        base_cache_dir: Where those of the base model are kept, if not there too: evaluations may share them.
+        subject: Erasure to evaluate.
+        cache_dir: Folder of finished batches.
+        state: State of the processes, with the device to generate on.
+        batch_size: Largest number of pictures drawn together.
+        base_cache_dir: Folder of the base model's batches, which evaluations may share; None for `cache_dir`.
 
     Attributes:
-        samplers: The model's samplers by name, the usual one first.
-        starts_from_pictures: Whether image-to-image is possible.
+        record: Record of the erasure.
+        pipeline: Pipeline of diffusers for the base model.
+        samplers: Samplers of the model by name, the default first.
+        fingerprint: Digest that identifies the erasure in the cache.
+        starts_from_pictures: True if image-to-image is possible.
+
+    Raises:
+        OptionError: A model cannot be loaded, or a folder cannot be created.
     """
 
     def __init__(
@@ -138,20 +144,20 @@ class Generator:
 
     @property
     def tokenizer(self) -> Any:
-        """The pipeline's tokenizer that reads the most tokens: what it cuts, no text encoder sees."""
+        """Tokenizer of the pipeline with the longest input; no text encoder sees the tokens that it cuts."""
         parts = self.pipeline.components
         tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
         return max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length)
 
     @property
     def _size(self) -> dict[str, int]:
-        """Of the pictures, where it is not the model's own, in the pipeline's arguments."""
+        """Size of the pictures as arguments of the pipeline; empty for the model's own."""
         resolution = self.record.resolution
         return {} if resolution is None else {"height": resolution, "width": resolution}
 
     @property
     def _side(self) -> int:
-        """Of the pictures that the pipeline draws, in pixels."""
+        """Side of the pictures that the pipeline draws, in pixels."""
         if self._size:
             return self._size["height"]
         own = getattr(self.pipeline, "default_sample_size", None) or self.pipeline.unet.config.sample_size
@@ -160,13 +166,20 @@ class Generator:
     def run(
         self, job: Job, *, advance: Callable[[int], object] | None = None, sources: Tensor | None = None
     ) -> Pictures:
-        """Make or read back a job's pictures, a batch at a time.
+        """Draw a job's pictures batch by batch, or read them from the cache.
 
         Args:
-            job: What to make.
-            advance: Called with the model calls of each batch that is there, which add up to `job.model_calls`.
-            sources: Square pictures [N, 3, S, S] in 0 to 1 that image-to-image starts from, resized to the side that
-                the model draws: a pipeline would draw at theirs, for which the model was not trained.
+            job: Pictures to generate.
+            advance: Function called with the model calls of each finished batch; they add up to `job.model_calls`.
+            sources: Square pictures that image-to-image starts from, [N, 3, S, S] in 0 to 1; None for text-to-image.
+                They are resized to the side that the model was trained for, since a pipeline would draw at theirs.
+
+        Returns:
+            Pictures and latents in the job's order.
+
+        Raises:
+            OptionError: The cache cannot be written to.
+            SafemaxError: Pictures or latents are not finite.
         """
         if sources is not None and sources.shape[-1] != self._side:
             sources = F.interpolate(sources, (self._side, self._side), mode="bicubic", antialias=True).clamp(0, 1)
@@ -182,7 +195,7 @@ class Generator:
         for number in own:
             make(number)
         self._state.wait_for_everyone()
-        for number in sorted(set(range(len(batches))) - set(own)):  # drawn by the others, if not read back
+        for number in sorted(set(range(len(batches))) - set(own)):  # drawn by other processes, and read from the cache
             make(number)
         order = torch.tensor([place for places in batches for place in places]).argsort()
         in_order = [parts[number] for number in range(len(batches))]
@@ -206,7 +219,7 @@ class Generator:
         return made
 
     def _path(self, job: Job, request: Request) -> Path:
-        """Where a batch is kept, named by all that it depends on."""
+        """Return the path of a batch in the cache, named by a hash of all that the batch depends on."""
         key: dict[str, Any] = {
             "model": job.model,
             "prompts": request.prompts,
@@ -226,7 +239,7 @@ class Generator:
         return self._caches[job.model] / f"{name}.safetensors"
 
     def _request(self, job: Job, places: Sequence[int], sources: Tensor | None) -> Request:
-        """Batch of a job's pictures, all of one guidance scale, at the given places."""
+        """Return the request of the pictures at the given indices, which all have the same guidance scale."""
         return Request(
             prompts=[job.prompts[place] for place in places],
             seeds=[job.seeds[place] for place in places],

@@ -1,4 +1,4 @@
-"""The few figures of an evaluation that a reader wants first, the base model's beside the erased one's."""
+"""The headline table of an evaluation: its main figures, with the base model beside the erased one."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class HeadlineRow:
     """One quantity of the base and of the erased model.
 
     Attributes:
-        group: Heading that the row stands below.
-        label: What was measured, for a reader.
+        group: Heading above the row.
+        label: Name of the quantity, for a reader.
         metric: Name of the metric.
         subset: Prompt subset that it was measured on.
         unit: `%`, `nats` or empty.
-        note: How to read the value; may be empty.
-        base: Value of the base model, where it was measured.
-        erased: Value of the erased model, where it was measured.
+        note: Explanation of the value; may be empty.
+        base: Result of the base model; None if it was not measured.
+        erased: Result of the erased model; None if it was not measured.
     """
 
     group: str
@@ -44,12 +44,10 @@ class HeadlineRow:
 
 
 def headline(report: Report) -> list[HeadlineRow]:
-    """Collect what was measured at the report's own sampler and guidance scale, as the metrics say it is shown.
+    """Collect the measurements at the report's own sampler and guidance scale, in the order of `quantities`.
 
-    Quantities that the report lacks are left out; one that was measured at several strengths gives a row for each.
-
-    Args:
-        report: Evaluation to show.
+    Quantities that were not measured are left out, unless their metric's `beside` was measured. A quantity that was
+    measured at several strengths of image-to-image has a row for each.
     """
     measured = [row for row in report.metrics if _at_headline_setting(row, report)]
     rows = []
@@ -63,7 +61,7 @@ def headline(report: Report) -> list[HeadlineRow]:
 
 
 def rows_of(rows: Iterable[Row], metric: str, subset: str) -> list[Row]:
-    """Pick the measurements of a metric on a prompt subset."""
+    """Select the measurements of a metric on a prompt subset."""
     return [row for row in rows if (row.metric, row.subset) == (metric, subset)]
 
 
@@ -88,13 +86,17 @@ def _row(quantity: Quantity, pair: Sequence[Row], strength: float | None) -> Hea
 
 
 def _warning(results: Iterable[Result]) -> str:
-    """What the results warn of, as it stands behind the label."""
+    """Return the results' warnings in brackets, to be put after the label."""
     found = dict.fromkeys(str(result.details[WARNING]) for result in results if WARNING in result.details)
     return f" ({'; '.join(found)})" if found else ""
 
 
 def format_value(value: float, unit: str, *, with_unit: bool = True) -> str:
-    """`99.2 %`, `1.03`, `0.0145`: one decimal for percentages, three significant digits for the rest."""
+    """Format a value as in `99.2 %`, `1.03` or `0.0145`.
+
+    Percentages have one decimal. Other values have three significant digits from 0.001 to 100, no decimals above that,
+    and two digits in scientific notation below.
+    """
     if unit == "%":
         text = f"{value:.1f}"
     elif abs(value) >= 100 or value == 0:
@@ -106,13 +108,13 @@ def format_value(value: float, unit: str, *, with_unit: bool = True) -> str:
 
 
 def format_interval(interval: tuple[float, float], unit: str) -> str:
-    """`[97.1, 99.9]`, in the row's unit."""
+    """Format an interval as in `[97.1, 99.9]`, without its unit."""
     low, high = (format_value(bound, unit, with_unit=False) for bound in interval)
     return f"[{low}, {high}]"
 
 
 def format_measurement(measured: Result | None, unit: str) -> str:
-    """`99.2 % [97.1, 99.9], n = 128` on one line; a dash where nothing was measured."""
+    """Format a result as in `99.2 % [97.1, 99.9], n = 128`, or as a dash if nothing was measured."""
     if measured is None:
         return DASH
     interval = "" if measured.interval is None else f" {format_interval(measured.interval, unit)}"
@@ -120,7 +122,7 @@ def format_measurement(measured: Result | None, unit: str) -> str:
 
 
 def headline_markdown(rows: Iterable[HeadlineRow]) -> str:
-    """The headline table in Markdown, for the model card."""
+    """Return the headline table in Markdown, for the model card."""
     lines = ["| | base | erased |", "|---|---|---|"]
     for row in rows:
         cells = (
@@ -133,11 +135,7 @@ def headline_markdown(rows: Iterable[HeadlineRow]) -> str:
 
 
 def measured_markdown(report: Report) -> str:
-    """The headline table and how it was measured, in Markdown, for the model card.
-
-    Args:
-        report: Evaluation to show.
-    """
+    """Return the headline table and the settings of the measurement in Markdown, for the model card."""
     settings, made = report.settings, report.provenance
     scale = described_guidance(settings["guidance_scale"], settings.get("prompt_guidance_scales", ()))
     guided = f"guidance scale {scale}, {settings['num_inference_steps']} steps"
@@ -152,7 +150,7 @@ def measured_markdown(report: Report) -> str:
 
 
 def described_guidance(scale: float, own: Iterable[str]) -> str:
-    """Write a guidance scale, and which subsets or tasks (`own`) have prompts that bring along one of their own."""
+    """Describe a guidance scale, naming the subsets or tasks (`own`) that have prompts with their own scale."""
     named = ", ".join(own)
     return f"{scale:g} (the prompts’ own where a file gives it: {named})" if named else f"{scale:g}"
 

@@ -1,4 +1,4 @@
-"""What an evaluation reads before it draws: the suite with its concepts, and real pictures to compare with."""
+"""Inputs of an evaluation: the suite with its concepts, and real pictures to compare with."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from safemax_sd.results.erasure import ErasureRecord
 
 
 def find_suite(name: str | None, record: ErasureRecord) -> Suite:
-    """The suite asked for, else the shipped one whose forbidden prompts the adapter was trained on.
+    """Load the named suite, or else the shipped one whose forbidden prompts the adapter was trained on.
+
+    Args:
+        name: Name or folder of the suite; None if `--suite` is not given.
+        record: Record of the adapter.
 
     Raises:
-        OptionError: None was asked for and none fits.
+        OptionError: The named suite cannot be loaded, or none is named and no shipped suite fits.
     """
     if name is not None:
         return load_suite(name)
@@ -31,10 +35,10 @@ def find_suite(name: str | None, record: ErasureRecord) -> Suite:
 
 
 def suite_concepts(suite: Suite) -> list[str]:
-    """What the judge chooses from on a suite.
+    """List the distinct concepts of a suite's prompts, from which the judge chooses.
 
     Raises:
-        OptionError: A prompt file without concepts, or a paraphrase of something that is not in forget.csv.
+        OptionError: A prompt has no concept, a paraphrase's concept is not in forget.csv, or there is only one concept.
     """
     for part, prompts in suite.parts.items():
         if any(prompt.concept is None for prompt in prompts.prompts):
@@ -48,28 +52,42 @@ def suite_concepts(suite: Suite) -> list[str]:
 
 
 def check_metrics(suite: Suite) -> None:
-    """Raises OptionError where a metric that a suite asks for cannot be measured here."""
+    """Check that all metrics of a suite can be measured here.
+
+    Raises:
+        OptionError: A metric needs a package that is not installed.
+    """
     for name in METRICS.names():
         METRICS.get(name).check(suite.name, suite.parts["forget"].concepts)
 
 
 def load_real(options: EvaluateOptions, base_model: str) -> RealPictures | None:
-    """Real pictures, where there are any to compare with."""
+    """Load the real pictures to compare with; None if there are none.
+
+    They are those of `--real_images` or, for the embedded emoji model, the embedded ones.
+
+    Raises:
+        OptionError: The folder of `--real_images` cannot be read.
+    """
     if options.real_images is not None:
         return load_folder(options.real_images)
     return embedded_pictures() if base_model == "emoji" else None
 
 
 def extractor_of(options: EvaluateOptions) -> str:
-    """Name what FID and KID take features of: the embedded judge, or Inception with any other judge."""
+    """Return the feature extractor of FID and KID: the embedded judge, or Inception with any other judge."""
     return JUDGE_EXTRACTOR if options.clip_model == "emoji" else INCEPTION
 
 
 def kept_pictures(options: EvaluateOptions, suite: Suite, real: RealPictures | None) -> Tensor | None:
-    """Real pictures of what a suite keeps, for FID and KID; None where these are not measured.
+    """Return real pictures of a suite's retained concepts for FID and KID; None if these are not measured.
+
+    Returns:
+        Pictures, [M, 3, H, W] in 0 to 1.
 
     Raises:
-        SafemaxError: Real pictures, drawn ones or weights that these need are too few or missing.
+        OptionError: There are too few real pictures, or too few pictures to draw.
+        SafemaxError: Inception's weights can neither be found nor downloaded.
     """
     kept = None if real is None else real.kept_by(suite, options.real_images)
     if kept is not None:

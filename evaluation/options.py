@@ -12,7 +12,7 @@ from safemax_sd.prompts import GUIDANCE_BOUND
 
 SAMPLER_NAMES = ("ddim", "euler", "dpm++")
 IMAGES = Range("must be in 1 to 1,000,000", lambda value: 1 <= value <= 1_000_000)
-"""More pictures of a subset would draw from another one's start noise."""
+"""Range of the number of pictures of a subset; more would share start noise with another subset."""
 SWEEP_IMAGES = Range("must be in 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
 SAMPLING_STEPS = Range("must be in 1 to 1,000", lambda value: 1 <= value <= 1000)
 BATCH = Range("must be in 1 to 100,000", lambda value: 1 <= value <= 100_000)
@@ -22,7 +22,7 @@ GUIDANCE = Range(f"must be more than 0 and below {GUIDANCE_BOUND}", lambda value
 
 @dataclass(frozen=True, kw_only=True)
 class ImageCounts(Options):
-    """Numbers of pictures, which every evaluation has a flag for."""
+    """Numbers of pictures, for which every command that evaluates has a flag."""
 
     num_images: int = option(256, "Pictures of each prompt subset.", IMAGES)
     num_sweep_images: int = option(64, "Pictures a setting; 0: no sweep.", SWEEP_IMAGES)
@@ -47,7 +47,7 @@ class EvaluateOptions(MeasuringOptions):
 
     Attributes:
         sweep_guidance_scales: Guidance scales of the sweep.
-        sweep_samplers: Samplers of the sweep; all of the model if None.
+        sweep_samplers: Samplers of the sweep; None for all that the model supports.
     """
 
     adapter: str = field(metadata={"help": "Output folder of a training.", "path": True})
@@ -58,10 +58,10 @@ class EvaluateOptions(MeasuringOptions):
     sweep_samplers: tuple[str, ...] | None = None
 
     def validate(self) -> None:
-        """Check values that need no model.
+        """Check the values that can be checked without a model.
 
         Raises:
-            OptionError: The first value that cannot be used.
+            OptionError: A value cannot be used.
         """
         check_samplers(self, SAMPLER_NAMES)
         super().validate()
@@ -71,10 +71,10 @@ class EvaluateOptions(MeasuringOptions):
 
 
 def check_samplers(options: EvaluateOptions, allowed: Iterable[str]) -> None:
-    """Check the samplers that are asked for.
+    """Check that the samplers of the evaluation and of its sweep are allowed.
 
     Raises:
-        OptionError: The first one that is not allowed.
+        OptionError: A sampler is not allowed.
     """
     for sampler in (options.sampler, *(options.sweep_samplers or ())):
         if sampler is not None and sampler not in allowed:

@@ -1,4 +1,4 @@
-"""What an evaluation writes: its folder, report and page, and the adapter's model card."""
+"""Output of an evaluation: its folder, report and page, and the adapter's model card."""
 
 from __future__ import annotations
 
@@ -30,7 +30,14 @@ CACHE = "cache"
 
 @dataclass
 class Shown:
-    """Pictures to show, as many of the base model as of the erased one, with their prompts and subsets."""
+    """Sample pictures of the page, one of each model for each prompt.
+
+    Attributes:
+        base: Pictures of the base model.
+        erased: Pictures of the erased model.
+        prompts: Prompts, one for each pair of pictures.
+        subsets: Prompt subsets, one for each pair of pictures.
+    """
 
     base: list[Image.Image] = field(default_factory=list)
     erased: list[Image.Image] = field(default_factory=list)
@@ -40,10 +47,11 @@ class Shown:
 
 @contextmanager
 def evaluation_folder(options: EvaluateOptions) -> Iterator[Path]:
-    """Claim the output folder of an evaluation.
+    """Claim the output folder of an evaluation inside the block.
 
     Raises:
-        OptionError: It cannot be written to, another process has claimed it, or files of others are in the way.
+        OptionError: The folder cannot be written to, another process has claimed it, it is a model's folder, or it
+            holds files that this package did not write under the names of its own.
     """
     folder = Path(options.output_dir or Path(options.adapter) / "evaluation")
 
@@ -63,7 +71,14 @@ def evaluation_folder(options: EvaluateOptions) -> Iterator[Path]:
 
 
 def write_report(report: Report, shown: Shown, folder: Path, adapter_dir: Path | None) -> None:
-    """Write report.json, samples.png and index.html, and the model card of the adapter, if there is one."""
+    """Write report.json, samples.png and index.html, and update the adapter's model card.
+
+    Args:
+        report: Evaluation to write.
+        shown: Sample pictures, at least one of each model.
+        folder: Claimed output folder.
+        adapter_dir: Output folder of the erasure; None if it has none.
+    """
     scale = 2 if shown.base[0].width < SMALL else 0.5
     log = [] if adapter_dir is None else read_log(adapter_dir / LOG)
     with replacing(folder, REPORT) as new:
@@ -75,9 +90,10 @@ def write_report(report: Report, shown: Shown, folder: Path, adapter_dir: Path |
 
 
 def update_model_card(adapter_dir: Path, report: Report, folder: Path) -> None:
-    """Put an evaluation into the adapter's model card, if it lies in the adapter's folder and so goes along with it.
+    """Add an evaluation to the adapter's model card if its folder lies inside the adapter's.
 
-    A card that is not ours stays, as does that of an adapter that has changed since it was read or is being changed.
+    The card stays as it is, with a warning, if this package did not write it, if the adapter has changed since it was
+    read, or if another process is writing to its folder.
     """
     inside, adapter_dir = folder.resolve(), adapter_dir.resolve()
     if not inside.is_relative_to(adapter_dir):

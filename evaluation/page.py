@@ -46,11 +46,11 @@ PAGE = """<!doctype html>
 
 
 def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]) -> Path:
-    """Write `index.html` beside `samples.png`.
+    """Write `index.html` next to `samples.png` and return its path.
 
     Args:
         report: Evaluation to show.
-        folder: Where `samples.png` is.
+        folder: Folder of `samples.png`.
         log: Rows of the training's `log.jsonl`; may be empty.
     """
     record = report.adapter
@@ -73,15 +73,18 @@ def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]
 
 
 def data_uri(picture: Path) -> str:
-    """A picture as a page holds it in itself; the file's ending says its format."""
+    """Encode a picture file as a data URI; its name must end in its format."""
     return f"data:image/{picture.suffix[1:]};base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
 def render(folder: Path) -> Path:
-    """Write the page again from a finished evaluation's folder.
+    """Write the page of a finished evaluation again and return its path.
+
+    Args:
+        folder: Output folder of the evaluation.
 
     Raises:
-        OptionError: The folder holds no `report.json` of an evaluation, or the page cannot be written.
+        OptionError: The folder has no valid `report.json`, or the page cannot be written.
     """
     option = "REPORT_DIR"
     finish(folder, option)
@@ -123,7 +126,7 @@ def _headline_table(report: Report) -> str:
 
 
 def _sweeps(report: Report) -> str:
-    """Plots of the metrics that were measured at other guidance scales and samplers."""
+    """Plot the metrics that were measured at other guidance scales and samplers."""
     parts = []
     for quantity in quantities():
         rows = rows_of(report.sweep, quantity.metric.name, quantity.subset)

@@ -1,7 +1,7 @@
-"""Plots of the report as inline SVG that takes its colours and its font from the page.
+"""Plots of the pages as inline SVG with the page's colours and font.
 
-matplotlib draws with marker colours, which are replaced by the page's CSS variables afterwards: the same plot is
-legible in the light and in the dark scheme.
+matplotlib draws with placeholder colours, which are then replaced by the page's CSS variables, so that a plot is
+legible in both the light and the dark scheme.
 """
 
 from __future__ import annotations
@@ -50,12 +50,19 @@ STYLE: Any = {
     "legend.fontsize": 9,
 }
 SIZE, TALL = (4.6, 2.9), (4.6, 4.4)
-SMOOTHING = 0.1  # share of the newest step in the running mean
+SMOOTHING = 0.1  # weight of the newest step in the running mean
 
 
 @dataclass(frozen=True)
 class Line:
-    """One sampler's line: x, y and, where measured, the interval of y."""
+    """A sampler's line in a sweep plot.
+
+    Attributes:
+        label: Name of the sampler.
+        x: Guidance scales, ascending.
+        y: Values, one for each x.
+        intervals: Intervals of y, one for each x; None for a value without one.
+    """
 
     label: str
     x: Sequence[float]
@@ -66,15 +73,15 @@ class Line:
 def sweep_plot(
     lines: Sequence[Line], *, name: str, ylabel: str, percent: bool, band: tuple[float, float] | None, alt: str
 ) -> str:
-    """A quantity against the guidance scale, one line a sampler.
+    """Plot a quantity against the guidance scale, with one line for each sampler.
 
     Args:
-        lines: One a sampler, in any order of x.
-        name: Prefix of the SVG's ids; unique on the page.
-        ylabel: With its unit.
-        percent: Whether y is a percentage.
-        band: Where the values should lie; drawn as a shaded band.
-        alt: What the plot shows, in a sentence.
+        lines: Lines, one for each sampler.
+        name: Prefix of the SVG's ids, unique on the page.
+        ylabel: Label of the y axis, with the unit.
+        percent: True if y is a percentage.
+        band: Range in which the values should lie, drawn as a shaded band; None for no band.
+        alt: Description of the plot for screen readers.
 
     Returns:
         An `<svg>` element.
@@ -100,7 +107,7 @@ def sweep_plot(
 
 
 def _draw_line(axes: Axes, line: Line, number: int, count: int) -> None:
-    # A little apart in x, or equal values of several samplers would hide each other.
+    # Shift the lines slightly apart in x, because equal values of several samplers would hide each other.
     shift = 1.02 ** (2 * number - count + 1)
     x = [value * shift for value in line.x]
     color, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
@@ -111,7 +118,7 @@ def _draw_line(axes: Axes, line: Line, number: int, count: int) -> None:
 
 
 def _set_limits(axes: Axes, lines: Sequence[Line], *, percent: bool, band: tuple[float, float] | None) -> None:
-    """Leave room for every value and for the band; percentages end at 100."""
+    """Fit the y axis to all values, their intervals and the band; percentages end just above 100."""
     values = [y for line in lines for y in line.y]
     values += [bound for line in lines for interval in line.intervals if interval for bound in interval]
     values += band or ()
@@ -125,13 +132,13 @@ def _set_limits(axes: Axes, lines: Sequence[Line], *, percent: bool, band: tuple
 
 
 def loss_plot(log: Sequence[Mapping[str, Any]], *, name: str, alt: str) -> str:
-    """The loss and its parts by step: every step thin, the running mean bold, on a logarithmic scale."""
+    """Plot the loss and its parts by step on a logarithmic scale: a thin line, and a bold one for the running mean."""
     parts = [part for part in ("loss", "forget", "retain") if any(row.get(part, 0) > 0 for row in log)]
     labels = {"loss": "total", "forget": "forget", "retain": "retain"}
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes()
         for number, part in enumerate(parts):
-            # Zero has no logarithm: a term that is off in some steps is drawn where it is on.
+            # Zero has no logarithm, so steps in which a term is zero are left out.
             points = [(row["step"], row[part]) for row in log if row.get(part, 0) > 0]
             steps, values = [step for step, _ in points], [value for _, value in points]
             axes.plot(steps, values, color=SERIES[number], linewidth=0.6, alpha=0.35)
@@ -147,7 +154,7 @@ def loss_plot(log: Sequence[Mapping[str, Any]], *, name: str, alt: str) -> str:
 
 
 def probe_plot(log: Sequence[Mapping[str, Any]], *, name: str, alt: str) -> str:
-    """The probe's unlearning accuracy by step."""
+    """Plot the probe's unlearning accuracy by step."""
     rows = [row for row in log if "probe_unlearning_accuracy" in row]
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes()
@@ -164,7 +171,16 @@ def probe_plot(log: Sequence[Mapping[str, Any]], *, name: str, alt: str) -> str:
 
 @dataclass(frozen=True)
 class Point:
-    """A method: its place in the order of colours, x, y and, where measured, their intervals."""
+    """A method in a trade-off plot.
+
+    Attributes:
+        label: Label of the method.
+        place: Index that selects its colour and marker, the same in every plot.
+        x: Value along x.
+        y: Value along y.
+        x_interval: Interval of x; None for a value without one.
+        y_interval: Interval of y; None for a value without one.
+    """
 
     label: str
     place: int
@@ -175,15 +191,15 @@ class Point:
 
 
 def trade_off_plot(points: Sequence[Point], *, name: str, xlabel: str, ylabel: str, cost: bool, alt: str) -> str:
-    """One marker a method, with crosses for intervals.
+    """Plot one marker for each method, with crosses for intervals.
 
     Args:
-        points: One a method; a method's place gives it the same marker in every plot.
-        name: Prefix of the SVG's ids; unique on the page.
-        xlabel: With its unit.
-        ylabel: With its unit; a percentage.
-        cost: Whether x is a cost, drawn on a logarithmic scale that has a place for 0.
-        alt: What the plot shows, in a sentence.
+        points: Points, one for each method.
+        name: Prefix of the SVG's ids, unique on the page.
+        xlabel: Label of the x axis, with the unit.
+        ylabel: Label of the y axis, with the unit.
+        cost: True if x is a cost, drawn on a logarithmic scale that includes 0.
+        alt: Description of the plot for screen readers.
 
     Returns:
         An `<svg>` element.
@@ -225,13 +241,13 @@ def _legend(axes: Axes) -> None:
 
 
 def _svg(figure: Figure, name: str, alt: str) -> str:
-    """Serialise a figure for use inside HTML: page colours, page font, ids of its own, nothing external."""
+    """Serialise a figure for inline HTML, with the page's colours and font and ids that begin with `name`."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    # The style element would apply to the whole page; the page's own style sheet has its rule.
+    # A style element would apply to the whole page; report.css has the rule that it contains.
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)

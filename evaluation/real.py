@@ -1,4 +1,4 @@
-"""Real pictures: the embedded emoji, or a user's folder of them."""
+"""Real pictures to compare with: the embedded emoji, or a user's folder."""
 
 from __future__ import annotations
 
@@ -28,26 +28,35 @@ ACCEPTED = 0.95
 
 @dataclass(frozen=True)
 class RealPictures:
-    """Pictures [N, 3, H, W] in 0 to 1 with the concepts that each one shows."""
+    """Real pictures with the concepts that each one shows.
+
+    Attributes:
+        pictures: Pictures, float32 [N, 3, H, W] in 0 to 1.
+        concepts: Concepts shown, one set for each picture.
+    """
 
     pictures: Tensor
     concepts: list[frozenset[str]]
 
     def showing(self, concepts: Sequence[str]) -> Tensor:
-        """Those that show any of the concepts."""
+        """Return the pictures that show any of the concepts, [M, 3, H, W]."""
         wanted = frozenset(concepts)
         rows = [number for number, shown in enumerate(self.concepts) if shown & wanted]
         return self.pictures[rows]
 
     def kept_by(self, suite: Suite, folder: str | None) -> Tensor | None:
-        """Pictures of what a suite keeps, to compare with; None, with a warning, where embedded ones lack a concept.
+        """Return the pictures of a suite's retained concepts; None, with a warning, if embedded ones lack a concept.
 
         Args:
-            suite: Names what is kept and what is forbidden.
-            folder: `--real_images`; None for the embedded pictures.
+            suite: Suite with the retained and the forbidden concepts.
+            folder: Folder of `--real_images`; None for the embedded pictures.
+
+        Returns:
+            Pictures, float32 [M, 3, H, W] in 0 to 1.
 
         Raises:
-            OptionError: The folder lacks a kept concept, names a forbidden one otherwise, or has one picture in all.
+            OptionError: The folder lacks a retained concept, spells a forbidden one in another case, or has only one
+                picture of what is retained.
         """
         names = sorted(frozenset[str]().union(*self.concepts))
         kept = suite.parts["retain"].concepts
@@ -69,7 +78,13 @@ class RealPictures:
         return found
 
     def thresholds(self, judge: Judge, concepts: Sequence[str], artists: Collection[str] = ()) -> dict[str, float]:
-        """By concept that has real pictures, the similarity to its caption that 95 % of these reach."""
+        """Return, for each concept with real pictures, the cosine similarity to its caption that 95 % of them reach.
+
+        Args:
+            judge: Judge that measures the similarities.
+            concepts: Concepts that the judge chooses from.
+            artists: Concepts that are artists' names.
+        """
         found = {}
         for concept, caption in zip(concepts, judge.captions(concepts, artists), strict=True):
             shown = self.showing([concept])
@@ -85,12 +100,12 @@ def _embedded_rows() -> list[dict[str, str]]:
 
 
 def embedded_pairs(*, held_out: bool) -> list[tuple[str, str]]:
-    """The (concept, style) pairs that no training saw, or those that were trained on."""
+    """Return the embedded pictures' (concept, style) pairs that no training saw, or those that were trained on."""
     return [(row["concept"], row["style"]) for row in _embedded_rows() if (row["held_out"] == "1") == held_out]
 
 
 def embedded_pictures() -> RealPictures:
-    """The embedded emoji; each shows its concept and its style ("noto style")."""
+    """Load the embedded emoji, each of which shows its concept and its style ("noto style")."""
     with Image.open(PICTURES / "pictures.webp") as image:
         sheet = np.asarray(image.convert("RGB"))
     rows = _embedded_rows()
@@ -103,10 +118,10 @@ def embedded_pictures() -> RealPictures:
 
 
 def load_folder(folder: str) -> RealPictures:
-    """A folder with one subfolder of pictures for each concept.
+    """Load a folder with one subfolder of pictures for each concept.
 
     Raises:
-        OptionError: No such folder or no pictures in its subfolders.
+        OptionError: The folder does not exist, a subfolder has no pictures, or a file cannot be read as a picture.
     """
     pictures, concepts = load_picture_folder(folder, option="--real_images")
     return RealPictures(pictures, [frozenset({concept}) for concept in concepts])

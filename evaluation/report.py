@@ -1,4 +1,4 @@
-"""`report.json`: what an evaluation measured, typed and versioned."""
+"""`report.json`: the measurements of an evaluation, typed and versioned."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Row:
         model: `base` or `erased`.
         result: Value, interval and number of pictures.
         unit: `%`, `nats` or empty.
-        higher_is_better: Direction; None where neither is better.
+        higher_is_better: Direction; None if neither is better.
         sampler: Name of the sampler.
-        guidance_scale: Guidance scale of prompts that bring along none of their own.
+        guidance_scale: Guidance scale of prompts without one of their own.
         strength: Strength of image-to-image, 0 to 1; None for text-to-image.
     """
 
@@ -71,7 +71,7 @@ class Row:
         guidance_scale: float | None = None,
         strength: float | None = None,
     ) -> Self:
-        """Describe what a metric measured."""
+        """Build the row of a metric's result."""
         return cls(
             metric=metric.name,
             version=metric.version,
@@ -90,7 +90,7 @@ class Row:
         """Read one entry of `metrics` or `sweep`.
 
         Raises:
-            SafemaxError: Its metric, subset, value or interval is missing or of another type.
+            SafemaxError: A required entry is missing, or an entry has the wrong type.
         """
         try:
             return cls(
@@ -125,17 +125,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """An evaluation.
+    """The content of `report.json`.
 
     Attributes:
         adapter: Record of the erasure.
         erased: Concepts that the suite forbids.
         suite: Name of the suite.
-        suite_version: Version of the benchmark that the suite belongs to; None where it has none.
+        suite_version: Version of the benchmark that the suite belongs to; None if it has none.
         judge: Name of the judge.
-        settings: Flags of `safemax evaluate` and, as `prompt_guidance_scales`, guidance scales of the prompts' own.
+        settings: Flags of `safemax evaluate` and, as `prompt_guidance_scales`, the prompts' own guidance scales.
         metrics: Measurements at the settings' sampler and guidance scale.
-        sweep: Measurements of the erased model at other ones.
+        sweep: Measurements of the erased model at several samplers and guidance scales.
         provenance: Versions, commit, device and time.
         seconds: Wall-clock seconds by phase.
     """
@@ -153,7 +153,7 @@ class Report:
 
     @property
     def title(self) -> str:
-        """What was erased from which model, e.g. `“bomb” erased from emoji`."""
+        """Title of the page, such as `“bomb” erased from emoji`."""
         names = self.erased_names
         shown = names if len(names) <= 4 else names[:3]
         listed = ", ".join(f"“{name}”" for name in shown)
@@ -163,7 +163,7 @@ class Report:
 
     @property
     def erased_names(self) -> list[str]:
-        """Erased concepts, or the forbidden prompts themselves where the prompt file names no concept."""
+        """Erased concepts, or the forbidden prompts if the prompt file names no concepts."""
         return list(self.erased or self.adapter.forget.concepts or self.adapter.forget.texts)
 
     @property
@@ -180,10 +180,14 @@ class Report:
 
     @classmethod
     def read(cls, path: Path, option: str) -> Self:
-        """Read a `report.json`, in a folder that `option` named.
+        """Read a `report.json`.
+
+        Args:
+            path: Path of the file.
+            option: Flag that named its folder, for errors.
 
         Raises:
-            OptionError: It is missing, damaged or of an unknown format version.
+            OptionError: The file is missing, damaged or of an unknown format version.
         """
         try:
             content: Any = json.loads(path.read_text(encoding="utf8"))
@@ -205,7 +209,7 @@ class Report:
         """Read the content of a `report.json` that has all `KEYS`.
 
         Raises:
-            SafemaxError: A measurement or the adapter's record cannot be read, or an entry is of another type.
+            SafemaxError: A measurement or the adapter's record cannot be read, or an entry has the wrong type.
         """
         for name, kind in KEYS.items():
             if not isinstance(content[name], kind):

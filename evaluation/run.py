@@ -1,4 +1,4 @@
-"""Evaluate on a prompt suite and write `report.json`, `samples.png` and `index.html`."""
+"""Evaluation on a prompt suite, which writes `report.json`, `samples.png` and `index.html`."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ SAMPLE_COUNTS = {"forget": 4, "paraphrases": 1, "neighbours": 2, "retain": 4}
 
 @dataclass(frozen=True)
 class Measurement:
-    """Pictures to draw and what to measure on them.
+    """Pictures to draw and metrics to compute on them.
 
     Attributes:
-        job: The pictures.
-        prompts: One a picture.
+        job: Pictures to draw.
+        prompts: Prompts, one for each picture.
         subset: Subset that the report names.
-        metrics: Names of the metrics, of which those are computed that apply.
-        guidance_scale: Guidance scale that the report names; the options' if None.
-        sources: Pictures that image-to-image starts from.
+        metrics: Names of the metrics; those that do not apply are left out.
+        guidance_scale: Guidance scale that the report names; None for the options' own.
+        sources: Pictures that image-to-image starts from, [N, 3, H, W] in 0 to 1; None for text-to-image.
     """
 
     job: Job
@@ -69,19 +69,23 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of a measurement: rows of the report, and the pictures."""
+    """The result of a measurement: rows of the report, and the pictures."""
 
     rows: list[Row]
     made: Pictures
 
 
 class Evaluation:
-    """One evaluation: what is loaded once and used by every measurement.
+    """An evaluation, which loads models, judge and suite once for all its measurements.
 
     Args:
-        options: Flags.
-        subject: What to evaluate, if not the adapter that `options` name; `options.output_dir` is then needed.
-        base_cache_dir: Where the base model's pictures are kept, if not with the others.
+        options: Flags of the evaluation.
+        subject: Erasure to evaluate; None for `options.adapter`. Any other needs `options.output_dir`.
+        base_cache_dir: Folder of the base model's cached pictures; None for that of the erased model's.
+
+    Raises:
+        OptionError: A flag, the suite or a model cannot be used.
+        SafemaxError: FID and KID need Inception's weights, which cannot be loaded.
     """
 
     def __init__(
@@ -140,15 +144,15 @@ class Evaluation:
         guidance_scale: float | None = None,
         strength: float | None = None,
     ) -> Job:
-        """Describe pictures to draw, one a prompt.
+        """Build the job that draws one picture for each prompt.
 
         Args:
             model: `base` or `erased`.
-            prompts: One a picture.
-            subset: Decides on the seeds.
-            sampler: The options' own if not given.
-            guidance_scale: Of all pictures; if not given, each prompt's own, or the options' where it has none.
-            strength: Of image-to-image.
+            prompts: Prompts, one for each picture.
+            subset: Subset, which determines the seeds.
+            sampler: Name of the sampler; None for the options' own.
+            guidance_scale: Guidance scale of all pictures; None for each prompt's own, or else the options'.
+            strength: Strength of image-to-image, 0 to 1; None for text-to-image.
         """
         return Job(
             model=model,
@@ -168,7 +172,17 @@ class Evaluation:
     def measure(
         self, made: Pictures, prompts: Sequence[Prompt], names: Sequence[str], reference: Tensor | None = None
     ) -> dict[str, Result]:
-        """Compute those of the named metrics that apply."""
+        """Compute the named metrics that apply to the pictures.
+
+        Args:
+            made: Pictures with their latents.
+            prompts: Prompts, one for each picture.
+            names: Names of the metrics.
+            reference: The base model's latents from the same seeds, [N, *latent]; None if there are none.
+
+        Raises:
+            SafemaxError: A value is not finite.
+        """
         batch = Batch(
             pictures=made.pictures,
             features=self.judge.encode_images(made.pictures),
@@ -189,12 +203,12 @@ class Evaluation:
 
     @property
     def pictured(self) -> dict[str, list[Prompt]]:
-        """The prompts of each subset's pictures, one a picture."""
+        """Prompts by subset, one for each picture."""
         parts = self.suite.parts
         return {part: pick(parts[part].prompts, self.options.num_images) for part in SAMPLE_COUNTS if part in parts}
 
     def on_subsets(self) -> list[Measurement]:
-        """Plan every metric on every subset, of the base and then of the erased model."""
+        """Plan all metrics on each subset, for the base model and then for the erased one."""
         return [
             Measurement(self.job(model, prompts, subset), prompts, subset, metrics_on(subset))
             for subset, prompts in self.pictured.items()
@@ -202,7 +216,7 @@ class Evaluation:
         ]
 
     def in_sweep(self) -> list[Measurement]:
-        """Plan the swept metrics of the erased model at every guidance scale and sampler."""
+        """Plan the swept metrics of the erased model at every sampler and guidance scale of the sweep."""
         if self.options.num_sweep_images == 0:
             return []
         planned = []
@@ -216,7 +230,10 @@ class Evaluation:
         return planned
 
     def sweep_prompts(self, subset: str, sampler: str, scale: float) -> list[Prompt]:
-        """Choose the prompts of a sweep's setting: those of the subset's own pictures, if these are the same job's."""
+        """Choose the prompts of one setting of the sweep.
+
+        If the subset's own pictures are drawn at the same setting and are enough, the sweep measures those.
+        """
         own, count = self.pictured[subset], self.options.num_sweep_images
         drawn = self.job("erased", own, subset)
         if len(own) >= count and self.job("erased", own, subset, sampler=sampler, guidance_scale=scale) == drawn:
@@ -224,7 +241,11 @@ class Evaluation:
         return pick(self.suite.parts[subset].prompts, count)
 
     def from_pictures(self) -> list[Measurement]:
-        """Plan image-to-image, where a real picture of the concept is handed in with the forbidden prompt."""
+        """Plan image-to-image from real pictures of the forbidden concepts, with their prompts.
+
+        The plan is empty if no real picture shows a forbidden concept, if there is no sweep, or if the erased model
+        cannot start from pictures.
+        """
         if self.real is None or self.options.num_sweep_images == 0 or not self.generator.starts_from_pictures:
             return []
         forget = self.suite.parts["forget"]
@@ -248,12 +269,12 @@ class Evaluation:
         ]
 
     def carry_out(self, measurement: Measurement, bar: tqdm[Any], reference: Tensor | None = None) -> Measured:
-        """Draw a measurement's pictures and measure them; the bar counts the model's calls.
+        """Draw a measurement's pictures and compute its metrics.
 
         Args:
-            measurement: One of the plan.
-            bar: Of the whole evaluation.
-            reference: The base model's latents from the same seeds.
+            measurement: Measurement to carry out.
+            bar: Progress bar of the whole evaluation, which counts model calls.
+            reference: The base model's latents from the same seeds, [N, *latent]; None if there are none.
         """
         job = measurement.job
         bar.set_description(f"evaluate ({job.model} {measurement.subset})")
@@ -275,12 +296,12 @@ class Evaluation:
 
 
 def metrics_on(subset: str) -> list[str]:
-    """List the metrics that are reported for a prompt subset, by name."""
+    """Return the names of the metrics that are reported for a subset."""
     return [name for name in METRICS.names() if subset in METRICS.get(name).subsets]
 
 
 def swept_metrics() -> dict[str, list[str]]:
-    """List the swept metrics by their main subset."""
+    """Return the names of the swept metrics by their main subset."""
     found: dict[str, list[str]] = {}
     for name in METRICS.names():
         metric = METRICS.get(name)
@@ -290,10 +311,11 @@ def swept_metrics() -> dict[str, list[str]]:
 
 
 def evaluate(options: EvaluateOptions) -> Path:
-    """Run the whole evaluation; returns the folder with report.json, samples.png and index.html.
+    """Evaluate an adapter and return the folder with report.json, samples.png and index.html.
 
     Raises:
-        OptionError: Something asked for cannot be found or used.
+        OptionError: A flag, or a file or folder that it names, cannot be used.
+        SafemaxError: Pictures, latents or a metric are not finite, or Inception's weights cannot be loaded.
     """
     clock = Stopwatch()
     options.validate()
@@ -306,11 +328,11 @@ def evaluate(options: EvaluateOptions) -> Path:
 
 
 def run_and_write(evaluation: Evaluation, clock: Stopwatch) -> tuple[Report, Shown]:
-    """Measure everything and write it down; returns the report and the pictures that its page shows.
+    """Run an evaluation and write its report; return the report and the sample pictures of its page.
 
     Args:
-        evaluation: What to run.
-        clock: Has counted the loading.
+        evaluation: Evaluation to run.
+        clock: Stopwatch that has timed the loading.
     """
     subsets, pictured, swept = evaluation.on_subsets(), evaluation.from_pictures(), evaluation.in_sweep()
     calls = sum(measurement.job.model_calls for measurement in (*subsets, *pictured, *swept))
@@ -341,7 +363,14 @@ def run_and_write(evaluation: Evaluation, clock: Stopwatch) -> tuple[Report, Sho
 
 
 def subset_rows(evaluation: Evaluation, measurements: Sequence[Measurement], bar: tqdm[Any], shown: Shown) -> list[Row]:
-    """Measure the subsets, the base model before the erased one; adds to the pictures to show."""
+    """Measure the subsets and add sample pictures to `shown`.
+
+    Args:
+        evaluation: Evaluation to run.
+        measurements: Plan of the subsets, for each the base model before the erased one.
+        bar: Progress bar of the whole evaluation.
+        shown: Sample pictures, which this function adds to.
+    """
     rows: list[Row] = []
     base: Pictures | None = None
     for measurement in measurements:
@@ -359,6 +388,6 @@ def subset_rows(evaluation: Evaluation, measurements: Sequence[Measurement], bar
 
 
 def spread(total: int, count: int) -> list[int]:
-    """Choose `count` places (all where there are fewer), evenly spread over `total`."""
+    """Choose `count` indices evenly spread over `total`, or all of them if there are fewer."""
     count = min(total, count)
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Draw with diffusers' own pipelines."""
+"""Sampling with diffusers' own pipelines."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from safemax_sd.families.flux import unpack
 
 SAMPLERS = dict(zip(SAMPLER_NAMES, (DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler), strict=True))
 FLOW_SAMPLERS = {"euler": FlowMatchEulerDiscreteScheduler}
-"""Of flow-matching models, whose noise process the others do not know."""
+"""Samplers of flow-matching models, whose noise process the other samplers do not support."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What was drawn: pictures [N, 3, H, W] in 0 to 1 and latents [N, *latent]."""
+    """Drawn pictures, float32 [N, 3, H, W] in 0 to 1, and their latents, float32 [N, *latent]."""
 
     pictures: Tensor
     latents: Tensor
@@ -39,14 +39,14 @@ class Request:
     """A batch to draw.
 
     Attributes:
-        prompts: One a picture.
-        seeds: Of the start noise, one a picture.
-        scheduler: Of diffusers; used for this batch only, since it keeps state.
-        guidance_scale: As the pipeline takes it.
-        num_inference_steps: Sampling steps.
-        size: `height` and `width` in pixels; empty for the model's own.
-        sources: Pictures [N, 3, H, W] in 0 to 1 that image-to-image starts from; None for text-to-image.
-        strength: Of image-to-image, 0 to 1.
+        prompts: Prompts, one for each picture.
+        seeds: Seeds of the start noise, one for each picture.
+        scheduler: Scheduler of diffusers, used for this batch only, since it keeps state.
+        guidance_scale: Argument of the pipeline.
+        num_inference_steps: Number of sampling steps.
+        size: Arguments `height` and `width` in pixels; empty for the model's own size.
+        sources: Pictures that image-to-image starts from, [N, 3, H, W] in 0 to 1; None for text-to-image.
+        strength: Strength of image-to-image, 0 to 1; None for text-to-image.
     """
 
     prompts: Sequence[str]
@@ -63,10 +63,10 @@ class Request:
 
 
 class Sampler(ABC):
-    """A way to draw.
+    """A method of drawing batches of pictures.
 
     Attributes:
-        starts_from_pictures: Whether requests may hold `sources`.
+        starts_from_pictures: True if requests may hold `sources`.
     """
 
     starts_from_pictures: ClassVar[bool] = True
@@ -77,12 +77,12 @@ class Sampler(ABC):
 
 
 class StockSampler(Sampler):
-    """A pipeline as it is.
+    """An unchanged pipeline of diffusers.
 
     Args:
-        pipeline: Of diffusers.
-        switch: Called before each batch; puts the pipeline's weights in place.
-        negative_prompt: What to guide away from; None for the empty prompt.
+        pipeline: Pipeline of diffusers.
+        switch: Function called before each batch, which puts the right weights into the pipeline; None to call nothing.
+        negative_prompt: Prompt to guide away from; None for the empty prompt.
     """
 
     def __init__(

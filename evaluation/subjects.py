@@ -1,4 +1,4 @@
-"""What is evaluated: a base model and one way of making it forget."""
+"""Subjects of an evaluation: a base model together with one erasure."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ ADAPTER_NAME = "safemax_erasure"
 
 @dataclass(frozen=True)
 class Models:
-    """A subject in memory.
+    """The loaded models of a subject.
 
     Attributes:
-        pipeline: The base model's, of diffusers.
-        scheduler_settings: Settings of its noise process, for `as_scheduler`.
-        base: Draws with the base model.
-        erased: Draws with what is evaluated.
-        fingerprint: Of `erased`, so that its pictures can be kept.
+        pipeline: Pipeline of diffusers for the base model.
+        scheduler_settings: Settings of the noise process, for `as_scheduler`.
+        base: Sampler of the base model.
+        erased: Sampler of the erased model.
+        fingerprint: Digest that identifies the erasure in the cache of pictures.
     """
 
     pipeline: Any
@@ -46,16 +46,16 @@ class Models:
 
     @property
     def samplers(self) -> dict[str, Any]:
-        """The model's samplers by name, the usual one first."""
+        """Samplers of the model by name, the default first."""
         return FLOW_SAMPLERS if "transformer" in self.pipeline.components else SAMPLERS
 
 
 class Subject(ABC):
-    """What is evaluated; nothing but its record is read before `load`.
+    """An erasure to evaluate; only its record is read before `load`.
 
     Attributes:
-        record: Of the erasure.
-        folder: The output folder of a run, or None where there is none.
+        record: Record of the erasure.
+        folder: Output folder of the run; None if there is none.
     """
 
     record: ErasureRecord
@@ -63,10 +63,10 @@ class Subject(ABC):
 
     @abstractmethod
     def load(self, device: torch.device) -> Models:
-        """Load onto a device.
+        """Load the base and the erased model onto a device.
 
         Raises:
-            OptionError: It cannot be loaded, or no pipeline draws from such a model.
+            OptionError: A model cannot be loaded, or no pipeline can sample from it.
         """
 
 
@@ -75,10 +75,10 @@ def dtype_on(device: torch.device) -> torch.dtype:
 
 
 class Adapter(Subject):
-    """The output folder of a training; nothing else of the training is read.
+    """A LoRA or full weights in the output folder of a training or an edit.
 
     Raises:
-        OptionError: The folder is not a finished training's.
+        OptionError: The folder is not that of a finished run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,10 +103,10 @@ class Adapter(Subject):
 
 
 def _with_lora(family: LatentFamily, folder: Path, layers: Set[str]) -> Models:
-    """The base model with a LoRA in all of these layers.
+    """Load a LoRA that must have all of these layers.
 
     Raises:
-        SafemaxError: The file is damaged, or has other layers.
+        SafemaxError: The file is damaged, or its layers are different ones.
     """
     pipeline = family.pipeline
     path = folder / WEIGHTS_NAME
@@ -116,7 +116,7 @@ def _with_lora(family: LatentFamily, folder: Path, layers: Set[str]) -> Models:
         raise SafemaxError(f"{path} lacks {len(missing)} of {len(layers)} layers, the first of them {missing[0]}")
     pipeline.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name=ADAPTER_NAME)
     landed = get_peft_model_state_dict(family.denoiser, adapter_name=ADAPTER_NAME)
-    # diffusers only warns of tensors that it has no place for, and of layers that lack one of their two.
+    # diffusers only warns of tensors that fit no layer and of layers that lack one of their two matrices.
     check_fit(path, stored, {f"{family.denoiser_part}.{name}": tensor for name, tensor in landed.items()}, "the model")
     return Models(
         pipeline,
