@@ -25,20 +25,20 @@ class ImageCounts(Options):
     """Numbers of pictures, for which every command that evaluates has a flag."""
 
     num_images: int = option(256, "Pictures of each prompt subset.", IMAGES)
-    num_sweep_images: int = option(64, "Pictures a setting; 0: no sweep.", SWEEP_IMAGES)
+    num_sweep_images: int = option(64, "Pictures of each setting of the sweep; 0: no sweep.", SWEEP_IMAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuringOptions(ImageCounts):
     """Options that an evaluation and a comparison of methods share."""
 
-    guidance_scale: float = option(5.0, "Of prompts without an evaluation_guidance of their own.", GUIDANCE)
+    guidance_scale: float = option(5.0, "Guidance scale, unless a prompt file names its own.", GUIDANCE)
     num_inference_steps: int = option(25, "Sampling steps.", SAMPLING_STEPS)
-    sampler: str | None = option(None, "ddim, euler, dpm++; euler for flow models.")
+    sampler: str | None = option(None, "Sampler: ddim, euler or dpm++; for flow-matching models euler.")
     clip_model: str = option("emoji", "Judge: emoji, or an open_clip model.", path=True)
-    clip_pretrained: str | None = option(None, "Its tag or weight file.", path=True)
-    real_images: str | None = option(None, "Folder with one folder a concept.", path=True)
-    batch_size: int = option(32, "Pictures drawn together.", BATCH)
+    clip_pretrained: str | None = option(None, "Pretrained tag of the judge, or a weight file.", path=True)
+    real_images: str | None = option(None, "Folder with a subfolder of real pictures for each concept.", path=True)
+    batch_size: int = option(32, "Pictures generated together.", BATCH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ class EvaluateOptions(MeasuringOptions):
 
     adapter: str = field(metadata={"help": "Output folder of a training.", "path": True})
     suite: str | None = option(None, "Prompt suite, by name or folder.", path=True)
-    output_dir: str | None = option(None, "Default: ADAPTER/evaluation.", path=True)
-    seed: int = option(0, "Of the start noise.", SEED)
+    output_dir: str | None = option(None, "Folder of the report; ADAPTER/evaluation if not given.", path=True)
+    seed: int = option(0, "Seed of the start noise.", SEED)
     sweep_guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 7.5, 12.0)
     sweep_samplers: tuple[str, ...] | None = None
 

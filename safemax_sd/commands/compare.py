@@ -12,9 +12,11 @@ from safemax_sd.core.errors import SafemaxError
 
 def compare(
     config: Annotated[str, typer.Option("--config", help="YAML file of methods, tasks and seeds.")],
-    output_dir: Annotated[str | None, typer.Option("--output_dir", help="Instead of the file's.")] = None,
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", help="Folder of the results, instead of the one in --config.")
+    ] = None,
 ) -> None:
-    """Run methods x tasks x seeds, or what is left of them, and write their table and page."""
+    """Run every method on every task with every seed, resuming where it was stopped; writes tables and a page."""
     from safemax_sd.evaluation.comparison.grid import compare as compare_methods
 
     with one_line_errors():

@@ -8,7 +8,7 @@ from safemax_sd.commands.console import one_line_errors, say
 
 
 def erase(context: typer.Context) -> None:
-    """Erase concepts in closed form, or add and remove some later (see `safemax erase --edit NAME --help`)."""
+    """Erase concepts in closed form, or add and remove concepts later (see `safemax erase --edit NAME --help`)."""
     from safemax_sd.erasing.command_line import parse_edit
 
     with one_line_errors():

@@ -14,12 +14,18 @@ from safemax_sd.core.errors import OptionError
 def export(
     adapter: Annotated[list[Path], typer.Option("--adapter", help="Output folder of a training; may be repeated.")],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder to write.")],
-    weight: Annotated[list[float] | None, typer.Option("--weight", help="Of each adapter, in order; all 1.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="A full pipeline folder instead of one LoRA.")] = False,
-    output_kohya_format: Annotated[bool, typer.Option("--output_kohya_format", help="For A1111 and ComfyUI.")] = False,
-    overwrite_output_dir: Annotated[bool, typer.Option("--overwrite_output_dir", help="An earlier export.")] = False,
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", help="Strength of each adapter, in their order; 1 if not given.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write a full pipeline folder instead of a LoRA.")] = False,
+    output_kohya_format: Annotated[
+        bool, typer.Option("--output_kohya_format", help="Write the LoRA for A1111 and ComfyUI as well.")
+    ] = False,
+    overwrite_output_dir: Annotated[
+        bool, typer.Option("--overwrite_output_dir", help="Replace an earlier export in --output_dir.")
+    ] = False,
 ) -> None:
-    """Put adapters together: into one LoRA, or with --merge into the base model's weights."""
+    """Combine adapters into one LoRA, or with --merge into the base model's weights."""
     from safemax_sd.results.export import export_lora, export_pipeline
 
     with one_line_errors():

@@ -28,7 +28,7 @@ def parse_edit(words: Sequence[str]) -> ClosedFormEdit:
     name = value_of(words, "--edit") or DEFAULT_EDIT
     edit = EDITS.get(name)
     parser = flag_parser(edit.Config, prog="safemax erase", description=DESCRIPTION)
-    parser.add_argument("--edit", default=DEFAULT_EDIT, help=f"One of {', '.join(EDITS.names())}.")
+    parser.add_argument("--edit", default=DEFAULT_EDIT, help=f"Edit: {' or '.join(EDITS.names())}.")
     known, unknown = parser.parse_known_args(list(words))
     if unknown:
         _refuse(unknown, name)

@@ -132,7 +132,7 @@ def check_family(config: TrainConfig, family: ModelFamily) -> None:
     """Check the flags that depend on the model.
 
     Raises:
-        OptionError: One does not go with it.
+        OptionError: The model does not support a flag's value.
     """
     if OBJECTIVES.get(config.objective).needs_tokens and not family.token_projections():
         text = f"works on the keys and values of a prompt's words in cross-attention, which {family.name} has not"
