@@ -128,8 +128,8 @@ def step_phases(run: Run, alternations: int, device: torch.device) -> dict[str, 
             optimizer_step(run)
             whole = now() - started
         inside = {"rollout": 0.0, **seconds}
-        outer = sum(value for name, value in inside.items() if name not in ("forward", "rollout"))
-        inside["loss"] -= inside["forward"] + inside["rollout"]
+        outer = sum(value for name, value in inside.items() if name != "forward")
+        inside["loss"] -= inside["forward"]
         found.append({**inside, "rest": whole - outer})
     return {name: statistics.median(each[name] for each in found) for name in found[0]}
 

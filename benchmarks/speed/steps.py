@@ -258,11 +258,11 @@ PHASES = (
 
 @contextmanager
 def phases(run: Run, now: Callable[[], float]) -> Iterator[dict[str, float]]:
-    """Inside, seconds of `optimizer_step` are added up by phase; `loss` holds `forward` and `rollout`.
+    """Add up the seconds of `optimizer_step` by phase; those of `loss` include those of `forward`.
 
     Args:
-        run: Whose steps.
-        now: A clock that waits until the device is done.
+        run: Run that steps.
+        now: Clock that waits until the device is done.
     """
     seconds: dict[str, float] = {}
 

@@ -85,6 +85,7 @@ def test_phases_and_operations_of_a_step(rows: list[dict[str, Any]]) -> None:
     found = by_variant(rows, "floor")
     assert found["floor"]["flops"] > 0
     assert all(set(found[name]["phases"]) == set(PHASES) for name in ("safemax", "safemax_no_rollout"))
+    assert all(seconds >= 0 for name in ("safemax", "safemax_no_rollout") for seconds in found[name]["phases"].values())
 
 
 def test_what_is_there_is_not_measured_again(folder: Path, rows: list[dict[str, Any]]) -> None:
