@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from safemax_sd.core.errors import SafemaxError, path_errors
+from safemax_sd.core.errors import SafemaxError, path_errors, reason_of
 from safemax_sd.core.provenance import write_tensors_atomic
 from safemax_sd.diffusion.schedulers import as_scheduler
 from safemax_sd.prompts import without_cut_text
@@ -85,7 +85,7 @@ def _read(path: Path) -> Pictures | None:
     except FileNotFoundError:
         return None
     except (SafetensorError, TypeError) as error:
-        logger.warning("%s is damaged (%s): it is drawn again", path, " ".join(str(error).split())[:100])
+        logger.warning("%s is damaged (%s): it is drawn again", path, reason_of(error))
         return None
 
 

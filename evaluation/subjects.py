@@ -16,7 +16,7 @@ from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Sampler, Sto
 
 from safemax_sd.adapters.lora import WEIGHTS_NAME, check_fit, lora_layers, read_weights
 from safemax_sd.adapters.weights import FULL_WEIGHTS
-from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
 from safemax_sd.core.quiet import quiet
 from safemax_sd.families import load_family
 from safemax_sd.families.folders import LOAD_ERRORS
@@ -97,8 +97,7 @@ class Adapter(Subject):
                     return _with_full_weights(family, self.folder)
                 return _with_lora(family, self.folder, lora_layers(family, self.record.lora))
         except LOAD_ERRORS as error:
-            reason = " ".join(str(error).split())[:200]
-            text = f"cannot be loaded onto {family.options.name_or_path}: {reason}"
+            text = f"cannot be loaded onto {family.options.name_or_path}: {reason_of(error)}"
             raise OptionError("--adapter", self.folder, text) from error
 
 

@@ -16,7 +16,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.utils import create_feature_extractor
 
-from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
 
 FEWEST = 2
 """Number of pictures that a covariance needs."""
@@ -43,7 +43,7 @@ def check_distribution(extractor: str, num_images: int) -> None:
         try:
             create_feature_extractor(INCEPTION, [INCEPTION_LAYER], cuda=False)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason, folder = " ".join(str(error).split())[:150], f"{torch.hub.get_dir()}/checkpoints"
+            reason, folder = reason_of(error), f"{torch.hub.get_dir()}/checkpoints"
             text = f"cannot be loaded ({reason}): download {URL_INCEPTION_V3} into {folder}"
             raise SafemaxError(f"Inception's weights, which FID and KID to real pictures need, {text}") from error
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from safemax_sd.adapters.low_rank import LowRank
-from safemax_sd.core.errors import SafemaxError
+from safemax_sd.core.errors import SafemaxError, reason_of
 from safemax_sd.core.options import RANK, SHARE
 from safemax_sd.families.base import LoraTargets, ModelFamily, tuner_layers
 
@@ -227,7 +227,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise SafemaxError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise SafemaxError(f"{path} cannot be read: {reason_of(error)}") from error
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise SafemaxError(f"{path}: {name} is not finite: the run that wrote it has failed")

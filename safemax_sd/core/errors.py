@@ -13,6 +13,13 @@ TORCH_FILE_ERRORS = ("inline_container", "PytorchStreamWriter", "Parent director
 """Texts in the RuntimeError of `torch.save` when the file system refuses a write."""
 LONGEST_VALUE = 200
 """Characters of a value that an error message shows."""
+LONGEST_REASON = 200
+"""Characters of another library's error that a message quotes."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an error's text in one line of at most 200 characters; the name of its class if it has no text."""
+    return " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
 
 
 class SafemaxError(Exception):
@@ -57,7 +64,7 @@ def path_errors(option: str, path: object) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:150]
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise OptionError(option, path, f"cannot be used ({reason})") from error
     except RuntimeError as error:
         if not any(text in str(error) for text in TORCH_FILE_ERRORS):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from safemax_sd.assets import EVALUATOR
-from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
 from safemax_sd.core.provenance import public_path
 
 BATCH = 128
@@ -148,7 +148,7 @@ def load_judge(
     try:
         model = open_clip.create_model(clip_model, pretrained=clip_pretrained, device=device)
     except (RuntimeError, OSError, ValueError) as error:
-        raise OptionError("--clip_pretrained", clip_pretrained, f"cannot be loaded: {str(error)[:150]}") from error
+        raise OptionError("--clip_pretrained", clip_pretrained, f"cannot be loaded: {reason_of(error)}") from error
     visual = model.visual
     size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
     mean = visual.image_mean or open_clip.OPENAI_DATASET_MEAN

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from safemax_sd.assets import resolve_model
-from safemax_sd.core.errors import OptionError
+from safemax_sd.core.errors import OptionError, reason_of
 from safemax_sd.core.quiet import quiet
 from safemax_sd.families.base import LoadOptions
 
@@ -27,7 +27,6 @@ NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of pipelines that this project does not use."""
 SETTINGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
 WEIGHTS = ("*.safetensors", "*.bin")
-REASON_LENGTH = 200
 
 
 def cannot_be_loaded(name_or_path: str, error: Exception, part: str = "") -> OptionError:
@@ -38,8 +37,7 @@ def cannot_be_loaded(name_or_path: str, error: Exception, part: str = "") -> Opt
         error: The library's error, whose message is shortened.
         part: Part of the model at fault, if known.
     """
-    reason = " ".join(str(error).split())[:REASON_LENGTH] or type(error).__name__
-    return OptionError(OPTION, name_or_path, f"{part} cannot be loaded: {reason}".strip())
+    return OptionError(OPTION, name_or_path, f"{part} cannot be loaded: {reason_of(error)}".strip())
 
 
 def load_folder(options: LoadOptions) -> dict[str, Any]:

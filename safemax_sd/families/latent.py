@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from safemax_sd.assets import resolve_model
-from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
 from safemax_sd.core.provenance import sorted_metadata
 from safemax_sd.core.quiet import quiet
 from safemax_sd.diffusion.process import DiffusionProcess, from_scheduler
@@ -240,6 +240,5 @@ class LatentFamily(ModelFamily):
             try:
                 network.enable_xformers_memory_efficient_attention()
             except (ImportError, ValueError, NotImplementedError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:120]
-                messages.append(f"xformers attention is not to be had here ({reason}); using PyTorch's own")
+                messages.append(f"xformers attention is not to be had here ({reason_of(error)}); using PyTorch's own")
         return messages

@@ -24,7 +24,7 @@ from safemax_sd.adapters.lora import KOHYA_NAME, WEIGHTS_NAME, check_fit, layer_
 from safemax_sd.adapters.low_rank import LowRank
 from safemax_sd.adapters.weights import FULL_WEIGHTS
 from safemax_sd.assets import resolve_model
-from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
 from safemax_sd.core.provenance import provenance, public_path, sorted_metadata, write_json_atomic
 from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.folder import LOCK, claimed, listed_files, replacing
@@ -275,7 +275,7 @@ def _base_folder(source: Source) -> Path:
             where = {"revision": base.revision, "variant": base.variant, "cache_dir": base.cache_dir}
             folder = Path(DiffusionPipeline.download(base.name_or_path, **where))
     except (OSError, ValueError) as error:
-        raise _lost_base(source, " ".join(str(error).split())[:200]) from error
+        raise _lost_base(source, reason_of(error)) from error
     if not (folder / "model_index.json").is_file():
         raise _lost_base(source, "it holds no model_index.json")
     return folder
@@ -307,7 +307,7 @@ def _load_denoiser(source: Source, base: Path) -> tuple[nn.Module, str | None]:
         dtype = _dtype(chosen[0])
         model = AutoModel.from_pretrained(str(where), subfolder=source.part, variant=own, torch_dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         if source.record.full:
             raise OptionError("--adapter", source.directory, f"its {source.part} cannot be loaded: {reason}") from error
         raise _lost_base(source, reason) from error

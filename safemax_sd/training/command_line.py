@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
 from safemax_sd.core.options import choices_of, flags_of, option
 from safemax_sd.core.registry import closest
 from safemax_sd.training.config import TrainConfig, config_class
@@ -104,7 +104,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     except RecursionError as error:
         raise OptionError("--config", path, "cannot be read: nested too deeply") from error
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: invalid UTF-8 or dates
-        raise OptionError("--config", path, f"cannot be read: {' '.join(str(error).split())[:150]}") from error
+        raise OptionError("--config", path, f"cannot be read: {reason_of(error)}") from error
     if not isinstance(content, dict):
         raise OptionError("--config", path, "must map flag names to values")
     return content
