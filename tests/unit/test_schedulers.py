@@ -31,7 +31,7 @@ from safemax_sd.recording.replay import start_noise
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 OTHERS = (DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler, PNDMScheduler)
-PROMPTS = ["an emoji of a dog in the noto style", "a twemoji style emoji of a pizza", "flat banana", "noto cat"] * 4
+PROMPTS = ["an emoji of a dog in the noto style", "a twemoji style emoji of a pizza", "flat banana", "noto cat"] * 2
 
 
 def with_scheduler(folder: Path, scheduler: Any, model: Path = ASSETS / "emoji") -> Path:
