@@ -12,27 +12,26 @@ from pathlib import Path
 import psutil
 import pytest
 
+from safemax_sd.cli import main
 from safemax_sd.training.children import STARTER
 from tests import tiny
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "safemax_sd.cli", "train", *arguments]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+from tests.processes import SECONDS, forked
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killing_the_command_ends_the_training(number: int, tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    command = start(*tiny.train_arguments(tiny_model, tmp_path, output, "--max_train_steps", "1000000"))
+    arguments = tiny.train_arguments(tiny_model, tmp_path, output, "--max_train_steps", "1000000")
+    command = forked(main, ["train", *arguments])
     while not (output / "log.jsonl").exists():
-        assert command.poll() is None, command.communicate()
+        assert command.is_alive()
         time.sleep(0.1)
+    assert command.pid is not None
     family = psutil.Process(command.pid).children(recursive=True)
     assert any("safemax_sd.train" in " ".join(child.cmdline()) for child in family)
-    command.send_signal(number)
-    command.wait(60)
+    os.kill(command.pid, number)
+    command.join(60)
+    assert command.exitcode == -number
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
 
@@ -50,9 +49,10 @@ def test_a_training_whose_command_is_gone_before_it_could_ask_ends(tmp_path: Pat
 CHILD = "import time; print('ready', flush=True); time.sleep(600)"
 COMMAND = """
 import signal, sys
-from safemax_sd.training.children import run_child
+from safemax_sd.training import children
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in its background ignore it
-sys.exit(run_child([sys.executable, "-c", sys.argv[1]]))
+children.GRACE_SECONDS = 0.5
+sys.exit(children.run_child([sys.executable, "-c", sys.argv[1]]))
 """
 
 
@@ -67,11 +67,14 @@ def test_an_interrupted_command_ends_its_child() -> None:
     assert not child.is_running()
 
 
-def test_an_error_found_in_the_training_has_code_2(tmp_path: Path, tiny_model: Path) -> None:
+def test_an_error_found_in_the_training_has_code_2(
+    tmp_path: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     arguments = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out")
-    command = start(*arguments, "--pretrained_model_name_or_path", str(tmp_path / "empty"))
-    _, printed = command.communicate()
-    assert command.returncode == 2, printed
+    command = forked(main, ["train", *arguments, "--pretrained_model_name_or_path", str(tmp_path / "empty")])
+    command.join(SECONDS)
+    printed = capfd.readouterr().err
+    assert command.exitcode == 2, printed
     assert printed.count("error: --pretrained_model_name_or_path") == 1
     assert "Traceback" not in printed
