@@ -26,7 +26,7 @@ from safemax_sd.train import main, train
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.workers import check_distribution
 from tests import tiny
-from tests.processes import SECONDS, in_two_processes
+from tests.processes import in_two_processes
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -60,9 +60,7 @@ def two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
     """Arguments and output of a run of two processes."""
     folder = tmp_path_factory.mktemp("two")
     arguments = tiny.train_arguments(tiny_model, folder, folder / "out")
-    process = launch(arguments)
-    printed, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, printed
+    in_two_processes(main, arguments)
     return arguments, folder / "out"
 
 
