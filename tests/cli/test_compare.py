@@ -6,10 +6,8 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,13 @@ import psutil
 import pytest
 import yaml
 from filelock import FileLock
+from safemax_sd.evaluation.comparison.cell import Cell, evaluate_cell
 from safemax_sd.evaluation.comparison.columns import over_tasks, pooled, table_columns
 from safemax_sd.evaluation.comparison.grid import compare
 from safemax_sd.evaluation.comparison.runs import ErasureCost, Run, read_runs
 from safemax_sd.evaluation.comparison.tables import Summary, by_task, leaders
 from safemax_sd.evaluation.metrics import Result
+from safemax_sd.evaluation.outputs import Shown
 from safemax_sd.evaluation.report import Report
 from scipy.stats import binomtest, t
 
@@ -30,6 +30,7 @@ from safemax_sd.cli import main
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.results.erasure import Edit, ErasureRecord
 from tests import tiny
+from tests.processes import forked
 from tests.reports import row, run_of
 
 pytestmark = pytest.mark.xdist_group("compare")
@@ -90,8 +91,31 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Halfway:
+    """A comparison of which one cell was trained and not evaluated: its failures, and that cell's weights."""
+
+    failed: list[str]
+    weights: Path
+    written: int
+
+
 @pytest.fixture(scope="module")
-def grid(place: Path, tiny_model: Path) -> Path:
+def halfway(place: Path, tiny_model: Path) -> Halfway:
+    def full(cell: Cell, base_cache: Path) -> Shown:
+        if cell.label == "ours":
+            raise OSError("the disk is full")
+        return evaluate_cell(cell, base_cache)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safemax_sd.evaluation.comparison.cell.evaluate_cell", full)
+        folder, failed = compare(str(write_config(place, tiny_model)))
+    weights = folder / "ours" / "fruit" / "0" / "pytorch_lora_weights.safetensors"
+    return Halfway(failed, weights, weights.stat().st_mtime_ns)
+
+
+@pytest.fixture(scope="module")
+def grid(halfway: Halfway, place: Path, tiny_model: Path) -> Path:
     folder, failed = compare(str(write_config(place, tiny_model)))
     assert failed == []
     return folder
@@ -270,31 +294,18 @@ def test_a_second_call_runs_nothing_and_a_removed_cell_is_redone_alone(
     compare(str(write_config(place, tiny_model)))
     assert changed(grid) == before
     assert read_runs(grid / "compare.json") == runs
-    shutil.rmtree(grid / "closed")
+    shutil.rmtree(grid / "negative")
     compare(str(write_config(place, tiny_model)))
     after = changed(grid)
-    assert {label for label in METHODS if after[label] != before[label]} == {"closed"}
+    assert {label for label in METHODS if after[label] != before[label]} == {"negative"}
     again = read_runs(grid / "compare.json")
     assert [(run.label, run.rows) for run in again] == [(run.label, run.rows) for run in runs]
 
 
-def test_a_cell_whose_evaluation_failed_is_only_evaluated(
-    grid: Path, place: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = grid / "ours" / "fruit" / "0"
-    shutil.rmtree(folder)
-
-    def full(*_: object) -> None:
-        raise OSError("the disk is full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("safemax_sd.evaluation.comparison.cell.evaluate_cell", full)
-        assert compare(str(write_config(place, tiny_model)))[1] == ["ours, fruit, seed 0: OSError: the disk is full"]
-    weights = folder / "pytorch_lora_weights.safetensors"
-    before = weights.stat().st_mtime_ns
-    assert compare(str(write_config(place, tiny_model)))[1] == []
-    assert weights.stat().st_mtime_ns == before
-    assert (folder / "evaluation" / "report.json").is_file()
+def test_a_cell_whose_evaluation_failed_is_only_evaluated(halfway: Halfway, grid: Path) -> None:
+    assert halfway.failed == ["ours, fruit, seed 0: OSError: the disk is full"]
+    assert halfway.weights.stat().st_mtime_ns == halfway.written
+    assert (grid / "ours" / "fruit" / "0" / "evaluation" / "report.json").is_file()
 
 
 def test_a_cell_stopped_before_its_evaluation_is_only_evaluated(grid: Path, place: Path, tiny_model: Path) -> None:
@@ -309,7 +320,7 @@ def test_a_cell_stopped_before_its_evaluation_is_only_evaluated(grid: Path, plac
 
 
 def test_a_cell_that_another_process_is_at_is_left_to_it(grid: Path, place: Path, tiny_model: Path) -> None:
-    folder = grid / "closed" / "fruit" / "0"
+    folder = grid / "negative" / "fruit" / "0"
     state = json.loads((folder / "cell.json").read_text())
     started = json.dumps({"status": "started", "settings": state["settings"]})
     (folder / "cell.json").write_text(started)
@@ -317,7 +328,7 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(grid: Path, place: Path
         compare(str(write_config(place, tiny_model)))
         assert (folder / "cell.json").read_text() == started
         statuses = {cell["label"]: cell["status"] for cell in read(grid)["cells"]}
-        assert statuses == {"ours": "done", "closed": "started", "negative": "done"}
+        assert statuses == {"ours": "done", "closed": "done", "negative": "started"}
     compare(str(write_config(place, tiny_model)))
     assert {cell["status"] for cell in read(grid)["cells"]} == {"done"}
 
@@ -325,10 +336,10 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(grid: Path, place: Path
 def test_a_killed_comparison_takes_its_training_along(place: Path, tiny_model: Path, tmp_path: Path) -> None:
     long = {"objective": "safemax", **QUICK, "max_train_steps": 100_000}
     config = write_config(place, tiny_model, methods={"long": long}, output_dir=str(tmp_path / "long"))
-    running = subprocess.Popen([sys.executable, "-m", "safemax_sd.cli", "compare", "--config", str(config)])
+    running = forked(main, ["compare", "--config", str(config)])
     log = tmp_path / "long" / "long" / "fruit" / "0" / "log.jsonl"
     deadline = time.monotonic() + 300
-    while not log.exists() and time.monotonic() < deadline and running.poll() is None:
+    while not log.exists() and time.monotonic() < deadline and running.is_alive():
         time.sleep(0.2)
     children = psutil.Process(running.pid).children(recursive=True)
     assert children
