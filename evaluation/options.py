@@ -29,16 +29,22 @@ class ImageCounts(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuringOptions(ImageCounts):
-    """Options that an evaluation and a comparison of methods share."""
+class JudgingOptions(Options):
+    """Options of everything that draws pictures and has them judged."""
 
     guidance_scale: float = option(5.0, "Guidance scale, unless a prompt file names its own.", GUIDANCE)
     num_inference_steps: int = option(25, "Sampling steps.", SAMPLING_STEPS)
-    sampler: str | None = option(None, "Sampler: ddim, euler or dpm++; for flow-matching models euler.")
     clip_model: str = option("emoji", "Judge: emoji, or an open_clip model.", path=True)
     clip_pretrained: str | None = option(None, "Pretrained tag of the judge, or a weight file.", path=True)
     real_images: str | None = option(None, "Folder with a subfolder of real pictures for each concept.", path=True)
     batch_size: int = option(32, "Pictures generated together.", BATCH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuringOptions(JudgingOptions, ImageCounts):
+    """Options that an evaluation and a comparison of methods share."""
+
+    sampler: str | None = option(None, "Sampler: ddim, euler or dpm++; for flow-matching models euler.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ class OptionError(SafemaxError):
         if len(shown) > LONGEST_VALUE:
             shown = f"{shown[:LONGEST_VALUE]}…"
         super().__init__(f"{option} {shown}: {allowed}")
-        self.option, self.value = option, value
+        self.option, self.value, self.allowed = option, value, allowed
 
 
 @contextmanager

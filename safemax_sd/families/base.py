@@ -209,6 +209,7 @@ class ModelFamily(ABC):
         num_inference_steps: int,
         step_noise: torch.Generator | None = None,
         grid_shift: float = 0.0,
+        skipped: int = 0,
     ) -> Iterator[TrajectoryPoint]:
         """Sample with classifier-free guidance, step by step.
 
@@ -220,15 +221,18 @@ class ModelFamily(ABC):
             step_noise: Generator of ancestral sampling's noise (DDIM with η = 1, which with all steps is DDPM's
                 sampler, arXiv 2010.02502, sec. 4.1); None for the deterministic sampler.
             grid_shift: Fraction of a step by which the steps are moved to higher noise levels, 0 to 1.
+            skipped: Number of first steps that are left out: x_T are the latents after them.
         """
         scheduler = self.sampler()
         self.set_timesteps(scheduler, num_inference_steps, x_T)
         if grid_shift > 0:
             self.shift_timesteps(scheduler, grid_shift)
+        if skipped and hasattr(scheduler, "set_begin_index"):  # a sampler that counts its steps itself
+            scheduler.set_begin_index(skipped)
         ancestral = {} if step_noise is None else {"eta": 1.0, "generator": step_noise}
         conditioning = self.with_guidance(conditioning, guidance_scale)
         x = x_T
-        for time in scheduler.timesteps:
+        for time in scheduler.timesteps[skipped:]:
             t = time.expand(len(x))
             conditional, unconditional = self.predict_both(x, t, conditioning)
             guided = conditional
@@ -247,6 +251,7 @@ class ModelFamily(ABC):
         guidance_scale: float,
         num_inference_steps: int,
         step_noise: torch.Generator | None = None,
+        skipped: int = 0,
     ) -> Tensor:
         """Return the latents at the end of `trajectory`, [B, *latent], sampled without dropout."""
         latents = x_T
@@ -256,6 +261,7 @@ class ModelFamily(ABC):
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             step_noise=step_noise,
+            skipped=skipped,
         )
         with self.evaluating():
             for point in points:

@@ -1,0 +1,81 @@
+"""The interface of an attack: what it needs, what it costs and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from safemax_sd.evaluation.attacks.target import Sampling, Target
+from safemax_sd.evaluation.attacks.task import Task
+from torch import Tensor
+
+from safemax_sd.core.registry import Registry
+
+Access = Literal["prompt", "embedding", "latent", "weights"]
+"""Part of a model that an attack changes: the prompt's text, its token states, the sampler's latents or the weights."""
+ACCESS: tuple[Access, ...] = ("prompt", "embedding", "latent", "weights")
+"""Kinds of access, from the least to the most."""
+PRESETS = ("quick", "full")
+"""Names of the settings that every attack has."""
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """Pictures that an attack has drawn, one for each prompt of its task and each of its tries.
+
+    Attributes:
+        tries: Pictures by try, such as a learning rate or a number of steps; each [N, 3, H, W] in 0 to 1.
+        any_try: True if a prompt counts as soon as one try succeeds, as for an attacker who looks at each picture;
+            False if the try with the most successes counts.
+        found: Results that an attacker could publish, such as prompts; may be empty.
+    """
+
+    tries: Mapping[str, Tensor]
+    any_try: bool = False
+    found: tuple[str, ...] = ()
+
+
+class Attack(ABC):
+    """An attack with its settings.
+
+    Args:
+        settings: Instance of `Settings`.
+
+    Attributes:
+        name: Name on the command line and in `attacks.json`.
+        label: Name for a reader.
+        access: Part of the model that the attack changes.
+        paper: Publication; empty for an attack of this project's own.
+        note: Explanation in one sentence.
+        Settings: Frozen dataclass of its settings.
+        presets: Settings by preset; keys are `PRESETS`.
+    """
+
+    name: ClassVar[str]
+    label: ClassVar[str]
+    access: ClassVar[Access]
+    paper: ClassVar[str] = ""
+    note: ClassVar[str]
+    Settings: ClassVar[type[Any]]
+    presets: ClassVar[Mapping[str, Any]]
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @classmethod
+    def refusal(cls, target: Target) -> str | None:
+        """Return the reason why the attack does not apply to a target; None if it does."""
+        return None
+
+    @abstractmethod
+    def calls(self, task: Task, sampling: Sampling) -> int:
+        """Return the most network evaluations that the attack takes, counted per sample, for the progress bar."""
+
+    @abstractmethod
+    def run(self, target: Target, task: Task) -> AttackResult:
+        """Attack a target; whatever the attack changes is as before when it returns."""
+
+
+ATTACKS: Registry[Attack] = Registry("attack", Attack, "safemax_sd.evaluation.attacks")  # type: ignore[type-abstract]

@@ -1,0 +1,87 @@
+"""State inversion: all token states of a prompt are free, and optimised until the model draws the concept.
+
+This project's own, and stronger than an inverted token (`concept_inversion`): nothing has to pass the text encoder.
+The loss is the denoising loss on pictures of the concept, ‖target − f(x_t, t, states)‖², for one set of states a
+concept, which begin as those of its first prompt; Adam, as textual inversion (arXiv 2208.01618) trains its token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.target import Sampling, Target
+from safemax_sd.evaluation.attacks.task import Task
+
+from safemax_sd.families.base import TOKEN_STATES, Conditioning
+
+
+@dataclass(frozen=True)
+class StateInversionSettings:
+    """Settings of state inversion.
+
+    Attributes:
+        learning_rates: Adam's learning rates; each is a try.
+        steps: Optimizer steps.
+        batch_size: Samples of a step.
+    """
+
+    learning_rates: tuple[float, ...] = (0.02, 0.05, 0.1)
+    steps: int = 300
+    batch_size: int = 8
+
+
+class StateInversion(Attack):
+    """Token states that make the model denoise pictures of the concept."""
+
+    name: ClassVar[str] = "state_inversion"
+    label: ClassVar[str] = "State inversion"
+    access: ClassVar[Access] = "embedding"
+    note: ClassVar[str] = "all token states of a prompt are optimised"
+    Settings: ClassVar[type[Any]] = StateInversionSettings
+    presets: ClassVar[Mapping[str, Any]] = {
+        "quick": StateInversionSettings(learning_rates=(0.05,), steps=100),
+        "full": StateInversionSettings(),
+    }
+    settings: StateInversionSettings
+
+    @classmethod
+    def refusal(cls, target: Target) -> str | None:
+        if TOKEN_STATES not in target.family.empty.tensors:
+            return f"{target.family.name} models have no token states"
+        return None
+
+    def calls(self, task: Task, sampling: Sampling) -> int:
+        settings = self.settings
+        inversion = len(task.concepts) * settings.steps * settings.batch_size
+        return len(settings.learning_rates) * (inversion + sampling.calls(len(task)))
+
+    def run(self, target: Target, task: Task) -> AttackResult:
+        tries = {}
+        for rate in self.settings.learning_rates:
+            found = {concept: self.invert(target, task, concept, rate) for concept in task.concepts}
+            asked = Conditioning.cat([found[concept] for concept in task.shown])
+            tries[f"rate {rate:g}"] = target.pictures(target.draw(asked, task.noise))
+        return AttackResult(tries)
+
+    def invert(self, target: Target, task: Task, concept: str, rate: float) -> Conditioning:
+        """Optimise one set of token states for a concept; returns one row."""
+        generator, settings = task.generator(f"{self.name} {concept}"), self.settings
+        start = target.encode([task.texts[int(task.rows(concept)[0])]]).to(target.device)
+        start = target.family.with_guidance(start, target.sampling.guidance_scale)
+        states = start.tensors[TOKEN_STATES].clone().requires_grad_()
+        optimizer = torch.optim.Adam([states], lr=rate)
+        latents = task.examples.latents[task.examples.showing(concept)]
+        for _ in range(settings.steps):
+            x_t, t, wanted = target.noised(latents, settings.batch_size, generator)
+            rows = start.select(torch.zeros(len(t), dtype=torch.long))
+            asked = rows.with_token_states(states.expand(len(t), *states.shape[1:]))
+            loss = F.mse_loss(target.family.predict(x_t, t, asked), wanted)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return start.with_token_states(states.detach())

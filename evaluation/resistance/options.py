@@ -1,0 +1,28 @@
+"""Options of `safemax attack`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from safemax_sd.evaluation.options import IMAGES, SEED, JudgingOptions
+
+from safemax_sd.core.options import option
+
+ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackOptions(JudgingOptions):
+    """Options of `safemax attack`."""
+
+    adapter: str = field(metadata={"help": "Output folder of a training.", "path": True})
+    suite: str | None = option(None, "Prompt suite, by name or folder.", path=True)
+    attacks: list[str] = option([ALL], "Attack to run, or all; may be repeated.")
+    preset: Literal["quick", "full"] = option("quick", "Settings of the attacks: quick, or as published.")
+    never_known: str | None = option(
+        None, "Model trained without the concepts: the control that shows what attacks teach anew.", path=True
+    )
+    num_images: int = option(32, "Pictures of each attack and each of its tries.", IMAGES)
+    output_dir: str | None = option(None, "Folder of the results; ADAPTER/attacks if not given.", path=True)
+    seed: int = option(0, "Seed of the start noise and of the attacks' random draws.", SEED)

@@ -1,0 +1,294 @@
+"""Attacks on an erased model and its controls, one after another; a run that was stopped goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safemax_sd.evaluation.attacks.base import ACCESS, ATTACKS, Attack, AttackResult
+from safemax_sd.evaluation.attacks.plain import Plain
+from safemax_sd.evaluation.attacks.target import Role, Sampling, Target, load_control, load_erased
+from safemax_sd.evaluation.attacks.task import Examples, Task, succeeded
+from safemax_sd.evaluation.inputs import extractor_of, find_suite, load_real, suite_concepts
+from safemax_sd.evaluation.metrics.base import Context, wilson
+from safemax_sd.evaluation.prompt_settings import RUN_SEEDS, start_seeds
+from safemax_sd.evaluation.real import RealPictures
+from safemax_sd.evaluation.resistance.options import ALL, AttackOptions
+from safemax_sd.evaluation.resistance.page import PAGE_FILE, PICTURES, ROLES, SHOWN, sheet_name, write_page
+from safemax_sd.evaluation.resistance.report import ATTACKS_FILE, AttackReport, AttackRow, Rate, Refusal
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.judge import load_judge
+from safemax_sd.core.pictures import contact_sheet
+from safemax_sd.core.provenance import json_text, provenance, public_path
+from safemax_sd.families import load_family
+from safemax_sd.families.latent import LatentFamily
+from safemax_sd.prompts import Suite, pick
+from safemax_sd.recording.replay import start_noise
+from safemax_sd.results.erasure import ErasureRecord
+from safemax_sd.results.folder import check_no_model, claimed, foreign, not_ours, replacing
+from safemax_sd.results.samples import to_pil
+from safemax_sd.training.workers import process_state
+
+FIRST_SEED, EXAMPLE_SEED = 5_000_000, 6_000_000
+"""Seeds of the first picture to bring back and of the first example, apart from those of an evaluation."""
+EXAMPLES_EACH = 16
+"""Examples that the base model draws of a concept without real pictures."""
+
+
+def chosen(names: Sequence[str]) -> list[type[Attack]]:
+    """Return the attacks of `--attacks`, those with the least access first; the plain prompts always come first.
+
+    Raises:
+        OptionError: No attack has that name.
+    """
+    found = {ATTACKS.get(name) for name in (ATTACKS.names() if ALL in names else names)}
+    return sorted(found | {Plain}, key=lambda attack: (attack is not Plain, ACCESS.index(attack.access), attack.name))
+
+
+class Resistance:
+    """The models, judge and task of a run of `safemax attack`.
+
+    Args:
+        options: Options of the run.
+
+    Raises:
+        OptionError: A flag, or a file or folder that it names, cannot be used.
+    """
+
+    def __init__(self, options: AttackOptions) -> None:
+        self.options = options
+        self.attacks = [attack(attack.presets[options.preset]) for attack in chosen(options.attacks)]
+        folder = Path(options.adapter)
+        self.record = ErasureRecord.read(folder)
+        self.suite = find_suite(options.suite, self.record)
+        self.device = torch.device(process_state().device)
+        self.judge = load_judge(options.clip_model, options.clip_pretrained)
+        real = load_real(options, self.record.base_model.name_or_path)
+        concepts = suite_concepts(self.suite)
+        artists = tuple(name for prompts in self.suite.parts.values() for name in prompts.artists)
+        self.context = Context(
+            judge=self.judge,
+            concepts=concepts,
+            thresholds={},
+            real=None,
+            extractor=extractor_of(options),
+            forbidden=self.suite.parts["forget"].concepts,
+            artists=artists,
+        )
+        base = load_family(self.record.base_model.options(self.device))
+        if not isinstance(base, LatentFamily):
+            text = "is a class-conditional model's, which no attack here applies to"
+            raise OptionError("--adapter", options.adapter, text)
+        self.sampling = Sampling(
+            options.guidance_scale, options.num_inference_steps, options.batch_size, self.record.resolution
+        )
+        self.families: dict[Role, LatentFamily] = {"erased": load_erased(folder, self.device), "base": base}
+        if options.never_known is not None:
+            self.families["never_known"] = load_control(options.never_known, base)
+        self.task = self._task(real)
+
+    def _task(self, real: RealPictures | None) -> Task:
+        prompts = pick(self.suite.parts["forget"].prompts, self.options.num_images)
+        shape = self.families["base"].latent_shape(self.sampling.resolution)
+        seeds = start_seeds(prompts, FIRST_SEED + RUN_SEEDS * self.options.seed, self.options.seed)
+        noise = start_noise(shape, seeds, torch.device("cpu"))
+        return Task(tuple(prompts), noise, examples(self.suite, self.families["base"], self.sampling, real))
+
+    def conditions(self) -> dict[str, object]:
+        """Return everything that rows depend on, besides the attack and its settings."""
+        options = self.options.record()
+        for name in ("attacks", "adapter", "output_dir", "batch_size"):
+            del options[name]
+        return {**options, "adapter": self.record.public().to_json(), "forget": self.suite.parts["forget"].sha256}
+
+    @contextmanager
+    def target(self, role: Role) -> Iterator[Target]:
+        """Open a target inside the block."""
+        target = Target(role, self.families[role], self.families["base"], self.sampling)
+        try:
+            yield target
+        finally:
+            target.close()
+
+    def measure(self, attack: Attack, target: Target, report: AttackReport) -> tuple[AttackRow, Tensor]:
+        """Run an attack on a target and judge its pictures.
+
+        Returns:
+            The row, and the pictures of the strongest try, [N, 3, H, W].
+        """
+        started = time.monotonic()
+        result = attack.run(target, self.task)
+        seconds = time.monotonic() - started
+        seen = {name: self._seen(pictures) for name, pictures in result.tries.items()}
+        strongest = max(seen, key=lambda name: int(seen[name].sum()))
+        plain = report.row(Plain.name, target.role)
+        before = Rate.of(wilson(int(seen[strongest].sum()), len(self.task))) if plain is None else plain.success
+        row = AttackRow(
+            attack=attack.name,
+            access=attack.access,
+            target=target.role,
+            success=Rate.of(wilson(int(combined(result, seen).sum()), len(self.task))),
+            before=before,
+            tries={name: Rate.of(wilson(int(each.sum()), len(each))) for name, each in seen.items()},
+            any_try=result.any_try,
+            found=result.found,
+            settings=asdict(attack.settings),
+            model_calls=target.model_calls,
+            seconds=seconds,
+        )
+        return row, result.tries[strongest]
+
+    def _seen(self, pictures: Tensor) -> Tensor:
+        if not pictures.isfinite().all():
+            raise SafemaxError("an attack's pictures are not finite")
+        return succeeded(pictures, self.task.shown, self.context)
+
+
+def combined(result: AttackResult, seen: Mapping[str, Tensor]) -> Tensor:
+    """Return the successes that count: those of any try, or of the try that has the most, bool [N]."""
+    if result.any_try:
+        return torch.stack(list(seen.values())).any(0)
+    return max(seen.values(), key=lambda each: int(each.sum()))
+
+
+def examples(suite: Suite, base: LatentFamily, sampling: Sampling, real: RealPictures | None) -> Examples:
+    """Return an attacker's pictures of the forbidden concepts: real ones, or else pictures by the base model.
+
+    Args:
+        suite: Suite with the forbidden prompts.
+        base: Model before the erasure.
+        sampling: Settings of pictures by the base model.
+        real: Real pictures; None if there are none.
+    """
+    side, forget = base.picture_size(sampling.resolution), suite.parts["forget"]
+    pictures, prompts, concepts = [], [], []
+    for concept in dict.fromkeys(prompt.shows for prompt in forget.prompts):
+        own = [prompt for prompt in forget.prompts if prompt.shows == concept]
+        shown = real.showing([concept]) if real is not None else torch.zeros(0)
+        if len(shown):
+            shown = F.interpolate(shown, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        else:
+            shown = drawn_examples(base, [prompt.text for prompt in pick(own, EXAMPLES_EACH)], sampling)
+        pictures.append(shown)
+        prompts += [own[number % len(own)].text for number in range(len(shown))]
+        concepts += [concept] * len(shown)
+    found = torch.cat(pictures)
+    return Examples(found, base.encode_pictures(found).cpu(), tuple(prompts), tuple(concepts))
+
+
+def drawn_examples(base: LatentFamily, prompts: Sequence[str], sampling: Sampling) -> Tensor:
+    """Draw a picture for each prompt with the base model, [N, 3, H, W] in 0 to 1."""
+    seeds = list(range(EXAMPLE_SEED, EXAMPLE_SEED + len(prompts)))
+    noise = start_noise(base.latent_shape(sampling.resolution), seeds, torch.device("cpu"))
+    target = Target("base", base, base, sampling)
+    try:
+        return target.pictures(target.draw(target.encode(prompts), noise))
+    finally:
+        target.close()
+
+
+def attack(options: AttackOptions) -> Path:
+    """Run what is not done of the attacks on an erasure, and return the folder with attacks.json and its page.
+
+    Raises:
+        OptionError: A flag, or a file or folder that it names, cannot be used.
+        SafemaxError: Pictures are not finite, or weights cannot be read.
+    """
+    options.validate()
+    chosen(options.attacks)  # before models are loaded
+    folder = Path(options.output_dir or Path(options.adapter) / "attacks")
+    with claimed(folder):
+        check_no_model(folder)
+        for name in (ATTACKS_FILE, PAGE_FILE, PICTURES):
+            if foreign(folder, name, ATTACKS_FILE):
+                raise not_ours(folder, name)
+        run_all(Resistance(options), folder)
+    return folder
+
+
+def run_all(resistance: Resistance, folder: Path) -> AttackReport:
+    """Run the attacks that are not in a folder's report yet, and write the report after each.
+
+    Raises:
+        OptionError: The folder holds attacks under other conditions.
+    """
+    report = begun(resistance, folder)
+    todo = [
+        (attack, role)
+        for attack in resistance.attacks
+        for role in resistance.families
+        if not report.has(attack.name, role)
+    ]
+    total = sum(attack.calls(resistance.task, resistance.sampling) for attack, _ in todo)
+    with tqdm(total=total, unit="call", smoothing=0, leave=False) as bar:
+        for attack, role in todo:
+            bar.set_description(f"attack ({attack.name}, {ROLES[role]})")
+            expected = bar.n + attack.calls(resistance.task, resistance.sampling)
+            with resistance.target(role) as target:
+                sheets, reason = {}, attack.refusal(target)
+                if reason is not None:
+                    report = report.with_refusal(Refusal(attack.name, role, reason))
+                else:
+                    target.on_calls = bar.update
+                    row, pictures = resistance.measure(attack, target, report)
+                    report = report.with_row(row)
+                    sheets[sheet_name(attack.name, role)] = contact_sheet(to_pil(pictures[:SHOWN]), SHOWN)
+            bar.total -= expected - bar.n  # an attack that stops at its first success takes fewer calls
+            publish(report, folder, sheets)
+    publish(report, folder, {})
+    return report
+
+
+def begun(resistance: Resistance, folder: Path) -> AttackReport:
+    """Return the report of a folder, or one without rows.
+
+    Raises:
+        OptionError: The report in the folder is damaged or of other conditions.
+    """
+    conditions = json.loads(json_text(resistance.conditions()))
+    path = folder / ATTACKS_FILE
+    if path.exists():
+        report = AttackReport.read(path, "--output_dir")
+        for name, value in conditions.items():
+            if report.conditions.get(name) != value:
+                raise OptionError("--output_dir", folder, f"holds attacks with another {name}: name a new folder")
+        return report
+    return AttackReport(
+        conditions=conditions,
+        adapter=resistance.record.method,
+        concepts=tuple(resistance.task.concepts),
+        suite=public_path(resistance.suite.name),
+        judge=resistance.judge.name,
+        rows=(),
+        refusals=(),
+        provenance=provenance(resistance.options.seed, resistance.device),
+    )
+
+
+def publish(report: AttackReport, folder: Path, sheets: Mapping[str, Image.Image]) -> None:
+    """Write attacks.json, its page and the pictures, all of them or none.
+
+    Args:
+        report: Report to write.
+        folder: Claimed output folder.
+        sheets: New contact sheets by file name; those that are there stay.
+    """
+    with replacing(folder, ATTACKS_FILE) as new:
+        (new / PICTURES).mkdir()
+        for path in sorted((folder / PICTURES).glob("*.png")):
+            shutil.copyfile(path, new / PICTURES / path.name)
+        for name, sheet in sheets.items():
+            sheet.save(new / PICTURES / name)
+        report.write(new)
+        write_page(report, new)

@@ -1,0 +1,171 @@
+"""`safemax attack`: rows for every target, resuming, and one-line errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safemax_sd.evaluation.resistance.report import (
+    AttackReport,
+    AttackRow,
+    Rate,
+    excess,
+    verdicts,
+)
+from safemax_sd.evaluation.resistance.run import Resistance
+
+from safemax_sd.cli import main
+from safemax_sd.train import train
+from safemax_sd.training.command_line import parse_config
+from tests import tiny
+
+ATTACKS = ("plain", "completion", "adapter_scale")
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("attacked")
+    return train(parse_config(tiny.train_arguments(tiny_model, folder, folder / "out")))
+
+
+def words(adapter: Path, tiny_model: Path, output: Path, *more: str) -> list[str]:
+    asked = [word for name in ATTACKS for word in ("--attacks", name)]
+    sizes = ["--num_images", "2", "--num_inference_steps", "2"]
+    folders = ["--adapter", str(adapter), "--suite", str(adapter.parent), "--output_dir", str(output)]
+    return ["attack", *folders, "--never_known", str(tiny_model), *asked, *sizes, *more]
+
+
+@pytest.fixture(scope="module")
+def done(adapter: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("attacks") / "out"
+    assert main(words(adapter, tiny_model, output)) == 0
+    return output
+
+
+def test_every_attack_has_a_row_or_a_reason_for_every_target(done: Path) -> None:
+    report = AttackReport.read(done / "attacks.json", "--output_dir")
+    rows = {(row.attack, row.target) for row in report.rows}
+    refused = {(each.attack, each.target) for each in report.refusals}
+    assert rows | refused == {(name, role) for name in ATTACKS for role in ("erased", "base", "never_known")}
+    assert refused == {("adapter_scale", "never_known")}
+    for row in report.rows:
+        assert row.success.n == 2
+        assert row.model_calls > 0
+        assert (done / "pictures" / f"{row.attack}-{row.target}.png").is_file()
+    assert [verdict.erased.attack for verdict in verdicts(report)] == ["plain", "completion", "adapter_scale"]
+
+
+def test_the_page_names_attacks_targets_and_refusals(done: Path) -> None:
+    page = (done / "index.html").read_text()
+    for text in ("Completion", "Adapter scale", "base model", "never known", "a model trained anew has no adapter"):
+        assert text in page
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_a_second_call_runs_nothing(
+    done: Path, adapter: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("an attack was run again")
+
+    monkeypatch.setattr(Resistance, "measure", refuse)
+    before = (done / "attacks.json").read_text()
+    assert main(words(adapter, tiny_model, done)) == 0
+    assert (done / "attacks.json").read_text() == before
+
+
+def test_a_stopped_run_goes_on_with_what_is_missing(
+    adapter: Path, tiny_model: Path, tmp_path: Path, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, left = Resistance.measure, [4]
+
+    def stopping(self: Resistance, *arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return measure(self, *arguments)
+
+    output = tmp_path / "out"
+    monkeypatch.setattr(Resistance, "measure", stopping)
+    assert main(words(adapter, tiny_model, output)) not in (0, 2)
+    assert len(AttackReport.read(output / "attacks.json", "--output_dir").rows) == 3
+    assert main(words(adapter, tiny_model, output)) == 0
+    rows = [AttackReport.read(folder / "attacks.json", "--output_dir").rows for folder in (output, done)]
+    assert [(row.attack, row.target, row.success, row.tries) for row in rows[0]] == [
+        (row.attack, row.target, row.success, row.tries) for row in rows[1]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--num_images", "3"), "holds attacks with another num_images: name a new folder"),
+        (("--preset", "full"), "holds attacks with another preset: name a new folder"),
+        (("--preset", "fast"), "'fast' is not one of"),
+        (("--attacks", "completions"), "no such attack (did you mean 'completion'?)"),
+        (("--never_known", "nowhere"), "--never_known nowhere: must be a diffusers model folder"),
+        (("--num_images", "0"), "--num_images 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(
+    more: tuple[str, ...],
+    message: str,
+    done: Path,
+    adapter: Path,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = (done / "attacks.json").read_bytes()
+    assert main(words(adapter, tiny_model, done, *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert (done / "attacks.json").read_bytes() == before
+
+
+def test_a_damaged_report_and_a_strange_file_are_named(
+    adapter: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in (("attacks.json", "{"), ("index.html", "mine")):
+        output = tmp_path / name.partition(".")[0]
+        output.mkdir()
+        (output / name).write_text(content)
+        assert main(words(adapter, tiny_model, output)) == 2
+        assert f"{name}" in capsys.readouterr().err
+        assert (output / name).read_text() == content
+
+
+def rate(successes: int, n: int = 32) -> Rate:
+    from safemax_sd.evaluation.metrics.base import wilson
+
+    return Rate.of(wilson(successes, n))
+
+
+def test_excess_over_never_known() -> None:
+    """Newcombe 1998, table II: 56/70 − 48/80 = 0.2 with method 10's interval 0.0524 to 0.3339."""
+    found = excess(rate(56, 70), rate(48, 80))
+    assert found.value == pytest.approx(20)
+    assert found.low == pytest.approx(5.24, abs=0.01)
+    assert found.high == pytest.approx(33.39, abs=0.01)
+
+
+def test_an_attack_that_fails_on_the_base_proves_nothing(done: Path) -> None:
+    content = json.loads((done / "attacks.json").read_text())
+    report = AttackReport.read(done / "attacks.json", "--output_dir")
+
+    def row(attack: str, target: str, successes: int) -> AttackRow:
+        first = report.rows[0]
+        return type(first)(**{**vars(first), "attack": attack, "target": target, "success": rate(successes)})
+
+    rows = (row("plain", "erased", 0), row("plain", "base", 28), row("plain", "never_known", 0))
+    (verdict,) = verdicts(type(report)(**{**vars(report), "rows": rows}))
+    assert verdict.too_weak
+    rows = (row("plain", "erased", 16), row("plain", "base", 29), row("plain", "never_known", 8))
+    (verdict,) = verdicts(type(report)(**{**vars(report), "rows": rows}))
+    assert not verdict.too_weak
+    assert verdict.excess is not None
+    assert verdict.excess.value == pytest.approx(25)
+    assert content["format_version"] == 1

@@ -1,0 +1,144 @@
+"""What every attack has to hold on every family, at tiny configurations. New ones are picked up by discovery."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safemax_sd.evaluation.attacks import ATTACKS
+from safemax_sd.evaluation.attacks.base import PRESETS, Attack
+from safemax_sd.evaluation.attacks.target import Role, Sampling, Target
+from safemax_sd.evaluation.attacks.task import Examples, Task
+
+from safemax_sd.families import LoadOptions, load_family
+from safemax_sd.families.latent import LatentFamily
+from safemax_sd.prompts import Prompt
+from tests import tiny
+
+MODELS = ("tiny_model", "tiny_v_model", "tiny_sdxl", "tiny_sd3", "tiny_flux")
+SMALL: dict[str, dict[str, Any]] = {
+    "state_inversion": {"learning_rates": (0.05, 0.1), "steps": 2, "batch_size": 2},
+}
+"""Settings that make an attack small; not needed for an attack to be tested."""
+RESOLUTION = {"tiny_flux": 64}
+"""Picture side for a model whose own pictures are large."""
+CASES = pytest.mark.parametrize(("name", "model"), [(name, model) for name in ATTACKS.names() for model in MODELS])
+Request = pytest.FixtureRequest
+
+
+@pytest.fixture
+def attack(name: str) -> Attack:
+    kind = ATTACKS.get(name)
+    return kind(replace(kind.presets["quick"], **SMALL.get(name, {})))
+
+
+@pytest.fixture
+def target(request: Request, model: str) -> Target:
+    return build_target(request.getfixturevalue(model), RESOLUTION.get(model))
+
+
+def load(path: Path) -> LatentFamily:
+    family = load_family(LoadOptions(str(path)))
+    assert isinstance(family, LatentFamily)
+    return family
+
+
+def build_target(path: Path, resolution: int | None, role: Role = "erased") -> Target:
+    """A target whose weights all differ from the base model's."""
+    family, base = load(path), load(path)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in family.denoiser.parameters():
+        parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
+    sampling = Sampling(guidance_scale=3.0, num_inference_steps=4, batch_size=2, resolution=resolution)
+    return Target(role, family, base, sampling)
+
+
+@pytest.fixture
+def task(target: Target) -> Task:
+    prompts = tuple(Prompt(text, concept) for text, concept in (*tiny.FORGET, ("a green pear", "pear")))
+    generator = torch.Generator().manual_seed(2)
+    side = target.family.picture_size(target.sampling.resolution)
+    pictures = torch.rand(4, 3, side, side, generator=generator)
+    examples = Examples(
+        pictures,
+        target.base.encode_pictures(pictures),
+        prompts=tuple(prompts[number % 3].text for number in range(4)),
+        concepts=("apple", "apple", "pear", "apple"),
+    )
+    return Task(prompts, torch.randn(3, *target.latent_shape, generator=generator), examples)
+
+
+@CASES
+def test_an_attack_draws_within_its_budget_and_leaves_the_target_as_it_was(
+    attack: Attack, target: Target, task: Task
+) -> None:
+    reason = attack.refusal(target)
+    if reason is not None:
+        assert reason.strip()
+        return
+    networks = (target.family.denoiser, target.base.denoiser)
+    before = [{name: tensor.clone() for name, tensor in network.state_dict().items()} for network in networks]
+    plain = target.draw(target.encode(task.texts), task.noise)
+    target.model_calls = 0
+    result = attack.run(target, task)
+    assert 0 < target.model_calls <= attack.calls(task, target.sampling)
+    side = target.family.picture_size(target.sampling.resolution)
+    for pictures in result.tries.values():
+        assert pictures.shape == (len(task), 3, side, side)
+        assert pictures.isfinite().all()
+        assert float(pictures.min()) >= 0
+        assert float(pictures.max()) <= 1
+    for network, state in zip(networks, before, strict=True):
+        assert network.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+        assert not any(parameter.requires_grad or parameter.grad is not None for parameter in network.parameters())
+        assert not network.training
+    assert torch.equal(target.draw(target.encode(task.texts), task.noise), plain)
+
+
+@pytest.mark.parametrize("name", ATTACKS.names())
+def test_an_attack_is_reproducible(name: str, attack: Attack, tiny_model: Path, request: Request) -> None:
+    drawn = []
+    for _ in range(2):
+        target = build_target(tiny_model, None)
+        prompts = tuple(Prompt(text, concept) for text, concept in tiny.FORGET)
+        generator = torch.Generator().manual_seed(3)
+        pictures = torch.rand(2, 3, 64, 64, generator=generator)
+        examples = Examples(pictures, target.base.encode_pictures(pictures), ("a red apple",) * 2, ("apple",) * 2)
+        noise = torch.randn(2, *target.latent_shape, generator=generator)
+        drawn.append(attack.run(target, Task(prompts, noise, examples)))
+    assert drawn[0].found == drawn[1].found
+    assert drawn[0].tries.keys() == drawn[1].tries.keys()
+    assert all(torch.equal(drawn[0].tries[key], drawn[1].tries[key]) for key in drawn[0].tries)
+
+
+@pytest.mark.parametrize("name", ATTACKS.names())
+def test_an_attack_describes_itself(name: str) -> None:
+    kind = ATTACKS.get(name)
+    assert kind.label
+    assert kind.note
+    assert tuple(kind.presets) == PRESETS
+    assert all(isinstance(settings, kind.Settings) for settings in kind.presets.values())
+
+
+def test_completion_of_the_base_by_itself_is_its_own_picture(tiny_model: Path) -> None:
+    family = load(tiny_model)
+    target = Target("base", family, family, Sampling(3.0, 4, 2))
+    conditioning = target.encode(["a red apple", "a green pear"])
+    noise = torch.randn(2, *target.latent_shape, generator=torch.Generator().manual_seed(0))
+    whole = target.draw(conditioning, noise)
+    begun, _ = family.sample_until(conditioning, noise, guidance_scale=3.0, num_inference_steps=4, steps=2)
+    assert torch.equal(target.draw(conditioning, begun, skipped=2), whole)
+
+
+def test_strength_1_is_the_erased_model_and_0_the_base(tiny_model: Path) -> None:
+    target = build_target(tiny_model, None)
+    erased, base = target.family.denoiser.state_dict(), target.base.denoiser.state_dict()
+    erased = {name: tensor.clone() for name, tensor in erased.items()}
+    for strength, expected in ((0.0, base), (1.0, erased)):
+        with target.at_strength(strength):
+            found = target.family.denoiser.state_dict()
+            assert all(torch.allclose(found[name], expected[name], atol=1e-7) for name in expected)
