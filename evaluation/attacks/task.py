@@ -72,6 +72,16 @@ class Task:
         """Return the indices of a concept's prompts, int64 [N']."""
         return torch.tensor([number for number, shown in enumerate(self.shown) if shown == concept])
 
+    def example_rows(self) -> Tensor:
+        """Return the index of an example for each prompt, int64 [N]; those of a concept take turns."""
+        shown = {concept: self.examples.showing(concept) for concept in self.concepts}
+        turns = dict.fromkeys(self.concepts, 0)
+        rows = []
+        for concept in self.shown:
+            rows.append(int(shown[concept][turns[concept] % len(shown[concept])]))
+            turns[concept] += 1
+        return torch.tensor(rows)
+
     def generator(self, purpose: str) -> torch.Generator:
         """Return a generator that is the same for the same seed and purpose."""
         digest = hashlib.sha256(f"{self.seed} {purpose}".encode()).digest()
