@@ -5,7 +5,7 @@ from __future__ import annotations
 from safemax_sd.evaluation.metrics import METRICS
 from safemax_sd.evaluation.metrics.distribution import check_distribution
 from safemax_sd.evaluation.metrics.features import INCEPTION, JUDGE_EXTRACTOR
-from safemax_sd.evaluation.options import EvaluateOptions
+from safemax_sd.evaluation.options import EvaluateOptions, JudgingOptions
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
 from torch import Tensor
 
@@ -61,7 +61,7 @@ def check_metrics(suite: Suite) -> None:
         METRICS.get(name).check(suite.name, suite.parts["forget"].concepts)
 
 
-def load_real(options: EvaluateOptions, base_model: str) -> RealPictures | None:
+def load_real(options: JudgingOptions, base_model: str) -> RealPictures | None:
     """Load the real pictures to compare with; None if there are none.
 
     They are those of `--real_images` or, for the embedded emoji model, the embedded ones.
@@ -74,7 +74,7 @@ def load_real(options: EvaluateOptions, base_model: str) -> RealPictures | None:
     return embedded_pictures() if base_model == "emoji" else None
 
 
-def extractor_of(options: EvaluateOptions) -> str:
+def extractor_of(options: JudgingOptions) -> str:
     """Return the feature extractor of FID and KID: the embedded judge, or Inception with any other judge."""
     return JUDGE_EXTRACTOR if options.clip_model == "emoji" else INCEPTION
 
