@@ -20,6 +20,7 @@ from tests import tiny
 
 MODELS = ("tiny_model", "tiny_v_model", "tiny_sdxl", "tiny_sd3", "tiny_flux")
 SMALL: dict[str, dict[str, Any]] = {
+    "text_free_inversion": {"fixed_points": 2, "iterations": 2},
     "noise_probe": {"etas": (1.0, 1.85), "variance_scales": (1.04,)},
     "state_inversion": {"learning_rates": (0.05, 0.1), "steps": 2, "batch_size": 2},
 }
