@@ -23,6 +23,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "text_free_inversion": {"fixed_points": 2, "iterations": 2},
     "noise_probe": {"etas": (1.0, 1.85), "variance_scales": (1.04,)},
     "state_inversion": {"learning_rates": (0.05, 0.1), "steps": 2, "batch_size": 2},
+    "p4d": {"tokens": 3, "steps": 3, "draw_every": 2},
+    "unlearn_diff_atk": {"tokens": 2, "stages": 2, "iterations": 2},
 }
 """Settings that make an attack small; not needed for an attack to be tested."""
 RESOLUTION = {"tiny_flux": 64}

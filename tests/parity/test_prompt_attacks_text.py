@@ -1,0 +1,69 @@
+"""The shared path of prompt attacks against the pipelines' own encoding, and its gradient against differences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safemax_sd.evaluation.attacks.text import FREE, TextEncoders, reworded
+
+from safemax_sd.families import LoadOptions, load_family
+from safemax_sd.families.latent import LatentFamily
+from safemax_sd.prompts import Prompt
+
+TEXTS = ["a red apple", "", "red apple on a table and more of it than fits"]
+
+
+def load(path: Path) -> LatentFamily:
+    family = load_family(LoadOptions(str(path)))
+    assert isinstance(family, LatentFamily)
+    return family
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_sdxl"])
+def test_conditioning_is_the_pipelines_own(model: str, request: pytest.FixtureRequest) -> None:
+    family = load(request.getfixturevalue(model))
+    if model == "tiny_sdxl":
+        family.pipeline.tokenizer_2.pad_token = "a</w>"  # the encoders' padding differs in the real one
+    encoders = TextEncoders(family)
+    ids, _ = encoders.layout(encoders.tokens(TEXTS))
+    wanted = family.encode_prompts(TEXTS).tensors
+    for embeddings in (None, encoders.table[ids]):
+        found = encoders.encode(ids, embeddings).conditioning.tensors
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor)
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_sdxl"])
+def test_gradient_is_that_of_differences(model: str, request: pytest.FixtureRequest) -> None:
+    encoders = TextEncoders(load(request.getfixturevalue(model)))
+    ids, free = encoders.layout([[FREE, *encoders.tokens(["a red"])[0]], [FREE]])
+    goal = torch.randn(2, encoders.pooled(ids).shape[1], generator=torch.Generator().manual_seed(0))
+    gradient = encoders.gradient(ids, lambda encoded, rows: (encoded.pooled * goal[rows]).sum(1), 1)
+    shift = 1e-3 * torch.randn(gradient.shape, generator=torch.Generator().manual_seed(1)) * free[..., None]
+    values = [(encoders.encode(ids, encoders.table[ids] + sign * shift).pooled * goal).sum() for sign in (1, -1)]
+    torch.testing.assert_close((gradient * shift).sum(), (values[0] - values[1]) / 2, rtol=1e-2, atol=1e-6)
+
+
+def test_layout_marks_free_tokens_and_cuts_at_the_end(tiny_model: Path) -> None:
+    encoders = TextEncoders(load(tiny_model))
+    ids, free = encoders.layout([[FREE, 5, FREE], [7] * 40])
+    assert encoders.room == 22
+    assert ids.shape == (2, 24)
+    assert free.nonzero().tolist() == [[0, 1], [0, 3]]
+    assert ids[0, 2] == 5
+    assert ids[1, -2:].tolist() == [7, 53]
+
+
+@pytest.mark.parametrize(
+    ("text", "concept", "wanted"),
+    [
+        ("an emoji of a Cat in a category", "cat", "an emoji of a dog in a category"),
+        ("two beer mugs", "beer mug", "dog two beer mugs"),
+        ("cat", "cat", "dog"),
+    ],
+)
+def test_a_word_takes_the_concepts_place(text: str, concept: str, wanted: str) -> None:
+    assert reworded(Prompt(text, concept), "dog") == wanted
