@@ -241,7 +241,8 @@ def fuse(denoiser: nn.Module, changes: dict[str, LowRank], base: str) -> None:
         weight, size = weights.get(f"{layer}.weight"), (len(change.up), *change.down.shape[1:])
         if weight is None or weight.shape != size:
             raise SafemaxError(f"the adapter does not fit {base}: no layer {layer} of size {tuple(size)}")
-        weight.copy_(weight.float() + (change.up.flatten(1) @ change.down.flatten(1)).view(size))
+        added = (change.up.flatten(1) @ change.down.flatten(1)).view(size)
+        weight.copy_(weight.float() + added.to(weight.device))
 
 
 def _metadata(changes: dict[str, LowRank]) -> dict[str, Any]:
