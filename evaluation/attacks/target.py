@@ -136,12 +136,7 @@ class Target:
         Returns:
             x_t [count, *latent], native time t [count] and the training target [count, *latent].
         """
-        process = self.family.process
-        x0 = latents[torch.randint(len(latents), (count,), generator=generator)]
-        noise = torch.randn(x0.shape, generator=generator)
-        t = process.schedule.sample_times(count, generator)
-        x_t, wanted = process.add_noise(x0, noise, t), process.target(x0, noise, t)
-        return x_t.to(self.device), t.to(self.device), wanted.to(self.device)
+        return with_noise(self.family, latents[torch.randint(len(latents), (count,), generator=generator)], generator)
 
     def pictures(self, latents: Tensor) -> Tensor:
         """Decode latents to pictures, float32 [N, 3, H, W] in 0 to 1 on the processor."""
@@ -169,6 +164,24 @@ class Target:
             }
             self.family.denoiser.load_state_dict(mixed)
             yield
+
+
+def with_noise(family: LatentFamily, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the noise and noise levels of a denoising loss as in a model's training.
+
+    Args:
+        family: Model.
+        x0: Clean latents, [B, *latent].
+        generator: Generator on the processor.
+
+    Returns:
+        x_t [B, *latent], native time t [B] and the training target [B, *latent].
+    """
+    process = family.process
+    noise = torch.randn(x0.shape, generator=generator)
+    t = process.schedule.sample_times(len(x0), generator)
+    x_t, wanted = process.add_noise(x0, noise, t), process.target(x0, noise, t)
+    return x_t.to(family.device), t.to(family.device), wanted.to(family.device)
 
 
 def load_erased(folder: Path, device: torch.device) -> LatentFamily:

@@ -85,6 +85,17 @@ def attach(family: ModelFamily, settings: LoraSettings, *, seed: int = 0) -> lis
     return parameters
 
 
+def detach(family: ModelFamily) -> None:
+    """Remove an attached LoRA: the denoiser has its own modules again, and all its parameters are frozen."""
+    network: Any = family.denoiser
+    layers = {id(layer) for layer in tuner_layers(network)}
+    for name, module in list(network.named_modules()):
+        if id(module) in layers:
+            network.set_submodule(name, module.get_base_layer())
+    del network.peft_config
+    network.requires_grad_(False)
+
+
 def lora_layers(family: ModelFamily, settings: LoraSettings) -> set[str]:
     """Return the names of the layers that `attach` gives a LoRA."""
     endings = tuple(f".{ending}" for ending in settings.target_modules(family))

@@ -19,9 +19,12 @@ from safemax_sd.prompts import Prompt
 from tests import tiny
 
 MODELS = ("tiny_model", "tiny_v_model", "tiny_sdxl", "tiny_sd3", "tiny_flux")
+TUNING = {"full_rates": (1e-3,), "lora_rates": (1e-3,), "steps": (1, 2), "batch_size": 2}
 SMALL: dict[str, dict[str, Any]] = {
     "text_free_inversion": {"fixed_points": 2, "iterations": 2},
     "noise_probe": {"etas": (1.0, 1.85), "variance_scales": (1.04,)},
+    "relearning": TUNING,
+    "second_lora": {"steps": (1, 2), "batch_size": 2},
     "state_inversion": {"learning_rates": (0.05, 0.1), "steps": 2, "batch_size": 2},
     "p4d": {"tokens": 3, "steps": 3, "draw_every": 2},
     "unlearn_diff_atk": {"tokens": 2, "stages": 2, "iterations": 2},
@@ -72,7 +75,8 @@ def task(target: Target) -> Task:
         prompts=tuple(prompts[number % 3].text for number in range(4)),
         concepts=("apple", "apple", "pear", "apple"),
     )
-    return Task(prompts, torch.randn(3, *target.latent_shape, generator=generator), examples)
+    noise = torch.randn(3, *target.latent_shape, generator=generator)
+    return Task(prompts, noise, examples)
 
 
 @CASES
