@@ -49,6 +49,7 @@ class Attack(ABC):
         access: Part of the model that the attack changes.
         paper: Publication; empty for an attack of this project's own.
         note: Explanation in one sentence.
+        needs_kept: True if the attack uses `Task.kept`, which are drawn before it runs and count as none of its calls.
         Settings: Frozen dataclass of its settings.
         presets: Settings by preset; keys are `PRESETS`.
     """
@@ -58,6 +59,7 @@ class Attack(ABC):
     access: ClassVar[Access]
     paper: ClassVar[str] = ""
     note: ClassVar[str]
+    needs_kept: ClassVar[bool] = False
     Settings: ClassVar[type[Any]]
     presets: ClassVar[Mapping[str, Any]]
 

@@ -16,7 +16,7 @@ from safemax_sd.prompts import Prompt
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures of the erased concepts that the attacker has.
+    """Pictures that the attacker has, each with its prompt.
 
     Attributes:
         pictures: Pictures, float32 [M, 3, H, W] in 0 to 1, of the size that the model draws.
@@ -44,12 +44,14 @@ class Task:
         noise: Start noise, one for each prompt, float32 [N, *latent].
         examples: Pictures of the same concepts.
         seed: Seed of every random draw.
+        kept: Pictures of other concepts, for attacks with `needs_kept`; None until such an attack is to run.
     """
 
     prompts: tuple[Prompt, ...]
     noise: Tensor
     examples: Examples
     seed: int = 0
+    kept: Examples | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,8 @@ FIRST_SEED, EXAMPLE_SEED = 5_000_000, 6_000_000
 """Seeds of the first picture to bring back and of the first example, apart from those of an evaluation."""
 EXAMPLES_EACH = 16
 """Examples that the base model draws of a concept without real pictures."""
+KEPT_EXAMPLES = 32
+"""Pictures of other concepts that the base model draws for attacks that need them."""
 
 
 def chosen(names: Sequence[str]) -> list[type[Attack]]:
@@ -121,6 +123,11 @@ class Resistance:
         finally:
             target.close()
 
+    def prepare(self, attack: Attack) -> None:
+        """Draw the pictures that an attack needs besides those of the concepts, unless they are there already."""
+        if attack.needs_kept and self.task.kept is None:
+            self.task = replace(self.task, kept=kept_examples(self.suite, self.families["base"], self.sampling))
+
     def measure(self, attack: Attack, target: Target, report: AttackReport) -> tuple[AttackRow, Tensor]:
         """Run an attack on a target and judge its pictures.
 
@@ -187,6 +194,14 @@ def examples(suite: Suite, base: LatentFamily, sampling: Sampling, real: RealPic
     return Examples(found, base.encode_pictures(found).cpu(), tuple(prompts), tuple(concepts))
 
 
+def kept_examples(suite: Suite, base: LatentFamily, sampling: Sampling) -> Examples:
+    """Return pictures of concepts that are not forbidden, by the base model from the suite's retain prompts."""
+    prompts = pick(suite.parts["retain"].prompts, KEPT_EXAMPLES)
+    texts = tuple(prompt.text for prompt in prompts)
+    pictures = drawn_examples(base, texts, sampling)
+    return Examples(pictures, base.encode_pictures(pictures).cpu(), texts, tuple(prompt.shows for prompt in prompts))
+
+
 def drawn_examples(base: LatentFamily, prompts: Sequence[str], sampling: Sampling) -> Tensor:
     """Draw a picture for each prompt with the base model, [N, 3, H, W] in 0 to 1."""
     seeds = list(range(EXAMPLE_SEED, EXAMPLE_SEED + len(prompts)))
@@ -234,6 +249,7 @@ def run_all(resistance: Resistance, folder: Path) -> AttackReport:
     with tqdm(total=total, unit="call", smoothing=0, leave=False) as bar:
         for attack, role in todo:
             bar.set_description(f"attack ({attack.name}, {ROLES[role]})")
+            resistance.prepare(attack)
             expected = bar.n + attack.calls(resistance.task, resistance.sampling)
             with resistance.target(role) as target:
                 sheets, reason = {}, attack.refusal(target)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safemax_sd.evaluation.attacks.benign_tuning import BenignTuning
+from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings
 from safemax_sd.evaluation.resistance.report import (
     AttackReport,
     AttackRow,
@@ -63,6 +65,18 @@ def test_the_page_names_attacks_targets_and_refusals(done: Path) -> None:
         assert text in page
     assert "http://" not in page
     assert "https://" not in page
+
+
+def test_pictures_of_other_concepts_are_drawn_beforehand_and_count_as_none_of_the_calls(
+    adapter: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = FineTuningSettings(full_rates=(1e-4,), lora_rates=(), steps=(1, 2), batch_size=3)
+    monkeypatch.setattr(BenignTuning, "presets", {"quick": settings, "full": settings})
+    assert main(words(adapter, tiny_model, tmp_path / "out", "--attacks", "benign_tuning")) == 0
+    report = AttackReport.read(tmp_path / "out" / "attacks.json", "--output_dir")
+    training, drawing = 2 * 3, 2 * (2 * 2 * 2)  # steps x batch; tries x pictures with two calls in each of two steps
+    rows = [row for row in report.rows if row.attack == "benign_tuning"]
+    assert [row.model_calls for row in rows] == [training + drawing] * 3
 
 
 def test_a_second_call_runs_nothing(

@@ -23,6 +23,7 @@ TUNING = {"full_rates": (1e-3,), "lora_rates": (1e-3,), "steps": (1, 2), "batch_
 SMALL: dict[str, dict[str, Any]] = {
     "text_free_inversion": {"fixed_points": 2, "iterations": 2},
     "noise_probe": {"etas": (1.0, 1.85), "variance_scales": (1.04,)},
+    "benign_tuning": TUNING,
     "relearning": TUNING,
     "second_lora": {"steps": (1, 2), "batch_size": 2},
     "state_inversion": {"learning_rates": (0.05, 0.1), "steps": 2, "batch_size": 2},
@@ -76,7 +77,7 @@ def task(target: Target) -> Task:
         concepts=("apple", "apple", "pear", "apple"),
     )
     noise = torch.randn(3, *target.latent_shape, generator=generator)
-    return Task(prompts, noise, examples)
+    return Task(prompts, noise, examples, kept=examples)
 
 
 @CASES
@@ -117,7 +118,7 @@ def test_an_attack_is_reproducible(name: str, attack: Attack, tiny_model: Path, 
         pictures = torch.rand(2, 3, 64, 64, generator=generator)
         examples = Examples(pictures, target.base.encode_pictures(pictures), ("a red apple",) * 2, ("apple",) * 2)
         noise = torch.randn(2, *target.latent_shape, generator=generator)
-        drawn.append(attack.run(target, Task(prompts, noise, examples)))
+        drawn.append(attack.run(target, Task(prompts, noise, examples, kept=examples)))
     assert drawn[0].found == drawn[1].found
     assert drawn[0].tries.keys() == drawn[1].tries.keys()
     assert all(torch.equal(drawn[0].tries[key], drawn[1].tries[key]) for key in drawn[0].tries)
