@@ -10,6 +10,7 @@ import pytest
 import torch
 from safemax_sd.evaluation.attacks import ATTACKS
 from safemax_sd.evaluation.attacks.base import PRESETS, Attack
+from safemax_sd.evaluation.attacks.latent_classifier import ClassifierTraining
 from safemax_sd.evaluation.attacks.target import Role, Sampling, Target
 from safemax_sd.evaluation.attacks.task import Examples, Task
 
@@ -22,6 +23,7 @@ MODELS = ("tiny_model", "tiny_v_model", "tiny_sdxl", "tiny_sd3", "tiny_flux")
 TUNING = {"full_rates": (1e-3,), "lora_rates": (1e-3,), "steps": (1, 2), "batch_size": 2}
 SMALL: dict[str, dict[str, Any]] = {
     "text_free_inversion": {"fixed_points": 2, "iterations": 2},
+    "classifier_guidance": {"scales": (25.0, 50.0), "others": 3, "training": ClassifierTraining(steps=2, width=8)},
     "noise_probe": {"etas": (1.0, 1.85), "variance_scales": (1.04,)},
     "benign_tuning": TUNING,
     "relearning": TUNING,
