@@ -57,8 +57,8 @@ def test_sampling_from_the_inverted_noise_draws_the_picture(model: str, request:
     path: Path = request.getfixturevalue(model)
     family = load_family(LoadOptions(str(path)))
     assert isinstance(family, LatentFamily)
-    target = Target("base", family, family, Sampling(3.0, 10, 2))
+    target = Target("base", family, family, Sampling(3.0, 6, 2))
     clean = torch.randn(2, *target.latent_shape, generator=torch.Generator().manual_seed(0))
     noise = TextFreeInversion(TextFreeInversionSettings(fixed_points=8, iterations=0)).invert(target, clean)
     drawn = target.draw(empty_prompts(target, 2), noise, guidance_scale=1.0)
-    assert float((drawn - clean).square().mean()) < 1e-3
+    assert float((drawn - clean).square().mean()) < 0.01
