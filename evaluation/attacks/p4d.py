@@ -78,8 +78,9 @@ class P4D(Attack):
 
     def run(self, target: Target, task: Task) -> AttackResult:
         encoders, settings = TextEncoders(target.family), self.settings
-        clean, tries, found = base_latents(target, task), {}, []
-        prompts = encoders.tokens(task.texts)
+        clean, prompts = base_latents(target, task), encoders.tokens(task.texts)
+        tries: dict[str, Tensor] = {}
+        found: list[str] = []
         rows = {
             "N": [[FREE] * settings.tokens for _ in prompts],
             "K": [interleaved(row, settings.every) for row in prompts],

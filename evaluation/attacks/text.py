@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safemax_sd.evaluation.attacks.target import Target
+from safemax_sd.evaluation.attacks.task import Task
 from torch import Tensor, nn
 
 from safemax_sd.families.base import TOKEN_STATES, Conditioning
@@ -102,7 +103,9 @@ class TextEncoders:
         """
         end = ids == int(self._tokenizer.eos_token_id)
         padding = end.cumsum(1) - end.long() > 0
-        parts = [None] * len(self._widths) if embeddings is None else embeddings.split(self._widths, -1)
+        parts: Sequence[Tensor | None] = [None] * len(self._widths)
+        if embeddings is not None:
+            parts = embeddings.split(self._widths, -1)
         outputs = []
         for encoder, pad, part in zip(self._encoders, self._pads, parts, strict=True):
             own = ids.masked_fill(padding, pad)
@@ -210,3 +213,19 @@ def reworded(prompt: Prompt, word: str) -> str:
     concept = re.compile(rf"(?<!\w){re.escape(prompt.shows)}(?!\w)", re.IGNORECASE)
     text, count = concept.subn(lambda _: word, prompt.text)
     return " ".join((text if count else f"{word} {text}").split())
+
+
+def searched(task: Task, most: int | None, search: Callable[[int], str]) -> list[str]:
+    """Search a text for the prompts of each concept, and return one for each prompt.
+
+    Args:
+        task: Task of the attack.
+        most: Prompts of each concept that are searched for; the others take these texts in turn. None for all.
+        search: Function of a prompt's index that returns its text.
+    """
+    texts = {}
+    for concept in task.concepts:
+        rows = task.rows(concept).tolist()
+        found = [search(row) for row in rows[:most]]
+        texts.update({row: found[place % len(found)] for place, row in enumerate(rows)})
+    return [texts[row] for row in range(len(task))]

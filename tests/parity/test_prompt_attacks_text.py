@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safemax_sd.evaluation.attacks.text import FREE, TextEncoders, reworded
+from safemax_sd.evaluation.attacks.task import Examples, Task
+from safemax_sd.evaluation.attacks.text import FREE, TextEncoders, reworded, searched
 
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.families.latent import LatentFamily
@@ -67,3 +68,12 @@ def test_layout_marks_free_tokens_and_cuts_at_the_end(tiny_model: Path) -> None:
 )
 def test_a_word_takes_the_concepts_place(text: str, concept: str, wanted: str) -> None:
     assert reworded(Prompt(text, concept), "dog") == wanted
+
+
+def test_searched_texts_are_shared_by_the_prompts_of_a_concept() -> None:
+    prompts = tuple(Prompt(str(number), concept) for number, concept in enumerate("ababa"))
+    nothing = torch.zeros(0)
+    task = Task(prompts, torch.zeros(5, 1), Examples(nothing, nothing, (), ()))
+    assert searched(task, None, str) == ["0", "1", "2", "3", "4"]
+    assert searched(task, 2, str) == ["0", "1", "2", "3", "0"]
+    assert searched(task, 1, str) == ["0", "1", "0", "1", "0"]
