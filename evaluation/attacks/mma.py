@@ -9,7 +9,7 @@ kept. Tokens that contain a forbidden word are no candidates.
 
 Deviations: the forbidden words are those of the concept's name and the tokens that they are made of, in place of a list
 for nudity. With several text encoders the loss is the mean over them. The part that edits pictures is left out. The
-quick preset searches for four prompts.
+quick preset searches for four prompts, with 8 tokens: as many as the embedded model's own prompts have.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class MMA(Attack):
     note: ClassVar[str] = "a prompt without the concept's words, searched with the text encoder alone"
     Settings: ClassVar[type[Any]] = MMASettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": MMASettings(steps=250, candidates=64, prompts=4),
+        "quick": MMASettings(tokens=8, steps=120, candidates=128, prompts=4),
         "full": MMASettings(),
     }
     settings: MMASettings
