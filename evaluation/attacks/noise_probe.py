@@ -59,7 +59,8 @@ class NoiseProbe(Attack):
         return len(self.settings.etas) * len(self.settings.variance_scales) * sampling.calls(len(task))
 
     def run(self, target: Target, task: Task) -> AttackResult:
-        asked, tries = target.encode(task.texts), {}
+        asked = target.encode(task.texts)
+        tries: dict[str, Tensor] = {}
         for eta, scale in product(self.settings.etas, self.settings.variance_scales):
             name = f"η {eta:g}, v {scale:g}"
             # A generator for each picture, so that they do not depend on how many are drawn together.
