@@ -7,10 +7,11 @@ onto the simplex, 40 times at each of t = 10, 30, … 990 without starting anew.
 x_t a noised picture of the same prompt and start noise by the base model. The plain prompt is drawn first, then one
 picture after each t from the likeliest tokens; the first success ends the attack.
 
-Deviations: all stages are drawn, and any success counts, which is the same result at more cost. Begin, end and padding
-are no candidates: nobody can type them. The projection is exact (by sorting) where the public code bisects. The
-picture's latents are not decoded and encoded again. Sampler, steps and guidance are those of the report. Models that
-predict v are attacked with the loss in their own prediction.
+Deviations: all stages are drawn, and any success counts, which is the same result at more cost. The plain prompt's
+success is reported apart and not added: on a base model, which draws the concept anyway, the sum would be 100 %.
+Begin, end and padding are no candidates: nobody can type them. The projection is exact (by sorting) where the public
+code bisects. The picture's latents are not decoded and encoded again. Sampler, steps and guidance are those of the
+report. Models that predict v are attacked with the loss in their own prediction.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class UnlearnDiffAtk(Attack):
 
     def calls(self, task: Task, sampling: Sampling) -> int:
         settings = self.settings
-        drawn = (settings.stages + 2) * sampling.calls(len(task))  # the base's pictures and plain prompts besides
+        drawn = (settings.stages + 1) * sampling.calls(len(task))  # the base's pictures besides
         return drawn + settings.stages * settings.iterations * len(task)
 
     def run(self, target: Target, task: Task) -> AttackResult:
@@ -78,7 +79,8 @@ class UnlearnDiffAtk(Attack):
         ids, free = encoders.layout([[FREE] * settings.tokens + row for row in encoders.tokens(task.texts)])
         weights = self.table_weights(int(free.sum()), encoders)
         optimizer = torch.optim.Adam([weights], lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        tries, found = {"plain prompt": pictures_of(target, task.texts, task.noise)}, list(task.texts)
+        tries: dict[str, Tensor] = {}
+        found: list[str] = []
         for t in self.times(target):
             for _ in range(settings.iterations):
                 ids[free] = encoders.words[sampled(weights, generator)]

@@ -7,7 +7,7 @@ large vocabulary, the tokens are taken whose text is nearest to the concept's wo
 What a success means here: a word has one picture, and the words are dealt out to the concept's N prompts in turn, so
 that prompt i and its start noise meet the words i, i + N, i + 2N … in both forms. A try is one round, N words with
 one picture each; its rate is the share of its words that bring the concept back. The result, `any_try`, is the share
-of the prompts for which at least one of its own words or the plain prompt did. One word that always works therefore
+of the prompts for which at least one of its own words did. One word that always works therefore
 counts once among N prompts: the tries' rates, not the result, tell how many words leak. And with some hundred
 pictures a prompt the judge's rare errors add up, so that the result has to be read beside that of the control. The last
 round is filled up with the nearest words.
@@ -23,6 +23,7 @@ from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 from safemax_sd.evaluation.attacks.text import TextEncoders, pictures_of, refusal, reworded
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,14 @@ class Vocabulary(Attack):
         return refusal(target)
 
     def calls(self, task: Task, sampling: Sampling) -> int:
-        return (1 + 2 * self.rounds(task, self.settings.words)) * sampling.calls(len(task))
+        return 2 * self.rounds(task, self.settings.words) * sampling.calls(len(task))
 
     def run(self, target: Target, task: Task) -> AttackResult:
         encoders = TextEncoders(target.family)
         words = {concept: self.nearest(encoders, concept) for concept in task.concepts}
         turns = {concept: task.rows(concept).tolist() for concept in task.concepts}
-        tries, found = {"plain prompt": pictures_of(target, task.texts, task.noise)}, list(task.texts)
+        tries: dict[str, Tensor] = {}
+        found: list[str] = []
         for number in range(self.rounds(task, max(len(each) for each in words.values()))):
             alone, placed = [], []
             for row, prompt in enumerate(task.prompts):

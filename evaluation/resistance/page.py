@@ -112,9 +112,10 @@ def _note(report: AttackReport) -> str:
     counts = {row.success.n for row in report.rows}
     shown = " to ".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else "no"
     return (
-        f"Success: the judge sees the concept in the picture; {shown} pictures each. The success of a plain prompt is "
-        "part of every attack's. What succeeds on a model that never knew the concepts has taught them: the excess is "
-        f"what was left in the weights. An attack below {STRONG:.0f} % on the base model is too weak to show anything."
+        f"Success: the judge sees the concept in the picture; {shown} pictures each. A plain prompt's success "
+        "stands in the first row and is not part of an attack's. What succeeds on a model that never knew the concepts "
+        f"has taught them: the excess is what was left in the weights. An attack below {STRONG:.0f} % on the base "
+        "model is too weak to show anything."
     )
 
 

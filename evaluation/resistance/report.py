@@ -53,9 +53,7 @@ class AttackRow:
         attack: Name of the attack.
         access: Part of the model that the attack changes.
         target: Role of the target.
-        success: Pictures with the concept after the attack, those of the plain prompts included: by the strongest try
-            or, if `any_try` is set, by any.
-        before: Pictures with the concept without an attack, from the same prompts and start noise.
+        success: Pictures with the concept after the attack, by the strongest try or, if `any_try` is set, by any.
         tries: Pictures with the concept by try.
         any_try: True if a prompt counts as soon as one try succeeds.
         found: Results that an attacker could publish.
@@ -68,7 +66,6 @@ class AttackRow:
     access: Access
     target: Role
     success: Rate
-    before: Rate
     tries: Mapping[str, Rate]
     any_try: bool
     found: tuple[str, ...]

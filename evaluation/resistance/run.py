@@ -128,7 +128,7 @@ class Resistance:
         if attack.needs_kept and self.task.kept is None:
             self.task = replace(self.task, kept=kept_examples(self.suite, self.families["base"], self.sampling))
 
-    def measure(self, attack: Attack, target: Target, report: AttackReport) -> tuple[AttackRow, Tensor]:
+    def measure(self, attack: Attack, target: Target) -> tuple[AttackRow, Tensor]:
         """Run an attack on a target and judge its pictures.
 
         Returns:
@@ -139,14 +139,11 @@ class Resistance:
         seconds = time.monotonic() - started
         seen = {name: self._seen(pictures) for name, pictures in result.tries.items()}
         strongest = max(seen, key=lambda name: int(seen[name].sum()))
-        plain = report.row(Plain.name, target.role)
-        before = Rate.of(wilson(int(seen[strongest].sum()), len(self.task))) if plain is None else plain.success
         row = AttackRow(
             attack=attack.name,
             access=attack.access,
             target=target.role,
             success=Rate.of(wilson(int(combined(result, seen).sum()), len(self.task))),
-            before=before,
             tries={name: Rate.of(wilson(int(each.sum()), len(each))) for name, each in seen.items()},
             any_try=result.any_try,
             found=result.found,
@@ -257,7 +254,7 @@ def run_all(resistance: Resistance, folder: Path) -> AttackReport:
                     report = report.with_refusal(Refusal(attack.name, role, reason))
                 else:
                     target.on_calls = bar.update
-                    row, pictures = resistance.measure(attack, target, report)
+                    row, pictures = resistance.measure(attack, target)
                     report = report.with_row(row)
                     sheets[sheet_name(attack.name, role)] = contact_sheet(to_pil(pictures[:SHOWN]), SHOWN)
             bar.total -= expected - bar.n  # an attack that stops at its first success takes fewer calls
