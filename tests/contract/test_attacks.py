@@ -157,3 +157,8 @@ def test_strength_1_is_the_erased_model_and_0_the_base(tiny_model: Path) -> None
         with target.at_strength(strength):
             found = target.family.denoiser.state_dict()
             assert all(torch.allclose(found[name], expected[name], atol=1e-7) for name in expected)
+
+
+def test_docs_list_every_attack() -> None:
+    listed = (Path(__file__).parents[2] / "docs" / "attacks.md").read_text(encoding="utf8")
+    assert all(f"| `{name}` |" in listed for name in ATTACKS.names())
