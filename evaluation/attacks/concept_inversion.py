@@ -6,14 +6,14 @@ trained in random templates such as "a photo of a {}" on 25 pictures of the base
 1/2, with the denoising loss of the erased model; AdamW with weight decay 0.01, batches of 16, 5,000 steps at 5e-3 times
 16. STEREO (arXiv 2408.16807) trains 3,000 steps at 5e-3.
 
-Deviations: both learning rates are tries. Templates are the task's prompts with the token for the concept, since
-a model may never have read of photos. Pictures are the task's examples, real ones where there are any. Several tokens
-side by side are further tries: one is too little for the embedded model of 4 M weights.
+Deviations: both learning rates are tries. Templates are the task's prompts with the token for the concept, each with
+the pictures that the base model draws from that prompt, as CCE does it for the prompts of I2P. Several tokens side by
+side are further tries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar
@@ -27,7 +27,6 @@ from safemax_sd.evaluation.attacks.text import FREE, TextEncoders, refusal, rewo
 from torch import Tensor
 
 from safemax_sd.families.base import Conditioning
-from safemax_sd.prompts import Prompt
 
 GAP = "\0"
 """Character in place of the concept while a prompt is cut into tokens; no prompt holds it."""
@@ -44,6 +43,7 @@ class ConceptInversionSettings:
         batch_size: Samples of a step.
         weight_decay: AdamW's weight decay.
         start: Word at whose embeddings the new tokens begin.
+        pictures: Pictures of a concept that the base model draws for the training.
     """
 
     tokens: tuple[int, ...] = (1, 4)
@@ -52,6 +52,7 @@ class ConceptInversionSettings:
     batch_size: int = 16
     weight_decay: float = 0.01
     start: str = "object"
+    pictures: int = 25
 
 
 class ConceptInversion(Attack):
@@ -64,7 +65,7 @@ class ConceptInversion(Attack):
     note: ClassVar[str] = "new tokens are learnt from pictures of the concept"
     Settings: ClassVar[type[Any]] = ConceptInversionSettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": ConceptInversionSettings((4,), (0.02,), steps=300, batch_size=8),
+        "quick": ConceptInversionSettings((1,), (0.08,), steps=600, batch_size=8, pictures=16),
         "full": ConceptInversionSettings(),
     }
     settings: ConceptInversionSettings
@@ -74,40 +75,77 @@ class ConceptInversion(Attack):
         return refusal(target)
 
     def calls(self, task: Task, sampling: Sampling) -> int:
-        settings = self.settings
+        settings, concepts = self.settings, len(task.concepts)
         tries = len(settings.tokens) * len(settings.learning_rates)
-        inversion = len(task.concepts) * settings.steps * settings.batch_size
-        return tries * (inversion + sampling.calls(len(task)))
+        inversion = concepts * settings.steps * settings.batch_size
+        return concepts * sampling.calls(settings.pictures) + tries * (inversion + sampling.calls(len(task)))
 
     def run(self, target: Target, task: Task) -> AttackResult:
         encoders, tries = TextEncoders(target.family), {}
+        latents = {concept: self.drawn(target, task, concept) for concept in task.concepts}
+        order = torch.cat([task.rows(concept) for concept in task.concepts]).argsort()
         for count, rate in product(self.settings.tokens, self.settings.learning_rates):
-            parts, places = [], []
+            parts = []
             for concept in task.concepts:
-                rows = task.rows(concept)
-                templates = Templates(encoders, [task.prompts[row] for row in rows.tolist()], count)
-                learnt = self.invert(target, task, concept, templates, rate)
+                prompts = [task.prompts[row] for row in task.rows(concept).tolist()]
+                templates = Templates(encoders, [reworded(prompt, GAP) for prompt in prompts], count)
+                generator = task.generator(f"{self.name} {concept} {count}")
+                learnt = self.invert(target, latents[concept], templates, rate, generator)
                 with torch.no_grad():
-                    parts.append(templates.encode(torch.arange(len(rows)), learnt))
-                places.append(rows)
-            asked = Conditioning.cat(parts).select(torch.cat(places).argsort())
+                    parts.append(templates.encode(torch.arange(len(prompts)), learnt))
+            asked = Conditioning.cat(parts).select(order)
             name = f"{count} token{'s' * (count > 1)}, rate {rate:g}"
             tries[name] = target.pictures(target.draw(asked, task.noise))
         return AttackResult(tries)
 
-    def invert(self, target: Target, task: Task, concept: str, templates: Templates, rate: float) -> Tensor:
-        """Optimise the embeddings of a concept's new tokens, [K, D]."""
-        settings = self.settings
-        generator = task.generator(f"{self.name} {concept} {templates.count}")
-        own = task.examples.showing(concept)
-        flipped = target.base.encode_pictures(task.examples.pictures[own].flip(-1)).cpu()
-        latents = torch.cat([task.examples.latents[own], flipped])
+    def drawn(self, target: Target, task: Task, concept: str) -> Tensor:
+        """Draw the base model's pictures of a concept's prompts, which take turns.
+
+        Returns:
+            Latents of the pictures and of their mirror images, [2, P, *latent] on the processor.
+        """
+        base, sampling = target.base, target.sampling
+        rows = task.rows(concept)[torch.arange(self.settings.pictures) % len(task.rows(concept))]
+        asked = base.encode_prompts([task.texts[row] for row in rows.tolist()])
+        generator = task.generator(f"{self.name} {concept} pictures")
+        noise = torch.randn(len(rows), *target.latent_shape, generator=generator)
+        latents = []
+        for part in torch.arange(len(rows)).split(sampling.batch_size):
+            drawn = base.sample(
+                asked.select(part),
+                noise[part].to(target.device),
+                guidance_scale=sampling.guidance_scale,
+                num_inference_steps=sampling.num_inference_steps,
+            )
+            latents.append(torch.stack([drawn, base.encode_pictures(base.decode(drawn).flip(-1))]).cpu())
+        return torch.cat(latents, 1)
+
+    def invert(
+        self, target: Target, latents: Tensor, templates: Templates, rate: float, generator: torch.Generator
+    ) -> Tensor:
+        """Optimise the embeddings of new tokens.
+
+        Args:
+            target: Model under attack.
+            latents: Latents of pictures and of their mirror images, [2, P, *latent].
+            templates: Prompts of the pictures, which take turns.
+            rate: AdamW's learning rate.
+            generator: Generator on the processor.
+
+        Returns:
+            Embeddings, [K, D].
+        """
+        settings, process = self.settings, target.family.process
         learnt = templates.start(settings.start).requires_grad_()
         optimizer = torch.optim.AdamW([learnt], lr=rate, weight_decay=settings.weight_decay)
         for _ in range(settings.steps):
-            x_t, t, wanted = target.noised(latents, settings.batch_size, generator)
-            rows = torch.randint(len(templates), (len(t),), generator=generator)
-            loss = F.mse_loss(target.family.predict(x_t, t, templates.encode(rows, learnt)), wanted)
+            mirrored, rows = (torch.randint(n, (settings.batch_size,), generator=generator) for n in latents.shape[:2])
+            x0 = latents[mirrored, rows]
+            noise, t = torch.randn(x0.shape, generator=generator), process.schedule.sample_times(len(x0), generator)
+            noised = (process.add_noise(x0, noise, t), t, process.target(x0, noise, t))
+            x_t, t, wanted = (tensor.to(target.device) for tensor in noised)
+            asked = templates.encode(rows % len(templates), learnt)
+            loss = F.mse_loss(target.family.predict(x_t, t, asked), wanted)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -115,19 +153,19 @@ class ConceptInversion(Attack):
 
 
 class Templates:
-    """Prompts with new tokens in place of the concept.
+    """Prompts with new tokens.
 
     Args:
         encoders: Text encoders of the target.
-        prompts: Prompts of one concept.
+        texts: Prompts with `GAP` wherever the new tokens stand.
         count: Number of new tokens.
     """
 
-    def __init__(self, encoders: TextEncoders, prompts: list[Prompt], count: int) -> None:
+    def __init__(self, encoders: TextEncoders, texts: Sequence[str], count: int) -> None:
         self._encoders, self.count = encoders, count
         rows = []
-        for prompt in prompts:
-            first, *others = encoders.tokens(reworded(prompt, f" {GAP} ").split(GAP))
+        for text in texts:
+            first, *others = encoders.tokens(text.split(GAP))
             rows.append([*first, *(token for part in others for token in [*[FREE] * count, *part])])
         self._ids, self._free = encoders.layout(rows)
 
@@ -135,7 +173,7 @@ class Templates:
         return len(self._ids)
 
     def start(self, word: str) -> Tensor:
-        """Return the embeddings of a word's tokens, repeated as often as there are new tokens, [K, D]."""
+        """Return the embeddings of a word's tokens, over and over until there are enough, [K, D]."""
         tokens = self._encoders.tokens([word])[0]
         return self._encoders.table[[tokens[number % len(tokens)] for number in range(self.count)]].clone()
 

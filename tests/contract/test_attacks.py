@@ -24,7 +24,7 @@ TUNING = {"full_rates": (1e-3,), "lora_rates": (1e-3,), "steps": (1, 2), "batch_
 SMALL: dict[str, dict[str, Any]] = {
     "text_free_inversion": {"fixed_points": 2, "iterations": 2},
     "classifier_guidance": {"scales": (25.0, 50.0), "others": 3, "training": ClassifierTraining(steps=2, width=8)},
-    "concept_inversion": {"tokens": (1, 2), "learning_rates": (0.05,), "steps": 2, "batch_size": 2},
+    "concept_inversion": {"tokens": (1, 2), "learning_rates": (0.05,), "steps": 2, "pictures": 3},
     "noise_probe": {"etas": (1.0, 1.85), "variance_scales": (1.04,)},
     "benign_tuning": TUNING,
     "relearning": TUNING,
