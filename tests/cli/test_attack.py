@@ -24,6 +24,7 @@ from safemax_sd.training.command_line import parse_config
 from tests import tiny
 
 ATTACKS = ("plain", "completion", "adapter_scale")
+NO_MODEL = str(Path(__file__).parent)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(
         (("--preset", "full"), "holds attacks with another preset: name a new folder"),
         (("--preset", "fast"), "'fast' is not one of"),
         (("--attacks", "completions"), "no such attack (did you mean 'completion'?)"),
-        (("--never_known", "nowhere"), "--never_known nowhere: must be a diffusers model folder"),
+        (("--never_known", NO_MODEL), f"--never_known {NO_MODEL}: must be a diffusers model folder"),
         (("--num_images", "0"), "--num_images 0"),
     ],
 )
