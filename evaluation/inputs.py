@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safemax_sd.evaluation.metrics import METRICS
+from safemax_sd.evaluation.metrics import METRICS, Context
 from safemax_sd.evaluation.metrics.distribution import check_distribution
 from safemax_sd.evaluation.metrics.features import INCEPTION, JUDGE_EXTRACTOR
 from safemax_sd.evaluation.options import EvaluateOptions, JudgingOptions
@@ -10,6 +10,7 @@ from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_fol
 from torch import Tensor
 
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.judge import Judge
 from safemax_sd.prompts import Suite, load_suite, suite_names
 from safemax_sd.results.erasure import ErasureRecord
 
@@ -77,6 +78,31 @@ def load_real(options: JudgingOptions, base_model: str) -> RealPictures | None:
 def extractor_of(options: JudgingOptions) -> str:
     """Return the feature extractor of FID and KID: the embedded judge, or Inception with any other judge."""
     return JUDGE_EXTRACTOR if options.clip_model == "emoji" else INCEPTION
+
+
+def judging_context(options: JudgingOptions, suite: Suite, judge: Judge, real: RealPictures | None) -> Context:
+    """Return what metrics and attacks judge pictures with, without real pictures of the retained concepts.
+
+    Args:
+        options: Options of the judge.
+        suite: Suite whose concepts the judge chooses from.
+        judge: Judge of the pictures.
+        real: Real pictures that the concepts' thresholds come from; None for no thresholds.
+
+    Raises:
+        OptionError: A prompt has no concept, or the suite's concepts cannot be judged.
+    """
+    concepts = suite_concepts(suite)
+    artists = tuple(name for prompts in suite.parts.values() for name in prompts.artists)
+    return Context(
+        judge=judge,
+        concepts=concepts,
+        thresholds=real.thresholds(judge, concepts, artists) if real else {},
+        real=None,
+        extractor=extractor_of(options),
+        forbidden=suite.parts["forget"].concepts,
+        artists=artists,
+    )
 
 
 def kept_pictures(options: EvaluateOptions, suite: Suite, real: RealPictures | None) -> Tensor | None:

@@ -12,13 +12,12 @@ import torch
 from safemax_sd.evaluation.generate import Generator, Job
 from safemax_sd.evaluation.inputs import (
     check_metrics,
-    extractor_of,
     find_suite,
+    judging_context,
     kept_pictures,
     load_real,
-    suite_concepts,
 )
-from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
+from safemax_sd.evaluation.metrics import METRICS, Batch, Result
 from safemax_sd.evaluation.options import EvaluateOptions, check_samplers
 from safemax_sd.evaluation.outputs import CACHE, Shown, evaluation_folder, write_report
 from safemax_sd.evaluation.prompt_settings import (
@@ -99,18 +98,9 @@ class Evaluation:
         self.output_dir = Path(options.output_dir or Path(options.adapter) / "evaluation")
         judge = load_judge(options.clip_model, options.clip_pretrained)
         self.real = load_real(options, record.base_model.name_or_path)
-        concepts = suite_concepts(self.suite)
+        context = judging_context(options, self.suite, judge, self.real)
         check_metrics(self.suite)
-        artists = tuple(name for prompts in self.suite.parts.values() for name in prompts.artists)
-        self.context = Context(
-            judge=judge,
-            concepts=concepts,
-            thresholds=self.real.thresholds(judge, concepts, artists) if self.real else {},
-            real=kept_pictures(options, self.suite, self.real),
-            extractor=extractor_of(options),
-            forbidden=self.suite.parts["forget"].concepts,
-            artists=artists,
-        )
+        self.context = replace(context, real=kept_pictures(options, self.suite, self.real))
         self.generator = Generator(
             self.subject,
             self.output_dir / CACHE,

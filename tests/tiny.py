@@ -17,8 +17,9 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from safemax_sd.families import ModelFamily
+from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.families.ddpm import ClassConditionalDDPM
+from safemax_sd.families.latent import LatentFamily
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.objectives.base import Batch, Draw, Objective, Predict
 from safemax_sd.recording.schedule import Recording
@@ -120,6 +121,13 @@ def build_ddpm(folder: Path) -> Path:
     family = ClassConditionalDDPM(unet, DDPMScheduler(), CONCEPTS, torch.device("cpu"))
     family.save_base(folder)
     return folder
+
+
+def load_latent(path: Path) -> LatentFamily:
+    """Load a text-to-image model."""
+    family = load_family(LoadOptions(str(path)))
+    assert isinstance(family, LatentFamily)
+    return family
 
 
 def write_prompts(model: Path, folder: Path) -> tuple[Path, Path]:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safemax_sd.evaluation.attacks.base import ACCESS, ATTACKS, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import ACCESS, ATTACKS, Attack
 from safemax_sd.evaluation.attacks.plain import Plain
 from safemax_sd.evaluation.attacks.target import Role, Sampling, Target, load_control, load_erased
 from safemax_sd.evaluation.attacks.task import Examples, Task, succeeded
-from safemax_sd.evaluation.inputs import extractor_of, find_suite, load_real, suite_concepts
-from safemax_sd.evaluation.metrics.base import Context, wilson
+from safemax_sd.evaluation.inputs import find_suite, judging_context, load_real
+from safemax_sd.evaluation.metrics.base import wilson
 from safemax_sd.evaluation.prompt_settings import RUN_SEEDS, start_seeds
 from safemax_sd.evaluation.real import RealPictures
 from safemax_sd.evaluation.resistance.options import ALL, AttackOptions
@@ -77,17 +77,7 @@ class Resistance:
         self.device = torch.device(process_state().device)
         self.judge = load_judge(options.clip_model, options.clip_pretrained)
         real = load_real(options, self.record.base_model.name_or_path)
-        concepts = suite_concepts(self.suite)
-        artists = tuple(name for prompts in self.suite.parts.values() for name in prompts.artists)
-        self.context = Context(
-            judge=self.judge,
-            concepts=concepts,
-            thresholds={},
-            real=None,
-            extractor=extractor_of(options),
-            forbidden=self.suite.parts["forget"].concepts,
-            artists=artists,
-        )
+        self.context = judging_context(options, self.suite, self.judge, None)
         base = load_family(self.record.base_model.options(self.device))
         if not isinstance(base, LatentFamily):
             text = "is a class-conditional model's, which no attack here applies to"
@@ -139,11 +129,12 @@ class Resistance:
         seconds = time.monotonic() - started
         seen = {name: self._seen(pictures) for name, pictures in result.tries.items()}
         strongest = max(seen, key=lambda name: int(seen[name].sum()))
+        counted = torch.stack(list(seen.values())).any(0) if result.any_try else seen[strongest]
         row = AttackRow(
             attack=attack.name,
             access=attack.access,
             target=target.role,
-            success=Rate.of(wilson(int(combined(result, seen).sum()), len(self.task))),
+            success=Rate.of(wilson(int(counted.sum()), len(self.task))),
             tries={name: Rate.of(wilson(int(each.sum()), len(each))) for name, each in seen.items()},
             any_try=result.any_try,
             found=result.found,
@@ -157,13 +148,6 @@ class Resistance:
         if not pictures.isfinite().all():
             raise SafemaxError("an attack's pictures are not finite")
         return succeeded(pictures, self.task.shown, self.context)
-
-
-def combined(result: AttackResult, seen: Mapping[str, Tensor]) -> Tensor:
-    """Return the successes that count: those of any try, or of the try that has the most, bool [N]."""
-    if result.any_try:
-        return torch.stack(list(seen.values())).any(0)
-    return max(seen.values(), key=lambda each: int(each.sum()))
 
 
 def examples(suite: Suite, base: LatentFamily, sampling: Sampling, real: RealPictures | None) -> Examples:
@@ -259,7 +243,8 @@ def run_all(resistance: Resistance, folder: Path) -> AttackReport:
                     sheets[sheet_name(attack.name, role)] = contact_sheet(to_pil(pictures[:SHOWN]), SHOWN)
             bar.total -= expected - bar.n  # an attack that stops at its first success takes fewer calls
             publish(report, folder, sheets)
-    publish(report, folder, {})
+    if not todo:  # the page may be of an older version
+        publish(report, folder, {})
     return report
 
 

@@ -14,8 +14,6 @@ from safemax_sd.evaluation.attacks.latent_classifier import ClassifierTraining
 from safemax_sd.evaluation.attacks.target import Role, Sampling, Target
 from safemax_sd.evaluation.attacks.task import Examples, Task
 
-from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.families.latent import LatentFamily
 from safemax_sd.prompts import Prompt
 from tests import tiny
 
@@ -54,15 +52,9 @@ def target(request: Request, model: str) -> Target:
     return build_target(request.getfixturevalue(model), RESOLUTION.get(model))
 
 
-def load(path: Path) -> LatentFamily:
-    family = load_family(LoadOptions(str(path)))
-    assert isinstance(family, LatentFamily)
-    return family
-
-
 def build_target(path: Path, resolution: int | None, role: Role = "erased") -> Target:
     """A target whose weights all differ from the base model's."""
-    family, base = load(path), load(path)
+    family, base = tiny.load_latent(path), tiny.load_latent(path)
     generator = torch.Generator().manual_seed(1)
     for parameter in family.denoiser.parameters():
         parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
@@ -140,7 +132,7 @@ def test_an_attack_describes_itself(name: str) -> None:
 
 
 def test_completion_of_the_base_by_itself_is_its_own_picture(tiny_model: Path) -> None:
-    family = load(tiny_model)
+    family = tiny.load_latent(tiny_model)
     target = Target("base", family, family, Sampling(3.0, 4, 2))
     conditioning = target.encode(["a red apple", "a green pear"])
     noise = torch.randn(2, *target.latent_shape, generator=torch.Generator().manual_seed(0))

@@ -10,14 +10,7 @@ from safemax_sd.evaluation.attacks.p4d import base_predictions, interleaved, nea
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.text import FREE, TextEncoders, prediction_losses
 
-from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.families.latent import LatentFamily
-
-
-def load(path: Path) -> LatentFamily:
-    family = load_family(LoadOptions(str(path)))
-    assert isinstance(family, LatentFamily)
-    return family
+from tests import tiny
 
 
 @pytest.mark.parametrize(
@@ -35,13 +28,13 @@ def test_one_token_before_every_third(row: list[int], wanted: list[int]) -> None
 
 
 def test_the_nearest_token_is_by_cosine(tiny_model: Path) -> None:
-    encoders = TextEncoders(load(tiny_model))
+    encoders = TextEncoders(tiny.load_latent(tiny_model))
     values = torch.stack([100 * encoders.table[7], 0.01 * encoders.table[30] + 1e-4 * encoders.table[4]])
     assert nearest(values, encoders).tolist() == [7, 30]
 
 
 def test_loss_is_the_difference_of_both_models_predictions(tiny_model: Path) -> None:
-    family, base = load(tiny_model), load(tiny_model)
+    family, base = tiny.load_latent(tiny_model), tiny.load_latent(tiny_model)
     for parameter in family.denoiser.parameters():
         parameter.data *= 1.1
     target, generator = Target("erased", family, base, Sampling(3.0, 4, 1)), torch.Generator().manual_seed(0)

@@ -9,22 +9,15 @@ import torch
 from safemax_sd.evaluation.attacks.task import Examples, Task
 from safemax_sd.evaluation.attacks.text import FREE, TextEncoders, reworded, searched
 
-from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.families.latent import LatentFamily
 from safemax_sd.prompts import Prompt
+from tests import tiny
 
 TEXTS = ["a red apple", "", "red apple on a table and more of it than fits"]
 
 
-def load(path: Path) -> LatentFamily:
-    family = load_family(LoadOptions(str(path)))
-    assert isinstance(family, LatentFamily)
-    return family
-
-
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_sdxl"])
 def test_conditioning_is_the_pipelines_own(model: str, request: pytest.FixtureRequest) -> None:
-    family = load(request.getfixturevalue(model))
+    family = tiny.load_latent(request.getfixturevalue(model))
     if model == "tiny_sdxl":
         family.pipeline.tokenizer_2.pad_token = "a</w>"  # the encoders' padding differs in the real one
     encoders = TextEncoders(family)
@@ -39,7 +32,7 @@ def test_conditioning_is_the_pipelines_own(model: str, request: pytest.FixtureRe
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_sdxl"])
 def test_gradient_is_that_of_differences(model: str, request: pytest.FixtureRequest) -> None:
-    encoders = TextEncoders(load(request.getfixturevalue(model)))
+    encoders = TextEncoders(tiny.load_latent(request.getfixturevalue(model)))
     ids, free = encoders.layout([[FREE, *encoders.tokens(["a red"])[0]], [FREE]])
     goal = torch.randn(2, encoders.pooled(ids).shape[1], generator=torch.Generator().manual_seed(0))
     gradient = encoders.gradient(ids, lambda encoded, rows: (encoded.pooled * goal[rows]).sum(1), 1)
@@ -49,7 +42,7 @@ def test_gradient_is_that_of_differences(model: str, request: pytest.FixtureRequ
 
 
 def test_layout_marks_free_tokens_and_cuts_at_the_end(tiny_model: Path) -> None:
-    encoders = TextEncoders(load(tiny_model))
+    encoders = TextEncoders(tiny.load_latent(tiny_model))
     ids, free = encoders.layout([[FREE, 5, FREE], [7] * 40])
     assert encoders.room == 22
     assert ids.shape == (2, 24)

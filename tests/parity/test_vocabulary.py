@@ -10,19 +10,12 @@ from safemax_sd.evaluation.attacks.task import Examples, Task
 from safemax_sd.evaluation.attacks.text import TextEncoders
 from safemax_sd.evaluation.attacks.vocabulary import Vocabulary, VocabularySettings
 
-from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.families.latent import LatentFamily
 from safemax_sd.prompts import Prompt
-
-
-def load(path: Path) -> LatentFamily:
-    family = load_family(LoadOptions(str(path)))
-    assert isinstance(family, LatentFamily)
-    return family
+from tests import tiny
 
 
 def test_every_word_has_a_picture_in_each_form(tiny_model: Path) -> None:
-    family = load(tiny_model)
+    family = tiny.load_latent(tiny_model)
     target = Target("base", family, family, Sampling(3.0, 1, 8))
     prompts = (Prompt("a b", "b"), Prompt("a pear", "pear"), Prompt("b", "b"))
     noise, nothing = torch.randn(3, *target.latent_shape), torch.zeros(0)
@@ -37,7 +30,7 @@ def test_every_word_has_a_picture_in_each_form(tiny_model: Path) -> None:
 
 
 def test_nearest_words_come_first_and_are_told_apart_as_text(tiny_model: Path) -> None:
-    encoders = TextEncoders(load(tiny_model))
+    encoders = TextEncoders(tiny.load_latent(tiny_model))
     words = Vocabulary(VocabularySettings()).nearest(encoders, "b")
     assert words[0] == "b"
     assert len(words) == 26  # of 52 tokens, letters inside a word and at its end spell the same
