@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 
@@ -45,9 +45,8 @@ class AdapterScale(Attack):
     def calls(self, task: Task, sampling: Sampling) -> int:
         return len(self.settings.strengths) * sampling.calls(len(task))
 
-    def run(self, target: Target, task: Task) -> AttackResult:
-        asked, tries = target.encode(task.texts), {}
+    def run(self, target: Target, task: Task) -> Generator[Try]:
+        asked = target.encode(task.texts)
         for strength in self.settings.strengths:
             with target.at_strength(strength):
-                tries[f"strength {strength:g}"] = target.pictures(target.draw(asked, task.noise))
-        return AttackResult(tries)
+                yield Try(f"strength {strength:g}", target.pictures(target.draw(asked, task.noise)))

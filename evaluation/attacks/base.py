@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,18 +22,17 @@ PRESETS = ("quick", "full")
 
 
 @dataclass(frozen=True)
-class AttackResult:
-    """Pictures that an attack has drawn, one for each prompt of its task and each of its tries.
+class Try:
+    """Pictures that an attack has drawn with one of its settings, such as a learning rate or a number of steps.
 
     Attributes:
-        tries: Pictures by try, such as a learning rate or a number of steps; each [N, 3, H, W] in 0 to 1.
-        any_try: True if a prompt counts as soon as one try succeeds, as for an attacker who looks at each picture;
-            False if the try with the most successes counts.
-        found: Results that an attacker could publish, such as prompts; may be empty.
+        name: Name among the attack's tries; empty for its only one.
+        pictures: One for each prompt of the task, [N, 3, H, W] in 0 to 1.
+        found: Results that an attacker could publish, such as prompts.
     """
 
-    tries: Mapping[str, Tensor]
-    any_try: bool = False
+    name: str
+    pictures: Tensor
     found: tuple[str, ...] = ()
 
 
@@ -49,6 +48,8 @@ class Attack(ABC):
         access: Part of the model that the attack changes.
         paper: Publication; empty for an attack of this project's own.
         note: Explanation in one sentence.
+        any_try: True if a prompt counts as soon as one try succeeds, as for an attacker who looks at each picture;
+            False if the try with the most successes counts.
         needs_kept: True if the attack uses `Task.kept`, which are drawn before it runs and count as none of its calls.
         Settings: Frozen dataclass of its settings.
         presets: Settings by preset; keys are `PRESETS`.
@@ -59,6 +60,7 @@ class Attack(ABC):
     access: ClassVar[Access]
     paper: ClassVar[str] = ""
     note: ClassVar[str]
+    any_try: ClassVar[bool] = False
     needs_kept: ClassVar[bool] = False
     Settings: ClassVar[type[Any]]
     presets: ClassVar[Mapping[str, Any]]
@@ -76,8 +78,11 @@ class Attack(ABC):
         """Return the most network evaluations that the attack takes, counted per sample, for the progress bar."""
 
     @abstractmethod
-    def run(self, target: Target, task: Task) -> AttackResult:
-        """Attack a target; whatever the attack changes is as before when it returns."""
+    def run(self, target: Target, task: Task) -> Generator[Try]:
+        """Attack a target, and yield each try as soon as it is drawn, so that its pictures need not be kept.
+
+        Between tries the target may be changed; it is as before when the generator is exhausted or closed.
+        """
 
 
 ATTACKS: Registry[Attack] = Registry("attack", Attack, "safemax_sd.evaluation.attacks")  # type: ignore[type-abstract]

@@ -7,10 +7,10 @@ of `relearning`, so that the two can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, ClassVar
 
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings, tuned_tries
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
@@ -35,7 +35,7 @@ class BenignTuning(Attack):
     def calls(self, task: Task, sampling: Sampling) -> int:
         return self.settings.calls(task, sampling)
 
-    def run(self, target: Target, task: Task) -> AttackResult:
+    def run(self, target: Target, task: Task) -> Generator[Try]:
         if task.kept is None:
             raise ValueError("the task has no pictures of other concepts")
-        return AttackResult(tuned_tries(target, task, task.kept, self.settings, purpose=self.name))
+        return tuned_tries(target, task, task.kept, self.settings, purpose=self.name)

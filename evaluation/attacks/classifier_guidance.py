@@ -17,13 +17,13 @@ says anything of x0, and nothing pushes. Steps and guidance scale are those of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.latent_classifier import (
     ClassifierTraining,
     LatentClassifier,
@@ -59,6 +59,7 @@ class ClassifierGuidance(Attack):
     access: ClassVar[Access] = "latent"
     paper: ClassVar[str] = "arXiv 2505.17013"
     note: ClassVar[str] = "a classifier of noised latents pushes the sampler, best of several strengths"
+    any_try: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = ClassifierGuidanceSettings
     presets: ClassVar[Mapping[str, Any]] = {
         "quick": ClassifierGuidanceSettings((25.0, 81.0, 137.0, 193.0), 64, ClassifierTraining(steps=500)),
@@ -69,7 +70,7 @@ class ClassifierGuidance(Attack):
     def calls(self, task: Task, sampling: Sampling) -> int:
         return sampling.calls(self.settings.others) + len(self.settings.scales) * sampling.calls(len(task))
 
-    def run(self, target: Target, task: Task) -> AttackResult:
+    def run(self, target: Target, task: Task) -> Generator[Try]:
         others, asked = self.other_pictures(target, task), target.encode(task.texts)
         classifiers = {
             concept: train_classifier(
@@ -83,11 +84,9 @@ class ClassifierGuidance(Attack):
             for concept in task.concepts
         }
         guides = [classifiers[concept] for concept in task.shown]
-        tries = {}
         for scale in self.settings.scales:
             follow = partial(pushed_step, target=target, guides=guides, scale=scale)
-            tries[f"scale {scale:g}"] = target.pictures(walk(target, asked, task.noise, follow))
-        return AttackResult(tries, any_try=True)
+            yield Try(f"scale {scale:g}", target.pictures(walk(target, asked, task.noise, follow)))
 
     def other_pictures(self, target: Target, task: Task) -> Tensor:
         """Draw latents of the base model's pictures with the empty prompt, [K, *latent] on the processor."""

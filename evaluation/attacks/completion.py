@@ -6,12 +6,12 @@ steps are settings here, since models are sampled with other numbers of steps; t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 
@@ -42,10 +42,9 @@ class Completion(Attack):
     def calls(self, task: Task, sampling: Sampling) -> int:
         return len(self.settings.shares) * sampling.calls(len(task))
 
-    def run(self, target: Target, task: Task) -> AttackResult:
+    def run(self, target: Target, task: Task) -> Generator[Try]:
         known, asked = target.base.encode_prompts(task.texts), target.encode(task.texts)
         steps = target.sampling.num_inference_steps
-        tries = {}
         for share in self.settings.shares:
             taken = min(max(1, round(share * steps)), steps - 1)
             begun = [
@@ -59,5 +58,4 @@ class Completion(Attack):
                 for rows in torch.arange(len(task)).split(target.sampling.batch_size)
             ]
             latents = target.draw(asked, torch.cat(begun), skipped=taken)
-            tries[f"{taken} of {steps} steps"] = target.pictures(latents)
-        return AttackResult(tries)
+            yield Try(f"{taken} of {steps} steps", target.pictures(latents))

@@ -13,14 +13,14 @@ side are further tries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 from safemax_sd.evaluation.attacks.text import FREE, TextEncoders, refusal, reworded
@@ -80,8 +80,8 @@ class ConceptInversion(Attack):
         inversion = concepts * settings.steps * settings.batch_size
         return concepts * sampling.calls(settings.pictures) + tries * (inversion + sampling.calls(len(task)))
 
-    def run(self, target: Target, task: Task) -> AttackResult:
-        encoders, tries = TextEncoders(target.family), {}
+    def run(self, target: Target, task: Task) -> Generator[Try]:
+        encoders = TextEncoders(target.family)
         latents = {concept: self.drawn(target, task, concept) for concept in task.concepts}
         order = torch.cat([task.rows(concept) for concept in task.concepts]).argsort()
         for count, rate in product(self.settings.tokens, self.settings.learning_rates):
@@ -95,8 +95,7 @@ class ConceptInversion(Attack):
                     parts.append(templates.encode(torch.arange(len(prompts)), learnt))
             asked = Conditioning.cat(parts).select(order)
             name = f"{count} token{'s' * (count > 1)}, rate {rate:g}"
-            tries[name] = target.pictures(target.draw(asked, task.noise))
-        return AttackResult(tries)
+            yield Try(name, target.pictures(target.draw(asked, task.noise)))
 
     def drawn(self, target: Target, task: Task, concept: str) -> Tensor:
         """Draw the base model's pictures of a concept's prompts, which take turns.

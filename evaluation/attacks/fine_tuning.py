@@ -7,16 +7,17 @@ input of the network train at their default scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
+from safemax_sd.evaluation.attacks.base import Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target, with_noise
 from safemax_sd.evaluation.attacks.task import Examples, Task
-from torch import Tensor, nn
+from torch import nn
 
 from safemax_sd.adapters.lora import LoraSettings, attach, detach
 from safemax_sd.families.latent import LatentFamily
@@ -51,8 +52,8 @@ class FineTuningSettings:
 
 def tuned_tries(
     target: Target, task: Task, examples: Examples, settings: FineTuningSettings, *, purpose: str
-) -> dict[str, Tensor]:
-    """Fine-tune a target with every rate, and draw the task's pictures after every number of steps.
+) -> Generator[Try]:
+    """Fine-tune a target with every rate, and yield the task's pictures after every number of steps.
 
     Args:
         target: Model under attack.
@@ -60,11 +61,8 @@ def tuned_tries(
         examples: Pictures to train on.
         settings: Settings of the trainings.
         purpose: Purpose of the random draws, which are the same for every rate of full weights, or of a LoRA.
-
-    Returns:
-        Pictures by try, each [N, 3, H, W].
     """
-    asked, tries = target.encode(task.texts), {}
+    asked = target.encode(task.texts)
     trainings = [("full", rate) for rate in settings.full_rates] + [("LoRA", rate) for rate in settings.lora_rates]
     for kind, rate in trainings:
         generator = task.generator(purpose)
@@ -72,8 +70,7 @@ def tuned_tries(
         with opened as parameters:
             training = denoising_steps(target.family, parameters, examples, rate, settings.batch_size, generator)
             for steps in reached(training, settings.steps):
-                tries[try_name(kind, rate, steps)] = target.pictures(target.draw(asked, task.noise))
-    return tries
+                yield Try(try_name(kind, rate, steps), target.pictures(target.draw(asked, task.noise)))
 
 
 def denoising_steps(

@@ -15,13 +15,13 @@ a low success on the base model is no surprise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.steps import Step, walk
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
@@ -56,9 +56,9 @@ class Inpainting(Attack):
     def calls(self, task: Task, sampling: Sampling) -> int:
         return len(self.settings.shares) * sampling.calls(len(task))
 
-    def run(self, target: Target, task: Task) -> AttackResult:
+    def run(self, target: Target, task: Task) -> Generator[Try]:
         kept = task.examples.latents[task.example_rows()]
-        asked, tries = target.encode(task.texts), {}
+        asked = target.encode(task.texts)
         side = target.family.picture_size(target.sampling.resolution)
         for share in self.settings.shares:
             hole = middle(target.latent_shape[-1], share)
@@ -66,8 +66,7 @@ class Inpainting(Attack):
             latents = walk(target, asked, task.noise, follow)
             # After the last step, what was known is the picture itself, without the noise that a sampler may leave.
             pictures = target.pictures(pasted(latents, kept, hole))
-            tries[f"{share:g} of the side"] = cropped(pictures, middle(side, share))
-        return AttackResult(tries)
+            yield Try(f"{share:g} of the side", cropped(pictures, middle(side, share)))
 
 
 def follow_outside(

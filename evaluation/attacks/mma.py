@@ -15,12 +15,12 @@ quick preset searches for four prompts, with 8 tokens: as many as the embedded m
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 from safemax_sd.evaluation.attacks.text import TextEncoders, pictures_of, refusal, searched
@@ -70,14 +70,14 @@ class MMA(Attack):
     def calls(self, task: Task, sampling: Sampling) -> int:
         return sampling.calls(len(task))
 
-    def run(self, target: Target, task: Task) -> AttackResult:
+    def run(self, target: Target, task: Task) -> Generator[Try]:
         encoders = TextEncoders(target.family)
 
         def search(row: int) -> str:
             return self.search(encoders, task.prompts[row], task.generator(f"{self.name} {row}"))
 
         texts = searched(task, self.settings.prompts, search)
-        return AttackResult({"": pictures_of(target, texts, task.noise)}, found=tuple(texts))
+        yield Try("", pictures_of(target, texts, task.noise), tuple(texts))
 
     def search(self, encoders: TextEncoders, prompt: Prompt, generator: torch.Generator) -> str:
         """Return the text whose pooled state comes nearest to a prompt's."""

@@ -13,14 +13,14 @@ plain prompts. Flow matching takes the same formula, with the σ of x_t = a·x0 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any, ClassVar
 
 import torch
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.steps import Step, walk
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
@@ -48,6 +48,7 @@ class NoiseProbe(Attack):
     access: ClassVar[Access] = "latent"
     paper: ClassVar[str] = "arXiv 2505.17013"
     note: ClassVar[str] = "each sampling step adds noise, best of several strengths"
+    any_try: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = NoiseProbeSettings
     presets: ClassVar[Mapping[str, Any]] = {
         "quick": NoiseProbeSettings(etas=(1.0, 1.34, 1.85), variance_scales=(1.0, 1.04)),
@@ -58,17 +59,15 @@ class NoiseProbe(Attack):
     def calls(self, task: Task, sampling: Sampling) -> int:
         return len(self.settings.etas) * len(self.settings.variance_scales) * sampling.calls(len(task))
 
-    def run(self, target: Target, task: Task) -> AttackResult:
+    def run(self, target: Target, task: Task) -> Generator[Try]:
         asked = target.encode(task.texts)
-        tries: dict[str, Tensor] = {}
-        for eta, scale in product(self.settings.etas, self.settings.variance_scales):
+        for place, (eta, scale) in enumerate(product(self.settings.etas, self.settings.variance_scales)):
             name = f"η {eta:g}, v {scale:g}"
             # A generator for each picture, so that they do not depend on how many are drawn together.
             generators = [task.generator(f"{self.name} {name} {number}") for number in range(len(task))]
-            noise = drawn(generators, task.noise) if tries else task.noise
+            noise = drawn(generators, task.noise) if place else task.noise
             follow = partial(follow_noisily, generators=generators, eta=eta, variance_scale=scale)
-            tries[name] = target.pictures(walk(target, asked, noise, follow))
-        return AttackResult(tries, any_try=True)
+            yield Try(name, target.pictures(walk(target, asked, noise, follow)))
 
 
 def follow_noisily(

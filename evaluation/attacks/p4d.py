@@ -15,13 +15,13 @@ no candidates. Padding is the tokenizer's in both networks (the public code pads
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.base_pictures import base_latents
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
@@ -60,6 +60,7 @@ class P4D(Attack):
     access: ClassVar[Access] = "prompt"
     paper: ClassVar[str] = "arXiv 2309.06135"
     note: ClassVar[str] = "tokens instead of the prompt (N) or between its own (K)"
+    any_try: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = P4DSettings
     presets: ClassVar[Mapping[str, Any]] = {
         "quick": P4DSettings(steps=60, draw_every=20),
@@ -76,11 +77,9 @@ class P4D(Attack):
         searched = 2 * settings.steps * len(task) + settings.steps // settings.draw_every * drawn
         return drawn + 2 * searched  # the base's pictures, then N and K
 
-    def run(self, target: Target, task: Task) -> AttackResult:
+    def run(self, target: Target, task: Task) -> Generator[Try]:
         encoders, settings = TextEncoders(target.family), self.settings
         clean, prompts = base_latents(target, task), encoders.tokens(task.texts)
-        tries: dict[str, Tensor] = {}
-        found: list[str] = []
         rows = {
             "N": [[FREE] * settings.tokens for _ in prompts],
             "K": [interleaved(row, settings.every) for row in prompts],
@@ -88,9 +87,7 @@ class P4D(Attack):
         for variant, each in rows.items():
             drawn = self.search(target, task, each, (f"{self.name} {variant}", clean))
             for step, texts in drawn.items():
-                tries[f"{variant}, step {step}"] = pictures_of(target, texts, task.noise)
-                found += texts
-        return AttackResult(tries, any_try=True, found=tuple(found))
+                yield Try(f"{variant}, step {step}", pictures_of(target, texts, task.noise), tuple(texts))
 
     def search(
         self, target: Target, task: Task, rows: list[list[int]], start: tuple[str, Tensor]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 
@@ -29,5 +29,5 @@ class Plain(Attack):
     def calls(self, task: Task, sampling: Sampling) -> int:
         return sampling.calls(len(task))
 
-    def run(self, target: Target, task: Task) -> AttackResult:
-        return AttackResult({"": target.pictures(target.draw(target.encode(task.texts), task.noise))})
+    def run(self, target: Target, task: Task) -> Generator[Try]:
+        yield Try("", target.pictures(target.draw(target.encode(task.texts), task.noise)))

@@ -8,13 +8,13 @@ own error is added.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 from torch import Tensor, nn
@@ -48,13 +48,12 @@ class Quantization(Attack):
     def calls(self, task: Task, sampling: Sampling) -> int:
         return len(self.settings.bits) * sampling.calls(len(task))
 
-    def run(self, target: Target, task: Task) -> AttackResult:
-        asked, tries = target.encode(task.texts), {}
+    def run(self, target: Target, task: Task) -> Generator[Try]:
+        asked = target.encode(task.texts)
         for bits in self.settings.bits:
             with target.restored():
                 quantize(target.family.denoiser, bits, self.settings.group_size if bits < 8 else None)
-                tries[f"{bits} bits"] = target.pictures(target.draw(asked, task.noise))
-        return AttackResult(tries)
+                yield Try(f"{bits} bits", target.pictures(target.draw(asked, task.noise)))
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ reproduced.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, ClassVar
 
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings, tuned_tries
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
@@ -37,5 +37,5 @@ class Relearning(Attack):
     def calls(self, task: Task, sampling: Sampling) -> int:
         return self.settings.calls(task, sampling)
 
-    def run(self, target: Target, task: Task) -> AttackResult:
-        return AttackResult(tuned_tries(target, task, task.examples, self.settings, purpose=self.name))
+    def run(self, target: Target, task: Task) -> Generator[Try]:
+        return tuned_tries(target, task, task.examples, self.settings, purpose=self.name)

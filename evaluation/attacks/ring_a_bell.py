@@ -14,13 +14,13 @@ number is that of the prompts. K is at most what the tokenizer reads. The quick 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 from safemax_sd.evaluation.attacks.text import TextEncoders, pictures_of, refusal, reworded, searched
@@ -72,20 +72,17 @@ class RingABell(Attack):
     def calls(self, task: Task, sampling: Sampling) -> int:
         return len(self.settings.searches) * sampling.calls(len(task))
 
-    def run(self, target: Target, task: Task) -> AttackResult:
+    def run(self, target: Target, task: Task) -> Generator[Try]:
         encoders, settings = TextEncoders(target.family), self.settings
         directions = {concept: self.direction(encoders, task, concept) for concept in task.concepts}
-        tries: dict[str, Tensor] = {}
-        found: list[str] = []
         for tokens, strength in settings.searches:
             goals = [
                 states(encoders, [prompt.text])[0] + strength * directions[prompt.shows] for prompt in task.prompts
             ]
             search = partial(self.text, encoders, task, goals, min(tokens, encoders.room))
             texts = searched(task, settings.prompts, search)
-            tries[f"{tokens} tokens, strength {strength:g}"] = pictures_of(target, texts, task.noise)
-            found += texts
-        return AttackResult(tries, found=tuple(found))
+            pictures = pictures_of(target, texts, task.noise)
+            yield Try(f"{tokens} tokens, strength {strength:g}", pictures, tuple(texts))
 
     @staticmethod
     def direction(encoders: TextEncoders, task: Task, concept: str) -> Tensor:

@@ -6,11 +6,11 @@ on the erased one. The training is that of `relearning`'s LoRA, on the base mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.fine_tuning import denoising_steps, lora, reached, try_name
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
@@ -63,13 +63,12 @@ class SecondLora(Attack):
         each = max(settings.steps) * settings.batch_size + len(settings.steps) * sampling.calls(len(task))
         return len(settings.learning_rates) * each
 
-    def run(self, target: Target, task: Task) -> AttackResult:
-        asked, tries = target.encode(task.texts), {}
+    def run(self, target: Target, task: Task) -> Generator[Try]:
+        asked = target.encode(task.texts)
         for name, changes in self.trained(target, task).items():
             with target.restored():
                 fuse(target.family.denoiser, changes, target.family.options.name_or_path)
-                tries[name] = target.pictures(target.draw(asked, task.noise))
-        return AttackResult(tries)
+                yield Try(name, target.pictures(target.draw(asked, task.noise)))
 
     def trained(self, target: Target, task: Task) -> dict[str, dict[str, LowRank]]:
         """Train LoRAs on the base model; returns the changes of its layers by try."""

@@ -7,13 +7,13 @@ concept, which begin as those of its first prompt; Adam, as textual inversion (a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 
@@ -60,13 +60,11 @@ class StateInversion(Attack):
         inversion = len(task.concepts) * settings.steps * settings.batch_size
         return len(settings.learning_rates) * (inversion + sampling.calls(len(task)))
 
-    def run(self, target: Target, task: Task) -> AttackResult:
-        tries = {}
+    def run(self, target: Target, task: Task) -> Generator[Try]:
         for rate in self.settings.learning_rates:
             found = {concept: self.invert(target, task, concept, rate) for concept in task.concepts}
             asked = Conditioning.cat([found[concept] for concept in task.shown])
-            tries[f"rate {rate:g}"] = target.pictures(target.draw(asked, task.noise))
-        return AttackResult(tries)
+            yield Try(f"rate {rate:g}", target.pictures(target.draw(asked, task.noise)))
 
     def invert(self, target: Target, task: Task, concept: str, rate: float) -> Conditioning:
         """Optimise one set of token states for a concept; returns one row."""

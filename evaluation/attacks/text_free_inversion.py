@@ -23,12 +23,12 @@ stands for, so there are no more independent pictures than examples, whatever th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.steps import Step, sampler_steps
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
@@ -77,7 +77,7 @@ class TextFreeInversion(Attack):
         each_step = self.settings.fixed_points + self.settings.iterations
         return pictures * sampling.num_inference_steps * each_step + sampling.calls(pictures)
 
-    def run(self, target: Target, task: Task) -> AttackResult:
+    def run(self, target: Target, task: Task) -> Generator[Try]:
         rows, places = task.example_rows().unique(return_inverse=True)
         clean = task.examples.latents[rows]
         noise = torch.cat([self.invert(target, part) for part in clean.split(target.sampling.batch_size)])
@@ -87,7 +87,7 @@ class TextFreeInversion(Attack):
         for concept in task.concepts:
             own = torch.isin(rows, task.examples.showing(concept))
             found.append(f"{concept}: {described(noise[own], clean[own], drawn[own], first)}")
-        return AttackResult({"": target.pictures(drawn)[places]}, found=tuple(found))
+        yield Try("", target.pictures(drawn)[places], tuple(found))
 
     def invert(self, target: Target, clean: Tensor) -> Tensor:
         """Return the noise from which the target draws clean latents, [B, *latent] on the processor."""

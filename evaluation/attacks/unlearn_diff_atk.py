@@ -16,13 +16,13 @@ report. Models that predict v are attacked with the loss in their own prediction
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.base_pictures import base_latents
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
@@ -57,6 +57,7 @@ class UnlearnDiffAtk(Attack):
     access: ClassVar[Access] = "prompt"
     paper: ClassVar[str] = "arXiv 2310.11868"
     note: ClassVar[str] = "a few tokens are put before the prompt"
+    any_try: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = UnlearnDiffAtkSettings
     presets: ClassVar[Mapping[str, Any]] = {
         "quick": UnlearnDiffAtkSettings(stages=5, iterations=20),
@@ -73,14 +74,12 @@ class UnlearnDiffAtk(Attack):
         drawn = (settings.stages + 1) * sampling.calls(len(task))  # the base's pictures besides
         return drawn + settings.stages * settings.iterations * len(task)
 
-    def run(self, target: Target, task: Task) -> AttackResult:
+    def run(self, target: Target, task: Task) -> Generator[Try]:
         encoders, settings, generator = TextEncoders(target.family), self.settings, task.generator(self.name)
         clean = base_latents(target, task)
         ids, free = encoders.layout([[FREE] * settings.tokens + row for row in encoders.tokens(task.texts)])
         weights = self.table_weights(int(free.sum()), encoders)
         optimizer = torch.optim.Adam([weights], lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        tries: dict[str, Tensor] = {}
-        found: list[str] = []
         for t in self.times(target):
             for _ in range(settings.iterations):
                 ids[free] = encoders.words[sampled(weights, generator)]
@@ -90,9 +89,7 @@ class UnlearnDiffAtk(Attack):
                 weights.copy_(on_simplex(weights))
             ids[free] = encoders.words[weights.argmax(1)]
             texts = encoders.texts(ids)
-            tries[f"t = {int(t)}"] = pictures_of(target, texts, task.noise)
-            found += texts
-        return AttackResult(tries, any_try=True, found=tuple(found))
+            yield Try(f"t = {int(t)}", pictures_of(target, texts, task.noise), tuple(texts))
 
     def times(self, target: Target) -> Tensor:
         """Return the native time of each stage, the middles of equal parts of all times, [stages]."""

@@ -15,15 +15,14 @@ round is filled up with the nearest words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from safemax_sd.evaluation.attacks.base import Access, Attack, AttackResult
+from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 from safemax_sd.evaluation.attacks.text import TextEncoders, pictures_of, refusal, reworded
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Vocabulary(Attack):
     label: ClassVar[str] = "Vocabulary"
     access: ClassVar[Access] = "prompt"
     note: ClassVar[str] = "every word of the tokenizer, alone and in place of the concept's; one picture each"
+    any_try: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = VocabularySettings
     presets: ClassVar[Mapping[str, Any]] = {"quick": VocabularySettings(256), "full": VocabularySettings()}
     settings: VocabularySettings
@@ -55,12 +55,10 @@ class Vocabulary(Attack):
     def calls(self, task: Task, sampling: Sampling) -> int:
         return 2 * self.rounds(task, self.settings.words) * sampling.calls(len(task))
 
-    def run(self, target: Target, task: Task) -> AttackResult:
+    def run(self, target: Target, task: Task) -> Generator[Try]:
         encoders = TextEncoders(target.family)
         words = {concept: self.nearest(encoders, concept) for concept in task.concepts}
         turns = {concept: task.rows(concept).tolist() for concept in task.concepts}
-        tries: dict[str, Tensor] = {}
-        found: list[str] = []
         for number in range(self.rounds(task, max(len(each) for each in words.values()))):
             alone, placed = [], []
             for row, prompt in enumerate(task.prompts):
@@ -69,9 +67,7 @@ class Vocabulary(Attack):
                 alone.append(word)
                 placed.append(reworded(prompt, word))
             for form, texts in (("alone", alone), ("in the prompt", placed)):
-                tries[f"{form}, round {number + 1}"] = pictures_of(target, texts, task.noise)
-                found += texts
-        return AttackResult(tries, any_try=True, found=tuple(found))
+                yield Try(f"{form}, round {number + 1}", pictures_of(target, texts, task.noise), tuple(texts))
 
     @staticmethod
     def rounds(task: Task, words: int) -> int:

@@ -59,7 +59,7 @@ class AttackRow:
         found: Results that an attacker could publish.
         settings: Settings of the attack.
         model_calls: Network evaluations, counted per sample.
-        seconds: Wall-clock seconds.
+        seconds: Wall-clock seconds, with the judging.
     """
 
     attack: str

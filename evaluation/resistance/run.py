@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,12 +17,12 @@ from safemax_sd.evaluation.attacks.plain import Plain
 from safemax_sd.evaluation.attacks.target import Role, Sampling, Target, load_control, load_erased
 from safemax_sd.evaluation.attacks.task import Examples, Task, succeeded
 from safemax_sd.evaluation.inputs import find_suite, judging_context, load_real
-from safemax_sd.evaluation.metrics.base import wilson
 from safemax_sd.evaluation.prompt_settings import RUN_SEEDS, start_seeds
 from safemax_sd.evaluation.real import RealPictures
 from safemax_sd.evaluation.resistance.options import ALL, AttackOptions
 from safemax_sd.evaluation.resistance.page import PAGE_FILE, PICTURES, ROLES, SHOWN, sheet_name, write_page
-from safemax_sd.evaluation.resistance.report import ATTACKS_FILE, AttackReport, AttackRow, Rate, Refusal
+from safemax_sd.evaluation.resistance.report import ATTACKS_FILE, AttackReport, AttackRow, Refusal
+from safemax_sd.evaluation.resistance.tally import Tally
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -119,30 +119,28 @@ class Resistance:
             self.task = replace(self.task, kept=kept_examples(self.suite, self.families["base"], self.sampling))
 
     def measure(self, attack: Attack, target: Target) -> tuple[AttackRow, Tensor]:
-        """Run an attack on a target and judge its pictures.
+        """Run an attack on a target and judge the pictures of each try as it is drawn.
 
         Returns:
-            The row, and the pictures of the strongest try, [N, 3, H, W].
+            The row, and the pictures that its success is told by, [N, 3, H, W].
         """
-        started = time.monotonic()
-        result = attack.run(target, self.task)
-        seconds = time.monotonic() - started
-        seen = {name: self._seen(pictures) for name, pictures in result.tries.items()}
-        strongest = max(seen, key=lambda name: int(seen[name].sum()))
-        counted = torch.stack(list(seen.values())).any(0) if result.any_try else seen[strongest]
+        started, tally = time.monotonic(), Tally(any_try=attack.any_try)
+        with closing(attack.run(target, self.task)) as tries:
+            for drawn in tries:
+                tally.add(drawn, self._seen(drawn.pictures))
         row = AttackRow(
             attack=attack.name,
             access=attack.access,
             target=target.role,
-            success=Rate.of(wilson(int(counted.sum()), len(self.task))),
-            tries={name: Rate.of(wilson(int(each.sum()), len(each))) for name, each in seen.items()},
-            any_try=result.any_try,
-            found=result.found,
+            success=tally.success,
+            tries=tally.tries,
+            any_try=attack.any_try,
+            found=tuple(tally.found),
             settings=asdict(attack.settings),
             model_calls=target.model_calls,
-            seconds=seconds,
+            seconds=time.monotonic() - started,
         )
-        return row, result.tries[strongest]
+        return row, tally.pictures
 
     def _seen(self, pictures: Tensor) -> Tensor:
         if not pictures.isfinite().all():

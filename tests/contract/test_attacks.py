@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,36 +91,60 @@ def test_an_attack_draws_within_its_budget_and_leaves_the_target_as_it_was(
     before = [{name: tensor.clone() for name, tensor in network.state_dict().items()} for network in networks]
     plain = target.draw(target.encode(task.texts), task.noise)
     target.model_calls = 0
-    result = attack.run(target, task)
+    tries = list(attack.run(target, task))
     assert 0 < target.model_calls <= attack.calls(task, target.sampling)
+    assert len({each.name for each in tries}) == len(tries) > 0
     side = target.family.picture_size(target.sampling.resolution)
-    for pictures in result.tries.values():
-        assert pictures.shape == (len(task), 3, side, side)
-        assert pictures.isfinite().all()
-        assert float(pictures.min()) >= 0
-        assert float(pictures.max()) <= 1
+    for each in tries:
+        assert each.pictures.shape == (len(task), 3, side, side)
+        assert each.pictures.isfinite().all()
+        assert float(each.pictures.min()) >= 0
+        assert float(each.pictures.max()) <= 1
+    check_as_before(networks, before)
+    assert torch.equal(target.draw(target.encode(task.texts), task.noise), plain)
+
+
+@pytest.mark.parametrize("name", ATTACKS.names())
+def test_an_attack_that_is_stopped_after_its_first_try_leaves_the_target_as_it_was(
+    attack: Attack, tiny_model: Path
+) -> None:
+    target = build_target(tiny_model, None)
+    networks = (target.family.denoiser, target.base.denoiser)
+    before = [{name: tensor.clone() for name, tensor in network.state_dict().items()} for network in networks]
+    tries = attack.run(target, two_apples(target))
+    next(tries)
+    tries.close()
+    check_as_before(networks, before)
+
+
+def check_as_before(networks: Sequence[torch.nn.Module], before: Sequence[dict[str, torch.Tensor]]) -> None:
+    """Check that networks are frozen and have the weights that they had."""
     for network, state in zip(networks, before, strict=True):
         assert network.state_dict().keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
         assert not any(parameter.requires_grad or parameter.grad is not None for parameter in network.parameters())
         assert not network.training
-    assert torch.equal(target.draw(target.encode(task.texts), task.noise), plain)
 
 
 @pytest.mark.parametrize("name", ATTACKS.names())
-def test_an_attack_is_reproducible(name: str, attack: Attack, tiny_model: Path, request: Request) -> None:
+def test_an_attack_is_reproducible(attack: Attack, tiny_model: Path) -> None:
     drawn = []
     for _ in range(2):
         target = build_target(tiny_model, None)
-        prompts = tuple(Prompt(text, concept) for text, concept in tiny.FORGET)
-        generator = torch.Generator().manual_seed(3)
-        pictures = torch.rand(2, 3, 64, 64, generator=generator)
-        examples = Examples(pictures, target.base.encode_pictures(pictures), ("a red apple",) * 2, ("apple",) * 2)
-        noise = torch.randn(2, *target.latent_shape, generator=generator)
-        drawn.append(attack.run(target, Task(prompts, noise, examples, kept=examples)))
-    assert drawn[0].found == drawn[1].found
-    assert drawn[0].tries.keys() == drawn[1].tries.keys()
-    assert all(torch.equal(drawn[0].tries[key], drawn[1].tries[key]) for key in drawn[0].tries)
+        drawn.append(list(attack.run(target, two_apples(target))))
+    for first, second in zip(*drawn, strict=True):
+        assert (first.name, first.found) == (second.name, second.found)
+        assert torch.equal(first.pictures, second.pictures)
+
+
+def two_apples(target: Target) -> Task:
+    """The task of two prompts of one concept."""
+    prompts = tuple(Prompt(text, concept) for text, concept in tiny.FORGET)
+    generator = torch.Generator().manual_seed(3)
+    pictures = torch.rand(2, 3, 64, 64, generator=generator)
+    examples = Examples(pictures, target.base.encode_pictures(pictures), ("a red apple",) * 2, ("apple",) * 2)
+    noise = torch.randn(2, *target.latent_shape, generator=generator)
+    return Task(prompts, noise, examples, kept=examples)
 
 
 @pytest.mark.parametrize("name", ATTACKS.names())

@@ -19,11 +19,12 @@ def test_every_word_has_a_picture_in_each_form(tiny_model: Path) -> None:
     target = Target("base", family, family, Sampling(3.0, 1, 8))
     prompts = (Prompt("a b", "b"), Prompt("a pear", "pear"), Prompt("b", "b"))
     noise, nothing = torch.randn(3, *target.latent_shape), torch.zeros(0)
-    result = Vocabulary(VocabularySettings(5)).run(target, Task(prompts, noise, Examples(nothing, nothing, (), ())))
+    task = Task(prompts, noise, Examples(nothing, nothing, (), ()))
+    tries = list(Vocabulary(VocabularySettings(5)).run(target, task))
     words = Vocabulary(VocabularySettings(5)).nearest(TextEncoders(family), "b")
-    assert len(result.tries) == 2 * 5  # the one prompt of "pear" needs five rounds
-    assert len(result.found) == 3 * len(result.tries)
-    rounds = [result.found[3 * number : 3 * number + 3] for number in range(len(result.tries))]
+    assert len(tries) == 2 * 5  # the one prompt of "pear" needs five rounds
+    rounds = [each.found for each in tries]
+    assert {len(found) for found in rounds} == {3}
     alone = [word for each in rounds[::2] for word in (each[0], each[2])]
     assert alone == words + words
     assert [each[0] for each in rounds[1::2]] == [f"a {word}" for word in alone[::2]]
