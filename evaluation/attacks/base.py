@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from safemax_sd.evaluation.attacks.target import Sampling, Target
@@ -29,11 +29,13 @@ class Try:
         name: Name among the attack's tries; empty for its only one.
         pictures: One for each prompt of the task, [N, 3, H, W] in 0 to 1.
         found: Results that an attacker could publish, such as prompts.
+        figures: Named measurements of the attack's own; `Attack.figures_note` says how to read them.
     """
 
     name: str
     pictures: Tensor
     found: tuple[str, ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 class Attack(ABC):
@@ -50,6 +52,8 @@ class Attack(ABC):
         note: Explanation in one sentence.
         any_try: True if a prompt counts as soon as one try succeeds, as for an attacker who looks at each picture;
             False if the try with the most successes counts.
+        success_counts: False if a success shows nothing by itself, so that the figures are read in its place.
+        figures_note: Explanation of `Try.figures`.
         needs_kept: True if the attack uses `Task.kept`, which are drawn before it runs and count as none of its calls.
         Settings: Frozen dataclass of its settings.
         presets: Settings by preset; keys are `PRESETS`.
@@ -61,6 +65,8 @@ class Attack(ABC):
     paper: ClassVar[str] = ""
     note: ClassVar[str]
     any_try: ClassVar[bool] = False
+    success_counts: ClassVar[bool] = True
+    figures_note: ClassVar[str] = ""
     needs_kept: ClassVar[bool] = False
     Settings: ClassVar[type[Any]]
     presets: ClassVar[Mapping[str, Any]]

@@ -8,10 +8,10 @@ classifier that sees the concept in the result counts a success.
 What a success says: little. A noise that leads to a picture exists for any picture and any model, also for one that
 never knew the concept; the authors' own TINA+ (arXiv 2608.17747) finds one for a network of random weights. What
 differs is the noise. A model draws the concept by itself only if such noise is likely under N(0, I), where a sampler
-begins; a model that halts gives back whatever it begins at, so its "noise" is the picture. Therefore `found` states, of
-the inverted noise, the standard deviation (1 for N(0, I)), the energy score of TINA+ (0 is expected; TINA+ distrusts a
-trajectory below -10) and the cosine with the picture's latents (about 0 for noise, 1 for the picture itself). They are
-to be compared with the base model's.
+begins; a model that halts gives back whatever it begins at, so its "noise" is the picture. Therefore the figures state,
+of the inverted noise, the standard deviation (1 for N(0, I)), the energy score of TINA+ (0 is expected; TINA+ distrusts
+a trajectory below -10) and the cosine with the picture's latents (about 0 for noise, 1 for the picture itself). They
+are to be compared with those of as many kept pictures, and with the base model's.
 
 Deviations: the number of steps is the run's. The fixed point is that of the native prediction, which for ε is the same.
 The usual approximation is the first fixed-point iteration from z', with the step's own time. More such iterations go
@@ -65,6 +65,13 @@ class TextFreeInversion(Attack):
     access: ClassVar[Access] = "latent"
     paper: ClassVar[str] = "arXiv 2603.17828"
     note: ClassVar[str] = "start noise of given pictures, which any picture has: its distance from N(0, I) counts"
+    success_counts: ClassVar[bool] = False
+    figures_note: ClassVar[str] = (
+        "In any model some start noise leads to any picture: a success shows nothing. A picture that the model draws "
+        "by itself has a noise that is likely under N(0, I): standard deviation about 1, energy score and cosine with "
+        "the picture about 0. Kept pictures show what is usual for the model."
+    )
+    needs_kept: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = TextFreeInversionSettings
     presets: ClassVar[Mapping[str, Any]] = {
         "quick": TextFreeInversionSettings(iterations=0),
@@ -73,21 +80,36 @@ class TextFreeInversion(Attack):
     settings: TextFreeInversionSettings
 
     def calls(self, task: Task, sampling: Sampling) -> int:
-        pictures = len(task.example_rows().unique())
+        pictures = 2 * len(task.example_rows().unique())  # the concept's, and at most as many kept ones
         each_step = self.settings.fixed_points + self.settings.iterations
         return pictures * sampling.num_inference_steps * each_step + sampling.calls(pictures)
 
     def run(self, target: Target, task: Task) -> Generator[Try]:
+        if task.kept is None:
+            raise ValueError("the task has no pictures of other concepts")
         rows, places = task.example_rows().unique(return_inverse=True)
-        clean = task.examples.latents[rows]
+        kept = task.kept.latents
+        count = min(len(rows), len(kept))
+        drawn, figures = self.redrawn(target, task.examples.latents[rows], "the concept's pictures")
+        _, usual = self.redrawn(target, kept[torch.arange(count) * len(kept) // count], "kept pictures")
+        paired = {name: value for pair in zip(figures.items(), usual.items(), strict=True) for name, value in pair}
+        yield Try("", target.pictures(drawn)[places], figures=paired)
+
+    def redrawn(self, target: Target, clean: Tensor, whose: str) -> tuple[Tensor, dict[str, float]]:
+        """Invert pictures and draw them again.
+
+        Args:
+            target: Model under attack.
+            clean: Clean latents of the pictures, [M, *latent].
+            whose: Whose pictures they are, for the names of the figures.
+
+        Returns:
+            Latents of the drawn pictures, [M, *latent] on the processor, and the figures of the noise.
+        """
         noise = torch.cat([self.invert(target, part) for part in clean.split(target.sampling.batch_size)])
-        drawn = target.draw(empty_prompts(target, len(rows)), noise, guidance_scale=UNGUIDED)
-        first = sampler_steps(target)[0]
-        found = []
-        for concept in task.concepts:
-            own = torch.isin(rows, task.examples.showing(concept))
-            found.append(f"{concept}: {described(noise[own], clean[own], drawn[own], first)}")
-        yield Try("", target.pictures(drawn)[places], tuple(found))
+        drawn = target.draw(empty_prompts(target, len(clean)), noise, guidance_scale=UNGUIDED)
+        figures = figures_of(noise, clean, drawn, sampler_steps(target)[0])
+        return drawn, {f"{name}, {whose}": value for name, value in figures.items()}
 
     def invert(self, target: Target, clean: Tensor) -> Tensor:
         """Return the noise from which the target draws clean latents, [B, *latent] on the processor."""
@@ -157,13 +179,12 @@ def energy_score(noise: Tensor, clean: Tensor, step: Step) -> Tensor:
     return (noise.flatten(1).square().sum(1) - mean) / variance.sqrt()
 
 
-def described(noise: Tensor, clean: Tensor, drawn: Tensor, step: Step) -> str:
-    """Return what is to be known of inverted noise: its width, energy score, likeness to the picture, and the error."""
-    width = float(noise.flatten(1).std(1, correction=0).mean())
-    score = float(energy_score(noise, clean, step).mean())
-    cosine = float(torch.cosine_similarity(noise.flatten(1), clean.flatten(1)).mean())
-    error = float((drawn - clean).square().mean() / clean.square().mean())
-    return (
-        f"inverted noise of {len(noise)} pictures: standard deviation {width:.2f}, energy score {score:.1f}, "
-        f"cosine with the picture {cosine:.2f}; redrawn with a relative squared error of {error:.1e}"
-    )
+def figures_of(noise: Tensor, clean: Tensor, drawn: Tensor, step: Step) -> dict[str, float]:
+    """Return how typical inverted noise is, and how well the pictures were drawn from it; means over the pictures."""
+    figures = {
+        "standard deviation of the noise": noise.flatten(1).std(1, correction=0),
+        "energy score of the noise": energy_score(noise, clean, step),
+        "cosine of noise and picture": torch.cosine_similarity(noise.flatten(1), clean.flatten(1)),
+        "relative squared error of the redrawn picture": (drawn - clean).square().mean() / clean.square().mean(),
+    }
+    return {name: float(value.mean()) for name, value in figures.items()}

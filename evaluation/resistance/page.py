@@ -31,6 +31,7 @@ PAGE = """<!doctype html>
 <h2>What each attack brings back</h2>{table}
 <p>{note}</p>
 {refusals}
+{figures}
 <h2>Pictures</h2>{pictures}
 <h2>Tries</h2>{tries}
 </main></body></html>
@@ -55,6 +56,7 @@ def write_page(report: AttackReport, folder: Path) -> Path:
         table=_table(report),
         note=html.escape(_note(report)),
         refusals=_refusals(report),
+        figures=_figures(report),
         pictures=_pictures(report, folder),
         tries=_tries(report),
     )
@@ -67,6 +69,11 @@ def label(attack: str) -> str:
     return ATTACKS.get(attack).label if attack in ATTACKS.names() else attack
 
 
+def figures_note(attack: str) -> str:
+    """Return how to read an attack's figures; nothing if it is not installed here."""
+    return ATTACKS.get(attack).figures_note if attack in ATTACKS.names() else ""
+
+
 def format_rate(rate: Rate) -> str:
     """Return a rate such as `97 % [84, 99]`."""
     return f"{rate.value:.0f} % [{rate.low:.0f}, {rate.high:.0f}]"
@@ -75,6 +82,14 @@ def format_rate(rate: Rate) -> str:
 def format_excess(excess: Excess) -> str:
     """Return an excess such as `+12 [−3, 27]`, in percentage points."""
     return f"{excess.value:+.0f} [{excess.low:.0f}, {excess.high:.0f}]".replace("-", "−")
+
+
+def format_figure(row: AttackRow | None, name: str) -> str:
+    """Return a row's figure with three digits; a dash if the row does not have it."""
+    if row is None or name not in row.figures:
+        return "–"
+    value = row.figures[name]
+    return "not reached" if value is None else f"{value:.3g}".replace("-", "−")
 
 
 def verdict_text(verdict: Verdict) -> str:
@@ -129,12 +144,38 @@ def _refusals(report: AttackReport) -> str:
     return f"<p>Does not apply:</p><ul>{items}</ul>"
 
 
+def _figures(report: AttackReport) -> str:
+    """Return the attacks' own figures, those first whose success shows nothing."""
+    roles, names = targets(report), _figure_names(report)
+    if not names:
+        return ""
+    head = "".join(f"<th>{ROLES[role]}</th>" for role in roles)
+    lines = [f"<h2>Figures</h2><table><thead><tr><th></th>{head}</tr></thead><tbody>"]
+    for attack, own in names.items():
+        title = f"{html.escape(label(attack))}<small>{html.escape(figures_note(attack))}</small>"
+        lines.append(f'<tr class="group"><th colspan="{len(roles) + 1}">{title}</th></tr>')
+        for name in own:
+            cells = "".join(f"<td>{format_figure(report.row(attack, role), name)}</td>" for role in roles)
+            lines.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
+    return "\n".join([*lines, "</tbody></table>"])
+
+
+def _figure_names(report: AttackReport) -> dict[str, list[str]]:
+    """Return the names of figures by attack, those attacks first whose success shows nothing."""
+    names: dict[str, list[str]] = {}
+    for row in sorted(report.rows, key=lambda row: row.success_counts):
+        own = names.setdefault(row.attack, []) if row.figures else []
+        own += [name for name in row.figures if name not in own]
+    return names
+
+
 def _pictures(report: AttackReport, folder: Path) -> str:
     figures = []
     for row in report.rows:
         path = folder / PICTURES / sheet_name(row.attack, row.target)
         if path.is_file():
-            caption = html.escape(f"{label(row.attack)}, {ROLES[row.target]}: {format_rate(row.success)}")
+            counted = f": {format_rate(row.success)}" if row.success_counts else ""
+            caption = html.escape(f"{label(row.attack)}, {ROLES[row.target]}{counted}")
             figures.append(
                 f'<figure><img src="{data_uri(path)}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
             )
@@ -144,7 +185,7 @@ def _pictures(report: AttackReport, folder: Path) -> str:
 def _tries(report: AttackReport) -> str:
     lines = ["<table><thead><tr><th>attack</th><th>target</th><th>try</th><th>success</th></tr></thead><tbody>"]
     for row in report.rows:
-        for name, rate in row.tries.items():
+        for name, rate in row.tries.items() if row.success_counts else ():
             cells = (label(row.attack), ROLES[row.target], name or "–", format_rate(rate))
             lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     return "\n".join([*lines, "</tbody></table>"])

@@ -132,6 +132,8 @@ class Resistance:
             attack=attack.name,
             access=attack.access,
             target=target.role,
+            success_counts=attack.success_counts,
+            figures=tally.figures,
             success=tally.success,
             tries=tally.tries,
             any_try=attack.any_try,

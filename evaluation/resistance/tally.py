@@ -18,6 +18,7 @@ class Tally:
     Attributes:
         tries: Successes by try.
         found: What all tries found.
+        figures: Figures of all tries.
         seen: Prompts that count as successes, bool [N].
         pictures: Pictures that these are told by, [N, 3, H, W]: the strongest try's or, with `any_try`, each prompt's
             first success.
@@ -27,6 +28,7 @@ class Tally:
         self._any_try = any_try
         self.tries: dict[str, Rate] = {}
         self.found: list[str] = []
+        self.figures: dict[str, float | None] = {}
         self.seen, self.pictures = torch.zeros(0, dtype=torch.bool), torch.zeros(0)
 
     def add(self, drawn: Try, seen: Tensor) -> None:
@@ -39,6 +41,7 @@ class Tally:
         first = not self.tries
         self.tries[drawn.name] = rate(seen)
         self.found += drawn.found
+        self.figures.update(drawn.figures)
         if first or (not self._any_try and seen.sum() > self.seen.sum()):
             self.seen, self.pictures = seen, drawn.pictures
         elif self._any_try:

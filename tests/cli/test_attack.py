@@ -183,4 +183,4 @@ def test_an_attack_that_fails_on_the_base_proves_nothing(done: Path) -> None:
     assert not verdict.too_weak
     assert verdict.excess is not None
     assert verdict.excess.value == pytest.approx(25)
-    assert content["format_version"] == 1
+    assert content["format_version"] == 2

@@ -13,7 +13,8 @@ SEEN = torch.tensor([[0, 0, 1, 0], [1, 0, 1, 0], [0, 1, 0, 0]], dtype=torch.bool
 def tally_of(*, any_try: bool) -> Tally:
     tally = Tally(any_try=any_try)
     for number, seen in enumerate(SEEN):
-        tally.add(Try(f"{number}", torch.full((4, 3, 2, 2), float(number)), (f"text {number}",)), seen)
+        pictures = torch.full((4, 3, 2, 2), float(number))
+        tally.add(Try(f"{number}", pictures, (f"text {number}",), {"width": float(number)}), seen)
     return tally
 
 
@@ -23,6 +24,7 @@ def test_the_strongest_try_counts_and_its_pictures_are_kept() -> None:
     assert {name: rate.value for name, rate in tally.tries.items()} == {"0": 25, "1": 50, "2": 25}
     assert tally.pictures[:, 0, 0, 0].tolist() == [1, 1, 1, 1]
     assert tally.found == ["text 0", "text 1", "text 2"]
+    assert tally.figures == {"width": 2}
 
 
 def test_any_try_counts_and_each_prompt_keeps_its_first_success() -> None:
