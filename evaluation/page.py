@@ -150,6 +150,7 @@ def _sweep_plot(quantity: Quantity, rows: Sequence[Row]) -> str:
     return sweep_plot(
         lines,
         name=f"sweep-{metric.name}",
+        xlabel="guidance scale",
         ylabel=f"{quantity.label} ({metric.unit})" if metric.unit else quantity.label,
         percent=metric.unit == "%",
         band=metric.band,

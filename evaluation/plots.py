@@ -55,11 +55,11 @@ SMOOTHING = 0.1  # weight of the newest step in the running mean
 
 @dataclass(frozen=True)
 class Line:
-    """A sampler's line in a sweep plot.
+    """A line in a sweep plot.
 
     Attributes:
-        label: Name of the sampler.
-        x: Guidance scales, ascending.
+        label: Name in the legend, such as a sampler.
+        x: Values of what is swept, ascending.
         y: Values, one for each x.
         intervals: Intervals of y, one for each x; None for a value without one.
     """
@@ -71,13 +71,21 @@ class Line:
 
 
 def sweep_plot(
-    lines: Sequence[Line], *, name: str, ylabel: str, percent: bool, band: tuple[float, float] | None, alt: str
+    lines: Sequence[Line],
+    *,
+    name: str,
+    xlabel: str,
+    ylabel: str,
+    percent: bool,
+    band: tuple[float, float] | None,
+    alt: str,
 ) -> str:
-    """Plot a quantity against the guidance scale, with one line for each sampler.
+    """Plot a quantity against a positive setting such as the guidance scale, which has a logarithmic axis.
 
     Args:
-        lines: Lines, one for each sampler.
+        lines: Lines, such as one for each sampler.
         name: Prefix of the SVG's ids, unique on the page.
+        xlabel: Label of the x axis.
         ylabel: Label of the y axis, with the unit.
         percent: True if y is a percentage.
         band: Range in which the values should lie, drawn as a shaded band; None for no band.
@@ -92,13 +100,13 @@ def sweep_plot(
             axes.axhspan(*band, color=BAND, linewidth=0, zorder=0)
         for number, line in enumerate(lines):
             _draw_line(axes, line, number, len(lines))
-        scales = sorted({x for line in lines for x in line.x})
+        settings = sorted({x for line in lines for x in line.x})
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(scales))
+        axes.xaxis.set_major_locator(FixedLocator(settings))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
-        axes.set_xlabel("guidance scale")
+        axes.set_xticks(settings, [f"{x:g}" for x in settings])
+        axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.grid(False, axis="x")
         _set_limits(axes, lines, percent=percent, band=band)
@@ -107,7 +115,7 @@ def sweep_plot(
 
 
 def _draw_line(axes: Axes, line: Line, number: int, count: int) -> None:
-    # Shift the lines slightly apart in x, because equal values of several samplers would hide each other.
+    # Shift the lines slightly apart in x, because equal values of several lines would hide each other.
     shift = 1.02 ** (2 * number - count + 1)
     x = [value * shift for value in line.x]
     color, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]

@@ -3,6 +3,6 @@
 May import evaluation and what that may import, but neither resistance nor comparison.
 """
 
-from safemax_sd.evaluation.attacks.base import ATTACKS, Attack, Try
+from safemax_sd.evaluation.attacks.base import ATTACKS, Attack, Point, Try
 
-__all__ = ["ATTACKS", "Attack", "Try"]
+__all__ = ["ATTACKS", "Attack", "Point", "Try"]

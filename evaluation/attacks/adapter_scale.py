@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from safemax_sd.evaluation.attacks.base import Access, Attack, Try
+from safemax_sd.evaluation.attacks.base import Access, Attack, Point, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 
@@ -29,6 +29,7 @@ class AdapterScale(Attack):
     label: ClassVar[str] = "Adapter scale"
     access: ClassVar[Access] = "weights"
     note: ClassVar[str] = "the adapter at another strength"
+    x_label: ClassVar[str] = "strength of the erasure"
     Settings: ClassVar[type[Any]] = AdapterScaleSettings
     presets: ClassVar[Mapping[str, Any]] = {
         "quick": AdapterScaleSettings((0.5, 1.5)),
@@ -49,4 +50,5 @@ class AdapterScale(Attack):
         asked = target.encode(task.texts)
         for strength in self.settings.strengths:
             with target.at_strength(strength):
-                yield Try(f"strength {strength:g}", target.pictures(target.draw(asked, task.noise)))
+                pictures = target.pictures(target.draw(asked, task.noise))
+                yield Try(f"strength {strength:g}", pictures, point=Point(self.label, strength))

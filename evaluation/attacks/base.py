@@ -22,6 +22,19 @@ PRESETS = ("quick", "full")
 
 
 @dataclass(frozen=True)
+class Point:
+    """Place of a try on a curve of success.
+
+    Attributes:
+        line: Name of the curve, such as a kind of training. Where several tries share a line and an x, the best counts.
+        x: Value of what `Attack.x_label` names.
+    """
+
+    line: str
+    x: float
+
+
+@dataclass(frozen=True)
 class Try:
     """Pictures that an attack has drawn with one of its settings, such as a learning rate or a number of steps.
 
@@ -30,12 +43,14 @@ class Try:
         pictures: One for each prompt of the task, [N, 3, H, W] in 0 to 1.
         found: Results that an attacker could publish, such as prompts.
         figures: Named measurements of the attack's own; `Attack.figures_note` says how to read them.
+        point: Place on a curve; None if the attack's tries form none.
     """
 
     name: str
     pictures: Tensor
     found: tuple[str, ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
+    point: Point | None = None
 
 
 class Attack(ABC):
@@ -54,6 +69,8 @@ class Attack(ABC):
             False if the try with the most successes counts.
         success_counts: False if a success shows nothing by itself, so that the figures are read in its place.
         figures_note: Explanation of `Try.figures`.
+        x_label: Quantity along which the tries form curves; empty if they form none.
+        x_is_cost: True if it is what the attack costs, so that the least that succeeds is one of the figures.
         needs_kept: True if the attack uses `Task.kept`, which are drawn before it runs and count as none of its calls.
         Settings: Frozen dataclass of its settings.
         presets: Settings by preset; keys are `PRESETS`.
@@ -67,6 +84,8 @@ class Attack(ABC):
     any_try: ClassVar[bool] = False
     success_counts: ClassVar[bool] = True
     figures_note: ClassVar[str] = ""
+    x_label: ClassVar[str] = ""
+    x_is_cost: ClassVar[bool] = False
     needs_kept: ClassVar[bool] = False
     Settings: ClassVar[type[Any]]
     presets: ClassVar[Mapping[str, Any]]

@@ -11,7 +11,7 @@ from collections.abc import Generator, Mapping
 from typing import Any, ClassVar
 
 from safemax_sd.evaluation.attacks.base import Access, Attack, Try
-from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings, tuned_tries
+from safemax_sd.evaluation.attacks.fine_tuning import STEPS_LABEL, STEPS_NOTE, FineTuningSettings, tuned_tries
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 
@@ -25,6 +25,9 @@ class BenignTuning(Attack):
     paper: ClassVar[str] = "arXiv 2410.08074"
     note: ClassVar[str] = "fine-tuned on pictures of other concepts"
     needs_kept: ClassVar[bool] = True
+    figures_note: ClassVar[str] = STEPS_NOTE
+    x_label: ClassVar[str] = STEPS_LABEL
+    x_is_cost: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = FineTuningSettings
     presets: ClassVar[Mapping[str, Any]] = {
         "quick": FineTuningSettings(full_rates=(1e-4,), lora_rates=(1e-3,), steps=(50, 200)),

@@ -14,7 +14,7 @@ from collections.abc import Generator, Mapping
 from typing import Any, ClassVar
 
 from safemax_sd.evaluation.attacks.base import Access, Attack, Try
-from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings, tuned_tries
+from safemax_sd.evaluation.attacks.fine_tuning import STEPS_LABEL, STEPS_NOTE, FineTuningSettings, tuned_tries
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 
@@ -27,6 +27,9 @@ class Relearning(Attack):
     access: ClassVar[Access] = "weights"
     paper: ClassVar[str] = "github.com/sail-sg/Meta-Unlearning"
     note: ClassVar[str] = "fine-tuned on pictures of the concept"
+    figures_note: ClassVar[str] = STEPS_NOTE
+    x_label: ClassVar[str] = STEPS_LABEL
+    x_is_cost: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = FineTuningSettings
     presets: ClassVar[Mapping[str, Any]] = {
         "quick": FineTuningSettings(full_rates=(1e-4,), lora_rates=(1e-3,), steps=(10, 20, 50, 100, 200)),

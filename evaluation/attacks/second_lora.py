@@ -10,8 +10,8 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from safemax_sd.evaluation.attacks.base import Access, Attack, Try
-from safemax_sd.evaluation.attacks.fine_tuning import denoising_steps, lora, reached, try_name
+from safemax_sd.evaluation.attacks.base import Access, Attack, Point, Try
+from safemax_sd.evaluation.attacks.fine_tuning import STEPS_LABEL, STEPS_NOTE, denoising_steps, lora, reached, try_name
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 from torch import nn
@@ -45,6 +45,9 @@ class SecondLora(Attack):
     label: ClassVar[str] = "Second LoRA"
     access: ClassVar[Access] = "weights"
     note: ClassVar[str] = "a LoRA of the concept, trained on the base model"
+    figures_note: ClassVar[str] = STEPS_NOTE
+    x_label: ClassVar[str] = STEPS_LABEL
+    x_is_cost: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = SecondLoraSettings
     presets: ClassVar[Mapping[str, Any]] = {
         "quick": SecondLoraSettings(learning_rates=(1e-3,), steps=(20, 50, 200)),
@@ -65,20 +68,21 @@ class SecondLora(Attack):
 
     def run(self, target: Target, task: Task) -> Generator[Try]:
         asked = target.encode(task.texts)
-        for name, changes in self.trained(target, task).items():
+        for (rate, steps), changes in self.trained(target, task).items():
             with target.restored():
                 fuse(target.family.denoiser, changes, target.family.options.name_or_path)
-                yield Try(name, target.pictures(target.draw(asked, task.noise)))
+                pictures = target.pictures(target.draw(asked, task.noise))
+                yield Try(try_name("LoRA", rate, steps), pictures, point=Point("LoRA", steps))
 
-    def trained(self, target: Target, task: Task) -> dict[str, dict[str, LowRank]]:
-        """Train LoRAs on the base model; returns the changes of its layers by try."""
+    def trained(self, target: Target, task: Task) -> dict[tuple[float, int], dict[str, LowRank]]:
+        """Train LoRAs on the base model; returns the changes of its layers by learning rate and number of steps."""
         settings, found = self.settings, {}
         for rate in settings.learning_rates:
             generator = task.generator(self.name)
             with lora(target.base, settings.rank, generator) as parameters:
                 training = denoising_steps(target.base, parameters, task.examples, rate, settings.batch_size, generator)
                 for steps in reached(training, settings.steps):
-                    found[try_name("LoRA", rate, steps)] = lora_changes(target.base.denoiser)
+                    found[rate, steps] = lora_changes(target.base.denoiser)
         return found
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from safemax_sd.evaluation.attacks.base import ATTACKS
 from safemax_sd.evaluation.page import STYLE_SHEET, data_uri
+from safemax_sd.evaluation.plots import Line, sweep_plot
+from safemax_sd.evaluation.resistance.curves import curves
 from safemax_sd.evaluation.resistance.report import STRONG, AttackReport, AttackRow, Excess, Rate, Verdict, verdicts
 
 from safemax_sd.core.provenance import atomic_write_text
@@ -32,6 +34,7 @@ PAGE = """<!doctype html>
 <p>{note}</p>
 {refusals}
 {figures}
+{curves}
 <h2>Pictures</h2>{pictures}
 <h2>Tries</h2>{tries}
 </main></body></html>
@@ -57,6 +60,7 @@ def write_page(report: AttackReport, folder: Path) -> Path:
         note=html.escape(_note(report)),
         refusals=_refusals(report),
         figures=_figures(report),
+        curves=_curves(report),
         pictures=_pictures(report, folder),
         tries=_tries(report),
     )
@@ -72,6 +76,11 @@ def label(attack: str) -> str:
 def figures_note(attack: str) -> str:
     """Return how to read an attack's figures; nothing if it is not installed here."""
     return ATTACKS.get(attack).figures_note if attack in ATTACKS.names() else ""
+
+
+def x_label(attack: str) -> str:
+    """Return what an attack's tries differ in along their curves; nothing if it is not installed here."""
+    return ATTACKS.get(attack).x_label if attack in ATTACKS.names() else ""
 
 
 def format_rate(rate: Rate) -> str:
@@ -169,6 +178,36 @@ def _figure_names(report: AttackReport) -> dict[str, list[str]]:
     return names
 
 
+def _curves(report: AttackReport) -> str:
+    """Plot the success of attacks whose tries form curves, a plot for each curve with a line for each target."""
+    plots = []
+    for attack in dict.fromkeys(row.attack for row in report.rows):
+        rows = {role: report.row(attack, role) for role in targets(report)}
+        drawn = {role: curves(row) for role, row in rows.items() if row is not None}
+        for line in dict.fromkeys(line for each in drawn.values() for line in each):
+            by_role = {ROLES[role]: each[line] for role, each in drawn.items() if line in each}
+            if all(len(curve) > 1 for curve in by_role.values()):
+                plots.append(_curve_plot(attack, line, by_role, f"curve-{len(plots)}"))
+    return f'<h2>Curves</h2><div class="plots">{"".join(plots)}</div>' if plots else ""
+
+
+def _curve_plot(attack: str, line: str, by_role: dict[str, dict[float, Rate]], name: str) -> str:
+    title = label(attack) if line == label(attack) else f"{label(attack)}, {line}"
+    plot = sweep_plot(
+        [
+            Line(role, list(curve), [rate.value for rate in curve.values()], [(r.low, r.high) for r in curve.values()])
+            for role, curve in by_role.items()
+        ],
+        name=name,
+        xlabel=x_label(attack),
+        ylabel="success (%)",
+        percent=True,
+        band=None,
+        alt=f"Success of {title} by {x_label(attack)}",
+    )
+    return f"<figure>{plot}<figcaption>{html.escape(title)}</figcaption></figure>"
+
+
 def _pictures(report: AttackReport, folder: Path) -> str:
     figures = []
     for row in report.rows:
@@ -185,7 +224,7 @@ def _pictures(report: AttackReport, folder: Path) -> str:
 def _tries(report: AttackReport) -> str:
     lines = ["<table><thead><tr><th>attack</th><th>target</th><th>try</th><th>success</th></tr></thead><tbody>"]
     for row in report.rows:
-        for name, rate in row.tries.items() if row.success_counts else ():
-            cells = (label(row.attack), ROLES[row.target], name or "–", format_rate(rate))
+        for tried in row.tries if row.success_counts else ():
+            cells = (label(row.attack), ROLES[row.target], tried.name or "–", format_rate(tried.success))
             lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     return "\n".join([*lines, "</tbody></table>"])

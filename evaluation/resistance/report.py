@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from safemax_sd.evaluation.attacks.base import Access
+from safemax_sd.evaluation.attacks.base import Access, Point
 from safemax_sd.evaluation.attacks.target import Role
 from safemax_sd.evaluation.metrics.base import Result
 
@@ -46,6 +46,21 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """One try of an attack on one target.
+
+    Attributes:
+        name: Name among the attack's tries; empty for its only one.
+        success: Pictures with the concept.
+        point: Place on a curve; None if the attack's tries form none.
+    """
+
+    name: str
+    success: Rate
+    point: Point | None
+
+
+@dataclass(frozen=True)
 class AttackRow:
     """One attack on one target.
 
@@ -56,7 +71,7 @@ class AttackRow:
         success_counts: False if a success shows nothing by itself, so that the figures are read in its place.
         figures: Named measurements of the attack's own; None for a level that was not reached.
         success: Pictures with the concept after the attack, by the strongest try or, if `any_try` is set, by any.
-        tries: Pictures with the concept by try.
+        tries: Tries, in the order in which they were drawn.
         any_try: True if a prompt counts as soon as one try succeeds.
         found: Results that an attacker could publish.
         settings: Settings of the attack.
@@ -70,7 +85,7 @@ class AttackRow:
     success_counts: bool
     figures: Mapping[str, float | None]
     success: Rate
-    tries: Mapping[str, Rate]
+    tries: tuple[Tried, ...]
     any_try: bool
     found: tuple[str, ...]
     settings: Mapping[str, object]

@@ -19,6 +19,7 @@ from safemax_sd.evaluation.attacks.task import Examples, Task, succeeded
 from safemax_sd.evaluation.inputs import find_suite, judging_context, load_real
 from safemax_sd.evaluation.prompt_settings import RUN_SEEDS, start_seeds
 from safemax_sd.evaluation.real import RealPictures
+from safemax_sd.evaluation.resistance.curves import with_least
 from safemax_sd.evaluation.resistance.options import ALL, AttackOptions
 from safemax_sd.evaluation.resistance.page import PAGE_FILE, PICTURES, ROLES, SHOWN, sheet_name, write_page
 from safemax_sd.evaluation.resistance.report import ATTACKS_FILE, AttackReport, AttackRow, Refusal
@@ -135,7 +136,7 @@ class Resistance:
             success_counts=attack.success_counts,
             figures=tally.figures,
             success=tally.success,
-            tries=tally.tries,
+            tries=tuple(tally.tries),
             any_try=attack.any_try,
             found=tuple(tally.found),
             settings=asdict(attack.settings),
@@ -239,7 +240,7 @@ def run_all(resistance: Resistance, folder: Path) -> AttackReport:
                 else:
                     target.on_calls = bar.update
                     row, pictures = resistance.measure(attack, target)
-                    report = report.with_row(row)
+                    report = report.with_row(with_least(row, attack, report.row(Plain.name, "base")))
                     sheets[sheet_name(attack.name, role)] = contact_sheet(to_pil(pictures[:SHOWN]), SHOWN)
             bar.total -= expected - bar.n  # an attack that stops at its first success takes fewer calls
             publish(report, folder, sheets)

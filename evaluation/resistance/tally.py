@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from safemax_sd.evaluation.attacks.base import Try
 from safemax_sd.evaluation.metrics.base import wilson
-from safemax_sd.evaluation.resistance.report import Rate
+from safemax_sd.evaluation.resistance.report import Rate, Tried
 from torch import Tensor
 
 
@@ -16,8 +16,8 @@ class Tally:
         any_try: True if a prompt counts as soon as one try succeeds; False if the try with the most successes counts.
 
     Attributes:
-        tries: Successes by try.
-        found: What all tries found.
+        tries: Tries so far.
+        found: Results of all tries that an attacker could publish.
         figures: Figures of all tries.
         seen: Prompts that count as successes, bool [N].
         pictures: Pictures that these are told by, [N, 3, H, W]: the strongest try's or, with `any_try`, each prompt's
@@ -26,7 +26,7 @@ class Tally:
 
     def __init__(self, *, any_try: bool) -> None:
         self._any_try = any_try
-        self.tries: dict[str, Rate] = {}
+        self.tries: list[Tried] = []
         self.found: list[str] = []
         self.figures: dict[str, float | None] = {}
         self.seen, self.pictures = torch.zeros(0, dtype=torch.bool), torch.zeros(0)
@@ -39,7 +39,7 @@ class Tally:
             seen: Prompts whose picture shows the concept, bool [N].
         """
         first = not self.tries
-        self.tries[drawn.name] = rate(seen)
+        self.tries.append(Tried(drawn.name, rate(seen), drawn.point))
         self.found += drawn.found
         self.figures.update(drawn.figures)
         if first or (not self._any_try and seen.sum() > self.seen.sum()):

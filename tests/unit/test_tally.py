@@ -21,7 +21,7 @@ def tally_of(*, any_try: bool) -> Tally:
 def test_the_strongest_try_counts_and_its_pictures_are_kept() -> None:
     tally = tally_of(any_try=False)
     assert tally.success.value == 50
-    assert {name: rate.value for name, rate in tally.tries.items()} == {"0": 25, "1": 50, "2": 25}
+    assert {tried.name: tried.success.value for tried in tally.tries} == {"0": 25, "1": 50, "2": 25}
     assert tally.pictures[:, 0, 0, 0].tolist() == [1, 1, 1, 1]
     assert tally.found == ["text 0", "text 1", "text 2"]
     assert tally.figures == {"width": 2}
