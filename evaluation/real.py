@@ -117,11 +117,15 @@ def embedded_pictures() -> RealPictures:
     return RealPictures(pictures, [frozenset({row["concept"], row["style"] + STYLE_SUFFIX}) for row in rows])
 
 
-def load_folder(folder: str) -> RealPictures:
+def load_folder(folder: str, option: str = "--real_images") -> RealPictures:
     """Load a folder with one subfolder of pictures for each concept.
+
+    Args:
+        folder: Folder with the subfolders.
+        option: Flag that names it, for errors.
 
     Raises:
         OptionError: The folder does not exist, a subfolder has no pictures, or a file cannot be read as a picture.
     """
-    pictures, concepts = load_picture_folder(folder, option="--real_images")
+    pictures, concepts = load_picture_folder(folder, option=option)
     return RealPictures(pictures, [frozenset({concept}) for concept in concepts])

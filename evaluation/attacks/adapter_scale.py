@@ -41,6 +41,8 @@ class AdapterScale(Attack):
     def refusal(cls, target: Target) -> str | None:
         if target.role == "never_known":
             return "a model trained anew has no adapter"
+        if target.role == "untaught":
+            return "the base model has no adapter"
         return None
 
     def calls(self, task: Task, sampling: Sampling) -> int:

@@ -39,6 +39,12 @@ class Completion(Attack):
     presets: ClassVar[Mapping[str, Any]] = {"quick": CompletionSettings((0.2, 0.5)), "full": CompletionSettings()}
     settings: CompletionSettings
 
+    @classmethod
+    def refusal(cls, target: Target) -> str | None:
+        if target.role == "untaught":
+            return "there is no model that knows the concept, to take the first steps"
+        return None
+
     def calls(self, task: Task, sampling: Sampling) -> int:
         return len(self.settings.shares) * sampling.calls(len(task))
 

@@ -100,10 +100,16 @@ class ConceptInversion(Attack):
     def drawn(self, target: Target, task: Task, concept: str) -> Tensor:
         """Draw the base model's pictures of a concept's prompts, which take turns.
 
+        For a concept that it was never taught they are the concept's examples.
+
         Returns:
             Latents of the pictures and of their mirror images, [2, P, *latent] on the processor.
         """
         base, sampling = target.base, target.sampling
+        if target.role == "untaught":
+            shown = task.examples.showing(concept)
+            mirrored = base.encode_pictures(task.examples.pictures[shown].flip(-1)).cpu()
+            return torch.stack([task.examples.latents[shown], mirrored])
         rows = task.rows(concept)[torch.arange(self.settings.pictures) % len(task.rows(concept))]
         asked = base.encode_prompts([task.texts[row] for row in rows.tolist()])
         generator = task.generator(f"{self.name} {concept} pictures")

@@ -70,6 +70,8 @@ class P4D(Attack):
 
     @classmethod
     def refusal(cls, target: Target) -> str | None:
+        if target.role == "untaught":
+            return "there is no model that knows the concept, to be imitated"
         return refusal(target)
 
     def calls(self, task: Task, sampling: Sampling) -> int:

@@ -23,6 +23,12 @@ class AttackOptions(JudgingOptions):
     never_known: str | None = option(
         None, "Model trained without the concepts: the control that shows what attacks teach anew.", path=True
     )
+    untaught_dir: str | None = option(
+        None,
+        "Folder with a subfolder of pictures for each concept that the base model was never taught: the control that "
+        "shows what attacks teach it from pictures. The judge must know the concepts.",
+        path=True,
+    )
     num_images: int = option(32, "Pictures of each attack and each of its tries.", IMAGES)
     output_dir: str | None = option(None, "Folder of the results; ADAPTER/attacks if not given.", path=True)
     seed: int = option(0, "Seed of the start noise and of the attacks' random draws.", SEED)

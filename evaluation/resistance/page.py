@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from safemax_sd.evaluation.attacks.base import ATTACKS
 from safemax_sd.evaluation.page import STYLE_SHEET, data_uri
@@ -23,6 +25,13 @@ ROLES: dict[str, str] = {
     "untaught": "never taught to the base model",
 }
 """Names of the targets for a reader, in the order of the table's columns."""
+ROLE_NOTES: dict[str, str] = {
+    "erased": "the model with the erasure merged into its weights, as it is given away",
+    "base": f"the model before the erasure; an attack below {STRONG:.0f} % here is too weak to show anything",
+    "never_known": "a model trained without the concepts; what succeeds here was taught by the attack",
+    "untaught": "the base model, attacked for {untaught}, with pictures; what succeeds here was taught by the attack",
+}
+"""Meanings of the targets."""
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -30,13 +39,17 @@ PAGE = """<!doctype html>
 <body><main>
 <h1>{title}</h1>
 <p class="lead">{lead}</p>
-<h2>What each attack brings back</h2>{table}
+<p>Every attack runs in the same way on:</p>{roles}
+<h2>What each attack brings back</h2>
 <p>{note}</p>
+{table}
 {refusals}
 {figures}
 {curves}
-<h2>Pictures</h2>{pictures}
-<h2>Tries</h2>{tries}
+<h2>Pictures</h2>
+<p>Of the strongest try or, where any try counts, each prompt’s first success.</p>
+{pictures}
+{tries}
 </main></body></html>
 """
 
@@ -48,14 +61,14 @@ def sheet_name(attack: str, role: str) -> str:
 
 def write_page(report: AttackReport, folder: Path) -> Path:
     """Write `index.html` beside the folder `pictures` and return its path."""
-    names = ", ".join(f"“{name}”" for name in report.concepts)
     page = PAGE.format(
-        title=html.escape(f"Attacks on the erasure of {names}"),
+        title=html.escape(f"Attacks on the erasure of {quoted(report.concepts)}"),
         style=STYLE_SHEET.read_text(encoding="utf8"),
         lead=html.escape(
             f"Erased by {report.adapter}; suite {report.suite}; judge: {report.judge}, who may answer “none of "
             "these”. Intervals are 95 %."
         ),
+        roles=_roles(report),
         table=_table(report),
         note=html.escape(_note(report)),
         refusals=_refusals(report),
@@ -68,19 +81,19 @@ def write_page(report: AttackReport, folder: Path) -> Path:
     return folder / PAGE_FILE
 
 
+def quoted(names: Sequence[str]) -> str:
+    """Return names in quotation marks, separated by commas."""
+    return ", ".join(f"“{name}”" for name in names)
+
+
 def label(attack: str) -> str:
     """Return an attack's name for a reader; its own name if it is not installed here."""
     return ATTACKS.get(attack).label if attack in ATTACKS.names() else attack
 
 
-def figures_note(attack: str) -> str:
-    """Return how to read an attack's figures; nothing if it is not installed here."""
-    return ATTACKS.get(attack).figures_note if attack in ATTACKS.names() else ""
-
-
-def x_label(attack: str) -> str:
-    """Return what an attack's tries differ in along their curves; nothing if it is not installed here."""
-    return ATTACKS.get(attack).x_label if attack in ATTACKS.names() else ""
+def explanation(attack: str, text: Literal["note", "figures_note", "x_label"]) -> str:
+    """Return one of an attack's texts for a reader; nothing if it is not installed here."""
+    return str(getattr(ATTACKS.get(attack), text)) if attack in ATTACKS.names() else ""
 
 
 def format_rate(rate: Rate) -> str:
@@ -104,16 +117,20 @@ def format_figure(row: AttackRow | None, name: str) -> str:
 def verdict_text(verdict: Verdict) -> str:
     """Return what a reader may conclude from an attack."""
     if verdict.too_weak:
-        return f"proves nothing: below {STRONG:.0f} % on the base model"
-    excess = verdict.excess
-    if excess is None:
-        return "no model that never knew the concepts"
-    return format_excess(excess)
+        return f"too weak: below {STRONG:.0f} % on the base model"
+    return "–" if verdict.excess is None else format_excess(verdict.excess)
 
 
 def targets(report: AttackReport) -> list[str]:
     """Return the roles that have rows, in the order of `ROLES`."""
     return [role for role in ROLES if any(row.target == role for row in report.rows)]
+
+
+def _roles(report: AttackReport) -> str:
+    """Return what each target shows."""
+    texts = {role: ROLE_NOTES[role].format(untaught=quoted(report.untaught)) for role in targets(report)}
+    items = "".join(f"<li><b>{ROLES[role]}</b>: {html.escape(text)}</li>" for role, text in texts.items())
+    return f"<ul>{items}</ul>"
 
 
 def _table(report: AttackReport) -> str:
@@ -124,7 +141,8 @@ def _table(report: AttackReport) -> str:
         attack = verdict.erased.attack
         cells = "".join(f"<td>{_success(report.row(attack, role))}</td>" for role in roles)
         text = html.escape(verdict_text(verdict))
-        lines.append(f"<tr><th>{html.escape(label(attack))}</th>{cells}<td>{text}</td></tr>")
+        title = f"{html.escape(label(attack))}<small>{html.escape(explanation(attack, 'note'))}</small>"
+        lines.append(f"<tr><th>{title}</th>{cells}<td>{text}</td></tr>")
     return "\n".join([*lines, "</tbody></table>"])
 
 
@@ -136,10 +154,10 @@ def _note(report: AttackReport) -> str:
     counts = {row.success.n for row in report.rows}
     shown = " to ".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else "no"
     return (
-        f"Success: the judge sees the concept in the picture; {shown} pictures each. A plain prompt's success "
-        "stands in the first row and is not part of an attack's. What succeeds on a model that never knew the concepts "
-        f"has taught them: the excess is what was left in the weights. An attack below {STRONG:.0f} % on the base "
-        "model is too weak to show anything."
+        f"Share of {shown} pictures in which the judge sees the concept. The first row is without an attack, and its "
+        "successes are not part of an attack’s. The excess is what an attack finds on the erased model beyond what it "
+        "teaches a model that never knew the concepts: what was left in the weights. An interval that holds 0 shows "
+        "no such rest."
     )
 
 
@@ -161,7 +179,7 @@ def _figures(report: AttackReport) -> str:
     head = "".join(f"<th>{ROLES[role]}</th>" for role in roles)
     lines = [f"<h2>Figures</h2><table><thead><tr><th></th>{head}</tr></thead><tbody>"]
     for attack, own in names.items():
-        title = f"{html.escape(label(attack))}<small>{html.escape(figures_note(attack))}</small>"
+        title = f"{html.escape(label(attack))}<small>{html.escape(explanation(attack, 'figures_note'))}</small>"
         lines.append(f'<tr class="group"><th colspan="{len(roles) + 1}">{title}</th></tr>')
         for name in own:
             cells = "".join(f"<td>{format_figure(report.row(attack, role), name)}</td>" for role in roles)
@@ -193,17 +211,18 @@ def _curves(report: AttackReport) -> str:
 
 def _curve_plot(attack: str, line: str, by_role: dict[str, dict[float, Rate]], name: str) -> str:
     title = label(attack) if line == label(attack) else f"{label(attack)}, {line}"
+    xlabel = explanation(attack, "x_label")
     plot = sweep_plot(
         [
             Line(role, list(curve), [rate.value for rate in curve.values()], [(r.low, r.high) for r in curve.values()])
             for role, curve in by_role.items()
         ],
         name=name,
-        xlabel=x_label(attack),
+        xlabel=xlabel,
         ylabel="success (%)",
         percent=True,
         band=None,
-        alt=f"Success of {title} by {x_label(attack)}",
+        alt=f"Success of {title} by {xlabel}",
     )
     return f"<figure>{plot}<figcaption>{html.escape(title)}</figcaption></figure>"
 
@@ -222,9 +241,11 @@ def _pictures(report: AttackReport, folder: Path) -> str:
 
 
 def _tries(report: AttackReport) -> str:
+    """Return the success of each try of attacks with several, folded."""
     lines = ["<table><thead><tr><th>attack</th><th>target</th><th>try</th><th>success</th></tr></thead><tbody>"]
     for row in report.rows:
-        for tried in row.tries if row.success_counts else ():
-            cells = (label(row.attack), ROLES[row.target], tried.name or "–", format_rate(tried.success))
+        for tried in row.tries if len(row.tries) > 1 else ():
+            cells = (label(row.attack), ROLES[row.target], tried.name, format_rate(tried.success))
             lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    return "\n".join([*lines, "</tbody></table>"])
+    table = "\n".join([*lines, "</tbody></table>"])
+    return f"<details><summary>All tries</summary>{table}</details>"

@@ -110,6 +110,7 @@ class AttackReport:
         conditions: Everything that rows depend on; rows of other conditions are never mixed.
         adapter: Name of the erasure's method.
         concepts: Erased concepts.
+        untaught: Concepts that the base model was never taught, which it is attacked for as a control.
         suite: Name of the suite.
         judge: Name of the judge.
         rows: Attacks that are done.
@@ -120,6 +121,7 @@ class AttackReport:
     conditions: Mapping[str, object]
     adapter: str
     concepts: tuple[str, ...]
+    untaught: tuple[str, ...]
     suite: str
     judge: str
     rows: tuple[AttackRow, ...]

@@ -17,13 +17,15 @@ from safemax_sd.evaluation.attacks.plain import Plain
 from safemax_sd.evaluation.attacks.target import Role, Sampling, Target, load_control, load_erased
 from safemax_sd.evaluation.attacks.task import Examples, Task, succeeded
 from safemax_sd.evaluation.inputs import find_suite, judging_context, load_real
+from safemax_sd.evaluation.metrics.base import Context
 from safemax_sd.evaluation.prompt_settings import RUN_SEEDS, start_seeds
-from safemax_sd.evaluation.real import RealPictures
+from safemax_sd.evaluation.real import RealPictures, load_folder
 from safemax_sd.evaluation.resistance.curves import with_least
 from safemax_sd.evaluation.resistance.options import ALL, AttackOptions
 from safemax_sd.evaluation.resistance.page import PAGE_FILE, PICTURES, ROLES, SHOWN, sheet_name, write_page
 from safemax_sd.evaluation.resistance.report import ATTACKS_FILE, AttackReport, AttackRow, Refusal
 from safemax_sd.evaluation.resistance.tally import Tally
+from safemax_sd.evaluation.resistance.untaught import OPTION, judging_too, prompts_for
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -34,7 +36,7 @@ from safemax_sd.core.pictures import contact_sheet
 from safemax_sd.core.provenance import json_text, provenance, public_path
 from safemax_sd.families import load_family
 from safemax_sd.families.latent import LatentFamily
-from safemax_sd.prompts import Suite, pick
+from safemax_sd.prompts import Prompt, Suite, pick
 from safemax_sd.recording.replay import start_noise
 from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.folder import check_no_model, claimed, foreign, not_ours, replacing
@@ -90,13 +92,33 @@ class Resistance:
         if options.never_known is not None:
             self.families["never_known"] = load_control(options.never_known, base)
         self.task = self._task(real)
+        self.untaught: Task | None = None
+        if options.untaught_dir is not None:
+            self.families["untaught"] = base
+            self.untaught = self._untaught_task(options.untaught_dir)
+            self.untaught_context = judging_too(self.context, self.untaught.examples, options.untaught_dir)
 
     def _task(self, real: RealPictures | None) -> Task:
         prompts = pick(self.suite.parts["forget"].prompts, self.options.num_images)
         shape = self.families["base"].latent_shape(self.sampling.resolution)
         seeds = start_seeds(prompts, FIRST_SEED + RUN_SEEDS * self.options.seed, self.options.seed)
         noise = start_noise(shape, seeds, torch.device("cpu"))
-        return Task(tuple(prompts), noise, examples(self.suite, self.families["base"], self.sampling, real))
+        forget = self.suite.parts["forget"].prompts
+        return Task(tuple(prompts), noise, examples(forget, self.families["base"], self.sampling, real))
+
+    def _untaught_task(self, folder: str) -> Task:
+        given = load_folder(folder, OPTION)
+        concepts = sorted(frozenset[str]().union(*given.concepts))
+        prompts = prompts_for(concepts, self.task.prompts)
+        shown = examples(prompts, self.families["base"], self.sampling, given)
+        return replace(self.task, prompts=prompts, examples=shown)
+
+    def task_of(self, role: Role) -> Task:
+        """Return what is to come back from a target."""
+        if role == "untaught":
+            assert self.untaught is not None
+            return replace(self.untaught, kept=self.task.kept)
+        return self.task
 
     def conditions(self) -> dict[str, object]:
         """Return everything that rows depend on, besides the attack and its settings."""
@@ -126,9 +148,11 @@ class Resistance:
             The row, and the pictures that its success is told by, [N, 3, H, W].
         """
         started, tally = time.monotonic(), Tally(any_try=attack.any_try)
-        with closing(attack.run(target, self.task)) as tries:
+        task = self.task_of(target.role)
+        context = self.untaught_context if target.role == "untaught" else self.context
+        with closing(attack.run(target, task)) as tries:
             for drawn in tries:
-                tally.add(drawn, self._seen(drawn.pictures))
+                tally.add(drawn, seen(drawn.pictures, task, context))
         row = AttackRow(
             attack=attack.name,
             access=attack.access,
@@ -145,25 +169,31 @@ class Resistance:
         )
         return row, tally.pictures
 
-    def _seen(self, pictures: Tensor) -> Tensor:
-        if not pictures.isfinite().all():
-            raise SafemaxError("an attack's pictures are not finite")
-        return succeeded(pictures, self.task.shown, self.context)
+
+def seen(pictures: Tensor, task: Task, context: Context) -> Tensor:
+    """Tell for each picture of a try whether it shows its prompt's concept, bool [N].
+
+    Raises:
+        SafemaxError: A picture is not finite.
+    """
+    if not pictures.isfinite().all():
+        raise SafemaxError("an attack's pictures are not finite")
+    return succeeded(pictures, task.shown, context)
 
 
-def examples(suite: Suite, base: LatentFamily, sampling: Sampling, real: RealPictures | None) -> Examples:
-    """Return an attacker's pictures of the forbidden concepts: real ones, or else pictures by the base model.
+def examples(asked: Sequence[Prompt], base: LatentFamily, sampling: Sampling, real: RealPictures | None) -> Examples:
+    """Return an attacker's pictures of prompts' concepts: real ones, or else pictures by the base model.
 
     Args:
-        suite: Suite with the forbidden prompts.
+        asked: Prompts of the concepts.
         base: Model before the erasure.
         sampling: Settings of pictures by the base model.
         real: Real pictures; None if there are none.
     """
-    side, forget = base.picture_size(sampling.resolution), suite.parts["forget"]
+    side = base.picture_size(sampling.resolution)
     pictures, prompts, concepts = [], [], []
-    for concept in dict.fromkeys(prompt.shows for prompt in forget.prompts):
-        own = [prompt for prompt in forget.prompts if prompt.shows == concept]
+    for concept in dict.fromkeys(prompt.shows for prompt in asked):
+        own = [prompt for prompt in asked if prompt.shows == concept]
         shown = real.showing([concept]) if real is not None else torch.zeros(0)
         if len(shown):
             shown = F.interpolate(shown, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
@@ -227,12 +257,12 @@ def run_all(resistance: Resistance, folder: Path) -> AttackReport:
         for role in resistance.families
         if not report.has(attack.name, role)
     ]
-    total = sum(attack.calls(resistance.task, resistance.sampling) for attack, _ in todo)
+    total = sum(attack.calls(resistance.task_of(role), resistance.sampling) for attack, role in todo)
     with tqdm(total=total, unit="call", smoothing=0, leave=False) as bar:
         for attack, role in todo:
             bar.set_description(f"attack ({attack.name}, {ROLES[role]})")
             resistance.prepare(attack)
-            expected = bar.n + attack.calls(resistance.task, resistance.sampling)
+            expected = bar.n + attack.calls(resistance.task_of(role), resistance.sampling)
             with resistance.target(role) as target:
                 sheets, reason = {}, attack.refusal(target)
                 if reason is not None:
@@ -267,6 +297,7 @@ def begun(resistance: Resistance, folder: Path) -> AttackReport:
         conditions=conditions,
         adapter=resistance.record.method,
         concepts=tuple(resistance.task.concepts),
+        untaught=() if resistance.untaught is None else tuple(resistance.untaught.concepts),
         suite=public_path(resistance.suite.name),
         judge=resistance.judge.name,
         rows=(),

@@ -71,3 +71,15 @@ def test_the_pictures_are_the_base_models_with_their_mirror_images(target: Targe
     assert torch.allclose(latents[0], wanted, atol=1e-4)
     mirrored = target.family.encode_pictures(target.pictures(wanted).flip(-1))
     assert torch.allclose(latents[1], mirrored, atol=1e-3)
+
+
+def test_a_concept_that_was_never_taught_is_learnt_from_the_given_pictures(target: Target) -> None:
+    pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    latents = target.base.encode_pictures(pictures)
+    examples = Examples(pictures, latents, ("a b", "a c", "a b"), ("b", "c", "b"))
+    task = Task((Prompt("a b", "b"), Prompt("a c", "c")), torch.zeros(2, *target.latent_shape), examples)
+    target.role = "untaught"
+    drawn = ConceptInversion(ConceptInversionSettings()).drawn(target, task, "b")
+    assert torch.equal(drawn[0], latents[[0, 2]])
+    assert torch.allclose(drawn[1], target.base.encode_pictures(pictures[[0, 2]].flip(-1)), atol=1e-5)
+    assert target.model_calls == 0

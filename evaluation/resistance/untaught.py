@@ -1,0 +1,48 @@
+"""The control of concepts that nobody taught the base model: what an attack reaches there, it has taught."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from safemax_sd.evaluation.attacks.task import Examples, succeeded
+from safemax_sd.evaluation.attacks.text import reworded
+from safemax_sd.evaluation.metrics.base import Context
+
+from safemax_sd.core.errors import OptionError
+from safemax_sd.prompts import Prompt
+
+OPTION = "--untaught_dir"
+KNOWN = 0.5
+"""Share of a concept's given pictures that the judge must recognise; else no attack's success could be seen."""
+
+
+def prompts_for(concepts: Sequence[str], prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+    """Put concepts in place of those of prompts; they take turns."""
+    turns = [concepts[place % len(concepts)] for place in range(len(prompts))]
+    return tuple(Prompt(reworded(prompt, concept), concept) for prompt, concept in zip(prompts, turns, strict=True))
+
+
+def judging_too(context: Context, given: Examples, folder: str) -> Context:
+    """Add the concepts of given pictures to those that the judge chooses from.
+
+    Args:
+        context: Judge, and the suite's concepts.
+        given: Pictures of concepts that the base model was never taught.
+        folder: Value of the flag, for errors.
+
+    Raises:
+        OptionError: A concept is one of the suite's, or the judge does not recognise it in its pictures.
+    """
+    concepts = list(dict.fromkeys(given.concepts))
+    for concept in concepts:
+        if concept in context.concepts:
+            raise OptionError(OPTION, folder, f"holds pictures of {concept!r}, which is a concept of the suite")
+    wider = replace(context, concepts=[*context.concepts, *concepts])
+    seen = succeeded(given.pictures, given.concepts, wider)
+    for concept in concepts:
+        own = seen[given.showing(concept)]
+        if own.float().mean() < KNOWN:
+            text = f"the judge sees {concept!r} in only {int(own.sum())} of its {len(own)} pictures and cannot tell it"
+            raise OptionError(OPTION, folder, text)
+    return wider

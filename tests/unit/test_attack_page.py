@@ -1,0 +1,110 @@
+"""The page of attacks: curves, figures, and attacks whose success shows nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from safemax_sd.evaluation.attacks import ATTACKS, Point
+from safemax_sd.evaluation.attacks.target import Role
+from safemax_sd.evaluation.metrics.base import wilson
+from safemax_sd.evaluation.resistance.curves import curves, with_least
+from safemax_sd.evaluation.resistance.page import write_page
+from safemax_sd.evaluation.resistance.report import AttackReport, AttackRow, Rate, Refusal, Tried
+
+from safemax_sd.core.provenance import Provenance
+
+RATES, STEPS = ("1e-3", "1e-4"), (10, 50, 200)
+
+
+def rate(successes: int) -> Rate:
+    return Rate.of(wilson(successes, 32))
+
+
+def row(attack: str, target: Role, *tries: Tried) -> AttackRow:
+    kind = ATTACKS.get(attack)
+    return AttackRow(
+        attack=attack,
+        access=kind.access,
+        target=target,
+        success_counts=kind.success_counts,
+        figures={},
+        success=max((tried.success for tried in tries), key=lambda success: success.value),
+        tries=tries,
+        any_try=kind.any_try,
+        found=(),
+        settings={},
+        model_calls=1,
+        seconds=1.0,
+    )
+
+
+def plain(target: Role, successes: int) -> AttackRow:
+    return row("plain", target, Tried("", rate(successes), None))
+
+
+def relearnt(target: Role, *successes: tuple[int, int, int]) -> AttackRow:
+    """A row of relearning with full weights: for each learning rate, the successes after each number of steps."""
+    tries = [
+        Tried(f"full, rate {name}, {steps} steps", rate(count), Point("full", steps))
+        for name, each in zip(RATES, successes, strict=False)
+        for steps, count in zip(STEPS, each, strict=True)
+    ]
+    return row("relearning", target, *tries)
+
+
+def inverted(target: Role, std: float) -> AttackRow:
+    figures = {"standard deviation, the concept's pictures": std, "standard deviation, kept pictures": 1.17}
+    return replace(row("text_free_inversion", target, Tried("", rate(32), None)), figures=figures)
+
+
+def report() -> AttackReport:
+    known, kind = plain("base", 30), ATTACKS.get("relearning")
+    relearning = kind(kind.presets["quick"])
+    tuned = [
+        relearnt("erased", (0, 6, 20), (3, 16, 25)),
+        relearnt("base", (31, 31, 32)),
+        relearnt("never_known", (0, 2, 9)),
+    ]
+    rows = (
+        *(plain("erased", 0), known, plain("never_known", 0)),
+        *(inverted("erased", 0.61), inverted("base", 1.12), inverted("never_known", 1.08)),
+        *(with_least(each, relearning, known) for each in tuned),
+    )
+    return AttackReport(
+        conditions={},
+        adapter="safemax",
+        concepts=("bomb",),
+        untaught=(),
+        suite="emoji/bomb",
+        judge="emoji",
+        rows=rows,
+        refusals=(Refusal("adapter_scale", "never_known", "a model trained anew has no adapter"),),
+        provenance=Provenance({}, "3.11", None, "cpu", 1, (), 0, "2025-01-01T00:00:00Z"),
+    )
+
+
+def test_a_curve_takes_the_best_learning_rate_at_each_number_of_steps() -> None:
+    (curve,) = curves(relearnt("erased", (0, 6, 20), (3, 16, 25))).values()
+    assert {x: success.value for x, success in curve.items()} == {10: 3 / 0.32, 50: 50, 200: 25 / 0.32}
+
+
+def test_the_fewest_steps_to_half_of_the_base_models_success() -> None:
+    found = {each.target: each.figures for each in report().rows if each.attack == "relearning"}
+    name = "optimizer steps to half of the base model's success, full"
+    assert found == {"erased": {name: 50}, "base": {name: 10}, "never_known": {name: None}}
+
+
+def test_the_page_draws_curves_and_leads_with_figures_where_a_success_shows_nothing(tmp_path: Path) -> None:
+    page = write_page(report(), tmp_path).read_text(encoding="utf8")
+    assert page.count("<svg") == 1
+    assert "not reached" in page
+    table, figures = page.split("<h2>Figures</h2>")
+    assert "Text-free inversion" not in table
+    assert "0.61" in figures
+    assert figures.index("Text-free inversion") < figures.index("Relearning")
+
+
+def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
+    report().write(tmp_path)
+    assert AttackReport.read(tmp_path / "attacks.json", "--output_dir") == report()
