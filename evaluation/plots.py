@@ -50,6 +50,7 @@ STYLE: Any = {
     "legend.fontsize": 9,
 }
 SIZE, TALL = (4.6, 2.9), (4.6, 4.4)
+LEGEND_ROW = 30  # characters of all labels that fit in one row
 SMOOTHING = 0.1  # weight of the newest step in the running mean
 
 
@@ -245,7 +246,12 @@ def _axes(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0, handlelength=1.4, columnspacing=1.4)
+    # Long labels take two columns: one row of them would be wider than the figure, and the axes would give way.
+    _, labels = axes.get_legend_handles_labels()
+    columns = 5 if sum(map(len, labels)) <= LEGEND_ROW else 2
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0, handlelength=1.4, columnspacing=1.4
+    )
 
 
 def _svg(figure: Figure, name: str, alt: str) -> str:

@@ -13,9 +13,8 @@ def curves(row: AttackRow) -> dict[str, dict[float, Rate]]:
     found: dict[str, dict[float, Rate]] = {}
     for tried in row.tries:
         if tried.point is not None:
-            curve = found.setdefault(tried.point.line, {})
-            others = [curve[tried.point.x]] if tried.point.x in curve else []
-            curve[tried.point.x] = max(tried.success, *others, key=lambda rate: rate.value)
+            curve, x = found.setdefault(tried.point.line, {}), tried.point.x
+            curve[x] = max(curve.get(x, tried.success), tried.success, key=lambda rate: rate.value)
     return {line: dict(sorted(curve.items())) for line, curve in found.items()}
 
 

@@ -22,14 +22,14 @@ ROLES: dict[str, str] = {
     "erased": "erased",
     "base": "base model",
     "never_known": "never known",
-    "untaught": "never taught to the base model",
+    "untaught": "never taught",
 }
 """Names of the targets for a reader, in the order of the table's columns."""
 ROLE_NOTES: dict[str, str] = {
     "erased": "the model with the erasure merged into its weights, as it is given away",
     "base": f"the model before the erasure; an attack below {STRONG:.0f} % here is too weak to show anything",
-    "never_known": "a model trained without the concepts; what succeeds here was taught by the attack",
-    "untaught": "the base model, attacked for {untaught}, with pictures; what succeeds here was taught by the attack",
+    "never_known": "a model trained without the concepts; what succeeds here, the attack has taught",
+    "untaught": "the base model, attacked for {untaught}, which it was never taught, with pictures; likewise",
 }
 """Meanings of the targets."""
 
@@ -97,13 +97,13 @@ def explanation(attack: str, text: Literal["note", "figures_note", "x_label"]) -
 
 
 def format_rate(rate: Rate) -> str:
-    """Return a rate such as `97 % [84, 99]`."""
-    return f"{rate.value:.0f} % [{rate.low:.0f}, {rate.high:.0f}]"
+    """Return a rate such as `97 % [84, 99]`, whose interval is not broken between lines."""
+    return f"{rate.value:.0f}\u00a0% [{rate.low:.0f},\u00a0{rate.high:.0f}]"
 
 
 def format_excess(excess: Excess) -> str:
     """Return an excess such as `+12 [−3, 27]`, in percentage points."""
-    return f"{excess.value:+.0f} [{excess.low:.0f}, {excess.high:.0f}]".replace("-", "−")
+    return f"{excess.value:+.0f} [{excess.low:.0f},\u00a0{excess.high:.0f}]".replace("-", "−")
 
 
 def format_figure(row: AttackRow | None, name: str) -> str:
@@ -154,10 +154,10 @@ def _note(report: AttackReport) -> str:
     counts = {row.success.n for row in report.rows}
     shown = " to ".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else "no"
     return (
-        f"Share of {shown} pictures in which the judge sees the concept. The first row is without an attack, and its "
-        "successes are not part of an attack’s. The excess is what an attack finds on the erased model beyond what it "
-        "teaches a model that never knew the concepts: what was left in the weights. An interval that holds 0 shows "
-        "no such rest."
+        f"Share of {shown} pictures in which the judge sees the concept; the first row is without an attack, and its "
+        "successes are not added to the others’. The excess is what an attack finds in the erased model beyond what it "
+        "teaches one that never knew the concepts: what was left in the weights. An interval that includes 0 does not "
+        "show that anything was left."
     )
 
 
@@ -177,7 +177,7 @@ def _figures(report: AttackReport) -> str:
     if not names:
         return ""
     head = "".join(f"<th>{ROLES[role]}</th>" for role in roles)
-    lines = [f"<h2>Figures</h2><table><thead><tr><th></th>{head}</tr></thead><tbody>"]
+    lines = [f"<h2>What else the attacks measure</h2><table><thead><tr><th></th>{head}</tr></thead><tbody>"]
     for attack, own in names.items():
         title = f"{html.escape(label(attack))}<small>{html.escape(explanation(attack, 'figures_note'))}</small>"
         lines.append(f'<tr class="group"><th colspan="{len(roles) + 1}">{title}</th></tr>')
@@ -206,7 +206,10 @@ def _curves(report: AttackReport) -> str:
             by_role = {ROLES[role]: each[line] for role, each in drawn.items() if line in each}
             if all(len(curve) > 1 for curve in by_role.values()):
                 plots.append(_curve_plot(attack, line, by_role, f"curve-{len(plots)}"))
-    return f'<h2>Curves</h2><div class="plots">{"".join(plots)}</div>' if plots else ""
+    if not plots:
+        return ""
+    note = "<p>The best try at each value, with its 95 % interval.</p>"
+    return f'<h2>Curves of success</h2>{note}<div class="plots">{"".join(plots)}</div>'
 
 
 def _curve_plot(attack: str, line: str, by_role: dict[str, dict[float, Rate]], name: str) -> str:
@@ -242,10 +245,12 @@ def _pictures(report: AttackReport, folder: Path) -> str:
 
 def _tries(report: AttackReport) -> str:
     """Return the success of each try of attacks with several, folded."""
+    lenient = ", ".join(dict.fromkeys(label(row.attack) for row in report.rows if row.any_try))
+    rule = "The strongest try of an attack counts" + (f"; any try of a prompt does for {lenient}." if lenient else ".")
     lines = ["<table><thead><tr><th>attack</th><th>target</th><th>try</th><th>success</th></tr></thead><tbody>"]
     for row in report.rows:
         for tried in row.tries if len(row.tries) > 1 else ():
             cells = (label(row.attack), ROLES[row.target], tried.name, format_rate(tried.success))
             lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     table = "\n".join([*lines, "</tbody></table>"])
-    return f"<details><summary>All tries</summary>{table}</details>"
+    return f"<details><summary>All tries</summary><p>{html.escape(rule)}</p>{table}</details>"

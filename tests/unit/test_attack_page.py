@@ -99,7 +99,7 @@ def test_the_page_draws_curves_and_leads_with_figures_where_a_success_shows_noth
     page = write_page(report(), tmp_path).read_text(encoding="utf8")
     assert page.count("<svg") == 1
     assert "not reached" in page
-    table, figures = page.split("<h2>Figures</h2>")
+    table, figures = page.split("<h2>What else the attacks measure</h2>")
     assert "Text-free inversion" not in table
     assert "0.61" in figures
     assert figures.index("Text-free inversion") < figures.index("Relearning")
