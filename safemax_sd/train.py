@@ -126,7 +126,7 @@ def describe(run: Run, cost: Cost) -> ErasureRecord:
     return ErasureRecord(
         method=config.objective,
         base_model=BaseModel.of(run.family.options, run.family.name),
-        lora=config.lora(),
+        lora=run.weights.layout,
         resolution=config.resolution,
         forget=ForgetFile.of(run.forget) if run.objective.names_concepts else NOTHING_FORBIDDEN,
         retain=PromptFile.of(run.retain),

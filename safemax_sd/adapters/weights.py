@@ -1,4 +1,4 @@
-"""The weights that an erasure trains and stores: a LoRA, or every weight of the denoiser."""
+"""The weights that an erasure trains and stores: a LoRA, one merged with its base, or every weight of the denoiser."""
 
 from __future__ import annotations
 
@@ -44,9 +44,11 @@ class TrainedWeights(ABC):
 
     Attributes:
         parameters: Parameters that the optimizer steps, float32, in a fixed order.
+        layout: Layout of the LoRA that `save` writes; None if it writes the whole denoiser.
     """
 
     parameters: list[nn.Parameter]
+    layout: LoraSettings | None
 
     def restrict(self, parameters: Sequence[nn.Parameter]) -> None:
         """Train only these parameters.
@@ -60,11 +62,15 @@ class TrainedWeights(ABC):
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Write the weights into a folder, which the caller moves into place once it is complete."""
+        """Write the result into a folder, which the caller moves into place once it is complete; training has ended."""
+
+    def save_checkpoint(self, directory: Path) -> None:
+        """Write what `load` reads into a folder."""
+        self.save(directory)
 
     @abstractmethod
     def load(self, directory: Path) -> None:
-        """Copy saved values into the attached weights, in place, bit for bit.
+        """Copy the values of a checkpoint into the attached weights, in place, bit for bit.
 
         Raises:
             SafemaxError: The file is missing or belongs to another model or other settings.
@@ -87,7 +93,7 @@ class LoraWeights(TrainedWeights):
     def __init__(self, family: ModelFamily, settings: LoraSettings, *, seed: int = 0, kohya: bool = False) -> None:
         if kohya and not family.kohya_format:
             raise OptionError("--output_kohya_format", True, f"A1111 and ComfyUI know no {family.name} models")
-        self.family, self.kohya = family, kohya
+        self.family, self.layout, self.kohya = family, settings, kohya
         self.parameters = lora.attach(family, settings, seed=seed)
         family.denoiser.eval()
         for layer in tuner_layers(family.denoiser):  # the base model's own dropout stays off
@@ -100,16 +106,32 @@ class LoraWeights(TrainedWeights):
         lora.load_adapter(self.family, directory)
 
 
+class MergedWeights(LoraWeights):
+    """A LoRA on base weights that only this run has; stored merged with them, as the denoiser's folder."""
+
+    def __init__(self, family: ModelFamily, settings: LoraSettings, *, seed: int = 0) -> None:
+        super().__init__(family, settings, seed=seed)
+        self.layout = None
+
+    def save(self, directory: Path) -> None:
+        self.family.denoiser.float()  # as `FullWeights` stores them
+        lora.merge(self.family)
+        save_denoiser(self.family, directory)
+
+    def save_checkpoint(self, directory: Path) -> None:
+        super().save(directory)
+
+
 class FullWeights(TrainedWeights):
     """Every weight of the denoiser; stored as the denoiser's folder in diffusers' format."""
 
     def __init__(self, family: ModelFamily) -> None:
-        self.family = family
+        self.family, self.layout = family, None
         family.denoiser.float()  # half-precision weights barely move under AdamW
         self.parameters = list(family.denoiser.requires_grad_(True).parameters())
 
     def save(self, directory: Path) -> None:
-        self.family.denoiser.save_pretrained(directory / self.family.denoiser_part)  # type: ignore[operator]
+        save_denoiser(self.family, directory)
 
     def load(self, directory: Path) -> None:
         path = directory / self.family.denoiser_part / FULL_WEIGHTS
@@ -122,9 +144,22 @@ class FullWeights(TrainedWeights):
             tensor.copy_(stored[name])
 
 
-def attach(family: ModelFamily, options: WeightsOptions) -> TrainedWeights:
-    """Let the weights train that `--trainable` names."""
+def save_denoiser(family: ModelFamily, directory: Path) -> None:
+    """Write the denoiser's folder in diffusers' format."""
+    family.denoiser.save_pretrained(directory / family.denoiser_part)  # type: ignore[operator]
+
+
+def attach(family: ModelFamily, options: WeightsOptions, *, merged: bool = False) -> TrainedWeights:
+    """Let the weights train that `--trainable` names.
+
+    Args:
+        family: Loaded, frozen model.
+        options: Flags.
+        merged: True to store a LoRA merged with its base weights.
+    """
     settings = options.lora()
     if settings is None:
         return FullWeights(family)
+    if merged:
+        return MergedWeights(family, settings, seed=options.seed)
     return LoraWeights(family, settings, seed=options.seed, kohya=options.output_kohya_format)

@@ -42,11 +42,11 @@ class CheckpointOptions(RunOptions):
 
 
 def register(accelerator: Accelerator, weights: TrainedWeights) -> None:
-    """Make Accelerate save and load the trained weights only, in the format of the final file."""
+    """Make Accelerate save and load the trained weights only."""
 
     def save(models: list[Any], states: list[Any], output_dir: str) -> None:
         if accelerator.is_main_process:
-            weights.save(Path(output_dir))
+            weights.save_checkpoint(Path(output_dir))
         states.clear()  # keeps Accelerate from writing the whole model as well
 
     def load(models: list[Any], input_dir: str) -> None:

@@ -12,6 +12,7 @@ from safemax_sd.core.options import RunOptions, option
 from safemax_sd.families.options import BaseModelOptions
 from safemax_sd.objectives.base import OBJECTIVES, Objective, ObjectiveOptions
 from safemax_sd.prompts import PromptOptions
+from safemax_sd.recording.pruning import PruningOptions
 from safemax_sd.recording.schedule import ReplayOptions
 from safemax_sd.results.hub import HubOptions
 from safemax_sd.results.samples import ValidationOptions
@@ -34,6 +35,7 @@ class TrainConfig(
     OptimizerOptions,
     AcceleratorOptions,
     ObjectiveOptions,
+    PruningOptions,
     ReplayOptions,
     WeightsOptions,
     RunOptions,

@@ -36,4 +36,24 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
     if config.trainable not in allowed:
         text = f"does not go with --objective {config.objective}: use {' or '.join(sorted(allowed))}"
         raise OptionError("--trainable", config.trainable, text)
+    check_pruning(config)
     return forget, retain
+
+
+def check_pruning(config: TrainConfig) -> None:
+    """Check that `--prune` goes with the other flags.
+
+    Raises:
+        OptionError: It does not.
+    """
+    if not config.prune:
+        return
+    if not OBJECTIVES.get(config.objective).names_concepts:
+        text = f"needs forget prompts, which --objective {config.objective} has not"
+        raise OptionError("--prune", config.prune, text)
+    if config.trainable != "lora":
+        text = "goes with --trainable lora: when all weights train, pruned ones grow back"
+        raise OptionError("--prune", config.prune, text)
+    if config.output_kohya_format:
+        text = "does not go with --prune, whose result is the whole denoiser"
+        raise OptionError("--output_kohya_format", True, text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from safemax_sd.core.provenance import Cost, Stopwatch
 from safemax_sd.families import Conditioning, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.prompts import PromptSet, warn_over_long
+from safemax_sd.recording.data import ReplayNeeds
+from safemax_sd.recording.pruning import prune
 from safemax_sd.recording.schedule import Recording
 from safemax_sd.training import checkpoints
 from safemax_sd.training.config import TrainConfig
@@ -85,13 +87,15 @@ def build_run(
         warn_over_long(retain, family.tokenizer, option="--retain_prompts")
         validation = family.encode_prompts(config.validation_prompt) if config.validation_prompt else None
         probe = UnlearningProbe.build(config, family, forget, retain)
+    with clock.phase("prune"):
+        pruning_calls = pruned(config, family, forget, retain)
     with clock.phase("replay"):
         needs = OBJECTIVES.get(config.objective).needs(config, forget)
         recording = Recording(config, needs, family, forget, retain)
         data = recording.before(0)
     family.free_encoders(decoder=validation is None and probe is None)
     objective = OBJECTIVES.get(config.objective)(config, data)  # type: ignore[arg-type]
-    weights = attach(family, config)
+    weights = attach(family, config, merged=config.prune > 0)
     student = Student.of(family, weights.parameters)
     with clock.phase("prepare"):
         prior_calls = objective.prepare(student)
@@ -124,8 +128,24 @@ def build_run(
         clock=clock,
         validation=validation,
         probe=probe,
-        model_calls={"replay": recording.model_calls, "prepare": prior_calls, "train": 0, "probe": 0},
+        model_calls={
+            "prune": pruning_calls,
+            "replay": recording.model_calls,
+            "prepare": prior_calls,
+            "train": 0,
+            "probe": 0,
+        },
     )
+
+
+def pruned(config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet) -> int:
+    """Prune the frozen model as `--prune` asks; return the network evaluations that it took, counted per sample."""
+    if not config.prune:
+        return 0
+    # The objective's own trajectories are recorded after this: a LoRA that sees those of the unpruned model learns back
+    # what has been removed.
+    recording = Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), family, forget, retain)
+    return prune(family, recording.before(0), config.prune, seed=config.seed) + recording.model_calls
 
 
 def check_family(config: TrainConfig, family: ModelFamily) -> None:
