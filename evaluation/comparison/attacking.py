@@ -13,7 +13,7 @@ from safemax_sd.evaluation.comparison.config import ATTACK_KEYS, CONTROLS, Compa
 from safemax_sd.evaluation.comparison.runs import Attempt
 from safemax_sd.evaluation.resistance.options import ResistanceOptions
 from safemax_sd.evaluation.resistance.plan import Plan, chosen
-from safemax_sd.evaluation.resistance.report import AttackReport
+from safemax_sd.evaluation.resistance.report import AttackReport, AttackRow, Refusal
 from safemax_sd.evaluation.resistance.run import run_plan
 from safemax_sd.evaluation.subjects import Adapter
 
@@ -91,7 +91,7 @@ class AttackRun:
     def attempts(self) -> tuple[Attempt, ...]:
         """Return those of the configuration's attacks that are done, in the order in which they run."""
         report = self.report()
-        found = [] if report is None else [*report.rows, *report.refusals]
+        found: list[AttackRow | Refusal] = [] if report is None else [*report.rows, *report.refusals]
         own = {each.attack: Attempt.of(each) for each in found if each.target == self.role}
         return tuple(own[attack.name] for attack in chosen(self.options.attacks) if attack.name in own)
 

@@ -72,8 +72,10 @@ class Resistance:
         base_model, adapter = self.plan.base_model, self.plan.adapter
         family = load_family(base_model.options(self.device))
         if not isinstance(family, LatentFamily):
-            named = ("base_model", base_model.name_or_path) if adapter is None else ("--adapter", adapter.folder)
-            raise OptionError(*named, "is class-conditional, and no attack here applies to such models")
+            text = "is class-conditional, and no attack here applies to such models"
+            if adapter is None:
+                raise OptionError("base_model", base_model.name_or_path, text)
+            raise OptionError("--adapter", adapter.folder, text)
         return family
 
     def _family(self, role: Role) -> LatentFamily:
