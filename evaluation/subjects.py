@@ -81,11 +81,12 @@ class Adapter(Subject):
         OptionError: The folder is not that of a finished run.
     """
 
+    folder: Path
+
     def __init__(self, folder: Path) -> None:
         self.record, self.folder = ErasureRecord.read(folder), folder
 
     def load(self, device: torch.device) -> Models:
-        assert self.folder is not None
         if not issubclass(self.record.family, LatentFamily):
             text = f"is a {self.record.family.name} model, which no pipeline draws from; see docs/class_unlearning.md"
             raise OptionError("--adapter", self.folder, text)

@@ -1,4 +1,4 @@
 """Comparison of methods on tasks: a grid of runs that can be resumed, then tables and a page.
 
-May import evaluation and what that may import.
+May import resistance, attacks, evaluation and what these may import.
 """

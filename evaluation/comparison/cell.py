@@ -142,14 +142,14 @@ class Cell:
 
 
 @contextmanager
-def taken(cell: Cell) -> Iterator[bool]:
-    """Lock the cell inside the block; yield False if another process holds it.
+def taken(folder: Path) -> Iterator[bool]:
+    """Lock a part of the comparison, by its folder, inside the block; yield False if another process holds it.
 
     The lock ends with the process at the latest.
     """
-    with path_errors("--output_dir", cell.folder):
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cell.folder / LOCK)
+    with path_errors("--output_dir", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
         with suppress(Timeout):
             lock.acquire(blocking=False)
     try:
@@ -177,8 +177,12 @@ def run_cell(cell: Cell, base_cache: Path) -> None:
         clean(cell)
         cell.write("done", prompts=shown.prompts, subsets=shown.subsets)
     except Exception as error:  # whatever fails, the other cells can still be run
-        reason = str(error) if isinstance(error, SafemaxError) else f"{type(error).__name__}: {reason_of(error)}"
-        cell.write("failed", reason=reason, erased=erased)
+        cell.write("failed", reason=failure_reason(error), erased=erased)
+
+
+def failure_reason(error: Exception) -> str:
+    """Return the reason of a failure in one line."""
+    return str(error) if isinstance(error, SafemaxError) else f"{type(error).__name__}: {reason_of(error)}"
 
 
 def evaluate_cell(cell: Cell, base_cache: Path) -> Shown:

@@ -3,34 +3,52 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 from diffusers import DiffusionPipeline
 from safemax_sd.evaluation.comparison.methods import Method, read_method
-from safemax_sd.evaluation.comparison.runs import BASE
+from safemax_sd.evaluation.comparison.runs import BASE, NEVER_KNOWN
 from safemax_sd.evaluation.inputs import check_metrics, suite_concepts
-from safemax_sd.evaluation.options import SEED, EvaluateOptions, MeasuringOptions
+from safemax_sd.evaluation.options import IMAGES, SEED, EvaluateOptions, JudgingOptions, MeasuringOptions
+from safemax_sd.evaluation.resistance.options import ResistanceOptions
+from safemax_sd.evaluation.resistance.plan import chosen
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
-from safemax_sd.core.options import option
+from safemax_sd.core.options import Options, option
 from safemax_sd.core.registry import closest
 from safemax_sd.prompts import Suite, load_suite, suite_names
+from safemax_sd.results.folder import MODEL_INDEX
 from safemax_sd.training.command_line import check_texts, check_types, read_yaml
 
-CACHE = "cache"
-RESERVED = (BASE, CACHE)
-"""Labels that would clash with the base model's row or with the folder of its pictures."""
+CACHE, CONTROLS = "cache", "controls"
+RESERVED = (BASE, NEVER_KNOWN, CACHE, CONTROLS)
+"""Labels that would clash with a control's row, or with the folder of the base model's pictures or of the controls."""
 LABEL = re.compile(r"[^\W_][\w-]{0,63}")
 """Pattern of labels, which name folders; plots leave labels that begin with an underscore out of the legend."""
 LISTS = ("tasks", "seeds", "methods")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(MeasuringOptions):
+class AttackKeys(Options):
+    """Keys that ask for attacks, each for a flag of `safemax attack`."""
+
+    attacks: list[str] = option([], "Attacks to run on every erased model, or all.")
+    attack_preset: Literal["quick", "full"] = option("quick", "Settings of the attacks: quick, or as published.")
+    attack_images: int = option(32, "Pictures of each attack and each of its tries.", IMAGES)
+    never_known: str | None = option(None, "Folder of a model trained without the concepts of all tasks.", path=True)
+
+
+ATTACK_KEYS = {"preset": "attack_preset", "num_images": "attack_images"}
+"""Keys by flag of `safemax attack`, where the names differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(MeasuringOptions, AttackKeys):
     """Settings that all cells share."""
 
     base_model: str = option("emoji", "Diffusers folder, hub id or an embedded model's name.")
@@ -41,6 +59,25 @@ class Settings(MeasuringOptions):
     def evaluation(self) -> dict[str, Any]:
         """Return the settings that are options of `safemax evaluate`, by name."""
         return {entry.name: getattr(self, entry.name) for entry in fields(MeasuringOptions)}
+
+    def resistance(self, suite: Suite, seed: int, *, never_known: str | None = None) -> ResistanceOptions:
+        """Return the options of attacks on one model.
+
+        Args:
+            suite: Suite whose forbidden prompts are attacked.
+            seed: Seed of the cell.
+            never_known: Control to attack; None for another model, whose results do not depend on it.
+        """
+        judging = {entry.name: getattr(self, entry.name) for entry in fields(JudgingOptions)}
+        return ResistanceOptions(
+            **judging,
+            suite=suite.name,
+            attacks=self.attacks,
+            preset=self.attack_preset,
+            never_known=never_known,
+            num_images=self.attack_images,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True)
@@ -83,13 +120,31 @@ def read_comparison(path: str, output_dir: str | None = None) -> Comparison:
     settings = Settings(**check_types(common, Settings, path))
     if output_dir is not None:
         settings = replace(settings, output_dir=output_dir)
+    _check_attacks(settings, common, path)
     comparison = Comparison(settings, _methods(content, path), _tasks(content, path), _seeds(content, path))
     _check(comparison, path)
     return comparison
 
 
+def _check_attacks(settings: Settings, given: Collection[str], path: str) -> None:
+    """Check the keys of attacks.
+
+    Raises:
+        OptionError: An attack is unknown, `never_known` is no model's folder, or a key would have no effect.
+    """
+    chosen(settings.attacks)
+    others = [entry.name for entry in fields(AttackKeys) if entry.name != "attacks" and entry.name in given]
+    if others and not settings.attacks:
+        raise OptionError("--config", path, f"{others[0]} has no effect without attacks")
+    control = settings.never_known
+    if control is not None and not (Path(resolve_model(control)) / MODEL_INDEX).is_file():
+        text = f"never_known {control} is no model's folder ({MODEL_INDEX} and the weights)"
+        raise OptionError("--config", path, text)
+
+
 def _check(comparison: Comparison, path: str) -> None:
     settings = comparison.settings
+    settings.validate()
     EvaluateOptions(adapter="", **settings.evaluation()).validate()
     parts = [part for suite in comparison.tasks.values() for part in suite.parts.values()]
     own = [prompt.guidance for part in parts for prompt in part.prompts if prompt.guidance is not None]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from safemax_sd.evaluation.comparison.attacking import AttackRun, Part, with_attacks
 from safemax_sd.evaluation.comparison.cell import LOCK, Cell, run_cell, taken
 from safemax_sd.evaluation.comparison.config import CACHE, Comparison, read_comparison
 from safemax_sd.evaluation.comparison.methods import Erasure
@@ -24,16 +25,16 @@ from safemax_sd.results.folder import claimed, foreign, not_ours
 def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]]:
     """Run the unfinished cells of a comparison and write its results.
 
-    Several processes may run one comparison at once, for example one on each GPU. Each runs cells that no other process
-    holds, and the last one to end writes the results of all.
+    Several processes may run one comparison at once, for example one on each GPU. Each runs cells and attacks that no
+    other process holds, and the last one to end writes the results of all.
 
     Args:
         config: Path of the YAML file.
         output_dir: Output folder; None for the file's.
 
     Returns:
-        The folder with compare.json, compare.md, compare.tex and index.html, and the name and reason of each failed
-        cell.
+        The folder with compare.json, compare.md, compare.tex and index.html, and the name and reason of each cell and
+        each model's attacks that failed.
 
     Raises:
         OptionError: The configuration cannot be used, or the folder holds results of other settings or files that this
@@ -41,25 +42,42 @@ def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]
         SafemaxError: FID and KID need Inception's weights, which cannot be loaded; nothing has been run.
     """
     comparison = read_comparison(config, output_dir)
-    cells = make_cells(comparison)
-    check(comparison, cells)
+    parts = with_attacks(comparison, make_cells(comparison))
+    check(comparison, parts)
     with results_folder(comparison.folder):
         for name in RESULTS:
             if foreign(comparison.folder, name, RESULTS[0]):
                 raise not_ours(comparison.folder, name)
-    waiting = [(cell, state) for cell in cells if (state := cell.state()).get("status") != "done"]
-    bar = tqdm(waiting, desc="compare", unit="cell", initial=len(cells) - len(waiting), total=len(cells))
-    for cell, before in bar:
-        bar.set_description(printable(cell.name))
-        with taken(cell) as ours:
-            if ours and cell.state() == before:  # otherwise another process has run it meanwhile
-                run_cell(cell, comparison.folder / CACHE)
-    with results_folder(comparison.folder):  # states read earlier could miss cells of other processes
-        states = [(cell, cell.state()) for cell in cells]
+    waiting = [(part, state) for part in parts if (state := part.state()).get("status") != "done"]
+    bar = tqdm(waiting, desc="compare", unit="run", initial=len(parts) - len(waiting), total=len(parts))
+    for part, before in bar:
+        bar.set_description(printable(part.name))
+        run_part(part, before, comparison.folder / CACHE)
+    with results_folder(comparison.folder):  # states read earlier could miss parts that other processes have run
+        states = [(part, part.state()) for part in parts]
         write_results(comparison, states)
     return comparison.folder, [
-        f"{cell.name}: {state['reason']}" for cell, state in states if state.get("status") == "failed"
+        f"{part.name}: {state['reason']}" for part, state in states if state.get("status") == "failed"
     ]
+
+
+def run_part(part: Part, before: dict[str, Any], base_cache: Path) -> None:
+    """Run a cell or attacks, unless another process is at it or has run it meanwhile.
+
+    Args:
+        part: Cell or attacks.
+        before: State of the part when this process began.
+        base_cache: Folder of the base model's cached pictures, which cells share.
+    """
+    if isinstance(part, AttackRun) and not part.ready():  # another process is at its cell, or the cell has failed
+        return
+    with taken(part.folder) as ours:
+        if not ours or part.state() != before:
+            return
+        if isinstance(part, Cell):
+            run_cell(part, base_cache)
+        else:
+            part.run()
 
 
 @contextmanager
@@ -92,14 +110,14 @@ def make_cells(comparison: Comparison) -> list[Cell]:
     ]
 
 
-def check(comparison: Comparison, cells: Sequence[Cell]) -> None:
+def check(comparison: Comparison, parts: Sequence[Part]) -> None:
     """Check judge, pictures, methods and earlier results, before anything runs.
 
     Raises:
-        OptionError: A flag or file cannot be used, or a cell's folder holds damaged results or those of other settings.
+        OptionError: A flag or file cannot be used, or a folder holds damaged results or those of other settings.
         SafemaxError: FID and KID need Inception's weights, which cannot be loaded.
     """
-    settings = comparison.settings
+    settings, cells = comparison.settings, [part for part in parts if isinstance(part, Cell)]
     load_judge(settings.clip_model, settings.clip_pretrained)
     options = cells[0].options()
     real = load_real(options, settings.base_model)
@@ -114,6 +132,9 @@ def check(comparison: Comparison, cells: Sequence[Cell]) -> None:
             raise OptionError("--output_dir", cell.folder, text)
         if state.get("status") == "done":
             cell.check_results()
+    for part in parts:
+        if isinstance(part, AttackRun):
+            part.check()
 
 
 def _first_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -72,12 +72,14 @@ class Method(ABC):
 
     Attributes:
         kind: Key of the configuration that names the method.
+        not_attacked: Reason why attacks do not apply to the result; None if they do.
 
     Raises:
         OptionError: The name or a flag is unknown, or a value cannot be used.
     """
 
     kind: ClassVar[str]
+    not_attacked: ClassVar[str | None] = None
 
     def __init__(self, name: str, flags: dict[str, Any], where: str) -> None:
         self.name, self.where = name, where
@@ -228,6 +230,7 @@ class UntrainedMethod(Method):
     """A baseline, which only changes the sampling."""
 
     kind: ClassVar[str] = "baseline"
+    not_attacked: ClassVar[str | None] = "a baseline only changes the sampling, and attacks need changed weights"
 
     def checked(self, flags: dict[str, Any]) -> dict[str, Any]:
         settings = BASELINES.get(self.name).Settings

@@ -27,9 +27,7 @@ PAGE = """<!doctype html>
 <div class="scroll">{table}</div>
 <p class="lead"><small>{note}</small></p>
 {failed}
-<h2>Task by task</h2>
-<div class="scroll">{tasks}</div>
-<p class="lead"><small>{tasks_note}</small></p>
+{more}
 <h2>Trade-offs</h2><div class="plots">{plots}</div>
 <h2>Pictures</h2>
 <p class="lead">Same prompts and same start noise in every column.</p>
@@ -64,7 +62,7 @@ def write_comparison_page(
     methods: Mapping[str, str],
     table: Sequence[Summary],
     columns: TableColumns,
-    grids: tuple[Grid, Grid],
+    grids: Sequence[Grid],
     galleries: Mapping[str, Gallery],
     folder: Path,
 ) -> Path:
@@ -75,20 +73,19 @@ def write_comparison_page(
         methods: Descriptions of the methods by label.
         table: Lines of the table, for the plots.
         columns: Columns of the table, for the plots.
-        grids: Table over all tasks, and table by task.
+        grids: Table over all tasks, and others that follow it under their titles.
         galleries: Pictures by task.
         folder: Folder to write to.
     """
-    made, (whole, tasks) = content["provenance"], grids
+    made, (whole, *others) = content["provenance"], grids
     page = PAGE.format(
         title=html.escape(f"{len(methods)} methods on {content['settings']['base_model']}"),
         style=STYLE_SHEET.read_text(encoding="utf8"),
         lead=html.escape(_lead(content)),
         table=_table(whole),
         note=html.escape(whole.note),
-        tasks=_table(tasks),
-        tasks_note=html.escape(tasks.note),
-        failed=_failed(content["cells"]),
+        more="\n".join(map(_section, others)),
+        failed=_failed(content),
         plots=_plots(table, columns),
         galleries="".join(_gallery(task, gallery) for task, gallery in galleries.items()),
         methods=_pairs(methods),
@@ -116,6 +113,13 @@ def _listed(values: Sequence[Any] | Mapping[str, Any]) -> str:
     return ", ".join(map(str, values))
 
 
+def _section(grid: Grid) -> str:
+    return (
+        f'<h2>{html.escape(grid.title)}</h2>\n<div class="scroll">{_table(grid)}</div>\n'
+        f'<p class="lead"><small>{html.escape(grid.note)}</small></p>'
+    )
+
+
 def _table(grid: Grid) -> str:
     head = "".join(f"<th>{_name(heading)}</th>" for heading in grid.head)
     body = "".join(f"<tr><th>{_name(label)}</th>{''.join(map(_cell, line))}</tr>" for label, line in grid.lines)
@@ -132,12 +136,17 @@ def _name(text: str) -> str:
     return re.sub("([/_])", r"\1<wbr>", html.escape(text))
 
 
-def _failed(cells: Sequence[Mapping[str, Any]]) -> str:
-    failed = [cell for cell in cells if cell["status"] == "failed"]
-    if not failed:
-        return ""
-    reasons = {f"{cell['label']}, {cell['task']}, seed {cell['seed']}": cell["reason"] for cell in failed}
-    return f"<h2>Failed runs</h2>{_pairs(reasons)}"
+def _failed(content: Mapping[str, Any]) -> str:
+    """Return the reasons of what failed: cells, and attacks on their erased models and on controls."""
+    controls = content["attacks"]["controls"] if "attacks" in content else []
+    attacked = [{**cell, **cell["attacks"]} for cell in content["cells"] if "attacks" in cell]
+    parts = [("", cell) for cell in content["cells"]] + [("attacks on ", each) for each in (*controls, *attacked)]
+    reasons = {
+        f"{what}{each['label']}, {each['task']}, seed {each['seed']}": each["reason"]
+        for what, each in parts
+        if each["status"] == "failed"
+    }
+    return f"<h2>Failed runs</h2>{_pairs(reasons)}" if reasons else ""
 
 
 def _plots(table: Sequence[Summary], columns: TableColumns) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safemax_sd.evaluation.comparison.attack_results import AttackResults
+from safemax_sd.evaluation.comparison.attacking import Part
 from safemax_sd.evaluation.comparison.cell import Cell
 from safemax_sd.evaluation.comparison.columns import table_columns
 from safemax_sd.evaluation.comparison.config import CACHE, Comparison
@@ -58,21 +60,23 @@ class Outcome:
         }
 
 
-def write_results(comparison: Comparison, states: Sequence[tuple[Cell, Mapping[str, Any]]]) -> None:
-    """Write compare.json, compare.md, compare.tex and index.html from the cells that are done.
+def write_results(comparison: Comparison, states: Sequence[tuple[Part, Mapping[str, Any]]]) -> None:
+    """Write compare.json, compare.md, compare.tex and index.html from the cells and attacks that are done.
 
     Args:
         comparison: Configuration of the comparison.
-        states: Cells, each with the content of its `cell.json`.
+        states: Cells and attacks, each with its state.
     """
     folder, columns = comparison.folder, table_columns()
-    outcomes, base = _outcomes(states)
+    cells = [(part, state) for part, state in states if isinstance(part, Cell)]
+    attacks = AttackResults.read(comparison, states)
+    outcomes, base = _outcomes(cells)
     runs = [*base, *(outcome.run for outcome in outcomes if outcome.run is not None)]
     planned = len(comparison.tasks) * len(comparison.seeds)
     table = summaries(runs, [BASE, *comparison.methods], planned, columns.all)
     scores = by_task(runs, list(comparison.methods), columns.harmonic)
-    grids = summary_grid(table, columns), task_grid(scores, list(comparison.tasks))
-    content = _content(comparison, outcomes, base, table)
+    grids = [summary_grid(table, columns), task_grid(scores, list(comparison.tasks)), *attacks.grids()]
+    content = _content(comparison, outcomes, base, table, attacks)
     with replacing(folder, RESULTS[0]) as new:
         for name, text in zip(RESULTS[1:], (markdown(grids), latex(grids)), strict=False):
             atomic_write_text(new / name, text)
@@ -80,7 +84,7 @@ def write_results(comparison: Comparison, states: Sequence[tuple[Cell, Mapping[s
         write_comparison_page(content, methods, table, columns, grids, galleries(outcomes), new)
         write_json_atomic(new / RESULTS[0], content)
     # While cells are left, another process may be writing to the cache.
-    if all(state.get("status") in ("done", "failed") for _, state in states):
+    if all(state.get("status") in ("done", "failed") for _, state in cells):
         sweep(folder / CACHE)
 
 
@@ -123,7 +127,11 @@ def _made(report: Report) -> dict[str, Any]:
 
 
 def _content(
-    comparison: Comparison, outcomes: Sequence[Outcome], base: Sequence[Run], table: Sequence[Summary]
+    comparison: Comparison,
+    outcomes: Sequence[Outcome],
+    base: Sequence[Run],
+    table: Sequence[Summary],
+    attacks: AttackResults,
 ) -> dict[str, Any]:
     """Compose `compare.json`."""
     runs = [*base, *(outcome.run for outcome in outcomes if outcome.run is not None)]
@@ -139,7 +147,8 @@ def _content(
         "metrics": described_metrics(runs),
         "row_entries": list(ROW_ENTRIES),
         "base": [{"label": BASE, "task": run.task, "seed": run.seed, **run.to_json()} for run in base],
-        "cells": [outcome.to_json() for outcome in outcomes],
+        "cells": [{**outcome.to_json(), **attacks.of_cell(outcome.cell)} for outcome in outcomes],
+        **attacks.to_json(),
     }
 
 

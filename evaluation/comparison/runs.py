@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from safemax_sd.evaluation.metrics.base import Result
 from safemax_sd.evaluation.report import Row
+from safemax_sd.evaluation.resistance.report import AttackRow, Refusal
 
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.results.erasure import ErasureRecord
 
 BASE = "base"
 """Label of the base model's runs."""
-FORMAT_VERSION = 2
-"""Version of `compare.json`; in version 1 every measurement repeated its run's cost and provenance."""
+NEVER_KNOWN = "never_known"
+"""Label of the runs of a model that never knew the erased concepts, which is only attacked."""
+FORMAT_VERSION = 3
+"""Version of `compare.json`; 2 has no attacks, and in 1 every measurement repeated its run's cost and provenance."""
 ANCHOR = "anchor"
 """Phase of the cost of an anchor, which is trained once for all edits."""
 METRIC_ENTRIES = ("version", "unit", "higher_is_better")
 """Entries that `compare.json` stores once for each metric."""
 ROW_ENTRIES = ("metric", "subset", "strength", "value", "interval", "n", "details")
 """Entries that `compare.json` stores for each measurement, in this order; the last one only if there are details."""
+ATTACK_ENTRIES = ("attack", "value", "interval", "n", "model_calls", "seconds")
+"""Entries that `compare.json` stores for each attack, in this order; if it does not apply, its name and the reason."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +67,60 @@ class ErasureCost:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One method, or the base model, measured on one task with one seed.
+class Attempt:
+    """One attack on the model of a run.
 
     Attributes:
-        label: Label of the method, or `base`.
-        objective: Name of the objective, edit or baseline; None for the base model.
+        attack: Name of the attack.
+        success: Pictures with the erased concept, in percent; None if the attack does not apply to the model.
+        model_calls: Network evaluations, counted per sample.
+        seconds: Wall-clock seconds.
+        refusal: Reason why the attack does not apply; empty if it does.
+    """
+
+    attack: str
+    success: Result | None
+    model_calls: int = 0
+    seconds: float = 0.0
+    refusal: str = ""
+
+    @classmethod
+    def of(cls, found: AttackRow | Refusal) -> Self:
+        """Return what `attacks.json` holds of one attack."""
+        if isinstance(found, Refusal):
+            return cls(found.attack, None, refusal=found.reason)
+        rate = found.success
+        return cls(found.attack, Result(rate.value, (rate.low, rate.high), rate.n), found.model_calls, found.seconds)
+
+    @classmethod
+    def from_json(cls, entries: Sequence[Any]) -> Self:
+        if len(entries) == 2:
+            return cls(str(entries[0]), None, refusal=str(entries[1]))
+        content = dict(zip(ATTACK_ENTRIES, entries, strict=True))
+        return cls(
+            str(content["attack"]), Result.from_json(content), int(content["model_calls"]), float(content["seconds"])
+        )
+
+    def to_json(self) -> list[Any]:
+        if self.success is None:
+            return [self.attack, self.refusal]
+        content = {**vars(self), **self.success.to_json()}
+        return [content[name] for name in ATTACK_ENTRIES]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method, or a control, measured on one task with one seed.
+
+    Attributes:
+        label: Label of the method, `base` or `never_known`.
+        objective: Name of the objective, edit or baseline; None for a control.
         task: Name of the suite.
         seed: Seed of the training and of the start noise.
         rows: Measurements.
-        cost: Cost of the erasure; empty for the base model.
+        cost: Cost of the erasure; empty for a control.
         provenance: Version, commit, device and time of the evaluation.
+        attacks: Attacks on the model.
     """
 
     label: str
@@ -81,13 +130,18 @@ class Run:
     rows: tuple[Row, ...]
     cost: ErasureCost = field(default_factory=ErasureCost)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    attacks: tuple[Attempt, ...] = ()
+
+    def success(self, attack: str) -> Result | None:
+        """Return the success of an attack; None if it was not run or does not apply."""
+        return next((attempt.success for attempt in self.attacks if attempt.attack == attack), None)
 
     def value(self, metric: str, subset: str) -> float | None:
         """Return the value of a metric on a prompt subset; None if it was not measured."""
         return next((row.result.value for row in self.rows if (row.metric, row.subset) == (metric, subset)), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entries that `read_runs` reads back, except label, task and seed."""
+        """Return the entries that `read_runs` reads back, except label, task, seed and attacks."""
         return {
             "objective": self.objective,
             **self.cost.to_json(),
@@ -109,7 +163,29 @@ def described_metrics(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
 
 
 def read_runs(path: Path) -> tuple[Run, ...]:
-    """Read the runs of a `compare.json` of the current format or of version 1.
+    """Read the runs of a `compare.json` of any version, without those of controls that were only attacked.
+
+    Raises:
+        OptionError: The file is missing, damaged or of an unknown format version.
+    """
+
+    def runs(content: Mapping[str, Any]) -> tuple[Run, ...]:
+        return _runs_of_version_1(content["rows"]) if content["format_version"] == 1 else _runs(content)
+
+    return _read(path, runs)
+
+
+def read_controls(path: Path) -> tuple[Run, ...]:
+    """Read the attacked controls of a `compare.json`; none from a version without attacks.
+
+    Raises:
+        OptionError: The file is missing, damaged or of an unknown format version.
+    """
+    return _read(path, _controls)
+
+
+def _read(path: Path, runs: Callable[[Mapping[str, Any]], tuple[Run, ...]]) -> tuple[Run, ...]:
+    """Read runs from a `compare.json` with a function of its content.
 
     Raises:
         OptionError: The file is missing, damaged or of an unknown format version.
@@ -117,10 +193,10 @@ def read_runs(path: Path) -> tuple[Run, ...]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf8"))
         version = content["format_version"]
-        if version not in (1, FORMAT_VERSION):
-            text = f"is of format version {version}, of which this safemax_sd knows 1 and {FORMAT_VERSION}"
+        if version not in range(1, FORMAT_VERSION + 1):
+            text = f"is of format version {version}, of which this safemax_sd knows 1 to {FORMAT_VERSION}"
             raise OptionError("compare.json", path, text)
-        return _runs(content) if version == FORMAT_VERSION else _runs_of_version_1(content["rows"])
+        return runs(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafemaxError) as error:
         if isinstance(error, OptionError):
             raise
@@ -138,9 +214,19 @@ def _runs(content: Mapping[str, Any]) -> tuple[Run, ...]:
             rows=tuple(_row(row, content["metrics"]) for row in cell["rows"]),
             cost=ErasureCost.from_json(cell),
             provenance=cell["provenance"],
+            attacks=_attempts(cell["attacks"]) if "attacks" in cell else (),
         )
         for cell in [*content["base"], *cells]
     )
+
+
+def _controls(content: Mapping[str, Any]) -> tuple[Run, ...]:
+    listed = content["attacks"]["controls"] if "attacks" in content else []
+    return tuple(Run(each["label"], None, each["task"], each["seed"], (), attacks=_attempts(each)) for each in listed)
+
+
+def _attempts(content: Mapping[str, Any]) -> tuple[Attempt, ...]:
+    return tuple(map(Attempt.from_json, content["rows"]))
 
 
 def _row(entries: Sequence[Any], metrics: Mapping[str, Any]) -> Row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from safemax_sd.evaluation.comparison.columns import Column, HarmonicMean, MetricColumn, TableColumns
 from safemax_sd.evaluation.comparison.runs import BASE, Run
@@ -28,10 +28,10 @@ TASKS_NOTE = "Harmonic mean % of each task, the mean over its seeds, with the lo
 def table_note(columns: TableColumns) -> str:
     """Return the note below the table, with the metrics' notes on their columns."""
     notes = [f"{column.title}: {column.role.note}" for column in columns.metrics if column.role.note]
-    return NOTE.format(metrics="; ".join(notes), balanced=_listed([part.title for part in columns.harmonic.parts]))
+    return NOTE.format(metrics="; ".join(notes), balanced=listed([part.title for part in columns.harmonic.parts]))
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Join names as in `a, b and c`."""
     return " and ".join(text for text in (", ".join(names[:-1]), *names[-1:]) if text)
 
@@ -158,6 +158,14 @@ class Entry:
     more: str = ""
     best: bool = False
 
+    @classmethod
+    def of(cls, measured: Result | None, unit: str, *, best: bool) -> Self:
+        """Format a measurement with its interval; a dash if there is none."""
+        if measured is None:
+            return cls(DASH)
+        interval = "" if measured.interval is None else format_interval(measured.interval, unit)
+        return cls(format_value(measured.value, unit, with_unit=False), interval, best)
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -168,12 +176,14 @@ class Grid:
         lines: Labels with their entries.
         note: Explanation of the table.
         more: Format string of the text beside a value, except on a page.
+        title: Heading above the table on a page; may be empty.
     """
 
     head: list[str]
     lines: list[tuple[str, list[Entry]]]
     note: str
     more: str = "{}"
+    title: str = ""
 
     def texts(self, bold: str, *, name: Escape, value: Escape) -> list[list[str]]:
         """Return the head and the lines as text of a format.
@@ -197,22 +207,15 @@ def summary_grid(table: Sequence[Summary], columns: TableColumns) -> Grid:
     best = leaders(table, columns.all)
     lines = []
     for summary in table:
-        entries = [_entry(summary.values[c.name], c.unit, best=(summary.label, c.name) in best) for c in columns.all]
+        entries = [Entry.of(summary.values[c.name], c.unit, best=(summary.label, c.name) in best) for c in columns.all]
         lines.append((summary.label, [*entries, Entry(f"{summary.runs}/{summary.planned}")]))
     return Grid(["method", *(column.heading for column in columns.all), "runs"], lines, table_note(columns))
-
-
-def _entry(measured: Result | None, unit: str, *, best: bool) -> Entry:
-    if measured is None:
-        return Entry(DASH)
-    interval = "" if measured.interval is None else format_interval(measured.interval, unit)
-    return Entry(format_value(measured.value, unit, with_unit=False), interval, best)
 
 
 def task_grid(scores: Mapping[str, Mapping[str, TaskScore]], tasks: Sequence[str]) -> Grid:
     """Lay out scores by label and task, with the highest of each task marked."""
     lines = [(label, [_score_entry(found.get(task)) for task in tasks]) for label, found in scores.items()]
-    return Grid(["method", *tasks], lines, TASKS_NOTE, more="({})")
+    return Grid(["method", *tasks], lines, TASKS_NOTE, more="({})", title="Task by task")
 
 
 def _score_entry(score: TaskScore | None) -> Entry:

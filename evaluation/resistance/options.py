@@ -1,4 +1,4 @@
-"""Options of `safemax attack`."""
+"""Options of runs of attacks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ ALL = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackOptions(JudgingOptions):
-    """Options of `safemax attack`."""
+class ResistanceOptions(JudgingOptions):
+    """Options of attacks, whatever their targets."""
 
-    adapter: str = field(metadata={"help": "Output folder of a training.", "path": True})
     suite: str | None = option(None, "Prompt suite, by name or folder.", path=True)
     attacks: list[str] = option([ALL], "Attack to run, or all; may be repeated.")
     preset: Literal["quick", "full"] = option("quick", "Settings of the attacks: quick, or as published.")
@@ -30,5 +29,12 @@ class AttackOptions(JudgingOptions):
         path=True,
     )
     num_images: int = option(32, "Pictures of each attack and each of its tries.", IMAGES)
-    output_dir: str | None = option(None, "Folder of the results; ADAPTER/attacks if not given.", path=True)
     seed: int = option(0, "Seed of the start noise and of the attacks' random draws.", SEED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackOptions(ResistanceOptions):
+    """Options of `safemax attack`."""
+
+    adapter: str = field(metadata={"help": "Output folder of a training.", "path": True})
+    output_dir: str | None = option(None, "Folder of the results; ADAPTER/attacks if not given.", path=True)

@@ -62,11 +62,13 @@ def sheet_name(attack: str, role: str) -> str:
 def write_page(report: AttackReport, folder: Path) -> Path:
     """Write `index.html` beside the folder `pictures` and return its path."""
     page = PAGE.format(
-        title=html.escape(f"Attacks on the erasure of {quoted(report.concepts)}"),
+        title=html.escape(
+            f"Attacks on {'controls of ' if report.adapter is None else ''}the erasure of {quoted(report.concepts)}"
+        ),
         style=STYLE_SHEET.read_text(encoding="utf8"),
         lead=html.escape(
-            f"Erased by {report.adapter}; suite {report.suite}; judge: {report.judge}, who may answer “none of "
-            "these”. Intervals are 95 %."
+            f"{'Not erased' if report.adapter is None else f'Erased by {report.adapter}'}; suite {report.suite}; "
+            f"judge: {report.judge}, who may answer “none of these”. Intervals are 95 %."
         ),
         roles=_roles(report),
         table=_table(report),
@@ -134,15 +136,19 @@ def _roles(report: AttackReport) -> str:
 
 
 def _table(report: AttackReport) -> str:
+    """Return the success of each attack on each target; with a verdict if there is a control beside the erasure."""
     roles = targets(report)
-    head = "".join(f"<th>{ROLES[role]}</th>" for role in roles)
-    lines = [f"<table><thead><tr><th>attack</th>{head}<th>excess over never known, points</th></tr></thead><tbody>"]
-    for verdict in verdicts(report):
-        attack = verdict.erased.attack
-        cells = "".join(f"<td>{_success(report.row(attack, role))}</td>" for role in roles)
-        text = html.escape(verdict_text(verdict))
+    judged = {verdict.erased.attack: verdict for verdict in verdicts(report)} if len(roles) > 1 else {}
+    heads = [*(ROLES[role] for role in roles), *(["excess over never known, points"] if judged else [])]
+    head = "".join(f"<th>{text}</th>" for text in heads)
+    lines = [f"<table><thead><tr><th>attack</th>{head}</tr></thead><tbody>"]
+    for attack in dict.fromkeys(row.attack for row in report.rows if row.success_counts):
+        cells = [_success(report.row(attack, role)) for role in roles]
+        if judged:
+            cells.append(html.escape(verdict_text(judged[attack])) if attack in judged else "–")
+        line = "".join(f"<td>{cell}</td>" for cell in cells)
         title = f"{html.escape(label(attack))}<small>{html.escape(explanation(attack, 'note'))}</small>"
-        lines.append(f"<tr><th>{title}</th>{cells}<td>{text}</td></tr>")
+        lines.append(f"<tr><th>{title}</th>{line}</tr>")
     return "\n".join([*lines, "</tbody></table>"])
 
 

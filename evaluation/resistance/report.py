@@ -108,7 +108,7 @@ class AttackReport:
 
     Attributes:
         conditions: Everything that rows depend on; rows of other conditions are never mixed.
-        adapter: Name of the erasure's method.
+        adapter: Name of the erasure's method; None if only controls were attacked.
         concepts: Erased concepts.
         untaught: Concepts that the base model was never taught, which it is attacked for as a control.
         suite: Name of the suite.
@@ -119,7 +119,7 @@ class AttackReport:
     """
 
     conditions: Mapping[str, object]
-    adapter: str
+    adapter: str | None
     concepts: tuple[str, ...]
     untaught: tuple[str, ...]
     suite: str
@@ -144,6 +144,20 @@ class AttackReport:
     def with_refusal(self, refusal: Refusal) -> Self:
         """Return the report with one more refusal."""
         return replace(self, refusals=(*self.refusals, refusal))
+
+    @classmethod
+    def find(cls, folder: Path, option: str) -> Self | None:
+        """Read the `attacks.json` of a folder; None if there is none.
+
+        Raises:
+            OptionError: The file is damaged or of an unknown format version.
+        """
+        try:
+            return cls.read(folder / ATTACKS_FILE, option)
+        except OptionError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
 
     @classmethod
     def read(cls, path: Path, option: str) -> Self:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +11,18 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safemax_sd.evaluation.attacks.base import ACCESS, ATTACKS, Attack
+from safemax_sd.evaluation.attacks.base import Attack
 from safemax_sd.evaluation.attacks.plain import Plain
 from safemax_sd.evaluation.attacks.target import Role, Sampling, Target, load_control, load_erased
 from safemax_sd.evaluation.attacks.task import Examples, Task, succeeded
-from safemax_sd.evaluation.inputs import find_suite, judging_context, load_real
+from safemax_sd.evaluation.inputs import judging_context, load_real
 from safemax_sd.evaluation.metrics.base import Context
 from safemax_sd.evaluation.prompt_settings import RUN_SEEDS, start_seeds
 from safemax_sd.evaluation.real import RealPictures, load_folder
 from safemax_sd.evaluation.resistance.curves import with_least
-from safemax_sd.evaluation.resistance.options import ALL, AttackOptions
+from safemax_sd.evaluation.resistance.options import AttackOptions
 from safemax_sd.evaluation.resistance.page import PAGE_FILE, PICTURES, ROLES, SHOWN, sheet_name, write_page
+from safemax_sd.evaluation.resistance.plan import Plan, chosen
 from safemax_sd.evaluation.resistance.report import ATTACKS_FILE, AttackReport, AttackRow, Refusal
 from safemax_sd.evaluation.resistance.tally import Tally
 from safemax_sd.evaluation.resistance.untaught import OPTION, judging_too, prompts_for
@@ -33,12 +33,11 @@ from tqdm import tqdm
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.judge import load_judge
 from safemax_sd.core.pictures import contact_sheet
-from safemax_sd.core.provenance import json_text, provenance, public_path
+from safemax_sd.core.provenance import provenance, public_path
 from safemax_sd.families import load_family
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.prompts import Prompt, Suite, pick
 from safemax_sd.recording.replay import start_noise
-from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.folder import check_no_model, claimed, foreign, not_ours, replacing
 from safemax_sd.results.samples import to_pil
 from safemax_sd.training.workers import process_state
@@ -51,66 +50,47 @@ KEPT_EXAMPLES = 32
 """Pictures of other concepts that the base model draws for attacks that need them."""
 
 
-def chosen(names: Sequence[str]) -> list[type[Attack]]:
-    """Return the attacks of `--attacks`, those with the least access first; the plain prompts always come first.
-
-    Raises:
-        OptionError: No attack has that name.
-    """
-    found = {ATTACKS.get(name) for name in (ATTACKS.names() if ALL in names else names)}
-    return sorted(found | {Plain}, key=lambda attack: (attack is not Plain, ACCESS.index(attack.access), attack.name))
-
-
 class Resistance:
-    """The models, judge and task of a run of `safemax attack`.
+    """The models, judge and task of a run of attacks.
 
     Args:
-        options: Options of the run.
+        plan: Plan of the run.
 
     Raises:
         OptionError: A flag, or a file or folder that it names, cannot be used.
     """
 
-    def __init__(self, options: AttackOptions) -> None:
-        self.options = options
-        self.attacks = [attack(attack.presets[options.preset]) for attack in chosen(options.attacks)]
-        folder = Path(options.adapter)
-        self.record = ErasureRecord.read(folder)
-        self.suite = find_suite(options.suite, self.record)
+    def __init__(self, plan: Plan) -> None:
+        self.plan, options = plan, plan.options
         self.device = torch.device(process_state().device)
         self.judge = load_judge(options.clip_model, options.clip_pretrained)
-        real = load_real(options, self.record.base_model.name_or_path)
-        self.context = judging_context(options, self.suite, self.judge, None)
-        base = load_family(self.record.base_model.options(self.device))
-        if not isinstance(base, LatentFamily):
-            text = "is a class-conditional model's, which no attack here applies to"
-            raise OptionError("--adapter", options.adapter, text)
-        self.sampling = Sampling(
-            options.guidance_scale, options.num_inference_steps, options.batch_size, self.record.resolution
-        )
-        self.families: dict[Role, LatentFamily] = {"erased": load_erased(folder, self.device), "base": base}
-        if options.never_known is not None:
-            self.families["never_known"] = load_control(options.never_known, base)
+        real = load_real(options, plan.base_model.name_or_path)
+        self.context = judging_context(options, plan.suite, self.judge, None)
+        self.base = self._base()
+        resolution = None if plan.adapter is None else plan.adapter.record.resolution
+        self.sampling = Sampling(options.guidance_scale, options.num_inference_steps, options.batch_size, resolution)
+        self.families = {role: self._family(role) for role in plan.roles}
         self.task = self._task(real)
         self.untaught: Task | None = None
         if options.untaught_dir is not None:
-            self.families["untaught"] = base
             self.untaught = self._untaught_task(options.untaught_dir)
             self.untaught_context = judging_too(self.context, self.untaught.examples, options.untaught_dir)
 
-    def _task(self, real: RealPictures | None) -> Task:
-        prompts = pick(self.suite.parts["forget"].prompts, self.options.num_images)
-        shape = self.families["base"].latent_shape(self.sampling.resolution)
-        seeds = start_seeds(prompts, FIRST_SEED + RUN_SEEDS * self.options.seed, self.options.seed)
-        noise = start_noise(shape, seeds, torch.device("cpu"))
-        forget = self.suite.parts["forget"].prompts
-        return Task(tuple(prompts), noise, examples(forget, self.families["base"], self.sampling, real))
+    def _base(self) -> LatentFamily:
+        base_model, adapter = self.plan.base_model, self.plan.adapter
+        family = load_family(base_model.options(self.device))
+        if not isinstance(family, LatentFamily):
+            text = "is class-conditional, and no attack here applies to such models"
+            if adapter is None:
+                raise OptionError("base_model", base_model.name_or_path, text)
+            raise OptionError("--adapter", adapter.folder, text)
+        return family
 
     def _untaught_task(self, folder: str) -> Task:
         given = load_folder(folder, OPTION)
         concepts = sorted(frozenset[str]().union(*given.concepts))
         prompts = prompts_for(concepts, self.task.prompts)
-        shown = examples(prompts, self.families["base"], self.sampling, given)
+        shown = examples(prompts, self.base, self.sampling, given)
         return replace(self.task, prompts=prompts, examples=shown)
 
     def task_of(self, role: Role) -> Task:
@@ -120,17 +100,27 @@ class Resistance:
             return replace(self.untaught, kept=self.task.kept)
         return self.task
 
-    def conditions(self) -> dict[str, object]:
-        """Return everything that rows depend on, besides the attack and its settings."""
-        options = self.options.record()
-        for name in ("attacks", "adapter", "output_dir", "batch_size"):
-            del options[name]
-        return {**options, "adapter": self.record.public().to_json(), "forget": self.suite.parts["forget"].sha256}
+    def _family(self, role: Role) -> LatentFamily:
+        if role == "erased":
+            assert self.plan.adapter is not None
+            return load_erased(self.plan.adapter.folder, self.device)
+        if role == "never_known":
+            assert self.plan.options.never_known is not None
+            return load_control(self.plan.options.never_known, self.base)
+        return self.base
+
+    def _task(self, real: RealPictures | None) -> Task:
+        suite, seed = self.plan.suite, self.plan.options.seed
+        prompts = pick(suite.parts["forget"].prompts, self.plan.options.num_images)
+        seeds = start_seeds(prompts, FIRST_SEED + RUN_SEEDS * seed, seed)
+        noise = start_noise(self.base.latent_shape(self.sampling.resolution), seeds, torch.device("cpu"))
+        shown = examples(suite.parts["forget"].prompts, self.base, self.sampling, real)
+        return Task(tuple(prompts), noise, shown, seed=seed)
 
     @contextmanager
     def target(self, role: Role) -> Iterator[Target]:
         """Open a target inside the block."""
-        target = Target(role, self.families[role], self.families["base"], self.sampling)
+        target = Target(role, self.families[role], self.base, self.sampling)
         try:
             yield target
         finally:
@@ -139,7 +129,7 @@ class Resistance:
     def prepare(self, attack: Attack) -> None:
         """Draw the pictures that an attack needs besides those of the concepts, unless they are there already."""
         if attack.needs_kept and self.task.kept is None:
-            self.task = replace(self.task, kept=kept_examples(self.suite, self.families["base"], self.sampling))
+            self.task = replace(self.task, kept=kept_examples(self.plan.suite, self.base, self.sampling))
 
     def measure(self, attack: Attack, target: Target) -> tuple[AttackRow, Tensor]:
         """Run an attack on a target and judge the pictures of each try as it is drawn.
@@ -233,15 +223,29 @@ def attack(options: AttackOptions) -> Path:
         SafemaxError: Pictures are not finite, or weights cannot be read.
     """
     options.validate()
-    chosen(options.attacks)  # before models are loaded
+    chosen(options.attacks)  # before any folder is read
     folder = Path(options.output_dir or Path(options.adapter) / "attacks")
+    run_plan(Plan.of_command(options), folder)
+    return folder
+
+
+def run_plan(plan: Plan, folder: Path) -> None:
+    """Run what a folder lacks of a plan.
+
+    Args:
+        plan: Plan of the run.
+        folder: Folder of attacks.json and its page.
+
+    Raises:
+        OptionError: The folder cannot be used or holds attacks under other conditions, or a model cannot be loaded.
+        SafemaxError: Pictures are not finite, or weights cannot be read.
+    """
     with claimed(folder):
         check_no_model(folder)
         for name in (ATTACKS_FILE, PAGE_FILE, PICTURES):
             if foreign(folder, name, ATTACKS_FILE):
                 raise not_ours(folder, name)
-        run_all(Resistance(options), folder)
-    return folder
+        run_all(Resistance(plan), folder)
 
 
 def run_all(resistance: Resistance, folder: Path) -> AttackReport:
@@ -251,12 +255,7 @@ def run_all(resistance: Resistance, folder: Path) -> AttackReport:
         OptionError: The folder holds attacks under other conditions.
     """
     report = begun(resistance, folder)
-    todo = [
-        (attack, role)
-        for attack in resistance.attacks
-        for role in resistance.families
-        if not report.has(attack.name, role)
-    ]
+    todo = resistance.plan.missing(report)
     total = sum(attack.calls(resistance.task_of(role), resistance.sampling) for attack, role in todo)
     with tqdm(total=total, unit="call", smoothing=0, leave=False) as bar:
         for attack, role in todo:
@@ -285,24 +284,23 @@ def begun(resistance: Resistance, folder: Path) -> AttackReport:
     Raises:
         OptionError: The report in the folder is damaged or of other conditions.
     """
-    conditions = json.loads(json_text(resistance.conditions()))
-    path = folder / ATTACKS_FILE
-    if path.exists():
-        report = AttackReport.read(path, "--output_dir")
+    plan, conditions = resistance.plan, resistance.plan.conditions()
+    report = AttackReport.find(folder, "--output_dir")
+    if report is not None:
         for name, value in conditions.items():
             if report.conditions.get(name) != value:
                 raise OptionError("--output_dir", folder, f"holds attacks with another {name}: name a new folder")
         return report
     return AttackReport(
         conditions=conditions,
-        adapter=resistance.record.method,
+        adapter=None if plan.adapter is None else plan.adapter.record.method,
         concepts=tuple(resistance.task.concepts),
         untaught=() if resistance.untaught is None else tuple(resistance.untaught.concepts),
-        suite=public_path(resistance.suite.name),
+        suite=public_path(plan.suite.name),
         judge=resistance.judge.name,
         rows=(),
         refusals=(),
-        provenance=provenance(resistance.options.seed, resistance.device),
+        provenance=provenance(plan.options.seed, resistance.device),
     )
 
 

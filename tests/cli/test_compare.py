@@ -169,7 +169,7 @@ def test_cost_and_provenance_stand_once_a_cell(grid: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ('{"format_version": 3}', "is of format version 3, of which this safemax_sd knows 1 and 2"),
+        ('{"format_version": 4}', "is of format version 4, of which this safemax_sd knows 1 to 3"),
         ("[]", "damaged"), ("{", "damaged"), ('{"format_version": 2, "base": [{}], "cells": []}', "damaged"),
         ('{"format_version": 1, "rows": [{"label": "a", "task": "t", "seed": 0, "value": "x"}]}', "damaged"),
     ],

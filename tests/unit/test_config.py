@@ -22,7 +22,7 @@ REQUIRED = ["--forget_prompts", "f", "--retain_prompts", "r", "--output_dir", "o
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-COMPARISON = EXAMPLES / "compare_emoji.yaml"
+COMPARISON, ATTACKED = EXAMPLES / "compare_emoji.yaml", EXAMPLES / "compare_attacks.yaml"
 TRAINING_EXAMPLES = sorted(set(EXAMPLES.glob("*.yaml")) - set(EXAMPLES.glob("compare_*.yaml")))
 
 
@@ -110,6 +110,20 @@ def test_the_comparison_names_methods_and_tasks_that_there_are() -> None:
     assert len(comparison.methods) >= 9
     assert len(comparison.tasks) >= 10
     assert len(comparison.seeds) >= 2
+
+
+def test_the_attacked_comparison_has_the_methods_that_change_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no control
+    with pytest.raises(OptionError, match="never_known emoji_build/retrained is no model's folder"):
+        read_comparison(str(ATTACKED))
+    path = tmp_path / "compare.yaml"
+    path.write_text(ATTACKED.read_text().replace("emoji_build/retrained", "emoji"))  # a model of the same kind
+    attacked, whole = read_comparison(str(path)), read_comparison(str(COMPARISON))
+    assert {label: method.given for label, method in attacked.methods.items()} == {
+        label: method.given for label, method in whole.methods.items() if method.not_attacked is None
+    }
 
 
 @pytest.mark.parametrize("objective", OBJECTIVE_NAMES)

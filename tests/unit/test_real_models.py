@@ -17,7 +17,7 @@ from safemax_sd.prompts import check_disjoint, load_prompts, load_suite, suite_n
 from safemax_sd.training.command_line import read_yaml
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("compare_*.yaml"))
-REAL = [path for path in EXAMPLES if path.stem != "compare_emoji"]
+REAL = [path for path in EXAMPLES if read_yaml(str(path))["base_model"] != "emoji"]
 SUITES = [name for name in suite_names() if not name.startswith("emoji/")]
 TRAINING, HELD_OUT = ("forget", "retain"), ("neighbours", "paraphrases")
 

@@ -1,0 +1,147 @@
+"""The table of a comparison's attacks: what each attack brings back from each method's erased models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from safemax_sd.evaluation.attacks.base import Attack
+from safemax_sd.evaluation.comparison.columns import Column, pooled
+from safemax_sd.evaluation.comparison.runs import BASE, NEVER_KNOWN, Run
+from safemax_sd.evaluation.comparison.tables import Entry, Grid, Summary, leaders, listed
+from safemax_sd.evaluation.headline import DASH
+from safemax_sd.evaluation.metrics.base import Result
+from safemax_sd.evaluation.resistance.report import STRONG, Rate, excess
+
+NOTE = (
+    "Attacks on the erased models: pictures in which the judge sees the erased concept, pooled over tasks and seeds, "
+    "with Wilson's 95 % interval; lower is better. base: the same attacks on the base model; too weak: below "
+    "{strong:.0f} % there, so that the attack proves nothing. {known}Bold: the lowest value, and every value whose "
+    "interval holds that one or that lies in its interval. –: not attacked, or the attack does not apply. "
+    "Runs: attacked of planned."
+)
+KNOWN = (
+    "never_known: a model trained without the concepts; excess: success above that on this model, in percentage "
+    "points, with Newcombe's 95 % interval. "
+)
+
+
+class SuccessColumn(Column):
+    """Success of an attack, pooled over all pictures.
+
+    Args:
+        attack: Attack.
+        too_weak: True if the attack fails on the base model too often to prove anything.
+    """
+
+    unit, bounds = "%", (0.0, 100.0)
+
+    def __init__(self, attack: type[Attack], *, too_weak: bool) -> None:
+        self.name, self.title, self.too_weak = attack.name, attack.label, too_weak
+        self.higher_is_better = None if too_weak else False
+
+    @property
+    def heading(self) -> str:
+        return f"{super().heading} (too weak)" if self.too_weak else super().heading
+
+    def of_run(self, run: Run) -> float | None:
+        result = run.success(self.name)
+        return None if result is None else result.value
+
+    def value(self, runs: Sequence[Run]) -> Result | None:
+        return pooled(list(successes(runs, self.name).values()))
+
+
+class ExcessColumn(Column):
+    """Success of an attack above that on a model that never knew the concepts, on the same tasks and seeds.
+
+    Args:
+        attack: Attack.
+        controls: Runs of the model that never knew the concepts.
+        too_weak: True if the attack fails on the base model too often to prove anything.
+    """
+
+    unit, bounds = "%", (-100.0, 100.0)
+
+    def __init__(self, attack: type[Attack], controls: Sequence[Run], *, too_weak: bool) -> None:
+        self.attack, self.name, self.title = attack.name, f"{attack.name}_excess", attack.label
+        self.known = successes(controls, attack.name)
+        self.higher_is_better = None if too_weak else False
+
+    @property
+    def heading(self) -> str:
+        return f"{self.title}: excess"
+
+    def of_run(self, run: Run) -> float | None:
+        result = self.value([run])
+        return None if result is None else result.value
+
+    def value(self, runs: Sequence[Run]) -> Result | None:
+        own = successes([run for run in runs if run.label not in (BASE, NEVER_KNOWN)], self.attack)
+        places = [place for place in own if place in self.known]
+        ours, control = pooled([own[place] for place in places]), pooled([self.known[place] for place in places])
+        if ours is None or control is None:
+            return None
+        found = excess(Rate.of(ours), Rate.of(control))
+        return Result(found.value, (found.low, found.high), ours.n)
+
+
+def successes(runs: Sequence[Run], attack: str) -> dict[tuple[str, int], Result]:
+    """Return an attack's success by task and seed, for the runs of one label that it was run on."""
+    return {(run.task, run.seed): result for run in runs if (result := run.success(attack)) is not None}
+
+
+def attack_columns(attacks: Sequence[type[Attack]], controls: Sequence[Run]) -> list[Column]:
+    """Compose the columns of attacks.
+
+    Args:
+        attacks: Attacks, in the order of the columns.
+        controls: Attacked controls.
+    """
+    known = [run for run in controls if run.label == NEVER_KNOWN]
+    columns: list[Column] = []
+    for attack in attacks:
+        base = pooled(list(successes([run for run in controls if run.label == BASE], attack.name).values()))
+        too_weak = base is not None and base.value < STRONG
+        columns.append(SuccessColumn(attack, too_weak=too_weak))
+        if known:
+            columns.append(ExcessColumn(attack, known, too_weak=too_weak))
+    return columns
+
+
+def attack_grid(
+    table: Sequence[Summary],
+    columns: Sequence[Column],
+    methods: Sequence[str],
+    not_attacked: Mapping[str, str],
+    refusals: Iterable[str],
+) -> Grid:
+    """Lay out the table of attacks, with the `leaders` among the methods marked.
+
+    Args:
+        table: Lines of the controls and of the methods that were attacked.
+        columns: Columns of the table.
+        methods: Labels of all methods, in the order of the lines.
+        not_attacked: Reasons why methods cannot be attacked, by label.
+        refusals: Attacks that do not apply to a model, each with its reason.
+    """
+    summary = {line.label: line for line in table}
+    best = leaders([line for line in table if line.label in methods], columns)
+    lines = []
+    for label in (BASE, NEVER_KNOWN, *methods):
+        if label in summary:
+            line = summary[label]
+            entries = [Entry.of(line.values[c.name], c.unit, best=(label, c.name) in best) for c in columns]
+            lines.append((label, [*entries, Entry(f"{line.runs}/{line.planned}")]))
+        elif label in not_attacked:
+            lines.append((label, [Entry(DASH)] * (len(columns) + 1)))
+    head = ["method", *(column.heading for column in columns), "runs"]
+    return Grid(head, lines, _note(NEVER_KNOWN in summary, not_attacked, refusals), title="Attacks")
+
+
+def _note(known: bool, not_attacked: Mapping[str, str], refusals: Iterable[str]) -> str:
+    reasons = [
+        f"Not attacked: {listed([label for label, its in not_attacked.items() if its == reason])} ({reason})."
+        for reason in dict.fromkeys(not_attacked.values())
+    ]
+    found = [f"Not for every model: {text}." for text in [listed(list(dict.fromkeys(refusals)))] if text]
+    return " ".join([NOTE.format(strong=STRONG, known=KNOWN if known else ""), *reasons, *found])

@@ -1,0 +1,91 @@
+"""The plan of a run of attacks: which attacks, on which targets, under which conditions; it loads no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from safemax_sd.evaluation.attacks.base import ACCESS, ATTACKS, Attack
+from safemax_sd.evaluation.attacks.plain import Plain
+from safemax_sd.evaluation.attacks.target import Role
+from safemax_sd.evaluation.inputs import find_suite
+from safemax_sd.evaluation.resistance.options import ALL, AttackOptions, ResistanceOptions
+from safemax_sd.evaluation.resistance.report import AttackReport
+from safemax_sd.evaluation.subjects import Adapter
+
+from safemax_sd.core.provenance import json_text
+from safemax_sd.prompts import Suite
+from safemax_sd.results.erasure import BaseModel
+
+NO_CONDITIONS = ("attacks", "adapter", "output_dir", "batch_size")
+"""Options that no row depends on, and the adapter's folder, whose record is a condition instead."""
+
+
+def chosen(names: Sequence[str]) -> list[type[Attack]]:
+    """Return the attacks of `--attacks`, those with the least access first; the plain prompts always come first.
+
+    Raises:
+        OptionError: No attack has that name.
+    """
+    found = {ATTACKS.get(name) for name in (ATTACKS.names() if ALL in names else names)}
+    return sorted(found | {Plain}, key=lambda attack: (attack is not Plain, ACCESS.index(attack.access), attack.name))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Attacks and their targets.
+
+    Attributes:
+        options: Options of the run.
+        suite: Suite whose forbidden prompts are to show their concepts again.
+        roles: Targets, in the order in which an attack runs on them.
+        base_model: Model before the erasure.
+        adapter: Erasure; None if only controls are attacked.
+    """
+
+    options: ResistanceOptions
+    suite: Suite
+    roles: tuple[Role, ...]
+    base_model: BaseModel
+    adapter: Adapter | None = None
+
+    @classmethod
+    def of_command(cls, options: AttackOptions) -> Self:
+        """Plan attacks on an erasure and all its controls.
+
+        Raises:
+            OptionError: The folder is not a finished run's, or the suite cannot be loaded.
+        """
+        adapter = Adapter(Path(options.adapter))
+        suite = find_suite(options.suite, adapter.record)
+        roles: tuple[Role, ...] = ("erased", "base")
+        if options.never_known is not None:
+            roles = (*roles, "never_known")
+        if options.untaught_dir is not None:
+            roles = (*roles, "untaught")
+        return cls(options, suite, roles, adapter.record.base_model, adapter)
+
+    @cached_property
+    def attacks(self) -> list[Attack]:
+        """Attacks with their settings, in the order in which they run."""
+        return [attack(attack.presets[self.options.preset]) for attack in chosen(self.options.attacks)]
+
+    def missing(self, report: AttackReport) -> list[tuple[Attack, Role]]:
+        """Return the attacks that a report lacks, each with its target."""
+        pairs = [(attack, role) for attack in self.attacks for role in self.roles]
+        return [(attack, role) for attack, role in pairs if not report.has(attack.name, role)]
+
+    def conditions(self) -> dict[str, object]:
+        """Return everything that rows depend on besides the attack and its settings, as `attacks.json` stores it."""
+        options = {name: value for name, value in self.options.record().items() if name not in NO_CONDITIONS}
+        if self.adapter is None:
+            model: dict[str, object] = {"base_model": self.base_model.public().name_or_path}
+        else:
+            model = {"adapter": self.adapter.record.public().to_json()}
+        content = {**options, **model, "forget": self.suite.parts["forget"].sha256}
+        stored: dict[str, object] = json.loads(json_text(content))
+        return stored

@@ -1,0 +1,86 @@
+"""The table of a comparison's attacks, by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safemax_sd.evaluation.attacks.adapter_scale import AdapterScale
+from safemax_sd.evaluation.attacks.plain import Plain
+from safemax_sd.evaluation.comparison.attack_table import attack_columns, attack_grid
+from safemax_sd.evaluation.comparison.runs import Attempt, Run, read_controls
+from safemax_sd.evaluation.comparison.tables import markdown, summaries
+from safemax_sd.evaluation.metrics.base import wilson
+from safemax_sd.evaluation.resistance.report import Rate, excess
+
+ATTACKS = (Plain, AdapterScale)
+
+
+def run(label: str, task: str, seed: int = 0, **successes: int) -> Run:
+    """A run whose attacks succeeded so many times in ten."""
+    attempts = tuple(Attempt(name, wilson(count, 10)) for name, count in successes.items())
+    return Run(label, None if label in ("base", "never_known") else label, task, seed, (), attacks=attempts)
+
+
+CONTROLS = [
+    *(run("base", task, plain=8, adapter_scale=10) for task in ("a", "b")),
+    run("never_known", "a", plain=0, adapter_scale=1),
+    run("never_known", "b", plain=0, adapter_scale=9),
+]
+RUNS = [
+    run("ours", "a", plain=0, adapter_scale=2), run("ours", "a", 1, adapter_scale=4),
+    run("theirs", "a", plain=1, adapter_scale=10), run("theirs", "b", plain=3, adapter_scale=10),
+]  # fmt: skip
+
+
+def test_rates_are_pooled_and_the_excess_is_over_the_same_tasks_and_seeds() -> None:
+    columns = attack_columns(ATTACKS, CONTROLS)
+    assert [column.heading for column in columns] == [
+        "No attack % (too weak)", "No attack: excess", "Adapter scale %", "Adapter scale: excess",
+    ]  # fmt: skip
+    base, known, ours, theirs = summaries([*CONTROLS, *RUNS], ["base", "never_known", "ours", "theirs"], 4, columns)
+    assert ours.values["adapter_scale"] == wilson(6, 20)
+    assert theirs.values["plain"] == wilson(4, 20)
+    found = ours.values["adapter_scale_excess"]  # of task a with seed 0, where alone there is a control
+    wanted = excess(Rate.of(wilson(2, 10)), Rate.of(wilson(1, 10)))
+    assert found is not None
+    assert (found.value, found.interval, found.n) == (wanted.value, (wanted.low, wanted.high), 10)
+    found = theirs.values["adapter_scale_excess"]
+    assert found is not None
+    assert found.value == pytest.approx(100 - 50)
+    assert base.values["adapter_scale_excess"] is known.values["adapter_scale_excess"] is None
+
+
+def test_the_lowest_is_marked_unless_the_attack_is_too_weak() -> None:
+    columns = attack_columns(ATTACKS, CONTROLS)
+    table = summaries([*CONTROLS, *RUNS], ["base", "never_known", "ours", "theirs"], 4, columns)
+    refused = {"steered": "it has no weights", "other": "it has no weights"}
+    grid = attack_grid(table, columns, ["ours", "steered", "theirs", "other"], refused, ["Mist (no mist)"] * 2)
+    assert [label for label, _ in grid.lines] == ["base", "never_known", "ours", "steered", "theirs", "other"]
+    best = {label: [entry.best for entry in line] for label, line in grid.lines}
+    assert best["ours"] == [False, False, True, True, False]
+    assert not any(any(line) for label, line in best.items() if label != "ours")
+    lines = dict(grid.lines)
+    assert {entry.value for entry in lines["steered"]} == {"–"}
+    assert lines["ours"][-1].value == "2/4"
+    assert "Not attacked: steered and other (it has no weights)." in grid.note
+    assert "Not for every model: Mist (no mist)." in grid.note
+    assert "| ours | 0.0 [" in markdown([grid])
+
+
+def test_without_a_control_there_is_no_excess() -> None:
+    columns = attack_columns(ATTACKS, [])
+    assert [column.name for column in columns] == ["plain", "adapter_scale"]
+    assert all(column.higher_is_better is False for column in columns)
+    grid = attack_grid(summaries(RUNS, ["ours"], 4, columns), columns, ["ours"], {}, [])
+    assert "excess" not in grid.note
+    assert "Not attacked" not in grid.note
+
+
+def test_attempts_are_read_back() -> None:
+    for attempt in (Attempt("plain", wilson(3, 10), 40, 1.5), Attempt("plain", None, refusal="no adapter")):
+        assert Attempt.from_json(attempt.to_json()) == attempt
+
+
+def test_older_files_have_no_attacks() -> None:
+    assert read_controls(Path("docs/results/emoji_comparison/compare.json")) == ()
