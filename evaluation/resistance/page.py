@@ -204,7 +204,7 @@ def _figure_names(report: AttackReport) -> dict[str, list[str]]:
 
 def _curves(report: AttackReport) -> str:
     """Plot the success of attacks whose tries form curves, a plot for each curve with a line for each target."""
-    plots = []
+    plots: list[str] = []
     for attack in dict.fromkeys(row.attack for row in report.rows):
         rows = {role: report.row(attack, role) for role in targets(report)}
         drawn = {role: curves(row) for role, row in rows.items() if row is not None}
