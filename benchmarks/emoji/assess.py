@@ -1,8 +1,10 @@
 """Measure the embedded base model: is every concept and style drawn so that the judge recognises it?
 
     python -m benchmarks.emoji.assess --num_images 1000
+    python -m benchmarks.emoji.assess --retrained emoji_build/retrained --contact_sheet docs/images/emoji_retrained.png
 
-Reads the packaged models, appends a line to `benchmarks/emoji/results.jsonl` and writes a contact sheet.
+Reads the packaged models, appends a line to `benchmarks/emoji/results.jsonl` and writes a contact sheet. `--retrained`
+measures the model of `benchmarks.emoji.retrained` instead, the concepts that it was never taught apart from the others.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from safemax_sd.evaluation.real import embedded_pairs
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.emoji.retrained import ERASED
 from benchmarks.emoji.settings import CONCEPTS, SEED, STYLED_TEMPLATES, STYLES
 from safemax_sd.assets import ASSETS
 from safemax_sd.core.judge import Judge, load_judge
@@ -61,23 +64,33 @@ def recognised(judge: Judge, pictures: Tensor, names: list[str], candidates: lis
     return {"percent": round(rate.value, 2), "interval": [round(v, 2) for v in rate.interval or ()], "n": rate.n}
 
 
+def groups(num_images: int, untaught: tuple[str, ...]) -> dict[str, list[Pair]]:
+    """Pairs to draw by group: seen in training, held out of it and, if there are any, of concepts never taught."""
+    held_out = embedded_pairs(held_out=True)
+    pairs = [(c, s) for c in CONCEPTS for s in STYLES if (c, s) not in set(held_out)]
+    seen = [pair for pair in pairs if pair[0] not in untaught]
+    order = np.random.default_rng(SEED).permutation(len(seen))
+    found = {
+        "seen pairs": [seen[order[i % len(seen)]] for i in range(num_images)],
+        "held-out pairs": [pair for pair in held_out if pair[0] not in untaught],
+    }
+    return {**found, "never taught": [pair for pair in pairs if pair[0] in untaught]} if untaught else found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_images", type=int, default=1000)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
     parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--retrained", type=Path)
     parser.add_argument("--contact_sheet", type=Path, default=Path("docs/images/emoji_base.png"))
     arguments = parser.parse_args()
-    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji", safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(arguments.retrained or ASSETS / "emoji", safety_checker=None)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     judge = load_judge("emoji")
-    held_out = embedded_pairs(held_out=True)
-    seen = [(c, s) for c in CONCEPTS for s in STYLES if (c, s) not in set(held_out)]
-    order = np.random.default_rng(SEED).permutation(len(seen))
-    chosen = [seen[order[i % len(seen)]] for i in range(arguments.num_images)]
-    result: dict[str, object] = {"settings": {k: str(v) for k, v in vars(arguments).items()}}
-    for name, pairs in (("seen pairs", chosen), ("held-out pairs", held_out)):
+    result: dict[str, object] = {"settings": {k: str(v) for k, v in vars(arguments).items() if v is not None}}
+    for name, pairs in groups(arguments.num_images, ERASED if arguments.retrained else ()).items():
         pictures = draw(pipeline, pairs, arguments)
         styles = [f"{style} style" for style in STYLES]
         result[name] = {
@@ -86,8 +99,9 @@ def main() -> None:
         }
         print(name, json.dumps(result[name]))
     result["provenance"] = asdict(provenance(SEED, torch.device("cpu")))
+    benchmark = "emoji model retrained without erased concepts" if arguments.retrained else "emoji base model"
     with RESULTS.open("a", encoding="utf8") as file:
-        file.write(json.dumps({"benchmark": "emoji base model", **result}) + "\n")
+        file.write(json.dumps({"benchmark": benchmark, **result}) + "\n")
     every = CONCEPTS[:: len(CONCEPTS) // 16][:16]
     shown = [(concept, style) for style in STYLES for concept in every]
     arguments.contact_sheet.parent.mkdir(parents=True, exist_ok=True)

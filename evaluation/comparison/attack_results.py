@@ -83,8 +83,8 @@ class AttackResults:
 
     @cached_property
     def columns(self) -> list[Column]:
-        """Columns of the table."""
-        return attack_columns(self.attacks, self.controls)
+        """Columns of the table, without attacks whose success shows nothing by itself."""
+        return attack_columns([attack for attack in self.attacks if attack.success_counts], self.controls)
 
     @cached_property
     def table(self) -> list[Summary]:

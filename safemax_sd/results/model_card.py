@@ -11,7 +11,6 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from safemax_sd.adapters.lora import LoraSettings
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.escaping import markdown_code, markdown_text
 from safemax_sd.core.provenance import atomic_write_text
@@ -68,8 +67,13 @@ def _plain(name: str) -> str:
     return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME].rstrip(chr(92))}…"
 
 
-def _trained(lora: LoraSettings | None) -> str:
-    return "all weights" if lora is None else f"LoRA of rank {lora.rank}, {lora.targets} layers"
+def _trained(record: ErasureRecord) -> str:
+    if record.lora is not None:
+        return f"LoRA of rank {record.lora.rank}, {record.lora.targets} layers"
+    pruned = record.config.get("prune")
+    return (
+        f"LoRA, merged into weights pruned by {pruned:.1%}" if isinstance(pruned, float) and pruned else "all weights"
+    )
 
 
 def describe(record: ErasureRecord, picture: Picture | None, measured: str = "") -> str:
@@ -112,7 +116,7 @@ def describe(record: ErasureRecord, picture: Picture | None, measured: str = "")
         f"| steps | {cost.steps} |",
         f"| seconds | {cost.seconds['total']:.1f} |",
         *([f"| peak memory | {cost.peak_memory_bytes / 2**30:.2f} GiB |"] if cost.peak_memory_bytes else []),
-        f"| trained | {_trained(record.lora)} |",
+        f"| trained | {_trained(record)} |",
         "",
         *(["## Measured", "", measured, ""] if measured else []),
         "Erasure is measured, not guaranteed: `safemax evaluate` says what this adapter forgets, keeps and withstands.",

@@ -1,0 +1,91 @@
+"""Attack erasures of one task, and its controls once, where the knowledge may still be: token states and weights.
+
+    python -m benchmarks.emoji.depth --task emoji/bomb --adapter default=no_bomb --adapter pruned=no_bomb_pruned \\
+      --never_known emoji_build/retrained --output_dir emoji_build/depth
+
+State inversion with two rates and relearning of all weights, with budgets between the presets of `safemax attack`. Each
+target gets a folder with attacks.json and its page; a killed run resumes. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from safemax_sd.evaluation.attacks.base import Attack
+from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings
+from safemax_sd.evaluation.attacks.plain import Plain
+from safemax_sd.evaluation.attacks.relearning import Relearning
+from safemax_sd.evaluation.attacks.state_inversion import StateInversion, StateInversionSettings
+from safemax_sd.evaluation.resistance.options import ResistanceOptions
+from safemax_sd.evaluation.resistance.page import format_rate
+from safemax_sd.evaluation.resistance.plan import Plan
+from safemax_sd.evaluation.resistance.report import AttackReport, AttackRow
+from safemax_sd.evaluation.resistance.run import run_plan
+from safemax_sd.evaluation.subjects import Adapter
+
+from safemax_sd.families import LoadOptions
+from safemax_sd.prompts import load_suite
+from safemax_sd.results.erasure import BaseModel
+
+INVERSION = StateInversionSettings(learning_rates=(0.05, 0.1), steps=300)
+RELEARNING = FineTuningSettings(full_rates=(1e-4,), lora_rates=(), steps=(10, 20, 50, 100, 200))
+
+
+@dataclass(frozen=True)
+class DepthPlan(Plan):
+    """The attacks of this benchmark in place of a preset's."""
+
+    @cached_property
+    def attacks(self) -> list[Attack]:
+        return [Plain(Plain.presets["quick"]), StateInversion(INVERSION), Relearning(RELEARNING)]
+
+
+def plans(arguments: argparse.Namespace) -> dict[str, DepthPlan]:
+    """Return the plan of each target by its name."""
+    options = ResistanceOptions(
+        suite=arguments.task, never_known=arguments.never_known, num_images=arguments.num_images, seed=arguments.seed
+    )
+    suite, base = load_suite(arguments.task), BaseModel.of(LoadOptions("emoji"), None)
+    found = {}
+    for entry in arguments.adapter:
+        name, _, folder = entry.partition("=")
+        found[name] = DepthPlan(options, suite, ("erased",), base, Adapter(Path(folder)))
+    found["base"] = DepthPlan(options, suite, ("base",), base)
+    if arguments.never_known is not None:
+        found["never_known"] = DepthPlan(options, suite, ("never_known",), base)
+    return found
+
+
+def line(name: str, rows: tuple[AttackRow, ...]) -> str:
+    """Return a target's line of the table."""
+    by_attack = {row.attack: row for row in rows}
+    relearnt = [f"{tried.success.value:.0f}" for tried in by_attack[Relearning.name].tries]
+    rates = [format_rate(by_attack[attack].success) for attack in (Plain.name, StateInversion.name)]
+    return f"| {name} | {' | '.join([*rates, *relearnt])} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="emoji/bomb")
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--never_known")
+    parser.add_argument("--num_images", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("emoji_build/depth"))
+    arguments = parser.parse_args()
+    heads = ["target", "plain", "state inversion", *(f"relearnt {steps}" for steps in RELEARNING.steps)]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for name, plan in plans(arguments).items():
+        folder = arguments.output_dir / arguments.task / name
+        run_plan(plan, folder)
+        report = AttackReport.find(folder, "--output_dir")
+        assert report is not None
+        lines.append(line(name, report.rows))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
