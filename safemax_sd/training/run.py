@@ -87,8 +87,7 @@ def build_run(
         warn_over_long(retain, family.tokenizer, option="--retain_prompts")
         validation = family.encode_prompts(config.validation_prompt) if config.validation_prompt else None
         probe = UnlearningProbe.build(config, family, forget, retain)
-    with clock.phase("prune"):
-        pruning_calls = pruned(config, family, forget, retain)
+    pruning_calls = pruned(config, family, forget, retain, clock)
     with clock.phase("replay"):
         needs = OBJECTIVES.get(config.objective).needs(config, forget)
         recording = Recording(config, needs, family, forget, retain)
@@ -129,7 +128,7 @@ def build_run(
         validation=validation,
         probe=probe,
         model_calls={
-            "prune": pruning_calls,
+            **pruning_calls,
             "replay": recording.model_calls,
             "prepare": prior_calls,
             "train": 0,
@@ -138,14 +137,18 @@ def build_run(
     )
 
 
-def pruned(config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet) -> int:
-    """Prune the frozen model as `--prune` asks; return the network evaluations that it took, counted per sample."""
+def pruned(
+    config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet, clock: Stopwatch
+) -> dict[str, int]:
+    """Prune the frozen model if `--prune` asks for it; return the network evaluations of that phase, if it was run."""
     if not config.prune:
-        return 0
+        return {}
     # The objective's own trajectories are recorded after this: a LoRA that sees those of the unpruned model learns back
     # what has been removed.
-    recording = Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), family, forget, retain)
-    return prune(family, recording.before(0), config.prune, seed=config.seed) + recording.model_calls
+    with clock.phase("prune"):
+        recording = Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), family, forget, retain)
+        calls = prune(family, recording.before(0), config.prune, seed=config.seed)
+    return {"prune": calls + recording.model_calls}
 
 
 def check_family(config: TrainConfig, family: ModelFamily) -> None:
