@@ -65,7 +65,12 @@ def prune(family: ModelFamily, data: ErasureData, fraction: float, *, seed: int)
     with torch.no_grad():
         for weight, own in zip(family.denoiser.parameters(), ratio, strict=True):
             weight[(own > threshold).view_as(weight)] = 0
-    return len(data.forget_bank) + len(data.retain_bank)
+    return sum(passes(bank) * len(bank) for bank in (data.forget_bank, data.retain_bank))
+
+
+def passes(bank: ReplayBank) -> int:
+    """Return how often an estimate passes a bank."""
+    return -(-FEWEST_ROWS // len(bank))
 
 
 def importance(
@@ -90,8 +95,7 @@ def importance(
     weights = list(denoiser.parameters())
     found = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     device = weights[0].device
-    passes = -(-FEWEST_ROWS // len(bank))
-    all_rows = torch.cat([torch.randperm(len(bank), generator=generator) for _ in range(passes)])
+    all_rows = torch.cat([torch.randperm(len(bank), generator=generator) for _ in range(passes(bank))])
     denoiser.requires_grad_(True)
     with family.evaluating():
         for rows in tqdm(all_rows.split(BATCH_SIZE), desc=description, unit="batch"):
