@@ -13,6 +13,8 @@ from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings
 from safemax_sd.evaluation.attacks.task import Examples
 from safemax_sd.evaluation.metrics.base import Context
 from safemax_sd.evaluation.real import embedded_pictures
+from safemax_sd.evaluation.resistance.options import AttackOptions
+from safemax_sd.evaluation.resistance.plan import Plan
 from safemax_sd.evaluation.resistance.report import (
     AttackReport,
     AttackRow,
@@ -100,6 +102,16 @@ def test_pictures_of_other_concepts_are_drawn_beforehand_and_count_as_none_of_th
     training, drawing = 2 * 3, 2 * (2 * 2 * 2)  # steps x batch; tries x pictures with two calls in each of two steps
     rows = [row for row in report.rows if row.attack == "benign_tuning"]
     assert [row.model_calls for row in rows] == [training + drawing] * len(ROLES)
+
+
+def test_an_attacks_own_draws_follow_the_seed(adapter: Path) -> None:
+    def drawn(seed: int) -> float:
+        options = AttackOptions(
+            adapter=str(adapter), suite=str(adapter.parent), seed=seed, num_images=2, num_inference_steps=2
+        )
+        return float(torch.rand((), generator=Resistance(Plan.of_command(options)).task.generator("any")))
+
+    assert drawn(0) != drawn(1)
 
 
 def test_a_second_call_runs_nothing(
