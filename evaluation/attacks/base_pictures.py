@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from safemax_sd.evaluation.attacks.target import Target
+from safemax_sd.evaluation.attacks.target import Target, draw
 from safemax_sd.evaluation.attacks.task import Task
 from torch import Tensor
 
@@ -15,19 +14,5 @@ def base_latents(target: Target, task: Task) -> Tensor:
     they are the concept's examples, in turn.
     """
     if target.role == "untaught":
-        latents = torch.empty_like(task.noise)
-        for concept in task.concepts:
-            rows, shown = task.rows(concept), task.examples.showing(concept)
-            latents[rows] = task.examples.latents[shown[torch.arange(len(rows)) % len(shown)]]
-        return latents
-    conditioning, sampling = target.base.encode_prompts(task.texts), target.sampling
-    drawn = [
-        target.base.sample(
-            conditioning.select(rows),
-            task.noise[rows].to(target.device),
-            guidance_scale=sampling.guidance_scale,
-            num_inference_steps=sampling.num_inference_steps,
-        ).cpu()
-        for rows in torch.arange(len(task)).split(sampling.batch_size)
-    ]
-    return torch.cat(drawn)
+        return task.examples.latents[task.example_rows()]
+    return draw(target.base, target.base.encode_prompts(task.texts), task.noise, target.sampling)

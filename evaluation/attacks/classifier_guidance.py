@@ -31,7 +31,7 @@ from safemax_sd.evaluation.attacks.latent_classifier import (
     train_classifier,
 )
 from safemax_sd.evaluation.attacks.steps import Step, walk
-from safemax_sd.evaluation.attacks.target import Sampling, Target
+from safemax_sd.evaluation.attacks.target import Sampling, Target, draw
 from safemax_sd.evaluation.attacks.task import Task
 from torch import Tensor
 
@@ -90,19 +90,10 @@ class ClassifierGuidance(Attack):
 
     def other_pictures(self, target: Target, task: Task) -> Tensor:
         """Draw latents of the base model's pictures with the empty prompt, [K, *latent] on the processor."""
-        base, sampling = target.base, target.sampling
         generator = task.generator(f"{self.name} others")
         noise = torch.randn(self.settings.others, *target.latent_shape, generator=generator)
-        drawn = [
-            base.sample(
-                base.empty.select(torch.zeros(len(part), dtype=torch.long)),
-                part.to(target.device),
-                guidance_scale=sampling.guidance_scale,
-                num_inference_steps=sampling.num_inference_steps,
-            ).cpu()
-            for part in noise.split(sampling.batch_size)
-        ]
-        return torch.cat(drawn)
+        empty = target.base.empty.select(torch.zeros(len(noise), dtype=torch.long))
+        return draw(target.base, empty, noise, target.sampling)
 
 
 def pushed_step(

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from safemax_sd.evaluation.attacks.base import Access, Attack, Try
-from safemax_sd.evaluation.attacks.target import Sampling, Target
+from safemax_sd.evaluation.attacks.target import Sampling, Target, draw, with_noise
 from safemax_sd.evaluation.attacks.task import Task
 from safemax_sd.evaluation.attacks.text import FREE, TextEncoders, refusal, reworded
 from torch import Tensor
@@ -105,7 +105,7 @@ class ConceptInversion(Attack):
         Returns:
             Latents of the pictures and of their mirror images, [2, P, *latent] on the processor.
         """
-        base, sampling = target.base, target.sampling
+        base = target.base
         if target.role == "untaught":
             shown = task.examples.showing(concept)
             mirrored = base.encode_pictures(task.examples.pictures[shown].flip(-1)).cpu()
@@ -114,16 +114,12 @@ class ConceptInversion(Attack):
         asked = base.encode_prompts([task.texts[row] for row in rows.tolist()])
         generator = task.generator(f"{self.name} {concept} pictures")
         noise = torch.randn(len(rows), *target.latent_shape, generator=generator)
-        latents = []
-        for part in torch.arange(len(rows)).split(sampling.batch_size):
-            drawn = base.sample(
-                asked.select(part),
-                noise[part].to(target.device),
-                guidance_scale=sampling.guidance_scale,
-                num_inference_steps=sampling.num_inference_steps,
-            )
-            latents.append(torch.stack([drawn, base.encode_pictures(base.decode(drawn).flip(-1))]).cpu())
-        return torch.cat(latents, 1)
+        drawn = draw(base, asked, noise, target.sampling)
+        mirrored = [
+            base.encode_pictures(base.decode(part.to(target.device)).flip(-1)).cpu()
+            for part in drawn.split(target.sampling.batch_size)
+        ]
+        return torch.stack([drawn, torch.cat(mirrored)])
 
     def invert(
         self, target: Target, latents: Tensor, templates: Templates, rate: float, generator: torch.Generator
@@ -140,15 +136,12 @@ class ConceptInversion(Attack):
         Returns:
             Embeddings, [K, D].
         """
-        settings, process = self.settings, target.family.process
+        settings = self.settings
         learnt = templates.start(settings.start).requires_grad_()
         optimizer = torch.optim.AdamW([learnt], lr=rate, weight_decay=settings.weight_decay)
         for _ in range(settings.steps):
             mirrored, rows = (torch.randint(n, (settings.batch_size,), generator=generator) for n in latents.shape[:2])
-            x0 = latents[mirrored, rows]
-            noise, t = torch.randn(x0.shape, generator=generator), process.schedule.sample_times(len(x0), generator)
-            noised = (process.add_noise(x0, noise, t), t, process.target(x0, noise, t))
-            x_t, t, wanted = (tensor.to(target.device) for tensor in noised)
+            x_t, t, wanted = with_noise(target.family, latents[mirrored, rows], generator)
             asked = templates.encode(rows % len(templates), learnt)
             loss = F.mse_loss(target.family.predict(x_t, t, asked), wanted)
             optimizer.zero_grad()

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.base_pictures import base_latents
-from safemax_sd.evaluation.attacks.target import Sampling, Target
+from safemax_sd.evaluation.attacks.target import Sampling, Target, with_noise
 from safemax_sd.evaluation.attacks.task import Task
 from safemax_sd.evaluation.attacks.text import FREE, TextEncoders, pictures_of, prediction_losses, refusal
 from torch import Tensor
@@ -114,7 +114,7 @@ class P4D(Attack):
         texts = {}
         for step in range(1, settings.steps + 1):
             ids[free] = nearest(values, encoders)
-            x_t, t = noised(target, start[1], generator)
+            x_t, t, _ = with_noise(target.family, start[1], generator)
             losses = prediction_losses(target, x_t, t, base_predictions(target, x_t, t, known))
             values.grad = encoders.gradient(ids, losses, target.sampling.batch_size)[free]
             optimizer.step()
@@ -134,13 +134,6 @@ def nearest(values: Tensor, encoders: TextEncoders) -> Tensor:
     """Return the word whose embedding is nearest by cosine to each of the values [F, D], int64 [F]."""
     words = F.normalize(encoders.table[encoders.words], dim=-1)
     return encoders.words[(F.normalize(values, dim=-1) @ words.T).argmax(1)]
-
-
-def noised(target: Target, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw x_t [N, *latent] and native time t [N] for each clean latent, as in the model's training."""
-    process = target.family.process
-    noise, t = torch.randn(clean.shape, generator=generator), process.schedule.sample_times(len(clean), generator)
-    return process.add_noise(clean, noise, t), t
 
 
 @torch.no_grad()

@@ -112,18 +112,10 @@ class Target:
         Returns:
             Latents, float32 [N, *latent] on the processor.
         """
-        scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
-        drawn = []
-        for rows in torch.arange(len(noise)).split(self.sampling.batch_size):
-            latents = self.family.sample(
-                conditioning.select(rows),
-                noise[rows].to(self.device),
-                guidance_scale=scale,
-                num_inference_steps=self.sampling.num_inference_steps,
-                skipped=skipped,
-            )
-            drawn.append(latents.cpu())
-        return torch.cat(drawn)
+        sampling = self.sampling
+        if guidance_scale is not None:
+            sampling = replace(sampling, guidance_scale=guidance_scale)
+        return draw(self.family, conditioning, noise, sampling, skipped=skipped)
 
     def noised(self, latents: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Draw samples of the denoising loss at noise levels drawn as in the model's training.
@@ -164,6 +156,23 @@ class Target:
             }
             self.family.denoiser.load_state_dict(mixed)
             yield
+
+
+def draw(
+    family: LatentFamily, conditioning: Conditioning, noise: Tensor, sampling: Sampling, *, skipped: int = 0
+) -> Tensor:
+    """Draw latents with a model as its stock pipeline would; see `Target.draw`."""
+    drawn = []
+    for rows in torch.arange(len(noise)).split(sampling.batch_size):
+        latents = family.sample(
+            conditioning.select(rows),
+            noise[rows].to(family.device),
+            guidance_scale=sampling.guidance_scale,
+            num_inference_steps=sampling.num_inference_steps,
+            skipped=skipped,
+        )
+        drawn.append(latents.cpu())
+    return torch.cat(drawn)
 
 
 def with_noise(family: LatentFamily, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safemax_sd.evaluation.attacks.base import Attack
 from safemax_sd.evaluation.attacks.plain import Plain
-from safemax_sd.evaluation.attacks.target import Role, Sampling, Target, load_control, load_erased
+from safemax_sd.evaluation.attacks.target import Role, Sampling, Target, draw, load_control, load_erased
 from safemax_sd.evaluation.attacks.task import Examples, Task, succeeded
 from safemax_sd.evaluation.inputs import judging_context, load_real
 from safemax_sd.evaluation.metrics.base import Context
@@ -208,11 +208,8 @@ def drawn_examples(base: LatentFamily, prompts: Sequence[str], sampling: Samplin
     """Draw a picture for each prompt with the base model, [N, 3, H, W] in 0 to 1."""
     seeds = list(range(EXAMPLE_SEED, EXAMPLE_SEED + len(prompts)))
     noise = start_noise(base.latent_shape(sampling.resolution), seeds, torch.device("cpu"))
-    target = Target("base", base, base, sampling)
-    try:
-        return target.pictures(target.draw(target.encode(prompts), noise))
-    finally:
-        target.close()
+    latents = draw(base, base.encode_prompts(prompts), noise, sampling)
+    return base.decode(latents.to(base.device)).cpu()
 
 
 def attack(options: AttackOptions) -> Path:

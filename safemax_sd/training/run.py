@@ -127,13 +127,7 @@ def build_run(
         clock=clock,
         validation=validation,
         probe=probe,
-        model_calls={
-            **pruning_calls,
-            "replay": recording.model_calls,
-            "prepare": prior_calls,
-            "train": 0,
-            "probe": 0,
-        },
+        model_calls={**pruning_calls, "replay": recording.model_calls, "prepare": prior_calls, "train": 0, "probe": 0},
     )
 
 
