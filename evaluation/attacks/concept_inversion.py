@@ -115,11 +115,11 @@ class ConceptInversion(Attack):
         generator = task.generator(f"{self.name} {concept} pictures")
         noise = torch.randn(len(rows), *target.latent_shape, generator=generator)
         drawn = draw(base, asked, noise, target.sampling)
-        mirrored = [
+        flipped = [
             base.encode_pictures(base.decode(part.to(target.device)).flip(-1)).cpu()
             for part in drawn.split(target.sampling.batch_size)
         ]
-        return torch.stack([drawn, torch.cat(mirrored)])
+        return torch.stack([drawn, torch.cat(flipped)])
 
     def invert(
         self, target: Target, latents: Tensor, templates: Templates, rate: float, generator: torch.Generator
