@@ -10,7 +10,7 @@ target gets a folder with attacks.json and its page; a killed run resumes. Print
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -45,9 +45,7 @@ class DepthPlan(Plan):
 
 def plans(arguments: argparse.Namespace) -> dict[str, DepthPlan]:
     """Return the plan of each target by its name."""
-    options = ResistanceOptions(
-        suite=arguments.task, never_known=arguments.never_known, num_images=arguments.num_images, seed=arguments.seed
-    )
+    options = ResistanceOptions(suite=arguments.task, num_images=arguments.num_images, seed=arguments.seed)
     suite, base = load_suite(arguments.task), BaseModel.of(LoadOptions("emoji"), None)
     found = {}
     for entry in arguments.adapter:
@@ -55,7 +53,9 @@ def plans(arguments: argparse.Namespace) -> dict[str, DepthPlan]:
         found[name] = DepthPlan(options, suite, ("erased",), base, Adapter(Path(folder)))
     found["base"] = DepthPlan(options, suite, ("base",), base)
     if arguments.never_known is not None:
-        found["never_known"] = DepthPlan(options, suite, ("never_known",), base)
+        # Only its own attacks depend on it: the other targets' may have been run without it.
+        known = replace(options, never_known=arguments.never_known)
+        found["never_known"] = DepthPlan(known, suite, ("never_known",), base)
     return found
 
 
