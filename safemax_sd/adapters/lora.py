@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from safemax_sd.adapters.low_rank import LowRank
+from safemax_sd.adapters.low_rank import LowRank, fused, padded
 from safemax_sd.core.errors import SafemaxError, reason_of
 from safemax_sd.core.options import RANK, SHARE
 from safemax_sd.families.base import LoraTargets, ModelFamily, tuner_layers
@@ -165,7 +165,7 @@ def save_adapter(
     Args:
         family: Model with the adapter.
         directory: Folder to write to; `results.folder.replacing` makes the write atomic.
-        kohya: True to write the file for A1111 and ComfyUI as well.
+        kohya: True to write the file for A1111, Forge and ComfyUI as well.
         changes: Low-rank changes to add, by layer.
     """
     changes = changes or {}
@@ -205,7 +205,7 @@ def layer_alpha(metadata: dict[str, Any], layer: str) -> float:
 
 
 def to_kohya(state: dict[str, Tensor], metadata: dict[str, Any], family: type[ModelFamily]) -> dict[str, Tensor]:
-    """Convert an adapter to the names of kohya's scripts, A1111 and ComfyUI, with one alpha for all layers.
+    """Convert an adapter to the names of kohya's scripts, A1111, Forge and ComfyUI, with one alpha for all layers.
 
     Args:
         state: Tensors of the adapter, by peft's names.
@@ -213,27 +213,31 @@ def to_kohya(state: dict[str, Tensor], metadata: dict[str, Any], family: type[Mo
         family: Family of the adapter's model.
     """
     alphas = {layer: layer_alpha(metadata, layer) for layer in {name.rsplit(".", 2)[0] for name in state}}
-    largest = max(len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight"))
-    names = family.kohya_names(alphas)
+    changes = {n: LowRank(up=state[f"{n}.lora_B.weight"], down=state[f"{n}.lora_A.weight"]) for n in sorted(alphas)}
+    alpha, *others = set(alphas.values())
+    if others or not family.kohya_alphas:
+        changes = {n: LowRank(up=c.up * (alphas[n] / len(c.down)), down=c.down) for n, c in changes.items()}
+    if others:
+        # diffusers drops an attention layer's alpha if it differs from the others'. One rank makes alpha equal to that
+        # rank everywhere.
+        alpha = max(len(change.down) for change in changes.values())
+        changes = {layer: padded(change, alpha) for layer, change in changes.items()}
     converted = {}
-    for layer, alpha in sorted(alphas.items()):
-        down, up = state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"]
-        # diffusers drops an attention layer's alpha if it differs from the others'. Folding alpha in and padding with
-        # zeros to one rank makes alpha equal to that rank everywhere.
-        if len(set(alphas.values())) > 1:
-            down, up, alpha = *_of_rank(largest, down, up * (alpha / len(down))), float(largest)
-        name = f"lora_unet_{names[layer].replace('.', '_')}"
-        converted[f"{name}.lora_down.weight"] = down.contiguous()
-        converted[f"{name}.lora_up.weight"] = up.contiguous()
-        converted[f"{name}.alpha"] = torch.tensor(alpha)
+    for layer, change in _kohya_layers(changes, family).items():
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        converted[f"{name}.lora_down.weight"] = change.down.contiguous()
+        converted[f"{name}.lora_up.weight"] = change.up.contiguous()
+        if family.kohya_alphas:
+            converted[f"{name}.alpha"] = torch.tensor(float(alpha))
     return converted
 
 
-def _of_rank(rank: int, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Pad the matrices (or convolutions) of a low-rank product with zeros to a rank; the product stays the same."""
-    missing = rank - len(down)
-    down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
-    return down, torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
+def _kohya_layers(changes: dict[str, LowRank], family: type[ModelFamily]) -> dict[str, LowRank]:
+    """Return the changes by the names of kohya's format, with those of one layer there fused."""
+    parts: dict[tuple[str, int], dict[int, LowRank]] = {}
+    for layer, place in family.kohya_layers(changes).items():
+        parts.setdefault((place.name, place.parts), {})[place.part] = changes[layer]
+    return {name: fused(found, count) for (name, count), found in parts.items()}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
-"""A low-rank change of a layer."""
+"""Low-rank changes of layers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -18,3 +20,26 @@ class LowRank:
 
     up: Tensor
     down: Tensor
+
+
+def padded(change: LowRank, rank: int) -> LowRank:
+    """Return the same change at a higher rank, with zeros."""
+    missing = rank - len(change.down)
+    down = torch.cat([change.down, change.down.new_zeros(missing, *change.down.shape[1:])])
+    up = torch.cat([change.up, change.up.new_zeros(len(change.up), missing, *change.up.shape[2:])], dim=1)
+    return LowRank(up=up, down=down)
+
+
+def fused(parts: Mapping[int, LowRank], count: int) -> LowRank:
+    """Return the change of a layer whose rows are those of `count` layers of one size; their ranks add up.
+
+    Args:
+        parts: Changes of the layers that change, by number.
+        count: Number of layers.
+    """
+    first = next(iter(parts.values()))
+    size, ranks = len(first.up), [len(change.down) for change in parts.values()]
+    up = first.up.new_zeros(count * size, sum(ranks), *first.up.shape[2:])
+    for columns, (number, change) in zip(up.split(ranks, dim=1), parts.items(), strict=True):
+        columns[number * size : (number + 1) * size] = change.up
+    return LowRank(up=up, down=torch.cat([change.down for change in parts.values()]))

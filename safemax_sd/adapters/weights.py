@@ -30,7 +30,7 @@ class WeightsOptions(RunOptions):
     lora_targets: LoraTargets = option("all", "Layers that get a LoRA.")
     rank: int = option(16, "LoRA rank (alpha equals it).", RANK)
     lora_dropout: float = option(0.0, "LoRA dropout.", SHARE)
-    output_kohya_format: bool = option(False, "Write the adapter for A1111 and ComfyUI as well.")
+    output_kohya_format: bool = option(False, "Write the adapter for A1111, Forge and ComfyUI as well.")
 
     def lora(self) -> LoraSettings | None:
         """Return the layout of the LoRA to train; None where every weight is to train."""
@@ -84,15 +84,15 @@ class LoraWeights(TrainedWeights):
         family: Loaded, frozen model.
         settings: Layout of the LoRA.
         seed: Seed of its initial matrices.
-        kohya: True to save it for A1111 and ComfyUI too.
+        kohya: True to save it in kohya's format too.
 
     Raises:
-        OptionError: These know no such models.
+        OptionError: There is no such format for the model.
     """
 
     def __init__(self, family: ModelFamily, settings: LoraSettings, *, seed: int = 0, kohya: bool = False) -> None:
-        if kohya and not family.kohya_format:
-            raise OptionError("--output_kohya_format", True, f"A1111 and ComfyUI know no {family.name} models")
+        if kohya and family.no_kohya_format is not None:
+            raise OptionError("--output_kohya_format", True, family.no_kohya_format)
         self.family, self.layout, self.kohya = family, settings, kohya
         self.parameters = lora.attach(family, settings, seed=seed)
         family.denoiser.eval()

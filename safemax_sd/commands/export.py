@@ -19,7 +19,7 @@ def export(
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write a full pipeline folder instead of a LoRA.")] = False,
     output_kohya_format: Annotated[
-        bool, typer.Option("--output_kohya_format", help="Write the LoRA for A1111 and ComfyUI as well.")
+        bool, typer.Option("--output_kohya_format", help="Write the LoRA for A1111, Forge and ComfyUI as well.")
     ] = False,
     overwrite_output_dir: Annotated[
         bool, typer.Option("--overwrite_output_dir", help="Replace an earlier export in --output_dir.")

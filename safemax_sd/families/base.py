@@ -17,6 +17,7 @@ from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.registry import Registry
 from safemax_sd.diffusion.process import DiffusionProcess
+from safemax_sd.families.original_names import KohyaLayer
 
 LoraTargets = Literal["all", "attention", "cross_attention"]
 
@@ -107,7 +108,8 @@ class ModelFamily(ABC):
         denoiser: Network that is trained; its base weights are frozen.
         process: Noise process of the model.
         empty: Conditioning of the empty prompt, one row.
-        kohya_format: True if A1111 and ComfyUI support the model and can use a LoRA in their format.
+        no_kohya_format: Reason why no LoRA is written in kohya's format; None if one can be.
+        kohya_alphas: True if a LoRA in that format holds an alpha for every layer; otherwise its scale is 1.
         classifier_free: True if guidance mixes the predictions with and without the prompt. Otherwise the guidance
             scale is an input of the network (see `with_guidance`) and a sampler follows its one prediction.
         denoiser_part: Name of the denoiser in the pipeline (`unet`, `transformer`).
@@ -118,7 +120,8 @@ class ModelFamily(ABC):
     name: ClassVar[str]
     pipeline_classes: ClassVar[frozenset[str]]
     denoiser: nn.Module
-    kohya_format: ClassVar[bool] = True
+    no_kohya_format: ClassVar[str | None] = None
+    kohya_alphas: ClassVar[bool] = True
     classifier_free: bool = True
     denoiser_part: ClassVar[str] = "unet"
     process: DiffusionProcess
@@ -323,9 +326,9 @@ class ModelFamily(ABC):
         return {}
 
     @classmethod
-    def kohya_names(cls, layers: Iterable[str]) -> dict[str, str]:
-        """Map an adapter's layer names to those that A1111 and ComfyUI look for, with dots for their underscores."""
-        return {layer: layer for layer in layers}
+    def kohya_layers(cls, layers: Iterable[str]) -> dict[str, KohyaLayer]:
+        """Map an adapter's layer names to the layers that A1111, Forge and ComfyUI look for."""
+        return {layer: KohyaLayer(layer) for layer in layers}
 
     @abstractmethod
     def save_adapter(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:

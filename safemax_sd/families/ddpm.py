@@ -38,7 +38,7 @@ class ClassConditionalDDPM(ModelFamily):
 
     name: ClassVar[str] = "ddpm"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"DDPMPipeline"})
-    kohya_format: ClassVar[bool] = False
+    no_kohya_format: ClassVar[str | None] = "A1111, Forge and ComfyUI know no ddpm models"
 
     def __init__(self, unet: Any, scheduler: Any, class_names: Sequence[str], device: torch.device) -> None:
         embeddings = unet.config.num_class_embeds

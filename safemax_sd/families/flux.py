@@ -29,6 +29,9 @@ class Flux(TransformerFamily):
 
     name: ClassVar[str] = "flux"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"FluxPipeline"})
+    no_kohya_format: ClassVar[str | None] = (
+        "is not needed for flux models: Forge and ComfyUI load pytorch_lora_weights.safetensors itself"
+    )
 
     def __init__(self, pipeline: Any, options: LoadOptions) -> None:
         self.classifier_free = not pipeline.transformer.config.guidance_embeds

@@ -1,9 +1,10 @@
-"""Layer names of Stable Diffusion's original code, which diffusers renamed."""
+"""Layers of Stable Diffusion's original code, which diffusers renamed and partly split."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -25,9 +26,38 @@ OUTSIDE_BLOCKS = {
 MIDDLE = {"resnets.0": 0, "attentions.0": 1, "resnets.1": 2}
 IN_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 IN_MIDDLE = re.compile(r"mid_block\.((?:resnets|attentions)\.\d+)\.(.+)")
+SD3_BLOCK = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn.proj": ("attn.to_out.0",),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block.attn2.proj": ("attn2.to_out.0",),
+    "x_block.mlp.fc1": ("ff.net.0.proj",),
+    "x_block.mlp.fc2": ("ff.net.2",),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_block.attn.proj": ("attn.to_add_out",),
+    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+    "context_block.mlp.fc2": ("ff_context.net.2",),
+}
+"""Attention and feed-forward layers of a block of SD3, with diffusers' layers in the order of their rows."""
+IN_SD3_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 
 
-def original_names(layers: Iterable[str]) -> dict[str, str]:
+@dataclass(frozen=True)
+class KohyaLayer:
+    """A layer that a LoRA in kohya's format names, or one of equal parts of its rows.
+
+    Attributes:
+        name: Name of the layer, with dots where the file has underscores.
+        part: Number of the part, 0 to `parts` − 1.
+        parts: Number of the parts, which diffusers made layers of their own.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+
+
+def original_unet_names(layers: Iterable[str]) -> dict[str, str]:
     """Map diffusers' names of a UNet's layers to the original code's.
 
     The original code numbers the parts of all blocks consecutively. The number of parts in a block follows from the
@@ -64,3 +94,22 @@ def _original_name(layer: str, per_block: int, attending: set[int]) -> str:
     place = per_block * block + part_number
     row = f"input_blocks.{1 + place}" if side == "down" else f"output_blocks.{place}"
     return f"{row}.0.{RESNET.get(inner, inner)}" if kind == "resnets" else f"{row}.1.{inner}"
+
+
+def original_sd3_layers(layers: Iterable[str]) -> dict[str, KohyaLayer]:
+    """Map diffusers' names of SD3's attention and feed-forward layers to the original code's layers.
+
+    Raises:
+        ValueError: A layer is none of these.
+    """
+    known = {
+        inner: (name, part, len(inners)) for name, inners in SD3_BLOCK.items() for part, inner in enumerate(inners)
+    }
+    found = {}
+    for layer in layers:
+        match = IN_SD3_BLOCK.fullmatch(layer)
+        if not match or match[2] not in known:
+            raise ValueError(f"{layer} is no attention or feed-forward layer of Stable Diffusion 3")
+        name, part, parts = known[match[2]]
+        found[layer] = KohyaLayer(f"joint_blocks.{match[1]}.{name}", part, parts)
+    return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from safemax_sd.families.base import TOKEN_STATES, Conditioning
 from safemax_sd.families.latent import POOLED
+from safemax_sd.families.original_names import KohyaLayer, original_sd3_layers
 from safemax_sd.families.transformer import TransformerFamily
 
 
@@ -16,6 +18,13 @@ class StableDiffusion3(TransformerFamily):
 
     name: ClassVar[str] = "stable_diffusion_3"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusion3Pipeline"})
+    # A1111 takes the last two words of every key of an SD3 file for lora_down.weight or the like and fails on "alpha".
+    kohya_alphas: ClassVar[bool] = False
+
+    @classmethod
+    def kohya_layers(cls, layers: Iterable[str]) -> dict[str, KohyaLayer]:
+        # Forge knows none of diffusers' names of SD3, A1111 only those of the image's attention.
+        return original_sd3_layers(layers)
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         states, _, pooled, _ = self.pipeline.encode_prompt(

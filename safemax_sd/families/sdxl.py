@@ -10,7 +10,7 @@ from torch import Tensor
 
 from safemax_sd.families.base import TOKEN_STATES, Conditioning
 from safemax_sd.families.latent import POOLED
-from safemax_sd.families.original_names import original_names
+from safemax_sd.families.original_names import KohyaLayer, original_unet_names
 from safemax_sd.families.unet import UNetFamily
 
 
@@ -25,10 +25,10 @@ class StableDiffusionXL(UNetFamily):
     normalises_latents: ClassVar[bool] = True
 
     @classmethod
-    def kohya_names(cls, layers: Iterable[str]) -> dict[str, str]:
+    def kohya_layers(cls, layers: Iterable[str]) -> dict[str, KohyaLayer]:
         # A1111 mistakes diffusers' name of the first upsampler for Stable Diffusion 1.x's and finds no such layer. All
         # layers get the original names, as in kohya's own files, since diffusers drops one kind of a file with both.
-        return original_names(layers)
+        return {layer: KohyaLayer(name) for layer, name in original_unet_names(layers).items()}
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         states, _, pooled, _ = self.pipeline.encode_prompt(

@@ -26,7 +26,6 @@ class TransformerFamily(LatentFamily):
     """A multimodal diffusion transformer (MMDiT, arXiv 2403.03206) with a flow-matching noise process."""
 
     denoiser_part: ClassVar[str] = "transformer"
-    kohya_format: ClassVar[bool] = False
 
     def _check_scheduler(self, scheduler: Any) -> None:
         name = type(scheduler).__name__

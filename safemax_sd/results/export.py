@@ -106,11 +106,11 @@ def export_lora(
     """Write one LoRA with the weighted sum of the runs' LoRAs; see `export_pipeline` for the other arguments.
 
     Args:
-        kohya: True to write the file for A1111 and ComfyUI as well.
+        kohya: True to write the file for A1111, Forge and ComfyUI as well.
 
     Raises:
         OptionError: A folder cannot be read or written, as on a full disk; the runs cannot be combined; a run has full
-            weights; or A1111 and ComfyUI do not support the model.
+            weights; or there is no kohya format for the model.
         SafemaxError: The weights of a run cannot be read, or those of two runs do not fit the same model.
     """
     sources = read_sources(adapters, weights)
@@ -118,8 +118,8 @@ def export_lora(
         if source.record.full:
             raise OptionError("--adapter", source.directory, "holds all weights of the denoiser: add --merge")
     family = sources[0].record.family
-    if kohya and not family.kohya_format:
-        raise OptionError("--output_kohya_format", True, f"A1111 and ComfyUI know no {family.name} models")
+    if kohya and family.no_kohya_format is not None:
+        raise OptionError("--output_kohya_format", True, family.no_kohya_format)
     with _claimed_for_export(output_dir, overwrite=overwrite):
         changes = weighted_sum(sources)
         metadata = _metadata(changes)

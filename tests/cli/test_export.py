@@ -30,6 +30,7 @@ from safemax_sd.results.export import EXPORT_FILE
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
 from tests import tiny
+from tests.original_mmdit import sd3_changes
 from tests.processes import SECONDS, forked
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "using_adapters.md"
@@ -178,7 +179,7 @@ def test_other_families(family: str, tmp_path: Path, request: pytest.FixtureRequ
         run_training(model, tmp_path, "a", *size),
         run_training(model, tmp_path, "b", *size, "--rank", "3", "--seed", "1"),
     ]
-    kohya = ["--output_kohya_format"] if family == "tiny_sdxl" else []
+    kohya = ["--output_kohya_format"] if family != "tiny_flux" else []
     export(runs, tmp_path / "lora", *kohya, weights=WEIGHTS)
     export(runs, tmp_path / "merged", "--merge", weights=WEIGHTS)
     pipeline = DiffusionPipeline.from_pretrained(model)
@@ -197,9 +198,15 @@ def test_other_families(family: str, tmp_path: Path, request: pytest.FixtureRequ
         assert torch.allclose(delta, expected, atol=1e-6)
         assert torch.allclose(merged[f"{layer}.weight"], base[f"{layer}.weight"] + expected, atol=1e-6)
     assert not [name for name in files(model) if "text_encoder" in name and name not in files(tmp_path / "merged")]
-    if kohya:
+    if family == "tiny_sdxl":
         pipeline.load_lora_weights(tmp_path / "lora", weight_name=adapter.KOHYA_NAME, adapter_name="kohya")
         assert_same(together, deltas(network, "kohya"))
+    elif family == "tiny_sd3":
+        changes = sd3_changes(tmp_path / "lora" / adapter.KOHYA_NAME, network.config)
+        assert all(torch.allclose(changes[layer], delta, atol=1e-6) for layer, delta in together.items())
+    else:
+        refused = invoke(runs, tmp_path / "kohya", "--output_kohya_format")
+        assert_refused(refused, "Forge and ComfyUI load pytorch_lora_weights.safetensors itself", tmp_path / "kohya")
 
 
 def test_classes_of_a_ddpm(tiny_ddpm: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A kohya file's layers are found by A1111 and ComfyUI, whose ways of looking are written down here again.
+"""A kohya file's layers are found by A1111, Forge and ComfyUI, whose ways of looking are written down here again.
 
 The configurations are those of the published models' `unet/config.json`; the original code's layers are built as its
 `UNetModel` builds them, and told from diffusers' by diffusers' own conversion of such checkpoints.
@@ -17,7 +17,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 from safemax_sd.adapters.lora import to_kohya
 from safemax_sd.families.base import FAMILIES, ModelFamily
-from safemax_sd.families.original_names import original_names
+from safemax_sd.families.original_names import original_unet_names
 from safemax_sd.families.unet import ATTENTION, CONVOLUTIONS, FEED_FORWARD
 
 COMMON = {"sample_size": 64, "layers_per_block": 2, "norm_num_groups": 32}
@@ -148,7 +148,7 @@ def a1111(key: str, modules: set[str]) -> str | None:
 
 
 def comfy_ui(key: str, pairs: dict[str, str]) -> str | None:
-    """The same of ComfyUI, which knows every layer by the original code's name and by diffusers'."""
+    """The same of ComfyUI and Forge, which know every layer by the original code's name and by diffusers'."""
     known = {f"lora_unet_{name.replace('.', '_')}": original for name, original in pairs.items()}
     known |= {f"lora_unet_{name.replace('.', '_')}": name for name in pairs.values()}
     return known.get(key)
@@ -212,9 +212,9 @@ def test_by_diffusers_name_a1111_misses_the_first_upsampler_of_sdxl() -> None:
 def test_original_names_are_those_that_diffusers_pairs_with_its_own(
     model: tuple[type[ModelFamily], list[str], dict[str, str]],
 ) -> None:
-    assert original_names(model[2]) == model[2]
+    assert original_unet_names(model[2]) == model[2]
 
 
 def test_a_layer_of_another_network_has_no_original_name() -> None:
     with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn\.to_q is no layer of a Stable Diffusion UNet"):
-        original_names(["transformer_blocks.0.attn.to_q"])
+        original_unet_names(["transformer_blocks.0.attn.to_q"])
