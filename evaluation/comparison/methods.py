@@ -266,8 +266,9 @@ class UntrainedMethod(Method):
         """Do nothing: a baseline only changes the sampling."""
 
     def subject(self, erasure: Erasure) -> Subject:
-        baseline, parts = BASELINES.get(self.name), erasure.suite.parts
-        return baseline(erasure.base_model, parts["forget"], parts["retain"], baseline.Settings(**self.flags))
+        baseline, suite = BASELINES.get(self.name), erasure.suite
+        settings = baseline.Settings(**self.flags)
+        return baseline(erasure.base_model, suite.own("forget"), suite.own("retain"), settings)
 
 
 KINDS: dict[str, type[Method]] = {cls.kind: cls for cls in (TrainedMethod, EditedMethod, UntrainedMethod)}

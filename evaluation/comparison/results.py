@@ -153,8 +153,7 @@ def _content(
 
 
 def _described(suite: Suite) -> dict[str, Any]:
-    hashes = {part: prompts.sha256 for part, prompts in suite.parts.items()}
-    return {"version": suite.version, "prompts": hashes, **own_guidance(suite)}
+    return {"version": suite.version, "prompts": suite.hashes, **own_guidance(suite)}
 
 
 def galleries(outcomes: Sequence[Outcome]) -> dict[str, Gallery]:
