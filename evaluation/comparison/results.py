@@ -76,6 +76,9 @@ def write_results(comparison: Comparison, states: Sequence[tuple[Part, Mapping[s
     table = summaries(runs, [BASE, *comparison.methods], planned, columns.all)
     scores = by_task(runs, list(comparison.methods), columns.harmonic)
     grids = [summary_grid(table, columns), task_grid(scores, list(comparison.tasks)), *attacks.grids()]
+    if comparison.published is not None:
+        everything = [*runs, *(outcome.run for outcome in attacks.outcomes)]
+        grids.append(comparison.published.grid(everything, [BASE, *comparison.methods]))
     content = _content(comparison, outcomes, base, table, attacks)
     with replacing(folder, RESULTS[0]) as new:
         for name, text in zip(RESULTS[1:], (markdown(grids), latex(grids)), strict=False):
@@ -149,6 +152,7 @@ def _content(
         "base": [{"label": BASE, "task": run.task, "seed": run.seed, **run.to_json()} for run in base],
         "cells": [{**outcome.to_json(), **attacks.of_cell(outcome.cell)} for outcome in outcomes],
         **attacks.to_json(),
+        **({} if comparison.published is None else {"published": comparison.published.to_json()}),
     }
 
 
