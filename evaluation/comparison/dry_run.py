@@ -1,4 +1,4 @@
-"""What a comparison would run: tasks, pictures and model calls, from its configuration alone."""
+"""Dry runs of a comparison: tasks, pictures and model calls, from its configuration alone."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Figure:
-    """A published quantity, and what stands beside it.
+    """A published quantity, and ours beside it.
 
     Attributes:
         label: Heading of the column, without the unit.
@@ -83,7 +83,7 @@ class Published:
 
     Attributes:
         title: Name of the protocol.
-        note: What differs between the published figures and ours.
+        note: Differences between the published figures and ours.
         figures: Quantities by name.
         sources: Sources by name.
         rows: Each with `method`, `source` and values by the names of figures.

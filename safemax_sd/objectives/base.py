@@ -195,8 +195,8 @@ class ExpectedCalls:
     """The mean network evaluations of an objective, counted per sample.
 
     Attributes:
-        batch: Those of one micro-batch of a step, with what is computed before the step.
-        prepare: Those of `Objective.prepare`.
+        batch: Evaluations for one micro-batch of a step, with those before the step.
+        prepare: Evaluations in `Objective.prepare`.
     """
 
     batch: float

@@ -74,7 +74,7 @@ def test_published_figures_stand_beside_ours(grid: Path) -> None:
     table = (grid / "compare.md").read_text().split("\n\n")[-2:]
     lines = {line.split(" | ")[0].strip("| "): line for line in table[0].splitlines()}
     assert lines["method"] == "| method | ASR % | CLIP score | lost | source |"
-    assert lines["closed"].startswith(f"| closed | {success.value:.1f} [") and f" {kept:.1f} " in lines["closed"]
+    assert lines["closed"].startswith(f"| closed | {success.value:.1f} [") and f" {kept:#.3g} " in lines["closed"]
     assert "| – | this comparison |" in lines["closed"]
     assert lines["ESD"] == "| ESD | 20.42 | 31 | – | board |"
     assert lines[r"UCE \& more"] == r"| UCE \& more | – | – | 0.5 | other (secondary) |"

@@ -17,7 +17,7 @@ from tests.contract.test_objectives import QUICK
 
 DRAWN = {"esd": {"train"}, "spm": {"train"}, "safemax": {"train", "replay"}, "halting_anchor": {"train", "replay"}}
 """Phases whose calls are drawn at random, so that only their mean is known."""
-STEPS = 40
+STEPS = 16
 CASES = [(name, ()) for name in OBJECTIVES.names()]
 CASES += [("erase_diff", ("--lambda_rule", "gap")), ("erase_diff", ("--lambda_rule", "fixed"))]
 CASES += [("esd", ("--esd_states", "replayed")), ("safemax", ("--prune", "0.1"))]
@@ -35,5 +35,5 @@ def test_calls_are_those_expected(objective: str, more: tuple[str, ...], tiny_mo
     counted = ErasureRecord.read(tmp_path / "out").cost.model_calls
     drawn = set() if "replayed" in more else DRAWN.get(objective, set())
     for phase, calls in expected.items():
-        share = 0.2 if phase in drawn or (phase in ("prune", "replay") and config.retain_perturbation) else 0
+        share = 0.25 if phase in drawn or (phase in ("prune", "replay") and config.retain_perturbation) else 0
         assert counted.get(phase, 0) == pytest.approx(calls, rel=share), phase

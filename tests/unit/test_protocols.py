@@ -125,7 +125,7 @@ def test_public_prompts_are_measured_and_own_ones_trained_on(tmp_path: Path) -> 
     church = found.tasks["imagenette/church"]
     own = load_suite("imagenette/church")
     assert church.parts["forget"].texts == ("Image of church",) and len(church.parts["retain"]) == 9
-    assert church.parts["forget"].prompts[0].seed == 4
+    assert church.parts["forget"].prompts[0].seed == 2
     assert "English springer" in church.parts["retain"].concepts  # the file's is in lower case
     assert (church.own("forget"), church.own("retain")) == (own.parts["forget"], own.parts["retain"])
     assert church.path("forget") == own.path("forget")
@@ -198,7 +198,7 @@ def test_files_that_are_not_there_are_all_named_at_once(tmp_path: Path) -> None:
         ({"suite": "emoji/bomb", "forget": {"file": "FILE"}}, "names no concepts: give the one of its prompts"),
         ({"suite": "emoji/bomb", "forget": {"file": "FILE", "concept": "bom"}}, "no prompts of the forbidden concepts"),
         ({"suite": "emoji/bomb", "retain": {"file": "FILE", "concept": "Bomb"}}, "has no prompts of other concepts"),
-        ({"suite": "emoji/bomb", "forget": {"file": "FILE", "concept": "bomb", "sha256": "0"}}, "has SHA-256 .*, not 0:"),
+        ({"suite": "emoji/bomb", "forget": {"file": "FILE", "concept": "bomb", "sha256": "0"}}, "SHA-256 .*, not 0:"),
     ],
 )  # fmt: skip
 def test_tasks_that_cannot_be_used(task: dict[str, Any], message: str, tmp_path: Path) -> None:
