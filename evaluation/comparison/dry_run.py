@@ -98,7 +98,8 @@ def _tasks_grid(comparison: Comparison) -> Grid:
         for part, prompts in suite.parts.items():
             pictures = len(suite.pictured(part, comparison.settings.num_images))
             trained = str(len(suite.own(part))) if part in ("forget", "retain") else "none"
-            entries = [trained, str(len(prompts)), str(pictures), prompts.source]
+            file = prompts.source if part in suite.trained else "the suite's own"
+            entries = [trained, str(len(prompts)), str(pictures), file]
             lines.append((f"{name}, {part}", [Entry(text) for text in entries]))
     return Grid(["task", "trained on", "measured", "pictures", "file"], lines, TASKS_NOTE)
 
