@@ -117,5 +117,5 @@ def kept_pictures(options: EvaluateOptions, suite: Suite, real: RealPictures | N
     """
     kept = None if real is None else real.kept_by(suite, options.real_images)
     if kept is not None:
-        check_distribution(extractor_of(options), options.num_images)
+        check_distribution(extractor_of(options), len(suite.pictured("retain", options.num_images)))
     return kept

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safemax_sd.evaluation.generate import Generator, Job
+from safemax_sd.evaluation.generate import Generator
 from safemax_sd.evaluation.inputs import (
     check_metrics,
     find_suite,
@@ -20,13 +20,8 @@ from safemax_sd.evaluation.inputs import (
 from safemax_sd.evaluation.metrics import METRICS, Batch, Result
 from safemax_sd.evaluation.options import EvaluateOptions, check_samplers
 from safemax_sd.evaluation.outputs import CACHE, Shown, evaluation_folder, write_report
-from safemax_sd.evaluation.prompt_settings import (
-    RUN_SEEDS,
-    SUBSET_SEEDS,
-    guidance_scales,
-    own_guidance,
-    start_seeds,
-)
+from safemax_sd.evaluation.planning import SAMPLE_COUNTS, EvaluationPlan, Measurement
+from safemax_sd.evaluation.prompt_settings import own_guidance
 from safemax_sd.evaluation.report import Report, Row
 from safemax_sd.evaluation.sampling import Pictures
 from safemax_sd.evaluation.subjects import Adapter, Subject
@@ -36,34 +31,9 @@ from tqdm import tqdm
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.judge import Judge, load_judge
 from safemax_sd.core.provenance import Stopwatch, provenance, public_path
-from safemax_sd.prompts import Prompt, pick, warn_over_long
+from safemax_sd.prompts import Prompt, Suite, warn_over_long
 from safemax_sd.results.samples import to_pil
 from safemax_sd.training.workers import process_state
-
-STRENGTHS = (0.5, 0.8)
-IMAGE_TO_IMAGE = "image_to_image"
-SAMPLE_COUNTS = {"forget": 4, "paraphrases": 1, "neighbours": 2, "retain": 4}
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Pictures to draw and metrics to compute on them.
-
-    Attributes:
-        job: Pictures to draw.
-        prompts: Prompts, one for each picture.
-        subset: Subset that the report names.
-        metrics: Names of the metrics; those that do not apply are left out.
-        guidance_scale: Guidance scale that the report names; None for the options' own.
-        sources: Pictures that image-to-image starts from, [N, 3, H, W] in 0 to 1; None for text-to-image.
-    """
-
-    job: Job
-    prompts: Sequence[Prompt]
-    subset: str
-    metrics: Sequence[str]
-    guidance_scale: float | None = None
-    sources: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,12 +44,13 @@ class Measured:
     made: Pictures
 
 
-class Evaluation:
+class Evaluation(EvaluationPlan):
     """An evaluation, which loads models, judge and suite once for all its measurements.
 
     Args:
         options: Flags of the evaluation.
         subject: Erasure to evaluate; None for `options.adapter`. Any other needs `options.output_dir`.
+        suite: Prompts to draw; None for those of `options.suite`.
         base_cache_dir: Folder of the base model's cached pictures; None for that of the erased model's.
 
     Raises:
@@ -88,19 +59,24 @@ class Evaluation:
     """
 
     def __init__(
-        self, options: EvaluateOptions, subject: Subject | None = None, *, base_cache_dir: Path | None = None
+        self,
+        options: EvaluateOptions,
+        subject: Subject | None = None,
+        *,
+        suite: Suite | None = None,
+        base_cache_dir: Path | None = None,
     ) -> None:
         options.validate()
         self.state = process_state()
         self.subject = Adapter(Path(options.adapter)) if subject is None else subject
         record = self.subject.record
-        self.suite = find_suite(options.suite, record)
+        suite = suite or find_suite(options.suite, record)
         self.output_dir = Path(options.output_dir or Path(options.adapter) / "evaluation")
         judge = load_judge(options.clip_model, options.clip_pretrained)
-        self.real = load_real(options, record.base_model.name_or_path)
-        context = judging_context(options, self.suite, judge, self.real)
-        check_metrics(self.suite)
-        self.context = replace(context, real=kept_pictures(options, self.suite, self.real))
+        real = load_real(options, record.base_model.name_or_path)
+        context = judging_context(options, suite, judge, real)
+        check_metrics(suite)
+        self.context = replace(context, real=kept_pictures(options, suite, real))
         self.generator = Generator(
             self.subject,
             self.output_dir / CACHE,
@@ -108,7 +84,7 @@ class Evaluation:
             batch_size=options.batch_size,
             base_cache_dir=base_cache_dir,
         )
-        for prompts in self.suite.parts.values():
+        for prompts in suite.parts.values():
             warn_over_long(prompts, self.generator.tokenizer, option="--suite")
         samplers = tuple(self.generator.samplers)
         check_samplers(options, samplers)
@@ -116,48 +92,12 @@ class Evaluation:
         if options.num_inference_steps > most:
             text = f"must be at most {most}, the timesteps of this model's schedule"
             raise OptionError("--num_inference_steps", options.num_inference_steps, text)
-        self.options = replace(
-            options, sampler=options.sampler or samplers[0], sweep_samplers=options.sweep_samplers or samplers
-        )
+        from_pictures = self.generator.starts_from_pictures
+        super().__init__(options, suite, real, samplers=samplers, starts_from_pictures=from_pictures)
 
     @property
     def judge(self) -> Judge:
         return self.context.judge
-
-    def job(
-        self,
-        model: str,
-        prompts: Sequence[Prompt],
-        subset: str,
-        *,
-        sampler: str | None = None,
-        guidance_scale: float | None = None,
-        strength: float | None = None,
-    ) -> Job:
-        """Build the job that draws one picture for each prompt.
-
-        Args:
-            model: `base` or `erased`.
-            prompts: Prompts, one for each picture.
-            subset: Subset, which determines the seeds.
-            sampler: Name of the sampler; None for the options' own.
-            guidance_scale: Guidance scale of all pictures; None for each prompt's own, or else the options'.
-            strength: Strength of image-to-image, 0 to 1; None for text-to-image.
-        """
-        return Job(
-            model=model,
-            prompts=tuple(prompt.text for prompt in prompts),
-            seeds=tuple(start_seeds(prompts, self.first_seed(subset), self.options.seed)),
-            sampler=sampler or self.options.sampler or "",
-            guidance_scales=guidance_scales(prompts, self.options.guidance_scale)
-            if guidance_scale is None
-            else (guidance_scale,) * len(prompts),
-            num_inference_steps=self.options.num_inference_steps,
-            strength=strength,
-        )
-
-    def first_seed(self, subset: str) -> int:
-        return SUBSET_SEEDS[subset] + RUN_SEEDS * self.options.seed
 
     def measure(
         self, made: Pictures, prompts: Sequence[Prompt], names: Sequence[str], reference: Tensor | None = None
@@ -191,73 +131,6 @@ class Evaluation:
                     raise SafemaxError(f"{name} of {len(prompts)} pictures, such as {prompts[0].text!r}, is not finite")
         return results
 
-    @property
-    def pictured(self) -> dict[str, list[Prompt]]:
-        """Prompts by subset, one for each picture."""
-        parts = self.suite.parts
-        return {part: pick(parts[part].prompts, self.options.num_images) for part in SAMPLE_COUNTS if part in parts}
-
-    def on_subsets(self) -> list[Measurement]:
-        """Plan all metrics on each subset, for the base model and then for the erased one."""
-        return [
-            Measurement(self.job(model, prompts, subset), prompts, subset, metrics_on(subset))
-            for subset, prompts in self.pictured.items()
-            for model in ("base", "erased")
-        ]
-
-    def in_sweep(self) -> list[Measurement]:
-        """Plan the swept metrics of the erased model at every sampler and guidance scale of the sweep."""
-        if self.options.num_sweep_images == 0:
-            return []
-        planned = []
-        for sampler in self.options.sweep_samplers or ():
-            for scale in self.options.sweep_guidance_scales:
-                for subset, names in swept_metrics().items():
-                    if subset in self.suite.parts:
-                        prompts = self.sweep_prompts(subset, sampler, scale)
-                        job = self.job("erased", prompts, subset, sampler=sampler, guidance_scale=scale)
-                        planned.append(Measurement(job, prompts, subset, names, guidance_scale=scale))
-        return planned
-
-    def sweep_prompts(self, subset: str, sampler: str, scale: float) -> list[Prompt]:
-        """Choose the prompts of one setting of the sweep.
-
-        If the subset's own pictures are drawn at the same setting and are enough, the sweep measures those.
-        """
-        own, count = self.pictured[subset], self.options.num_sweep_images
-        drawn = self.job("erased", own, subset)
-        if len(own) >= count and self.job("erased", own, subset, sampler=sampler, guidance_scale=scale) == drawn:
-            return own
-        return pick(self.suite.parts[subset].prompts, count)
-
-    def from_pictures(self) -> list[Measurement]:
-        """Plan image-to-image from real pictures of the forbidden concepts, with their prompts.
-
-        The plan is empty if no real picture shows a forbidden concept, if there is no sweep, or if the erased model
-        cannot start from pictures.
-        """
-        if self.real is None or self.options.num_sweep_images == 0 or not self.generator.starts_from_pictures:
-            return []
-        forget = self.suite.parts["forget"]
-        concepts = [concept for concept in forget.concepts if len(self.real.showing([concept]))]
-        if not concepts:
-            return []
-        prompts, sources = [], []
-        for i in range(self.options.num_sweep_images):
-            concept = concepts[i % len(concepts)]
-            pictures = self.real.showing([concept])
-            of_concept = [prompt for prompt in forget.prompts if prompt.concept == concept]
-            prompts.append(of_concept[(i // len(concepts)) % len(of_concept)])
-            sources.append(pictures[(i // len(concepts)) % len(pictures)])
-        shown, names = torch.stack(sources), metrics_on(IMAGE_TO_IMAGE)
-        return [
-            Measurement(
-                self.job(model, prompts, "forget", strength=strength), prompts, IMAGE_TO_IMAGE, names, sources=shown
-            )
-            for strength in STRENGTHS
-            for model in ("base", "erased")
-        ]
-
     def carry_out(self, measurement: Measurement, bar: tqdm[Any], reference: Tensor | None = None) -> Measured:
         """Draw a measurement's pictures and compute its metrics.
 
@@ -285,21 +158,6 @@ class Evaluation:
         return Measured(rows, made)
 
 
-def metrics_on(subset: str) -> list[str]:
-    """Return the names of the metrics that are reported for a subset."""
-    return [name for name in METRICS.names() if subset in METRICS.get(name).subsets]
-
-
-def swept_metrics() -> dict[str, list[str]]:
-    """Return the names of the swept metrics by their main subset."""
-    found: dict[str, list[str]] = {}
-    for name in METRICS.names():
-        metric = METRICS.get(name)
-        if metric.swept:
-            found.setdefault(metric.subsets[0], []).append(name)
-    return found
-
-
 def evaluate(options: EvaluateOptions) -> Path:
     """Evaluate an adapter and return the folder with report.json, samples.png and index.html.
 
@@ -325,7 +183,7 @@ def run_and_write(evaluation: Evaluation, clock: Stopwatch) -> tuple[Report, Sho
         clock: Stopwatch that has timed the loading.
     """
     subsets, pictured, swept = evaluation.on_subsets(), evaluation.from_pictures(), evaluation.in_sweep()
-    calls = sum(measurement.job.model_calls for measurement in (*subsets, *pictured, *swept))
+    calls = sum(measurement.job.model_calls for measurement in evaluation.measurements)
     shown, main = Shown(), evaluation.state.is_main_process
     with tqdm(total=calls, unit="call", smoothing=0, leave=False, disable=not main) as bar:
         with clock.phase("subsets"):

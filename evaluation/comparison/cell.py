@@ -67,7 +67,7 @@ class Cell:
         content = {
             "method": self.method.identity(),
             "base_model": self.erasure.base_model,
-            "prompts": {part: prompts.sha256 for part, prompts in self.erasure.suite.parts.items()},
+            "prompts": self.erasure.suite.hashes,
             "seed": self.erasure.seed,
             "evaluation": {name: value for name, value in self.evaluation.items() if name != "batch_size"},
             "metrics": {name: METRICS.get(name).version for name in METRICS.names()},
@@ -192,7 +192,7 @@ def evaluate_cell(cell: Cell, base_cache: Path) -> Shown:
     with evaluation_folder(options):
         with clock.phase("load"):
             subject = cell.method.subject(cell.erasure)
-            evaluation = Evaluation(options, subject, base_cache_dir=base_cache)
+            evaluation = Evaluation(options, subject, suite=cell.erasure.suite, base_cache_dir=base_cache)
         return run_and_write(evaluation, clock)[1]
 
 

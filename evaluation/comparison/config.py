@@ -11,7 +11,9 @@ from typing import Any, Literal
 import diffusers
 from diffusers import DiffusionPipeline
 from safemax_sd.evaluation.comparison.methods import Method, read_method
+from safemax_sd.evaluation.comparison.published import Published
 from safemax_sd.evaluation.comparison.runs import BASE, NEVER_KNOWN
+from safemax_sd.evaluation.comparison.tasks import check_files, read_tasks
 from safemax_sd.evaluation.inputs import check_metrics, suite_concepts
 from safemax_sd.evaluation.options import IMAGES, SEED, EvaluateOptions, JudgingOptions, MeasuringOptions
 from safemax_sd.evaluation.resistance.options import ResistanceOptions
@@ -21,9 +23,9 @@ from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import Options, option
 from safemax_sd.core.registry import closest
-from safemax_sd.prompts import Suite, load_suite, suite_names
+from safemax_sd.prompts import Suite
 from safemax_sd.results.folder import MODEL_INDEX
-from safemax_sd.training.command_line import check_texts, check_types, read_yaml
+from safemax_sd.training.command_line import check_types, read_yaml
 
 CACHE, CONTROLS = "cache", "controls"
 RESERVED = (BASE, NEVER_KNOWN, CACHE, CONTROLS)
@@ -55,6 +57,7 @@ class Settings(MeasuringOptions, AttackKeys):
     output_dir: str = option("comparison", "Folder of the cells and the results.")
     num_images: int = option(64)
     num_sweep_images: int = option(0)
+    published: str | None = option(None, "File of published figures to show beside those measured here.", path=True)
 
     def evaluation(self) -> dict[str, Any]:
         """Return the settings that are options of `safemax evaluate`, by name."""
@@ -89,12 +92,14 @@ class Comparison:
         methods: Methods by label, in the order of the tables.
         tasks: Suites by name.
         seeds: Seeds of training and evaluation.
+        published: Published figures to show beside those measured here; None for none.
     """
 
     settings: Settings
     methods: dict[str, Method]
     tasks: dict[str, Suite]
     seeds: tuple[int, ...]
+    published: Published | None = None
 
     @property
     def folder(self) -> Path:
@@ -121,7 +126,10 @@ def read_comparison(path: str, output_dir: str | None = None) -> Comparison:
     if output_dir is not None:
         settings = replace(settings, output_dir=output_dir)
     _check_attacks(settings, common, path)
-    comparison = Comparison(settings, _methods(content, path), _tasks(content, path), _seeds(content, path))
+    check_files(content, path)
+    tasks = read_tasks(content, path)
+    published = None if settings.published is None else Published.read(settings.published, tasks)
+    comparison = Comparison(settings, _methods(content, path), tasks, _seeds(content, path), published)
     _check(comparison, path)
     return comparison
 
@@ -170,19 +178,6 @@ def _methods(content: dict[str, Any], path: str) -> dict[str, Method]:
             allowed = "must be text of letters, digits, - and _ (not the first), 64 at most"
             raise OptionError("--config", path, f"label {label!r} {allowed}, and not {' or '.join(RESERVED)}")
     return {label: read_method(label, flags, path) for label, flags in methods.items()}
-
-
-def _tasks(content: dict[str, Any], path: str) -> dict[str, Suite]:
-    listed = content.get("tasks")
-    if not isinstance(listed, list) or not listed:
-        raise OptionError("--config", path, "tasks must list suites, by name or folder")
-    tasks: dict[str, Suite] = {}
-    for entry in check_texts(listed, "tasks", path):
-        name = entry if entry in suite_names() else Path(entry).resolve().name
-        if name in tasks:
-            raise OptionError("--config", path, f"two tasks are named {name}")
-        tasks[name] = load_suite(entry)
-    return tasks
 
 
 def _seeds(content: dict[str, Any], path: str) -> tuple[int, ...]:

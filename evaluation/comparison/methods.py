@@ -23,6 +23,7 @@ from safemax_sd.prompts import Suite
 from safemax_sd.training.children import run_child
 from safemax_sd.training.command_line import check_types
 from safemax_sd.training.config import config_class
+from safemax_sd.training.expected import expected_calls
 from safemax_sd.training.input import read_input
 
 OUTPUT = "output.txt"
@@ -73,6 +74,7 @@ class Method(ABC):
     Attributes:
         kind: Key of the configuration that names the method.
         not_attacked: Reason why attacks do not apply to the result; None if they do.
+        predictions: Network evaluations of a guided sampling step.
 
     Raises:
         OptionError: The name or a flag is unknown, or a value cannot be used.
@@ -80,6 +82,7 @@ class Method(ABC):
 
     kind: ClassVar[str]
     not_attacked: ClassVar[str | None] = None
+    predictions: int = 2
 
     def __init__(self, name: str, flags: dict[str, Any], where: str) -> None:
         self.name, self.where = name, where
@@ -111,6 +114,10 @@ class Method(ABC):
         Raises:
             OptionError: The model or the guidance scale is not supported.
         """
+
+    def expected_calls(self, erasure: Erasure) -> float:
+        """Return the network evaluations to expect of an erasure, counted per sample; most take none."""
+        return 0
 
     @abstractmethod
     def erase(self, erasure: Erasure) -> None:
@@ -167,6 +174,10 @@ class TrainedMethod(Method):
 
     def check(self, erasure: Erasure) -> None:
         read_input(config_class(self.name)(**self._all_flags(erasure)))
+
+    def expected_calls(self, erasure: Erasure) -> float:
+        config = config_class(self.name)(**self._all_flags(erasure))
+        return sum(expected_calls(config, read_input(config)[0]).values())
 
     def erase(self, erasure: Erasure) -> None:
         path = erasure.folder / FLAGS
@@ -233,6 +244,7 @@ class UntrainedMethod(Method):
     not_attacked: ClassVar[str | None] = "a baseline only changes the sampling, and attacks need changed weights"
 
     def checked(self, flags: dict[str, Any]) -> dict[str, Any]:
+        self.predictions = BASELINES.get(self.name).predictions
         settings = BASELINES.get(self.name).Settings
         hints = get_type_hints(settings)
         checked = check_types(flags, settings, self.where)
@@ -266,8 +278,9 @@ class UntrainedMethod(Method):
         """Do nothing: a baseline only changes the sampling."""
 
     def subject(self, erasure: Erasure) -> Subject:
-        baseline, parts = BASELINES.get(self.name), erasure.suite.parts
-        return baseline(erasure.base_model, parts["forget"], parts["retain"], baseline.Settings(**self.flags))
+        baseline, suite = BASELINES.get(self.name), erasure.suite
+        settings = baseline.Settings(**self.flags)
+        return baseline(erasure.base_model, suite.own("forget"), suite.own("retain"), settings)
 
 
 KINDS: dict[str, type[Method]] = {cls.kind: cls for cls in (TrainedMethod, EditedMethod, UntrainedMethod)}

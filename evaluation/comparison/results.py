@@ -76,6 +76,9 @@ def write_results(comparison: Comparison, states: Sequence[tuple[Part, Mapping[s
     table = summaries(runs, [BASE, *comparison.methods], planned, columns.all)
     scores = by_task(runs, list(comparison.methods), columns.harmonic)
     grids = [summary_grid(table, columns), task_grid(scores, list(comparison.tasks)), *attacks.grids()]
+    if comparison.published is not None:
+        everything = [*runs, *(outcome.run for outcome in attacks.outcomes)]
+        grids.append(comparison.published.grid(everything, [BASE, *comparison.methods]))
     content = _content(comparison, outcomes, base, table, attacks)
     with replacing(folder, RESULTS[0]) as new:
         for name, text in zip(RESULTS[1:], (markdown(grids), latex(grids)), strict=False):
@@ -149,12 +152,12 @@ def _content(
         "base": [{"label": BASE, "task": run.task, "seed": run.seed, **run.to_json()} for run in base],
         "cells": [{**outcome.to_json(), **attacks.of_cell(outcome.cell)} for outcome in outcomes],
         **attacks.to_json(),
+        **({} if comparison.published is None else {"published": comparison.published.to_json()}),
     }
 
 
 def _described(suite: Suite) -> dict[str, Any]:
-    hashes = {part: prompts.sha256 for part, prompts in suite.parts.items()}
-    return {"version": suite.version, "prompts": hashes, **own_guidance(suite)}
+    return {"version": suite.version, "prompts": suite.hashes, **own_guidance(suite)}
 
 
 def galleries(outcomes: Sequence[Outcome]) -> dict[str, Gallery]:

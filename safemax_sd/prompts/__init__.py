@@ -13,17 +13,21 @@ from safemax_sd.prompts.loading import (
     load_prompts,
     pick,
 )
+from safemax_sd.prompts.public import PUBLIC_PARTS, PublicFile, measured_on
 from safemax_sd.prompts.suites import Suite, load_suite, suite_names
 
 __all__ = [
     "GUIDANCE_BOUND",
+    "PUBLIC_PARTS",
     "Prompt",
     "PromptOptions",
     "PromptSet",
+    "PublicFile",
     "Suite",
     "check_disjoint",
     "load_prompts",
     "load_suite",
+    "measured_on",
     "pick",
     "suite_names",
     "warn_over_long",

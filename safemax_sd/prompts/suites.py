@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.registry import closest
-from safemax_sd.prompts.loading import PromptSet, load_prompts
+from safemax_sd.prompts.loading import Prompt, PromptSet, load_prompts, pick
 
 _HERE = Path(__file__).resolve().parent
 ROOT = _HERE / "data" if (_HERE / "data").is_dir() else _HERE.parents[1] / "prompts"
@@ -24,18 +25,38 @@ class Suite:
     Attributes:
         name: Name, such as `emoji/bomb`.
         folder: Folder with one CSV for each part.
-        parts: Prompts of each of `PARTS` that exists; `forget` and `retain` always do.
+        parts: Prompts that are measured, of each of `PARTS` that exists; `forget` and `retain` always do.
         version: Version of the benchmark that the suite belongs to, such as `1`; None if it belongs to none.
+        trained: Own prompts of the parts that public files replace in measurements and attacks; trainings keep them.
     """
 
     name: str
     folder: Path
     parts: dict[str, PromptSet]
     version: str | None = None
+    trained: Mapping[str, PromptSet] = field(default_factory=dict)
 
     def path(self, part: str) -> Path:
-        """Return the CSV file of a part."""
+        """Return the suite's own CSV file of a part, which trainings use."""
         return self.folder / f"{part}.csv"
+
+    def own(self, part: str) -> PromptSet:
+        """Return the suite's own prompts of a part, which trainings use."""
+        return self.trained.get(part, self.parts[part])
+
+    def pictured(self, part: str, count: int) -> list[Prompt]:
+        """Return the prompts of a part that are drawn, one for each of `count` pictures.
+
+        Every prompt of a public file is drawn once at least, so that there may be more.
+        """
+        prompts = self.parts[part].prompts
+        return pick(prompts, max(count, len(prompts)) if part in self.trained else count)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hashes of all prompt files by part; those of prompts that are only trained on are named `own PART`."""
+        own = {f"own {part}": prompts.sha256 for part, prompts in self.trained.items()}
+        return {**{part: prompts.sha256 for part, prompts in self.parts.items()}, **own}
 
 
 def suite_names() -> list[str]:

@@ -65,12 +65,12 @@ def prune(family: ModelFamily, data: ErasureData, fraction: float, *, seed: int)
     with torch.no_grad():
         for weight, own in zip(family.denoiser.parameters(), ratio, strict=True):
             weight[(own > threshold).view_as(weight)] = 0
-    return sum(passes(bank) * len(bank) for bank in (data.forget_bank, data.retain_bank))
+    return sum(passes(len(bank)) * len(bank) for bank in (data.forget_bank, data.retain_bank))
 
 
-def passes(bank: ReplayBank) -> int:
-    """Return how often an estimate passes a bank."""
-    return -(-FEWEST_ROWS // len(bank))
+def passes(rows: int) -> int:
+    """Return how often an estimate passes a bank of so many rows."""
+    return -(-FEWEST_ROWS // rows)
 
 
 def importance(
@@ -95,7 +95,7 @@ def importance(
     weights = list(denoiser.parameters())
     found = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     device = weights[0].device
-    all_rows = torch.cat([torch.randperm(len(bank), generator=generator) for _ in range(passes(bank))])
+    all_rows = torch.cat([torch.randperm(len(bank), generator=generator) for _ in range(passes(len(bank)))])
     denoiser.requires_grad_(True)
     with family.evaluating():
         for rows in tqdm(all_rows.split(BATCH_SIZE), desc=description, unit="batch"):

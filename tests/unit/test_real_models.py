@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,6 @@ def read(path: Path, folder: Path) -> tuple[Comparison, str]:
 
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
 def test_comparisons_hold_up_to_the_model(path: Path, tmp_path: Path) -> None:
-    if "nudity" in path.stem and importlib.util.find_spec("nudenet") is None:
-        pytest.skip("needs NudeNet, as its first error says")
     comparison, base = read(path, tmp_path)
     assert not set(comparison.tasks) - set(SUITES)
     for label, method in comparison.methods.items():

@@ -15,6 +15,7 @@ from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
     Batch,
     Draw,
+    ExpectedCalls,
     LossTerms,
     Objective,
     ObjectiveOptions,
@@ -25,7 +26,7 @@ from safemax_sd.objectives.base import (
     mean_square,
     prior_generator,
 )
-from safemax_sd.objectives.safemax.halting import ROLLOUT_GUIDANCE, Pairs, halt
+from safemax_sd.objectives.safemax.halting import ROLLOUT_GUIDANCE, ROLLOUT_STEPS, Pairs, halt
 from safemax_sd.recording.data import ErasureData
 
 FORGET, RETAIN, NOISE = 0, 1, 2
@@ -102,6 +103,14 @@ class Safemax(Objective):
         self.guided_from = math.inf if self.target_guidance == 1 else stays
         self.extend(data)
 
+    @classmethod
+    def expected_calls(cls, config: ObjectiveOptions) -> ExpectedCalls:
+        assert isinstance(config, SafemaxConfig)
+        pairs = config.halt_unconditional * config.train_batch_size
+        rollouts = 2 * ROLLOUT_STEPS * config.halt_rollout * pairs
+        batch = config.train_batch_size + pairs + rollouts + config.retain_samples
+        return ExpectedCalls(batch, prepare=_kept_batches(config) * KEPT_AT_ONCE)
+
     def extend(self, data: ErasureData) -> None:
         super().extend(data)
         guided = data.process.schedule.noise_level(data.forget_bank.t) >= self.guided_from
@@ -111,10 +120,10 @@ class Safemax(Objective):
     @torch.no_grad()
     def prepare(self, student: Student) -> int:
         """Record the base model's predictions for retain prompts on pure noise, which no trajectory passes."""
-        if not self.config.retain_noise:
-            return 0
         answers, data = [], self.data
-        count = -(-min(KEPT_NOISE, KEPT_NOISE_A_STEP * self.config.max_train_steps) // KEPT_AT_ONCE)
+        count = _kept_batches(self.config)
+        if not count:
+            return 0
         for number in tqdm(range(count), desc="noise to keep", unit="batch"):
             generator = prior_generator(self.config.seed, NOISE, number)
             below = self.config.halt_below
@@ -222,3 +231,10 @@ class Safemax(Objective):
         forget = torch.cat([batch.weight * mean_square(single), pairs]).mean()
         retain = mean_square(kept).mean()
         return LossTerms.of(forget + self.config.retain_weight * retain, forget=forget, retain=retain)
+
+
+def _kept_batches(config: SafemaxConfig) -> int:
+    """Return the number of batches of frozen predictions on pure noise that `prepare` records."""
+    if not config.retain_noise:
+        return 0
+    return -(-min(KEPT_NOISE, KEPT_NOISE_A_STEP * config.max_train_steps) // KEPT_AT_ONCE)
