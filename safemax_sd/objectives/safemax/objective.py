@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from safemax_sd.core.options import NONZERO_SHARE, NOT_NEGATIVE, POSITIVE, SHARE, option
 from safemax_sd.families import Conditioning
@@ -28,10 +27,9 @@ from safemax_sd.objectives.base import (
 )
 from safemax_sd.objectives.safemax.halting import ROLLOUT_GUIDANCE, ROLLOUT_STEPS, Pairs, halt
 from safemax_sd.recording.data import ErasureData
+from safemax_sd.recording.noise import NOISE_BATCH, noise_batches, predictions_on_noise
 
 FORGET, RETAIN, NOISE = 0, 1, 2
-KEPT_NOISE, KEPT_NOISE_A_STEP, KEPT_AT_ONCE = 2048, 16, 64
-"""Frozen predictions on pure noise for retain prompts: the most, those for each step of a short run, and a batch."""
 
 
 @dataclass
@@ -109,7 +107,8 @@ class Safemax(Objective):
         pairs = config.halt_unconditional * config.train_batch_size
         rollouts = 2 * ROLLOUT_STEPS * config.halt_rollout * pairs
         batch = config.train_batch_size + pairs + rollouts + config.retain_samples
-        return ExpectedCalls(batch, prepare=_kept_batches(config) * KEPT_AT_ONCE)
+        prior = NOISE_BATCH * noise_batches(config.max_train_steps) if config.retain_noise else 0
+        return ExpectedCalls(batch, prepare=prior)
 
     def extend(self, data: ErasureData) -> None:
         super().extend(data)
@@ -117,23 +116,13 @@ class Safemax(Objective):
         # A bank of very few steps may hold none of a kind: then any step does, each with the target of its level.
         self.steps = [torch.nonzero(kind | ~kind.any()).flatten() for kind in (~guided, guided)]
 
-    @torch.no_grad()
     def prepare(self, student: Student) -> int:
         """Record the base model's predictions for retain prompts on pure noise, which no trajectory passes."""
-        answers, data = [], self.data
-        count = _kept_batches(self.config)
-        if not count:
-            return 0
-        for number in tqdm(range(count), desc="noise to keep", unit="batch"):
-            generator = prior_generator(self.config.seed, NOISE, number)
-            below = self.config.halt_below
-            t = torch.cat([data.process.schedule.sample_time_below(below, generator) for _ in range(KEPT_AT_ONCE)])
-            x_t = data.process.x_t(torch.randn((KEPT_AT_ONCE, *data.latent_shape), generator=generator), t)
-            prompt = torch.randint(len(data.retain), (KEPT_AT_ONCE,), generator=generator)
-            asked = (x_t.to(student.device), t.to(student.device), data.retain.select(prompt).to(student.device))
-            answers.append((x_t, t, prompt, student.predict(*asked).cpu()))
-        self.noise_answers = tuple(torch.cat(column) for column in zip(*answers, strict=True))
-        return count * KEPT_AT_ONCE
+        count = noise_batches(self.config.max_train_steps) if self.config.retain_noise else 0
+        generators = [prior_generator(self.config.seed, NOISE, number) for number in range(count)]
+        below = self.config.halt_below
+        self.on_noise = predictions_on_noise(self.data, student.predict, student.device, below, generators)
+        return len(self.on_noise.t)
 
     def draw(self, positions: Positions) -> SafemaxDraw:
         data = self.data
@@ -192,8 +181,8 @@ class Safemax(Objective):
     def _kept(self, generator: torch.Generator) -> Rows:
         """Draw a frozen prediction: of a retain prompt, on its trajectory or on noise, or of the empty prompt."""
         if self.config.retain_noise and torch.rand((), generator=generator) < self.config.retain_noise:
-            row = torch.randint(len(self.noise_answers[0]), (1,), generator=generator)
-            x_t, t, prompt, target = (column[row] for column in self.noise_answers)
+            row = torch.randint(len(self.on_noise.t), (1,), generator=generator)
+            x_t, t, prompt, target = (column[row] for column in self.on_noise)
             return Rows(x_t, t, self.retained(prompt, generator), target)
         bank = self.data.retain_bank
         row = torch.randint(len(bank), (1,), generator=generator)
@@ -231,10 +220,3 @@ class Safemax(Objective):
         forget = torch.cat([batch.weight * mean_square(single), pairs]).mean()
         retain = mean_square(kept).mean()
         return LossTerms.of(forget + self.config.retain_weight * retain, forget=forget, retain=retain)
-
-
-def _kept_batches(config: SafemaxConfig) -> int:
-    """Return the number of batches of frozen predictions on pure noise that `prepare` records."""
-    if not config.retain_noise:
-        return 0
-    return -(-min(KEPT_NOISE, KEPT_NOISE_A_STEP * config.max_train_steps) // KEPT_AT_ONCE)
