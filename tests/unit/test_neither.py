@@ -17,7 +17,7 @@ from safemax_sd.evaluation.metrics.base import called_noise
 from safemax_sd.evaluation.metrics.features import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import embedded_pictures
 
-from benchmarks.judge_calibration import blend, judged
+from benchmarks.judge_calibration import blend, judge_pictures
 from safemax_sd.core.judge import load_judge
 from safemax_sd.prompts import load_suite
 from tests.reports import report_of, row, run_of
@@ -128,7 +128,7 @@ def test_blends_keep_their_variance_and_end_in_the_picture_and_in_noise() -> Non
 def test_calibration_says_what_metrics_say() -> None:
     suite, judge, real = load_suite("emoji/bomb"), load_judge(), embedded_pictures()
     setting = Context(judge, CONCEPTS, real.thresholds(judge, CONCEPTS), None, JUDGE_EXTRACTOR)
-    results = judged(real.showing(["dog"])[:4], suite, setting)
+    results = judge_pictures(real.showing(["dog"])[:4], suite, setting)
     assert {name: result.value for name, result in results.items()} == {
         "unlearning_accuracy": 100, "unlearning_accuracy_with_rejection": 100, "neither": 100, "halted": 0,
         "recognised": 0,
