@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PromptRow = tuple[str, str]
-"""(prompt, concept)."""
+"""Prompt and its concept."""
 
 
 def write_prompts(folder: Path, part: str, rows: Iterable[PromptRow]) -> Path:
