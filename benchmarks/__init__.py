@@ -1,1 +1,1 @@
-"""Scripts that make the numbers and the embedded models; run them from the root of a checkout."""
+"""Scripts that measure the published figures and build the embedded models; to be run from the root of a checkout."""

@@ -1,21 +1,19 @@
-"""The published study: SAFEMax, Selective Amnesia and SalUn forget one class of a class-conditional DDPM at a time.
+"""Repeat the published study: SAFEMax, Selective Amnesia and SalUn each forget one class of a class-conditional DDPM.
 
     python -m benchmarks.class_unlearning --dataset digits --methods safemax salun selective_amnesia --classes 0-9
     python -m benchmarks.class_unlearning --dataset digits --race 0 --repeats 3
     python -m benchmarks.class_unlearning --dataset digits --rates 0 --published_counts --repeats 3
 
 Needs the `study` extra (scikit-learn). Trains or loads the base model and the classifier, runs every method on every
-class and appends one JSON row each to `study/class_unlearning_<dataset>.jsonl`; rows that are there are not
-measured again. Tables (`.md`), a plot and pictures (`.png`) are written beside it. `--race CLASS` times the methods
-instead, side by side: to their last step, and to the first checkpoint at which the class is forgotten. `--rates CLASS`
-times a few steps and a small part of each prior, and multiplies, for counts that would take hours; and memory.
+class and appends one JSON row for each run to `study/class_unlearning_<dataset>.jsonl`; existing rows are not measured
+again. Writes tables (`.md`), a plot and pictures (`.png`) beside it. `--race CLASS` instead times whole runs of the
+methods in turn, until their last step and until the first checkpoint at which the class is forgotten. `--rates CLASS`
+estimates the time of runs that would take hours from a few steps and a small part of each prior, and measures memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,6 +29,8 @@ from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
 from benchmarks.classes.data import Dataset, load_dataset, write_folder
 from benchmarks.classes.measure import Sampling, draw, forgetting, pictures, retention
 from benchmarks.classes.summary import gallery, plot, summary
+from benchmarks.prompt_files import write_prompts
+from benchmarks.results import append_rows, is_measured, read_rows
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.results.erasure import RECORD, ErasureRecord
 from safemax_sd.results.loading import load_result
@@ -39,12 +39,12 @@ from safemax_sd.training import checkpoints
 from safemax_sd.training.config import TrainConfig, config_class
 
 FORGOTTEN_AT = 99.0
-"""Unlearning accuracy with rejection, in percent, from which a class counts as forgotten."""
+"""Unlearning accuracy with rejection, in percent, at which a class counts as forgotten."""
 GALLERY_ROWS, GALLERY_SEED = 3, 30_000_000
 PART_PICTURES = 128
-"""Of a class, for what is measured on parts of a run."""
-TIMED_SHARE = {"digits": 1.0, "cifar10": 0.25, "cifar10_small": 1.0}
-"""Of a batch. A published batch of CIFAR-10 does not fit 24 GB; a step's time is proportional to it."""
+"""Number of real pictures of each class in a measurement on part of a run."""
+TIMED_FRACTION = {"digits": 1.0, "cifar10": 0.25, "cifar10_small": 1.0}
+"""Fraction of the batch in a timed step. A published CIFAR-10 batch needs over 24 GB; time is proportional to size."""
 GUIDANCE = 3.0
 SAFEMAX: dict[str, Any] = {
     "replay_guidance_scale": GUIDANCE,
@@ -58,19 +58,19 @@ SAFEMAX: dict[str, Any] = {
     "replay_inference_steps": 20,
     "replay_span": 0.0,
 }
-"""Settings that the rows of the study were made with, whatever the defaults are."""
+"""Settings of the study, fixed here so that later defaults do not change it."""
 REPLAYED: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "replay_inference_steps": 20, "replay_batch_size": 250}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with its settings; what is not named is the objective's own default, which is the published value.
+    """A method with its settings; flags that are not named keep the objective's defaults, the published values.
 
     Attributes:
         objective: Value of `--objective`.
         settings: Flags for every data set.
         small: Flags for small networks, which need fewer steps.
-        real_data: Whether it learns from the data set's pictures.
+        real_data: True if the method trains on the data set's pictures.
     """
 
     objective: str
@@ -89,7 +89,7 @@ SMALL_SAFEMAX = {
     "halt_below": 0.4,
     "halt_rollout": 0.0,
 }
-"""Networks this small halt without rollouts, which raise the FID of what is kept."""
+"""Flags for small networks, which halt without rollouts; rollouts would raise the FID of the kept classes."""
 VARIANTS: dict[str, Variant] = {
     "safemax": Variant("safemax", SAFEMAX, SMALL_SAFEMAX),
     "safemax_lora": Variant("safemax", SAFEMAX, {**SMALL_SAFEMAX, "trainable": "lora", "learning_rate": 2e-3}),
@@ -100,7 +100,7 @@ VARIANTS: dict[str, Variant] = {
     "selective_amnesia": Variant(
         "selective_amnesia",
         REPLAYED,
-        # With the published λ = 10 no class is forgotten: a small model's gradients, and with them F, are far larger.
+        # With the published λ = 10 no class is forgotten, since a small model's gradients, and so F, are far larger.
         {
             "max_train_steps": 500,
             "learning_rate": 1e-3,
@@ -110,17 +110,17 @@ VARIANTS: dict[str, Variant] = {
         },
     ),
 }
-"""In a small network `safemax` trains all weights, as the other methods do; in the published one a LoRA."""
+"""Methods by name. `safemax` trains all weights of a small network, as the others do, but a LoRA of the published."""
 PUBLISHED = {
     "selective_amnesia": {"max_train_steps": 20_000, "learning_rate": 1e-4, "ewc_weight": 10.0, "fisher_samples": 5000,
                           "retain_trajectories": 4500, "replay_inference_steps": 50},
 }  # fmt: skip
-"""Of the published network, and of small ones with `--published_counts`."""
+"""Counts of steps and priors for the published network, and for small ones with `--published_counts`."""
 SMALL_CIFAR10 = {
     "salun": {"max_train_steps": 200},
     "selective_amnesia": {"max_train_steps": 300, "retain_trajectories": 225},
 }
-"""A subset of the steps, since one of 256 pictures takes seconds on two cores; not the paper's scale."""
+"""Counts below the published ones, since a step with 256 pictures takes seconds on two cores."""
 SMALL = ("digits", "cifar10_small")
 SAMPLINGS = {
     "digits": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=1800),
@@ -130,7 +130,7 @@ SAMPLINGS = {
 
 
 class Study:
-    """Base model, classifier and folders of one data set."""
+    """The base model, the classifier and the folders of one data set."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -147,17 +147,17 @@ class Study:
         self.classifier: Classifier = load_classifier(self.dataset, self.folder, arguments.classifier_file)
 
     def prompt_files(self, forgotten: int) -> dict[str, str]:
-        """The class to forget, and the others from the one after it on: SalUn relabels as that one."""
+        """Write the prompt files of a class; return their paths by flag.
+
+        The retain prompts begin with the next class, which is the one that SalUn relabels the forgotten class as.
+        """
         names = self.dataset.class_names
         parts = {"forget": [names[forgotten]], "retain": [*names[forgotten + 1 :], *names[:forgotten]]}
-        paths = {}
-        for part, rows in parts.items():
-            path = self.folder / "prompts" / f"{part}_{forgotten}.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="utf8", newline="") as file:
-                csv.writer(file).writerows([["prompt", "concept"], *([name, name] for name in rows)])
-            paths[f"{part}_prompts"] = str(path)
-        return paths
+        folder = self.folder / "prompts"
+        return {
+            f"{part}_prompts": str(write_prompts(folder, f"{part}_{forgotten}", [(name, name) for name in classes]))
+            for part, classes in parts.items()
+        }
 
     def config(self, method: str, forgotten: int, output_dir: Path, **changes: Any) -> TrainConfig:
         variant = VARIANTS[method]
@@ -211,23 +211,20 @@ class Study:
         return load_family(LoadOptions(str(self.base))) if output is None else load_result(output)
 
     def measure(self, output: Path | None, forgotten: int) -> dict[str, Any]:
-        """Forgetting and retention of a run, or of the base model."""
+        """Measure forgetting and retention of a run; of the base model if `output` is None."""
         common = (self.model(output), self.dataset, self.classifier, forgotten, self.sampling)
         return {**forgetting(*common), **retention(*common)}
 
-    def part(self, method: str, forgotten: int, batch_share: float) -> TrainConfig:
-        """A run with a small part of the priors and of each batch."""
+    def part(self, method: str, forgotten: int, batch_fraction: float) -> TrainConfig:
+        """Return the configuration of a run with a small part of the priors and a fraction of each batch."""
         whole = self.config(method, forgotten, self.folder / "part_of_a_run")
         if not VARIANTS[method].real_data:
-            return part_of(whole, batch_share)
+            return part_of(whole, batch_fraction)
         pictures = write_folder(self.dataset, self.folder / "part", limit=PART_PICTURES)
-        return replace(part_of(whole, batch_share), train_data_dir=str(pictures))
+        return replace(part_of(whole, batch_fraction), train_data_dir=str(pictures))
 
     def rates(self, forgotten: int) -> None:
-        """Seconds that each method's whole run would take, from a few steps and a part of its priors, in turns.
-
-        And the memory of its step, which needs no repeats.
-        """
+        """Estimate the seconds of each method's whole run, the methods in turn, and measure its step's memory once."""
         for method in self.arguments.methods:
             key = {"kind": "memory", **self.key(method, forgotten)}
             if not self.has(key):
@@ -237,11 +234,11 @@ class Study:
                 key = {"kind": "rates", **self.key(method, forgotten), "repeat": repeat}
                 if not self.has(key):
                     whole = self.config(method, forgotten, self.folder / "rates")
-                    share = TIMED_SHARE[self.dataset.name]
-                    self.append({**key, **seconds_by_parts(whole, self.part(method, forgotten, share), share)})
+                    fraction = TIMED_FRACTION[self.dataset.name]
+                    self.append({**key, **seconds_by_parts(whole, self.part(method, forgotten, fraction), fraction)})
 
     def race(self, forgotten: int) -> None:
-        """Seconds of each method, priors included, in turns: to the end, and to the first forgotten checkpoint."""
+        """Time whole runs of the methods in turn, priors included; see `times`."""
         for repeat in range(self.arguments.repeats):
             for method in self.arguments.methods:
                 key = {"kind": "race", **self.key(method, forgotten), "repeat": repeat}
@@ -255,12 +252,16 @@ class Study:
                 shutil.rmtree(output)
 
     def times(self, output: Path, forgotten: int) -> dict[str, Any]:
-        """When a run with checkpoints had forgotten, and when it ended, in seconds from the start of its priors."""
+        """Find out when a run had forgotten its class, by its checkpoints, and when it ended.
+
+        Returns:
+            Seconds since the priors began, until the end and until the first checkpoint at which the class is forgotten
+            (None if it never is), with the steps.
+        """
         record = ErasureRecord.read(output)
         seconds = record.cost.seconds
         priors = seconds["replay"] + seconds["prepare"]
-        lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf8").splitlines()]
-        at_step = {line["step"]: line["seconds"] for line in lines}
+        at_step = {line["step"]: line["seconds"] for line in read_rows(output / "log.jsonl")}
         found = None
         for checkpoint in checkpoints.all_checkpoints(output):
             family = load_result(output, weights=checkpoint)
@@ -279,19 +280,18 @@ class Study:
 
     def append(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        with self.results.with_suffix(".jsonl").open("a", encoding="utf8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_rows(self.results.with_suffix(".jsonl"), [row])
 
     def has(self, key: dict[str, Any]) -> bool:
-        """Whether a row with these entries is there."""
-        return any(all(row.get(name) == wanted for name, wanted in key.items()) for row in self.rows)
+        """Return True if a row with these entries exists."""
+        return is_measured(self.rows, key)
 
     def run(self) -> None:
         for forgotten in self.arguments.classes:
             for method in ("base", *self.arguments.methods):
                 key = {"kind": "class", **self.key(method, forgotten)}
                 if method == "base":
-                    key |= {"seed": None, "counts": None}  # it has neither
+                    key |= {"seed": None, "counts": None}  # the base model has neither
                 if self.has(key):
                     continue
                 row = {**key, **(self.measure(None, forgotten) if method == "base" else self.row(method, forgotten))}
@@ -304,7 +304,7 @@ class Study:
         self.draw_gallery()
 
     def draw_gallery(self) -> None:
-        """Pictures of every method: asked for the class that each run forgot, and for the one after it."""
+        """Draw pictures of every method: of the class that each run forgot, and of the next class."""
         names = self.dataset.class_names
         blocks: dict[str, list[Tensor]] = {}
         for method in ("base", *self.arguments.methods):
@@ -318,20 +318,15 @@ class Study:
         gallery(blocks, len(self.arguments.classes)).savefig(f"{self.results}_pictures.png", dpi=110)
 
     def summarize(self) -> None:
-        """Write the tables and the plot of all rows that are there."""
+        """Write the tables and the plot of all existing rows."""
         self.results.with_suffix(".md").write_text(summary(self.rows), encoding="utf8")
         if any(row["kind"] == "class" for row in self.rows):
             plot(self.rows).savefig(self.results.with_suffix(".png"), dpi=130)
         print(f"tables: {self.results.with_suffix('.md')}")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a results file; none where it is not there yet."""
-    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()] if path.exists() else []
-
-
 def classes(text: str) -> list[int]:
-    """`0-9` or `2,5` as numbers."""
+    """Read the numbers in a text such as `0-9` or `2,5`."""
     numbers: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -345,14 +340,14 @@ def main() -> None:
     methods = ["safemax", "salun", "selective_amnesia"]
     parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=methods)
     parser.add_argument("--classes", type=classes, default=list(range(10)))
-    parser.add_argument("--race", type=int, metavar="CLASS", help="Time the methods side by side on this class.")
-    parser.add_argument("--rates", type=int, metavar="CLASS", help="Estimate their seconds from parts of their runs.")
-    parser.add_argument("--repeats", type=int, default=3, help="Of --race and --rates.")
-    parser.add_argument("--published_counts", action="store_true", help="Of steps and priors, for a small network.")
-    parser.add_argument("--base_minutes", type=float, help="Of the base's training; seconds and memory need few.")
+    parser.add_argument("--race", type=int, metavar="CLASS", help="Time whole runs of the methods on this class.")
+    parser.add_argument("--rates", type=int, metavar="CLASS", help="Estimate the time of runs from their parts.")
+    parser.add_argument("--repeats", type=int, default=3, help="Repeats of --race and --rates.")
+    parser.add_argument("--published_counts", action="store_true", help="Published counts of steps and priors.")
+    parser.add_argument("--base_minutes", type=float, help="Minutes of the base model's training.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work_dir", type=Path, default=Path("study"), help="Models, runs and results.")
-    parser.add_argument("--data_file", type=Path, help="CIFAR-10 as an .npz of sheets; downloaded if not given.")
+    parser.add_argument("--work_dir", type=Path, default=Path("study"), help="Folder of models, runs and results.")
+    parser.add_argument("--data_file", type=Path, help="CIFAR-10 as an .npz of sheets; default: download it.")
     parser.add_argument("--classifier_file", type=Path, help="Weights of a CIFAR-10 ResNet-56.")
     arguments = parser.parse_args()
     study = Study(arguments)

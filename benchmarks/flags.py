@@ -1,10 +1,11 @@
-"""Write what the dataclasses of flags say where it is to be read: `python -m benchmarks.flags`.
+"""Write the list of flags and the tables of flags in documents from the dataclasses: `python -m benchmarks.flags`.
 
-`tests/unit/flags.txt` lists every flag with its type and default, those of one method after its name where they are not
-the shared ones; a change of it is a change of what users may type. In README and `docs/` tables stand between markers:
+`tests/unit/flags.txt` lists every flag with its type and default: first the shared flags, then, after the name of each
+method, those that it adds or changes. If this file changes, so does what users can type. In README and `docs/`, tables
+stand between markers:
 
-    <!-- flags of esd -->          the method's own flags; of one that builds on another, what it adds
-    <!-- flags of esd, spm -->     flags of all methods to which one of these gives another default, a column each
+    <!-- flags of esd -->          flags that the method adds to the shared ones, or to those of the method it extends
+    <!-- flags of esd, spm -->     shared flags with different defaults in these methods, a column for each method
     <!-- end of flags -->
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import NoneType
 from typing import get_args, get_origin
 
+from benchmarks.results import markdown_table
 from safemax_sd.core.options import Flag, choices_of, flags_of
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.training.config import TrainConfig, config_class
@@ -36,7 +38,7 @@ def flags_by_name(config: type[TrainConfig]) -> dict[str, Flag]:
 
 
 def kind(flag: Flag) -> str:
-    """Name the type of a flag, or its choices; `?` where it may be left open."""
+    """Return the type or the choices of a flag, followed by `?` if it may be None."""
     if get_origin(flag.hint) is list:
         return "list"
     name = "|".join(choices_of(flag.hint))
@@ -61,7 +63,7 @@ def _entry(flag: Flag) -> str:
 
 
 def with_tables(text: str) -> str:
-    """Return a document with its tables of flags as the dataclasses have them.
+    """Return a document with its tables of flags written anew.
 
     Raises:
         OptionError: A marker names an unknown method.
@@ -76,23 +78,23 @@ def with_tables(text: str) -> str:
 
 
 def own_flags(method: str) -> str:
-    """Return the table of the flags that a method has beside the shared ones and those of a method it builds on."""
+    """Return the table of the flags that a method adds to the shared ones, or to those of the method it extends."""
     shared, inherited = flags_by_name(TrainConfig), flags_of(OBJECTIVES.get(method).Config.__mro__[1])
     flags = [flag for flag in flags_of(config_class(method)) if flag.name not in shared and flag not in inherited]
     rows = [[f"`--{flag.name}`", default_of(flag), meaning(flag)] for flag in flags]
-    return _table(["flag", "default", "meaning"], rows)
+    return markdown_table(["flag", "default", "meaning"], rows)
 
 
 def differing_flags(methods: Sequence[str]) -> str:
-    """Return the table of the defaults of shared flags to which methods give different ones."""
+    """Return the table of shared flags whose defaults differ between methods."""
     columns = [flags_by_name(config_class(method)) for method in methods]
     names = [name for name in flags_by_name(TrainConfig) if len({default_of(flags[name]) for flags in columns}) > 1]
     rows = [[f"`--{name}`", *(default_of(flags[name]) for flags in columns)] for name in names if name != "objective"]
-    return _table(["flag", *(f"`{method}`" for method in methods)], rows)
+    return markdown_table(["flag", *(f"`{method}`" for method in methods)], rows)
 
 
 def default_of(flag: Flag) -> str:
-    """Write a default for a table."""
+    """Return a flag's default as text for a table."""
     return "none" if flag.default in (None, "", []) else f"{flag.default}"
 
 
@@ -100,11 +102,6 @@ def meaning(flag: Flag) -> str:
     """Return a flag's choices and its help text."""
     choices = ", ".join(f"`{choice}`" for choice in choices_of(flag.hint))
     return (f"{choices}: {flag.help}" if choices else flag.help).replace("|", r"\|")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main() -> None:

@@ -1,18 +1,17 @@
-"""Erase 1, 10 and 50 concepts in closed form with a halting anchor that has seen none of them, and measure it.
+"""Measure closed-form erasure of 1, 10 and 50 concepts by a halting anchor that was trained on none of them.
 
     python -m benchmarks.halting_anchor --work_dir anchor_study
 
-Trains the anchor on the concepts that are never erased, unless `<work_dir>/anchor` is there, writes an adapter for each
-number of concepts, and appends one JSON row a measurement to `<work_dir>/halting_anchor.jsonl`; rows that are there are
-not measured again. `--methods safemax uce` measures trained SAFEMax and UCE on the same tasks. `--package` puts the
-anchor into `safemax_sd/assets`, where `safemax erase --anchor emoji` finds it.
+Trains the anchor on the concepts that are never erased, unless `<work_dir>/anchor` exists, writes an adapter for each
+number of concepts, and appends a JSON row for each measurement to `<work_dir>/halting_anchor.jsonl`; existing rows are
+not measured again. `--methods safemax uce` measures trained SAFEMax and UCE on the same tasks. `--package` copies the
+anchor to `safemax_sd/assets`, where `safemax erase --anchor emoji` finds it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -25,9 +24,10 @@ from safemax_sd.evaluation.run import Evaluation
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from benchmarks.class_unlearning import read_rows
-from benchmarks.emoji.prompt_suites import OTHER_WORDING, Row, every_prompt, spread_prompts, write
+from benchmarks.emoji.prompt_suites import OTHER_WORDING, every_prompt, prompt_of_each_style
 from benchmarks.emoji.settings import CONCEPTS, FORBIDDEN_GROUPS, NEIGHBOURS, OTHERS, SYNONYMS
+from benchmarks.prompt_files import PromptRow, write_prompts
+from benchmarks.results import append_rows, is_measured, read_rows
 from safemax_sd.adapters.halting_marks import MARKS_FILE
 from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.assets import ANCHORS
@@ -40,15 +40,15 @@ from safemax_sd.train import train
 from safemax_sd.training.config import config_class
 
 GROUPED = [concept for group in FORBIDDEN_GROUPS.values() for concept in group]
-LOOK_ALIKES = [concept for group in NEIGHBOURS.values() for concept in group]
-ERASED = [*GROUPED, *(concept for concept in OTHERS if concept not in (*GROUPED, *LOOK_ALIKES))][:50]
-"""In the order in which they are erased; every concept with look-alikes is among the first."""
+NEIGHBOUR_CONCEPTS = [concept for group in NEIGHBOURS.values() for concept in group]
+ERASED = [*GROUPED, *(concept for concept in OTHERS if concept not in (*GROUPED, *NEIGHBOUR_CONCEPTS))][:50]
+"""Concepts in the order in which they are erased, those with neighbours first."""
 COUNTS = (1, 10, 50)
 KEY = ("method", "concepts", "synonyms", "model", "subset", "sampler", "guidance_scale")
 MAIN = ("ddim", 4.0)
 SETTINGS = [MAIN, ("ddim", 1.0), ("ddim", 2.0), ("ddim", 7.5), ("euler", 4.0), ("dpm++", 4.0)]
 RESTORED = "restored"
-"""The prompts to forget of a concept that was taken out of an erasure again."""
+"""Subset of the forget prompts of a concept whose erasure was undone."""
 ONLY_MAIN = ("neighbours", "paraphrases", RESTORED)
 METRICS = {
     "forget": ("unlearning_accuracy", "unlearning_accuracy_with_rejection", "neither", "halted", "latent_std"),
@@ -61,55 +61,54 @@ VOCABULARY = "vocabulary.csv"
 
 
 def suite(folder: Path, erased: Sequence[str], *, synonyms: bool) -> Path:
-    """Prompt files of one task: edits read `forget` and `retain`; measurements read the files in `test`.
+    """Write the prompt files of a task, unless they exist, and return the folder.
 
-    No prompt that is measured stands in a file that is read by an edit.
+    Methods read `forget` and `retain`; measurements read the files in `test`. No prompt is in both.
+
+    Args:
+        folder: Folder to write to.
+        erased: Concepts to erase.
+        synonyms: True to give synonyms of the concepts to the methods too.
     """
     if not (folder / "test").exists():
         kept = [concept for concept in CONCEPTS if concept not in erased]
         numbers = {concept: number for number, concept in enumerate(CONCEPTS)}
-        given = {concept: spread_prompts(concept, numbers[concept]) for concept in CONCEPTS}
-        other = {concept: spread_prompts(concept, numbers[concept] + OTHER_WORDING) for concept in CONCEPTS}
+        given = {concept: prompt_of_each_style(concept, numbers[concept]) for concept in CONCEPTS}
+        other = {concept: prompt_of_each_style(concept, numbers[concept] + OTHER_WORDING) for concept in CONCEPTS}
         names = [(concept, name) for concept in erased for name in SYNONYMS.get(concept, ())]
         forget = [row for concept in erased for row in given[concept]]
         if synonyms:
-            forget += [(text, concept) for concept, name in names for text, _ in spread_prompts(name, numbers[concept])]
-        write(folder, "forget", forget)
-        write(folder, "retain", [row for concept in kept for row in given[concept]])
-        test: dict[str, list[Row]] = {
+            forget += [
+                (text, concept) for concept, name in names for text, _ in prompt_of_each_style(name, numbers[concept])
+            ]
+        write_prompts(folder, "forget", forget)
+        write_prompts(folder, "retain", [row for concept in kept for row in given[concept]])
+        test: dict[str, list[PromptRow]] = {
             "forget": [
                 row for concept in erased for row in every_prompt(concept, concept) if row not in given[concept]
             ],
             "retain": [row for concept in kept for row in other[concept]],
-            "neighbours": [row for concept in kept if concept in LOOK_ALIKES for row in other[concept]],
+            "neighbours": [row for concept in kept if concept in NEIGHBOUR_CONCEPTS for row in other[concept]],
             "paraphrases": [
                 (text, concept)
                 for concept, name in names
-                for text, _ in spread_prompts(name, numbers[concept] + OTHER_WORDING)
+                for text, _ in prompt_of_each_style(name, numbers[concept] + OTHER_WORDING)
             ],
         }
         for part, rows in test.items():
-            write(folder / "test", part, rows)
+            write_prompts(folder / "test", part, rows)
     return folder
 
 
 def train_anchor(work_dir: Path) -> Path:
-    """The anchor, trained on the concepts that are never erased."""
+    """Train the anchor on the concepts that are never erased, unless it exists; return its folder."""
     folder = work_dir / "anchor"
     if not (folder / RECORD).exists():
         kept = [concept for concept in CONCEPTS if concept not in ERASED]
-        write(
-            work_dir,
-            VOCABULARY.removesuffix(".csv"),
-            [row for number, concept in enumerate(kept) for row in spread_prompts(concept, number)],
-        )
-        train(
-            config_class("halting_anchor")(
-                retain_prompts=str(work_dir / VOCABULARY),
-                output_dir=str(folder),
-                overwrite_output_dir=True,
-            )
-        )
+        rows = [row for number, concept in enumerate(kept) for row in prompt_of_each_style(concept, number)]
+        prompts = write_prompts(work_dir, VOCABULARY.removesuffix(".csv"), rows)
+        config = config_class("halting_anchor")
+        train(config(retain_prompts=str(prompts), output_dir=str(folder), overwrite_output_dir=True))
     return folder
 
 
@@ -128,7 +127,7 @@ and licence are those of `safemax_sd/assets/emoji/README.md`.
 
 
 def package(anchor: Path) -> Path:
-    """Put the anchor into the package, its weights in half precision; returns the folder."""
+    """Copy the anchor into the package, its weights in half precision, and return its folder there."""
     folder = ANCHORS["emoji"]
     folder.mkdir(exist_ok=True)
     weights = load_file(anchor / WEIGHTS_NAME)
@@ -149,14 +148,14 @@ def package(anchor: Path) -> Path:
 
 
 def metadata_of(anchor: Path) -> dict[str, str] | None:
-    """Of the weight file: the LoRA's configuration."""
+    """Read the metadata of the anchor's weight file, which hold the LoRA's configuration."""
     with safe_open(anchor / WEIGHTS_NAME, "pt") as file:
         metadata: dict[str, str] | None = file.metadata()
     return metadata
 
 
 def adapter(method: str, count: int, synonyms: bool, work_dir: Path) -> Path:
-    """The folder of a method's adapter for a task, made if it is not there."""
+    """Erase the first `count` concepts by a method, unless that is done, and return the folder of the adapter."""
     task = suite(work_dir / f"{count}{'_synonyms' if synonyms else ''}", ERASED[:count], synonyms=synonyms)
     output = task / method
     if not (output / RECORD).exists():
@@ -172,12 +171,12 @@ def adapter(method: str, count: int, synonyms: bool, work_dir: Path) -> Path:
 
 
 class Measurement:
-    """One adapter's rows.
+    """Measurement of an adapter.
 
     Args:
-        key: What the adapter is, in every row.
-        output: Its folder, in the task's.
-        num_images: Of each subset and setting.
+        key: Entries of every row that identify the adapter.
+        output: Folder of the adapter, inside that of the task.
+        num_images: Number of pictures of each subset and setting.
     """
 
     def __init__(self, key: dict[str, Any], output: Path, num_images: int) -> None:
@@ -197,13 +196,13 @@ class Measurement:
         details = {} if edit is None else edit.details
         self.marks = {name: details[name] for name in ("marks", "kept_marks") if name in details}
 
-    def rows(self, there: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Rows that are not there yet."""
+    def rows(self, existing: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Measure and yield each row that does not exist yet."""
         for (sampler, scale), subset, model in itertools.product(SETTINGS, METRICS, ("base", "erased")):
             key = {**self.key, "model": model, "subset": subset, "sampler": sampler, "guidance_scale": scale}
             if subset in ONLY_MAIN and (sampler, scale) != MAIN:
                 continue
-            if subset not in self.parts or any(key.items() <= row.items() for row in there):
+            if subset not in self.parts or is_measured(existing, key):
                 continue
             prompts = pick(self.parts[subset], self.num_images)
             noise_of = "forget" if subset == RESTORED else subset
@@ -216,7 +215,7 @@ class Measurement:
 
 
 def without_first(output: Path) -> Path:
-    """A copy of an erased adapter in which the first concept is no longer erased."""
+    """Copy an adapter and undo the erasure of its first concept in the copy, unless that is done; return its folder."""
     copy = output.with_name(f"{output.name}_less_{ERASED[0].replace(' ', '_')}")
     if not copy.exists():
         temporary = copy.with_suffix(".tmp")
@@ -227,7 +226,7 @@ def without_first(output: Path) -> Path:
 
 
 def restored(measurement: Measurement) -> Measurement:
-    """Of the adapter without the first concept: that concept's prompts alone."""
+    """Prepare the measurement of the concept whose erasure is undone by `without_first`."""
     own = [prompt for prompt in measurement.parts["forget"] if prompt.concept == ERASED[0]]
     less = Measurement(measurement.key, without_first(measurement.output), measurement.num_images)
     less.parts = {RESTORED: own}
@@ -241,9 +240,9 @@ def main() -> None:
         "--methods", nargs="+", choices=["halting_anchor", "safemax", "uce", "uce_padding"], default=["halting_anchor"]
     )
     parser.add_argument("--counts", nargs="+", type=int, choices=COUNTS, default=list(COUNTS))
-    parser.add_argument("--synonyms", action="store_true", help="Give the edit synonyms of the concepts too.")
+    parser.add_argument("--synonyms", action="store_true", help="Give synonyms of the concepts to the methods too.")
     parser.add_argument("--num_images", type=int, default=64)
-    parser.add_argument("--package", action="store_true", help="Put the anchor into the package and measure nothing.")
+    parser.add_argument("--package", action="store_true", help="Copy the anchor into the package; measure nothing.")
     arguments = parser.parse_args()
     if arguments.package:
         print(package(train_anchor(arguments.work_dir)))
@@ -256,8 +255,7 @@ def main() -> None:
         if method == "halting_anchor" and count > 1:
             measurements.append(restored(measurements[0]))
         for row in itertools.chain.from_iterable(each.rows(read_rows(results)) for each in measurements):
-            with results.open("a", encoding="utf8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_rows(results, [row])
             values = (f"{name} {row[name]['value']:.1f}" for name in METRICS[row["subset"]])
             print(*(row[name] for name in KEY), *values, flush=True)
 

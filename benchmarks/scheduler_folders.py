@@ -1,10 +1,10 @@
-"""Do replay, evaluation and the stock pipeline agree, whatever scheduler a model's folder brings along?
+"""Check that replay, evaluation and the stock pipeline agree, whatever scheduler a model's folder contains.
 
     python -m benchmarks.scheduler_folders --output docs/results/NAME.json
 
-Gives copies of the embedded model other schedulers, draws the same kept prompts from the same noise with the stock
-pipeline as it loads, with the sampler that replay uses and with each of `safemax evaluate`'s, and prints how many
-the judge recognises and the latents' standard deviation.
+Each copy of the embedded model gets another scheduler. The same retain prompts are then drawn from the same noise with
+the stock pipeline as loaded, with the replay's sampler, and with each sampler of `safemax evaluate`. Prints the
+percentage of pictures that the judge recognises and the latents' standard deviation.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
-from safemax_sd.evaluation.metrics.base import wilson
 from safemax_sd.evaluation.sampling import SAMPLERS
 from torch import Tensor
 
+from benchmarks.judging import named_correctly
 from safemax_sd.assets import ASSETS
 from safemax_sd.core.judge import Judge, load_judge
 from safemax_sd.core.provenance import provenance, write_json_atomic
@@ -47,14 +47,14 @@ SCHEDULERS = {
     "EulerDiscreteScheduler": EulerDiscreteScheduler(**SCHEDULE),
     "UniPCMultistepScheduler": UniPCMultistepScheduler(**SCHEDULE),
     "PNDMScheduler": PNDMScheduler(**SCHEDULE),
-    "PNDMScheduler, skip_prk_steps": PNDMScheduler(**SCHEDULE, skip_prk_steps=True),  # as Stable Diffusion 1.5 has it
+    "PNDMScheduler, skip_prk_steps": PNDMScheduler(**SCHEDULE, skip_prk_steps=True),  # as in Stable Diffusion 1.5
 }
-"""They state the noise schedule and leave the rest to their classes."""
+"""Schedulers that set the noise schedule alone; all else is their classes' default."""
 GUIDANCE, STEPS = 5.0, 25
 
 
-def folder_with(scheduler: Any, folder: Path) -> Path:
-    """Copy the embedded model, with another scheduler."""
+def copy_with(scheduler: Any, folder: Path) -> Path:
+    """Copy the embedded model into a folder and replace its scheduler."""
     shutil.copytree(ASSETS / "emoji", folder)
     shutil.rmtree(folder / "scheduler")
     scheduler.save_pretrained(folder / "scheduler")
@@ -65,8 +65,8 @@ def folder_with(scheduler: Any, folder: Path) -> Path:
 
 
 @torch.no_grad()
-def drawn(pipeline: Any, prompts: list[str], noise: Tensor) -> Tensor:
-    """Latents at the end of the stock pipeline."""
+def draw(pipeline: Any, prompts: list[str], noise: Tensor) -> Tensor:
+    """Return the final latents of a stock pipeline."""
     latents: Tensor = pipeline(
         prompts, latents=noise, guidance_scale=GUIDANCE, num_inference_steps=STEPS, output_type="latent"
     ).images
@@ -74,12 +74,13 @@ def drawn(pipeline: Any, prompts: list[str], noise: Tensor) -> Tensor:
 
 
 def measure(label: str, judge: Judge, count: int) -> list[dict[str, Any]]:
-    """Rows of one of `SCHEDULERS`."""
+    """Return the rows of one entry of `SCHEDULERS`, one for each way of drawing."""
     prompts = pick(load_suite("emoji/bomb").parts["retain"].prompts, count)
-    concepts = list(dict.fromkeys(prompt.concept or "" for prompt in prompts))
+    names = [prompt.concept or "" for prompt in prompts]
+    concepts = list(dict.fromkeys(names))
     texts = [prompt.text for prompt in prompts]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = folder_with(SCHEDULERS[label], Path(scratch) / "model")
+        folder = copy_with(SCHEDULERS[label], Path(scratch) / "model")
         family = load_family(LoadOptions(str(folder)))
         assert isinstance(family, LatentFamily)
         with quiet():
@@ -87,23 +88,21 @@ def measure(label: str, judge: Judge, count: int) -> list[dict[str, Any]]:
         stock.set_progress_bar_config(disable=True)
     noise = start_noise(family.latent_shape(None), list(range(count)), torch.device("cpu"))
     latents = {
-        "stock pipeline": drawn(stock, texts, noise),
+        "stock pipeline": draw(stock, texts, noise),
         "replay": family.sample(
             family.encode_prompts(texts), noise, guidance_scale=GUIDANCE, num_inference_steps=STEPS
         ),
     }
     for sampler, kind in SAMPLERS.items():
         family.pipeline.scheduler = as_scheduler(kind, family.scheduler_settings)
-        latents[f"evaluate {sampler}"] = drawn(family.pipeline, texts, noise)
-    truth = torch.tensor([concepts.index(prompt.concept or "") for prompt in prompts])
+        latents[f"evaluate {sampler}"] = draw(family.pipeline, texts, noise)
     rows = []
-    for name, ended in latents.items():
-        named = judge.similarities(family.decode(ended), judge.captions(concepts)).argmax(1)
-        rate = wilson(int((named == truth).sum()), count)
-        std = float(ended.std())
-        rows.append({"scheduler": label, "drawn_by": name, "recognised": rate.value,
+    for drawn_by, final in latents.items():
+        rate = named_correctly(judge, family.decode(final), names, concepts)
+        std = float(final.std())
+        rows.append({"scheduler": label, "drawn_by": drawn_by, "recognised": rate.value,
                      "interval": rate.interval, "n": count, "latent_std": std})  # fmt: skip
-        print(f"{label:30} {name:16} {rate.value:6.1f} %  {std:.3f}", flush=True)
+        print(f"{label:30} {drawn_by:16} {rate.value:6.1f} %  {std:.3f}", flush=True)
     return rows
 
 

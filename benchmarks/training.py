@@ -1,4 +1,4 @@
-"""What trainings of base models and judges share: a clock that survives being killed, learning rates, EMA."""
+"""Training of base models and judges: a time budget, resuming, learning rates and averaged weights."""
 
 from __future__ import annotations
 
@@ -10,85 +10,107 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
+
+SAVE_SECONDS = 120
+"""Seconds between two saves of a run."""
 
 
 class TimedRun:
-    """A training of a set number of minutes that can be killed and started again.
+    """A training of a set number of minutes, which continues after it was killed.
 
-    The schedule follows the share of the time budget used up, not a step count: on a slower machine the same
-    minutes give fewer steps but still a complete schedule.
+    Schedules follow the fraction of the budget that is spent rather than a number of steps: on a slower machine the
+    same minutes give fewer steps, but still a complete schedule.
+
+    Args:
+        path: File that stores the run; if it exists, the run continues from it.
+        network: Network to train.
+        optimizer: Optimizer of the network; its learning rate is the highest of the schedule.
+        minutes: Budget in minutes of `clock`.
+        ema_decay: Decay of the averaged network.
+        label: Label of the progress bar.
+        clock: Clock in seconds; `time.process_time` makes the budget independent of other load on the machine.
+
+    Attributes:
+        ema: Network with averaged parameters.
+        step: Number of steps taken.
+        bar: Progress bar in seconds.
     """
 
     def __init__(
         self,
         path: Path,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
         minutes: float,
-        state: dict[str, object],
+        ema_decay: float,
+        label: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Resume from `path` if it exists.
-
-        Args:
-            path: File that holds the run between two starts.
-            minutes: Budget, in minutes of `clock`.
-            state: Modules and optimizers to save, by name.
-            clock: Seconds passed; `time.process_time` makes the budget independent of what else the machine does.
-        """
-        self.path, self.budget, self.state, self.clock = path, 60.0 * minutes, state, clock
-        self.step, self.spent, self._since_save = 0, 0.0, time.monotonic()
+        self.path, self.network, self.optimizer, self.clock = path, network, optimizer, clock
+        self.ema, self.ema_decay = copy.deepcopy(network).eval().requires_grad_(False), ema_decay
+        self.learning_rate = float(optimizer.param_groups[0]["lr"])
+        self.step, self.spent, self.budget = 0, 0.0, 60.0 * minutes
+        self._state = {"model": network, "ema": self.ema, "optimizer": optimizer}
         if path.exists():
             stored = torch.load(path, weights_only=True)
             self.step, self.spent = stored["step"], stored["spent"]
-            for name, part in state.items():
-                part.load_state_dict(stored[name])  # type: ignore[attr-defined]
-        self._last = clock()
+            for name, part in self._state.items():
+                part.load_state_dict(stored[name])
+        self.bar = tqdm(total=round(self.budget), initial=round(self.spent), unit="s", desc=label)
+        self._last, self._saved = clock(), time.monotonic()
 
     @property
-    def share(self) -> float:
-        """Share of the budget used, 0 to 1."""
+    def progress(self) -> float:
+        """Fraction of the budget that is spent, 0 to 1."""
         return min(1.0, self.spent / self.budget)
 
-    def tick(self) -> bool:
-        """Count one step; save every two minutes and at the end. Returns whether to go on."""
+    def update(self, loss: Tensor, factor: float) -> None:
+        """Take an optimizer step, with gradients clipped to norm 1, and save every two minutes and at the end.
+
+        Args:
+            loss: Loss of the step.
+            factor: Factor of the learning rate.
+        """
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self._average()
         now = self.clock()
         self.spent, self._last, self.step = self.spent + now - self._last, now, self.step + 1
-        if time.monotonic() - self._since_save > 120 or self.spent >= self.budget:
-            self.save()
-            self._since_save = time.monotonic()
-        return self.spent < self.budget
+        if time.monotonic() - self._saved > SAVE_SECONDS or self.spent >= self.budget:
+            self._save()
+            self._saved = time.monotonic()
+        self.bar.update(round(self.spent) - self.bar.n)
 
-    def save(self) -> None:
-        parts = {name: part.state_dict() for name, part in self.state.items()}  # type: ignore[attr-defined]
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the averaged parameters toward the current ones, faster in the first steps."""
+        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
+        averaged = list(self.ema.parameters())
+        torch._foreach_lerp_(averaged, [p.detach() for p in self.network.parameters()], 1 - decay)
+
+    def _save(self) -> None:
+        parts = {name: part.state_dict() for name, part in self._state.items()}
         temporary = self.path.with_suffix(".tmp")
         torch.save({"step": self.step, "spent": self.spent, **parts}, temporary)
         os.replace(temporary, self.path)
 
 
-def learning_rate_factor(step: int, share: float, *, warmup_steps: int, decay_share: float) -> float:
-    """Linear warm-up over steps, then 1, then linear decay to 0 over the last `decay_share` of the budget."""
-    return min(1.0, (step + 1) / warmup_steps) * min(1.0, max(0.0, (1 - share) / decay_share))
+def linear_factor(step: int, progress: float, *, warmup_steps: int, decay_fraction: float) -> float:
+    """Return a linear warm-up over steps, then 1, then a linear decay to 0 in the last `decay_fraction` of the run."""
+    return min(1.0, (step + 1) / warmup_steps) * min(1.0, max(0.0, (1 - progress) / decay_fraction))
 
 
-def cosine_factor(step: int, share: float, *, warmup_steps: int = 100) -> float:
-    """Linear warm-up over steps, then half a cosine over the budget."""
-    return min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-class Ema:
-    """Exponential moving average of a module's parameters, warmed up so that early steps count less."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        averaged = list(self.module.parameters())
-        torch._foreach_lerp_(averaged, [p.detach() for p in module.parameters()], 1 - decay)
+def cosine_factor(step: int, progress: float, *, warmup_steps: int = 100) -> float:
+    """Return a linear warm-up over steps, times half a cosine over the run."""
+    return min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def mixed_precision() -> torch.autocast:
-    """bfloat16 autocast where the processor multiplies it in hardware; elsewhere it would be ten times slower."""
+    """Return autocast to bfloat16, disabled on processors without hardware for it, where it is ten times slower."""
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())

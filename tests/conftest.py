@@ -1,4 +1,4 @@
-"""Fixtures that several test folders share."""
+"""Fixtures shared by all test folders."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 from tests import tiny, tiny_families
 
-# A core for each of pytest's workers: on tiny models more threads wait for one another longer than they work.
+# One thread for each of pytest's workers: on tiny models, several threads wait longer than they work.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def imported_once() -> None:
-    """Let no garbage collection look through what the imports have left: each training asks for one, of 0.3 s."""
+    """Exclude all imported objects from garbage collection, which takes 0.3 s in each training otherwise."""
     gc.collect()
     gc.freeze()
 

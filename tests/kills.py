@@ -1,4 +1,4 @@
-"""Kill a piece of work at each of its writes: in a child process, so that nothing is cleaned up."""
+"""Kills at each write of a function, in a child process, so that nothing is cleaned up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ KILLED = 9
 def kills(work: Callable[[], object], prepare: Callable[[], None]) -> Iterator[int]:
     """Run `prepare` and then `work` in a child process that dies before its 1st, 2nd, … change of the file system.
 
-    Yields the number of each change, with the files as the kill has left them, until `work` comes to its end.
+    Yields:
+        Number of the change, after each kill, until `work` completes.
     """
     number, ended = 0, False
     while not ended:

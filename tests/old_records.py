@@ -1,4 +1,4 @@
-"""Records as earlier releases wrote them."""
+"""Records in the formats of earlier releases."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def as_version_1(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a record as version 1 had it, the first ones of which kept less of the base model."""
+    """Return the content of a record in version 1, whose first records stored less about the base model."""
     base, lora = dict(record["base_model"]), record["lora"]
     layout = lora or {"rank": 16, "targets": "all", "dropout": 0.0, "rank_pattern": {}}
     config = {

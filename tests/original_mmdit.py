@@ -20,7 +20,7 @@ def width_of(config: dict[str, Any]) -> int:
 
 
 def sd3_layers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Names and numbers of rows of the layers with weights, of Stability's `MMDiT` and `MMDiTX`."""
+    """Yield names and numbers of rows of the layers with weights of Stability's `MMDiT` or `MMDiTX`."""
     width, last = width_of(config), config["num_layers"] - 1
     names = ("x_embedder.proj", "context_embedder", *(f"{n}_embedder.mlp.{i}" for n in "ty" for i in (0, 2)))
     yield from ((name, width) for name in names)
@@ -40,7 +40,7 @@ def sd3_layers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def flux_layers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """The same of Black Forest Labs' `Flux`."""
+    """Yield names and numbers of rows of the layers with weights of Black Forest Labs' `Flux`."""
     width = width_of(config)
     embedders = ("time_in", "vector_in", *(["guidance_in"] if config["guidance_embeds"] else []))
     names = ("img_in", "txt_in", *(f"{name}.{end}_layer" for name in embedders for end in ("in", "out")))
@@ -72,7 +72,7 @@ def as_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def products(file: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a kohya file of SD3 adds to each layer's weight, by the file's name of the layer.
+    """Return the changes of weights in a kohya file of SD3, by the file's name of the layer.
 
     A1111 takes the last two words off every key, and fails on a key that has no two.
     """
@@ -82,7 +82,7 @@ def products(file: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sd3_changes(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """What a kohya file of SD3 changes of the original code's weights, converted to diffusers' layers."""
+    """Return the changes of weights in a kohya file of SD3, by diffusers' name of the layer."""
     added, changed = products(load_file(path)), {}
     for name, rows in sd3_layers(config):
         product = added.pop(f"lora_unet_{name.replace('.', '_')}", None)

@@ -1,4 +1,4 @@
-"""Processes that start at once: forked from the tests' own, with all that it has imported."""
+"""Processes that start fast, since they are forked from the tests' process with all its imports."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from pathlib import Path
 from accelerate.state import AcceleratorState, GradientState
 
 SECONDS = 300
-"""After which a process that should have ended is given up."""
+"""Time limit for a process to end."""
 
 
 def forked(
     work: Callable[[list[str]], int], arguments: list[str], environment: Mapping[str, str] | None = None
 ) -> BaseProcess:
-    """Start a command's function in a process of its own; what it returns is the process's exit code.
+    """Start a command in another process, which exits with the code that the command returns.
 
     Args:
-        work: `main` of a module.
-        arguments: Its command line.
-        environment: Variables beside this process's own.
+        work: Function of the command, which takes its command line.
+        arguments: Command line.
+        environment: Further environment variables.
     """
 
     def run() -> None:
         os.environ.update(environment or {})
-        AcceleratorState._reset_state(reset_partial_state=True)  # of the tests' process
+        AcceleratorState._reset_state(reset_partial_state=True)  # state of the tests' process
         GradientState._reset_state()
         sys.exit(work(arguments))
 
@@ -40,7 +40,7 @@ def forked(
 
 
 def importing(module: Path, work: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """Return a command's function that imports a file first; to be forked, so that the other tests do not know it."""
+    """Return a command that first imports a module; to be forked, so that the import does not affect other tests."""
 
     def run(arguments: list[str]) -> int:
         sys.path.insert(0, str(module.parent))
@@ -51,7 +51,7 @@ def importing(module: Path, work: Callable[[list[str]], int]) -> Callable[[list[
 
 
 def in_two_processes(work: Callable[[list[str]], int], arguments: list[str]) -> None:
-    """Run a command's function in two gloo processes on the processor, which find each other as under torchrun."""
+    """Run a command in two gloo processes on the CPU, connected as by torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

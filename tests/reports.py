@@ -1,4 +1,4 @@
-"""Reports and comparison runs with values by hand."""
+"""Reports and comparison runs with given values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def row(
 
 
 def report_of(*rows: Row, name: str = "bomb", **changes: Any) -> Report:
-    """Return a report of these measurements, in which suite, judge and erased concept have one name."""
+    """Return a report of measurements, with the same name for suite, judge and erased concept."""
     content = {
         "adapter": ErasureRecord.read(ANCHORS["emoji"]).to_json(),
         "erased": [name],
@@ -47,5 +47,5 @@ def report_of(*rows: Row, name: str = "bomb", **changes: Any) -> Report:
 
 
 def run_of(*rows: Row, label: str = "a", task: str = "t", seed: int = 0) -> Run:
-    """Return a run of these measurements."""
+    """Return a run with measurements."""
     return Run(label, "safemax", task, seed, rows)

@@ -1,4 +1,4 @@
-"""What diffusers alone draws with a run's output: nothing here but the prompts and noise comes from the project."""
+"""Drawing by diffusers alone with a run's output; only prompts and noise come from the project."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ PROMPTS = ["apple", "pear"]
 
 
 def latents(base: str, output: Path, x_T: Tensor, *, full: bool, weight_name: str | None = None) -> Tensor:
-    """Where the stock pipeline gets to from x_T [2, C, H, W]; of full weights or of the LoRA file of that name."""
+    """Draw latents from x_T [2, C, H, W] by the stock pipeline, with full weights or a LoRA file."""
     pipeline = DiffusionPipeline.from_pretrained(base)
     if full:
         part = "transformer" if hasattr(pipeline, "transformer") else "unet"
         setattr(pipeline, part, AutoModel.from_pretrained(str(output), subfolder=part))
     else:
         pipeline.load_lora_weights(output, weight_name=weight_name)
-    if not hasattr(pipeline, "transformer"):  # a flow model's own sampler is deterministic already
-        # Stated as the folder's own sampler has it: DDIM would clip latents unless told otherwise.
+    if not hasattr(pipeline, "transformer"):  # the sampler of a flow model is deterministic already
+        # As in the folder's own sampler; DDIM clips latents by default.
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     packed = "Flux" in type(pipeline).__name__
     height, width = (8 * side for side in x_T.shape[-2:])

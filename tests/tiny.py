@@ -30,11 +30,11 @@ CONCEPTS = ("apple", "pear", "plum")
 FORGET = (("a red apple", "apple"), ("red apple on a table", "apple"))
 RETAIN = (("a green pear", "pear"), ("a blue plum", "plum"), ("pear and plum", "plum"))
 CLASSES = tuple((name, name) for name in CONCEPTS)
-"""(prompt, concept); a class-conditional model's prompts are its classes."""
+"""Prompts with their concepts for a class-conditional model, whose prompts are its classes."""
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer whose vocabulary is the letters."""
+    """Build a CLIP tokenizer whose vocabulary is the letters."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def build_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """A StableDiffusionPipeline folder of some 20 thousand parameters; returns it."""
+    """Write a Stable Diffusion pipeline of about 20 thousand parameters; return its folder."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "vocabulary")
     text_config = CLIPTextConfig(
@@ -85,7 +85,7 @@ def build_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Pa
         set_alpha_to_one=False,
         steps_offset=1,
         prediction_type=prediction_type,
-        # As v-prediction models are trained today: the last timestep is pure noise (arXiv 2305.08891).
+        # As usual for v-prediction, the last timestep is pure noise (arXiv 2305.08891).
         rescale_betas_zero_snr=prediction_type == "v_prediction",
         timestep_spacing="trailing" if prediction_type == "v_prediction" else "leading",
     )
@@ -104,7 +104,7 @@ def build_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Pa
 
 
 def build_ddpm(folder: Path) -> Path:
-    """A class-conditional DDPM of a few thousand parameters; returns its folder."""
+    """Write a class-conditional DDPM of a few thousand parameters; return its folder."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
@@ -131,7 +131,7 @@ def load_latent(path: Path) -> LatentFamily:
 
 
 def write_prompts(model: Path, folder: Path) -> tuple[Path, Path]:
-    """A forget and a retain CSV that the model understands."""
+    """Write a forget and a retain file with prompts that the model understands; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     classes = json.loads((model / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"
     parts = {"forget": CLASSES[:1] if classes else FORGET, "retain": CLASSES[1:] if classes else RETAIN}
@@ -142,7 +142,7 @@ def write_prompts(model: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def write_pictures(folder: Path, each: int = 2) -> Path:
-    """A few pictures of each concept."""
+    """Write a few pictures of each concept; return their folder."""
     for number, concept in enumerate(CONCEPTS):
         (folder / concept).mkdir(parents=True, exist_ok=True)
         for copy in range(each):
@@ -151,10 +151,10 @@ def write_pictures(folder: Path, each: int = 2) -> Path:
 
 
 def train_arguments(model: Path, folder: Path, output_dir: Path, *more: str) -> list[str]:
-    """A command line of a training that takes seconds."""
+    """Return the command line of a training that takes seconds."""
     forget, retain = write_prompts(model, folder)
     objective = more[more.index("--objective") + 1] if "--objective" in more else "safemax"
-    # A method that the registry does not know yet is a test's own.
+    # A method that is not registered yet is defined by a test.
     named = objective not in OBJECTIVES.names() or OBJECTIVES.get(objective).names_concepts
     return [
         *("--pretrained_model_name_or_path", str(model)),
@@ -163,13 +163,18 @@ def train_arguments(model: Path, folder: Path, output_dir: Path, *more: str) -> 
         *("--rank", "2", "--train_batch_size", "2", "--retain_batch_size", "6"),
         *("--max_train_steps", "4", "--checkpointing_steps", "2"),
         *("--forget_trajectories", "2", "--retain_trajectories", "4", "--replay_inference_steps", "3"),
-        *("--replay_batch_size", "1", "--replay_span", "0.75"),  # one more before each of the first three steps
+        *(
+            "--replay_batch_size",
+            "1",
+            "--replay_span",
+            "0.75",
+        ),  # one more before each of the first three steps
         *("--lr_warmup_steps", "1", *more),
     ]
 
 
 def recording(config: TrainConfig, family: ModelFamily) -> Recording:
-    """Return the recording that a training with these flags begins with."""
+    """Return the recording of a training with these flags, before its first step."""
     forget, retain = read_input(config)
     return Recording(config, OBJECTIVES.get(config.objective).needs(config, forget), family, forget, retain)
 

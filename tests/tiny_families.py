@@ -1,4 +1,4 @@
-"""Tiny models of the larger families: the real classes at a few thousand parameters, with random weights."""
+"""Tiny models of the larger families: the real classes with a few thousand random parameters."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from transformers import (
 from tests.tiny import build_tokenizer
 
 WIDTH = 16
-"""Of every text encoder."""
+"""Width of every text encoder."""
 TOKENS = 24
 
 
 def build_t5_tokenizer() -> T5Tokenizer:
-    """A T5 tokenizer whose vocabulary is the letters."""
+    """Build a T5 tokenizer whose vocabulary is the letters."""
     letters = [(chr(code), -3.0) for code in range(ord("a"), ord("z") + 1)]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     return T5Tokenizer(vocab=[*special, *letters], extra_ids=0, model_max_length=TOKENS)
@@ -76,7 +76,7 @@ def autoencoder(channels: int, shift: float | None) -> AutoencoderKL:
 
 
 def build_sdxl(folder: Path) -> Path:
-    """A StableDiffusionXLPipeline folder; returns it."""
+    """Write a Stable Diffusion XL pipeline; return its folder."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "vocabulary")
     unet = UNet2DConditionModel(
@@ -113,7 +113,7 @@ def build_sdxl(folder: Path) -> Path:
 
 
 def build_sd3(folder: Path) -> Path:
-    """A StableDiffusion3Pipeline folder; returns it."""
+    """Write a Stable Diffusion 3 pipeline; return its folder."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "vocabulary")
     transformer = SD3Transformer2DModel(
@@ -147,7 +147,7 @@ def build_sd3(folder: Path) -> Path:
 
 
 def build_flux(folder: Path, *, guidance_input: bool = True) -> Path:
-    """A FluxPipeline folder, distilled from guided sampling or not; returns it."""
+    """Write a Flux pipeline, guidance-distilled or not; return its folder."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "vocabulary")
     transformer = FluxTransformer2DModel(

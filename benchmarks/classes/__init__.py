@@ -1,1 +1,1 @@
-"""Parts of the class-conditional unlearning study: data, base model, classifier, measurement."""
+"""The class-conditional unlearning study: data, base model, classifier, measurement, tables."""

@@ -1,4 +1,4 @@
-"""Train the study's base model: a class-conditional DDPM with a null class (facts of the protocol: SA and SalUn)."""
+"""The study's base model, a class-conditional DDPM with a null class, as in the papers on SA and SalUn."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from tqdm import tqdm
 
 from benchmarks.classes.data import Dataset
-from benchmarks.training import Ema, TimedRun, learning_rate_factor, mixed_precision
+from benchmarks.training import TimedRun, linear_factor, mixed_precision
 from safemax_sd.families.ddpm import ClassConditionalDDPM
 
 SEED = 0
@@ -19,12 +18,12 @@ SEED = 0
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """A base model's network and training.
+    """Settings of a base model's network and training.
 
     Attributes:
-        network: Arguments of `UNet2DModel` besides its size and channels.
-        minutes: Of training.
-        flip: Whether pictures are mirrored at random.
+        network: Arguments of `UNet2DModel` except size and channels.
+        minutes: Minutes of training.
+        flip: True to mirror half of the pictures at random.
     """
 
     network: dict[str, Any]
@@ -48,7 +47,7 @@ BASES = {
         },
         minutes=6.0,
     ),
-    # The published network: 38.6 M parameters. Its minutes are for a GPU.
+    # The published network, with 38.6 M parameters; the minutes are meant for a GPU.
     "cifar10": BaseSettings(
         network={
             "block_out_channels": (128, 256, 256, 256),
@@ -79,7 +78,16 @@ BASES = {
 
 
 def train_base(dataset: Dataset, folder: Path, settings: BaseSettings) -> Path:
-    """Train for the set minutes and write a `DDPMPipeline` folder; a killed training goes on, a done one is kept."""
+    """Train a base model and write its `DDPMPipeline` folder, unless it exists; a killed training continues.
+
+    Args:
+        dataset: Data set to train on.
+        folder: Folder to write to.
+        settings: Settings of the network and the training.
+
+    Returns:
+        The folder.
+    """
     if (folder / "model_index.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,14 +98,18 @@ def train_base(dataset: Dataset, folder: Path, settings: BaseSettings) -> Path:
         sample_size=side, in_channels=channels, out_channels=channels, num_class_embeds=classes + 1, **settings.network
     )
     network: torch.nn.Module = unet.to(memory_format=torch.channels_last)
-    ema = Ema(network, settings.ema_decay)
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
-    state = {"model": network, "ema": ema.module, "optimizer": optimizer}
-    run = TimedRun(folder / "training.pt", settings.minutes, state)
+    run = TimedRun(
+        folder / "training.pt",
+        network,
+        optimizer,
+        minutes=settings.minutes,
+        ema_decay=settings.ema_decay,
+        label="base model",
+    )
     generator = torch.Generator().manual_seed(SEED + run.step)
     scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-    bar = tqdm(total=round(run.budget), initial=round(run.spent), unit="s", desc="base model")
-    while run.share < 1:
+    while run.progress < 1:
         rows = torch.randint(len(dataset.train), (settings.batch_size,), generator=generator)
         pictures, labels = 2 * dataset.train[rows] - 1, dataset.train_labels[rows].clone()
         if settings.flip:
@@ -110,16 +122,8 @@ def train_base(dataset: Dataset, folder: Path, settings: BaseSettings) -> Path:
         with mixed_precision():
             output = network(noisy, times, class_labels=labels).sample
         loss = (output.float() - noise).square().mean()
-        factor = learning_rate_factor(run.step, run.share, warmup_steps=100, decay_share=0.4)
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * factor
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        ema.update(network, run.step)
-        run.tick()
-        bar.update(round(run.spent) - bar.n)
+        run.update(loss, linear_factor(run.step, run.progress, warmup_steps=100, decay_fraction=0.4))
         if run.step % 50 == 0:
-            bar.set_postfix(step=run.step, loss=f"{loss.item():.4f}")
-    ClassConditionalDDPM(ema.module, scheduler, dataset.class_names, torch.device("cpu")).save_base(folder)
+            run.bar.set_postfix(step=run.step, loss=f"{loss.item():.4f}")
+    ClassConditionalDDPM(run.ema, scheduler, dataset.class_names, torch.device("cpu")).save_base(folder)
     return folder

@@ -1,4 +1,4 @@
-"""The study's classifiers: they name pictures, reject what is no picture of a class, and give FID's features."""
+"""The study's classifiers, which classify pictures, reject those of no class, and compute FID's features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.classes.data import Dataset
 
 BATCH = 500
 ACCEPTED = 0.95
-"""Share of a class's real pictures that rejection lets through."""
+"""Fraction of a class's real pictures that are not rejected."""
 DIGITS_STEPS = 1500
 
 
@@ -76,16 +76,18 @@ class _Block(nn.Module):
 
 
 class Classifier:
-    """Names pictures, and says whether one looks like the named class at all.
+    """A classifier that rejects pictures which do not look like the class that it assigns them to.
 
-    A closed-set classifier must call noise something. A picture counts as recognised only where it is as close to the
-    class as 95 % of the class's real test pictures are, in every layer: in each, the Mahalanobis distance from the
-    class's mean by a covariance that all classes share (arXiv 1807.03888, eq. 1 and 2), in units of the class's median
-    distance; the largest counts. The last layer alone has discarded most of what tells noise from a picture.
+    A closed-set classifier assigns even noise to a class. Here a picture counts as recognised only if it is as close to
+    the class as 95 % of the class's real test pictures. The distance in a layer is the Mahalanobis distance to the
+    class's mean, by a covariance that all classes share (arXiv 1807.03888, eq. 1 and 2), divided by the median distance
+    of the class's test pictures; the largest over all layers counts. The last layer alone would not do, because it has
+    discarded most of what distinguishes noise from a picture.
 
     Args:
-        network: With `layers`, the features of each layer, of which the last one's feed `linear`.
-        dataset: Whose training pictures give means and covariances, whose test pictures the thresholds.
+        network: Network with a method `layers`, which returns the features of each layer, and with `linear`, which maps
+            the last layer's features to logits.
+        dataset: Data set whose training pictures give means and covariances, and whose test pictures give thresholds.
     """
 
     def __init__(self, network: Any, dataset: Dataset) -> None:
@@ -100,20 +102,20 @@ class Classifier:
         self.accuracy = float((self.logits(dataset.test).argmax(1) == dataset.test_labels).float().mean())
 
     def features(self, pictures: Tensor) -> Tensor:
-        """The last layer's, [N, 64], of pictures [N, C, H, W] in 0 to 1."""
+        """Return the last layer's features, [N, 64], of pictures [N, C, H, W] in 0 to 1."""
         return self._layers(pictures)[-1]
 
     def logits(self, pictures: Tensor) -> Tensor:
-        """[N, classes]."""
+        """Return the logits of pictures, [N, classes]."""
         found: Tensor = self.network.linear(self.features(pictures))
         return found
 
     def scores(self, pictures: Tensor) -> Tensor:
-        """How far pictures are from each class, [N, classes]: 1 where real pictures of the class lie in the middle."""
+        """Return distances of pictures to each class, [N, classes], in units of its real pictures' median distance."""
         return (self._distances(pictures) / self.medians).amax(0)
 
     def recognised(self, pictures: Tensor, label: int) -> tuple[Tensor, Tensor]:
-        """Whether each picture is named as `label`, and whether it also passes for one; bool [N] each."""
+        """Tell which pictures are classified as `label`, and which of them are not rejected; bool [N] each."""
         named = self.logits(pictures).argmax(1) == label
         return named, named & (self.scores(pictures)[:, label] <= self.thresholds[label])
 
@@ -123,13 +125,19 @@ class Classifier:
         return [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
     def _distances(self, pictures: Tensor) -> Tensor:
-        """[layers, N, classes]."""
+        """Return the distances in each layer, [layers, N, classes]."""
         found = zip(self.layers, self._layers(pictures), strict=True)
         return torch.stack([layer.distances(features) for layer, features in found])
 
 
 class _LayerDistance:
-    """Squared Mahalanobis distance of one layer's features to each class's mean."""
+    """Squared Mahalanobis distance of one layer's features to the mean of each class.
+
+    Args:
+        features: Features of the training pictures, [N, F].
+        labels: Labels of the training pictures, [N].
+        classes: Number of classes.
+    """
 
     def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
         features = features.double()
@@ -140,13 +148,22 @@ class _LayerDistance:
         self.precision = torch.linalg.inv(covariance + ridge)
 
     def distances(self, features: Tensor) -> Tensor:
-        """[N, classes] of [N, F]."""
+        """Return the distances, [N, classes], of features [N, F]."""
         offsets = features.double()[:, None] - self.means
         return torch.einsum("ncd,de,nce->nc", offsets, self.precision, offsets)
 
 
 def load_classifier(dataset: Dataset, folder: Path, weights: Path | None) -> Classifier:
-    """The digits' network, trained once, or CIFAR-10's ResNet-56 from a weight file."""
+    """Load the classifier of a data set: for digits a network that is trained once, for CIFAR-10 a ResNet-56.
+
+    Args:
+        dataset: Data set to classify.
+        folder: Folder where the digits' network is stored.
+        weights: Weight file of the ResNet-56; unused for digits.
+
+    Raises:
+        SystemExit: The weight file is missing or holds other weights.
+    """
     if dataset.name == "digits":
         network: nn.Module = DigitNet()
         path = folder / "classifier.safetensors"
@@ -165,7 +182,7 @@ def load_classifier(dataset: Dataset, folder: Path, weights: Path | None) -> Cla
 
 
 def train_digit_net(network: nn.Module, dataset: Dataset) -> None:
-    """Adam with a linear decay, shifts of up to a pixel and a little noise."""
+    """Train by Adam with a linear decay, on pictures with a little noise, shifted by up to a pixel."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)

@@ -1,4 +1,4 @@
-"""Seconds and memory of a run from small parts of it, where the whole takes hours or does not fit."""
+"""Seconds and memory of runs that take hours or do not fit, estimated from small parts of them."""
 
 from __future__ import annotations
 
@@ -21,43 +21,44 @@ from safemax_sd.training.input import read_input
 from safemax_sd.training.run import build_run
 
 TRAJECTORIES, INFERENCE_STEPS, FISHER_TIMESTEPS, STEPS = 8, 2, 256, 3
-MEMORY_SHARES = (0.25, 0.5)
+MEMORY_FRACTIONS = (0.25, 0.5)
+"""Fractions of the batch at which memory is measured."""
 
 
-def part_of(whole: TrainConfig, batch_share: float) -> TrainConfig:
-    """A run with a small part of the replay and the Fisher information, and with a share of each batch."""
+def part_of(whole: TrainConfig, batch_fraction: float) -> TrainConfig:
+    """Return a run with a small part of the replay and of the Fisher information, and with a fraction of each batch."""
     part = replace(
         whole,
         forget_trajectories=TRAJECTORIES,
         retain_trajectories=max(1, round(TRAJECTORIES * whole.retain_trajectories / whole.forget_trajectories)),
         replay_inference_steps=INFERENCE_STEPS,
-        train_batch_size=round(batch_share * whole.train_batch_size),
-        retain_batch_size=round(batch_share * whole.retain_samples),
+        train_batch_size=round(batch_fraction * whole.train_batch_size),
+        retain_batch_size=round(batch_fraction * whole.retain_samples),
     )
     if isinstance(part, SelectiveAmnesiaConfig):
         return replace(part, fisher_samples=1, fisher_timesteps=FISHER_TIMESTEPS)
     return part
 
 
-def seconds_by_parts(whole: TrainConfig, part: TrainConfig, batch_share: float) -> dict[str, Any]:
-    """Seconds that a whole run would take: those of its parts times how often it holds them.
+def seconds_by_parts(whole: TrainConfig, part: TrainConfig, batch_fraction: float) -> dict[str, Any]:
+    """Estimate the seconds of a whole run: the seconds of each part, times the number of such parts in the run.
 
     Args:
-        whole: The run that is not made.
-        part: The same by `part_of`; real pictures may be fewer.
-        batch_share: Of that part. A step's time is proportional to its batch.
+        whole: Run to estimate, which is not made.
+        part: Part of it by `part_of`, possibly with fewer real pictures.
+        batch_fraction: Fraction of the batch in that part; the time of a step is proportional to its batch.
     """
     clock = Stopwatch()
     run = build_run(part, Accelerator(), *read_input(part), clock)
-    optimizer_step(run)  # the first one allocates
+    optimizer_step(run)  # the first step, which allocates memory, is not timed
     with clock.phase("steps"):
         for _ in range(STEPS):
             optimizer_step(run)
     replayed = (config.forget_trajectories * config.replay_inference_steps for config in (whole, part))
-    # Real pictures are read, not replayed.
+    # Real pictures are read from disk and take no replay.
     replay = 0.0 if whole.train_data_dir else clock.seconds["replay"] * _ratio(*replayed)
     prepare = clock.seconds["prepare"] * _ratio(_prior_size(whole), _prior_size(part))
-    step = clock.seconds["steps"] / STEPS / batch_share
+    step = clock.seconds["steps"] / STEPS / batch_fraction
     return {
         "seconds": replay + prepare + step * whole.max_train_steps,
         "seconds_replay": replay,
@@ -72,7 +73,7 @@ def _ratio(whole: int, part: int) -> float:
 
 
 def _prior_size(config: TrainConfig) -> int:
-    """What the time of a method's own prior is proportional to."""
+    """Return the quantity to which the time of a method's own prior is proportional."""
     if isinstance(config, SelectiveAmnesiaConfig):
         return config.fisher_samples * config.fisher_timesteps
     if isinstance(config, SalunConfig):
@@ -82,21 +83,21 @@ def _prior_size(config: TrainConfig) -> int:
 
 
 def step_memory(part: Callable[[float], TrainConfig]) -> int:
-    """Most bytes of tensors that a training step holds: weights, priors, gradients, optimizer, activations.
+    """Estimate the peak bytes of tensors during a training step: weights, priors, gradients, optimizer, activations.
 
-    Activations grow in proportion to the batch, and the published batches need a large GPU: two small ones are
-    measured and the line through them is followed to the whole.
+    The published batches need a large GPU. As activations grow in proportion to the batch, two small batches are
+    measured and extrapolated linearly.
 
     Args:
-        part: The run with a share of its batch (`part_of`).
+        part: Function that returns the run with a fraction of its batch; see `part_of`.
     """
-    low, high = MEMORY_SHARES
-    small, large = (_measured_memory(part(share)) for share in MEMORY_SHARES)
+    low, high = MEMORY_FRACTIONS
+    small, large = (_measured_memory(part(fraction)) for fraction in MEMORY_FRACTIONS)
     return round(small + (large - small) * (1 - low) / (high - low))
 
 
 def _measured_memory(config: TrainConfig) -> int:
-    """The same over two steps of a run."""
+    """Measure the peak bytes of tensors during the first two steps of a run."""
     run = build_run(config, Accelerator(), *read_input(config), Stopwatch())
     with TensorMemory() as memory:
         held = [*run.family.denoiser.parameters(), *run.family.denoiser.buffers()]

@@ -12,21 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-TEST_SHARE = 0.2
+TEST_FRACTION = 0.2
 SHEET_COLUMNS, TILE = 32, 32
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled pictures.
+    """Labelled pictures for training and for tests.
 
     Attributes:
         name: Value of `--dataset`.
-        class_names: In the order of the labels.
-        train: float32 [N, C, H, W] in 0 to 1.
-        train_labels: int64 [N].
-        test: The same, not trained on.
-        test_labels: int64 [M].
+        class_names: Names of the classes, in the order of their labels.
+        train: Training pictures, float32 [N, C, H, W] in 0 to 1.
+        train_labels: Labels of the training pictures, int64 [N].
+        test: Test pictures, float32 [M, C, H, W] in 0 to 1.
+        test_labels: Labels of the test pictures, int64 [M].
     """
 
     name: str
@@ -37,29 +37,31 @@ class Dataset:
     test_labels: Tensor
 
     def of_classes(self, classes: list[int]) -> Tensor:
-        """All training pictures of some classes."""
+        """Return all training pictures of some classes."""
         return self.train[torch.isin(self.train_labels, torch.tensor(classes))]
 
 
 def load_digits() -> Dataset:
-    """1,797 handwritten digits of 8x8 pixels (E. Alpaydin and C. Kaynak, UCI 1998); a fifth is for tests."""
+    """Load 1,797 handwritten digits of 8x8 pixels (E. Alpaydin and C. Kaynak, UCI 1998), a fifth of them for tests."""
     from sklearn.datasets import load_digits as load
 
     stored = load()
     pictures = torch.from_numpy(stored.images).float()[:, None] / 16
     labels = torch.from_numpy(stored.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    test, train = order.split([round(TEST_SHARE * len(order)), len(order) - round(TEST_SHARE * len(order))])
+    count = round(TEST_FRACTION * len(order))
+    test, train = order[:count], order[count:]
     names = tuple(str(digit) for digit in range(10))
     return Dataset("digits", names, pictures[train], labels[train], pictures[test], labels[test])
 
 
 def load_cifar10(data_file: Path | None) -> Dataset:
-    """CIFAR-10 (A. Krizhevsky 2009), 50,000 and 10,000 pictures of 32x32 pixels.
+    """Load CIFAR-10 (A. Krizhevsky 2009): 50,000 training and 10,000 test pictures of 32x32 pixels.
 
     Args:
-        data_file: An .npz of sheets of 32x32 tiles (`train_sheets`, one byte buffer of image files cut by
-            `train_offsets`; `train_labels`; the same for `test_`; `classes`), or None to let torchvision download it.
+        data_file: An .npz file with `classes` and, for `train` and `test` alike, `train_sheets` (a byte buffer of image
+            files, each a sheet of tiles), `train_offsets` (the boundaries of the files in it) and `train_labels`; None
+            to let torchvision download the data.
     """
     if data_file is None:
         from torchvision.datasets import CIFAR10
@@ -78,7 +80,16 @@ def load_cifar10(data_file: Path | None) -> Dataset:
 
 
 def read_sheets(data: np.ndarray, offsets: np.ndarray, count: int) -> Tensor:
-    """The first `count` tiles, row by row, of image files that stand one after another in a byte buffer."""
+    """Cut a byte buffer of image files into 32x32 tiles, row by row.
+
+    Args:
+        data: Image files one after another.
+        offsets: Boundaries of the files.
+        count: Number of tiles; more are ignored.
+
+    Returns:
+        Tiles, float32 [count, 3, 32, 32] in 0 to 1.
+    """
     tiles = []
     for start, end in itertools.pairwise(offsets):
         with Image.open(io.BytesIO(data[start:end].tobytes())) as image:
@@ -90,12 +101,21 @@ def read_sheets(data: np.ndarray, offsets: np.ndarray, count: int) -> Tensor:
 
 
 def load_dataset(name: str, data_file: Path | None) -> Dataset:
-    """`digits`, `cifar10`, or the same pictures as `cifar10_small`, for a network that a processor can train."""
+    """Load `digits`, `cifar10`, or `cifar10_small`: CIFAR-10 for a network small enough to train on a CPU."""
     return load_digits() if name == "digits" else replace(load_cifar10(data_file), name=name)
 
 
 def write_folder(dataset: Dataset, folder: Path, *, limit: int | None = None) -> Path:
-    """The training pictures as PNG files in one subfolder a class, at most `limit` each; what is there is kept."""
+    """Write training pictures as PNG files into a subfolder for each class, unless it exists.
+
+    Args:
+        dataset: Data set of the pictures.
+        folder: Folder to write to.
+        limit: Most pictures of each class; None for all.
+
+    Returns:
+        The folder.
+    """
     for number, name in enumerate(dataset.class_names):
         target = folder / name
         if not target.exists():

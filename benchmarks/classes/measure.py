@@ -1,4 +1,4 @@
-"""What a run forgets and keeps, in the published tables' terms, and the memory that a training step takes."""
+"""Forgetting and retention of a run in the terms of the published tables, and the memory of a training step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KID = {"kid_subsets": 50, "kid_degree": 3, "kid_gamma": None, "kid_coef0": 1, "r
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn: deterministic DDIM with guidance."""
+    """Settings of deterministic DDIM sampling with guidance."""
 
     guidance_scale: float
     num_inference_steps: int
@@ -35,7 +35,7 @@ class Sampling:
 
 
 def draw(family: ModelFamily, label: str, count: int, seed: int, sampling: Sampling) -> Tensor:
-    """Unclipped samples of one class, [count, C, H, W], -1 to 1 where they are pictures."""
+    """Draw samples of one class, [count, C, H, W], unclipped; pictures lie in -1 to 1."""
     parts = []
     for start in range(0, count, sampling.batch_size):
         seeds = list(range(seed + start, seed + min(start + sampling.batch_size, count)))
@@ -53,14 +53,14 @@ def draw(family: ModelFamily, label: str, count: int, seed: int, sampling: Sampl
 
 
 def pictures(samples: Tensor) -> Tensor:
-    """Samples as pictures in 0 to 1: clipped, not stretched, which would change noise."""
+    """Turn samples into pictures in 0 to 1 by clipping; rescaling to their range would change noise."""
     return (samples / 2 + 0.5).clamp(0, 1)
 
 
 def forgetting(
     family: ModelFamily, dataset: Dataset, classifier: Classifier, forgotten: int, sampling: Sampling
 ) -> dict[str, Any]:
-    """H (nats), UA (%), UA with rejection (%) and the outputs' spread on the forgotten class."""
+    """Measure H (nats), UA (%), UA with rejection (%) and the outputs' standard deviation on the forgotten class."""
     samples = draw(family, dataset.class_names[forgotten], sampling.num_forget, FORGET_SEED, sampling)
     shown = pictures(samples)
     named, recognised = classifier.recognised(shown, forgotten)
@@ -81,7 +81,7 @@ def forgetting(
 def retention(
     family: ModelFamily, dataset: Dataset, classifier: Classifier, forgotten: int, sampling: Sampling
 ) -> dict[str, Any]:
-    """FID and KID of the kept classes against all their training pictures, and how many are recognised."""
+    """Measure FID and KID of the kept classes against all their training pictures, and the percentage recognised."""
     kept = [number for number in range(len(dataset.class_names)) if number != forgotten]
     each = sampling.num_retain // len(kept)
     features, right = [], 0
@@ -104,10 +104,11 @@ def retention(
 
 
 class TensorMemory(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make inside, as long as they live.
+    """A context that counts the bytes of storages which operations allocate inside it, until they are freed.
 
     Attributes:
-        peak: Most bytes alive at once.
+        alive: Bytes that are allocated now.
+        peak: Most bytes that were allocated at once.
     """
 
     def __init__(self) -> None:
@@ -123,7 +124,7 @@ class TensorMemory(TorchDispatchMode):
         return made
 
     def count(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, once, until it is freed."""
+        """Count a tensor's storage until it is freed; a storage is counted once."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:

@@ -1,4 +1,4 @@
-"""Tables and a plot of the study's rows."""
+"""Tables, a plot and a gallery of the study's results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,12 +14,13 @@ from matplotlib.ticker import LogFormatter, ScalarFormatter
 from torch import Tensor
 from torchvision.utils import make_grid
 
-Row = dict[str, Any]
+from benchmarks.results import PLOT_STYLE, Row, markdown_table
+
 NAMES = {"base": "base", "safemax": "SAFEMax", "salun": "SalUn", "selective_amnesia": "SA"}
 COLORS = {"base": "#8a8a8a", "safemax": "#1f6feb", "salun": "#d1680d", "selective_amnesia": "#2f8f4e"}
 RESAMPLES = 10_000
 SECONDS = "seconds"
-"""Not a column of the rows: priors and training together."""
+"""Name of a quantity that rows do not hold: seconds of priors and training together."""
 PANELS = (
     ("unlearning_accuracy_with_rejection", "UA with rejection, %"),
     ("entropy", "H, nats"),
@@ -36,40 +36,35 @@ DIFFERENCES = (
 
 
 def value(row: Row, column: str) -> float:
-    """One quantity of a row; seconds are of priors and training together."""
+    """Return a quantity of a row; `SECONDS` is computed."""
     if column == SECONDS:
         return float(row.get("seconds_priors", 0.0) + row.get("seconds_training", 0.0))
     return float(row[column])
 
 
 def measured(rows: Iterable[Row]) -> list[Row]:
-    """The rows of methods and of the base, without those of times."""
+    """Select the rows that measure forgetting and retention, without those of times and memory."""
     return [row for row in rows if row["kind"] == "class"]
 
 
 def methods_in(rows: Iterable[Row]) -> list[str]:
-    """Methods without the base: those of the published study in its order, then variants as they first occur."""
+    """List the methods in the rows: those of the published study in its order, then variants as they first occur."""
     found = dict.fromkeys(row["method"] for row in rows if row["method"] != "base")
     return [*(name for name in NAMES if name in found), *(name for name in found if name not in NAMES)]
 
 
 def over_seeds(rows: Sequence[Row], method: str, forgotten: int, column: str) -> float | None:
-    """Mean over the seeds of one method and class, None where nothing was measured."""
+    """Return the mean over the seeds of a method and class; None if nothing was measured."""
     found = [value(row, column) for row in rows if row["method"] == method and row["class"] == forgotten]
     return statistics.fmean(found) if found else None
 
 
-def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def class_table(rows: Sequence[Row], columns: Sequence[tuple[str, str, str, bool]]) -> str:
-    """One line a class and one for the mean and the standard deviation over the classes.
+    """Return a table with a line for each class, and with mean and standard deviation over the classes.
 
     Args:
-        rows: Of any methods.
-        columns: (name in the rows, heading, format, whether the base has it too) of each quantity.
+        rows: Rows of any methods.
+        columns: Name in the rows, heading, format, and True to show the base model too, for each quantity.
     """
     rows = measured(rows)
     methods = methods_in(rows)
@@ -92,11 +87,11 @@ def class_table(rows: Sequence[Row], columns: Sequence[tuple[str, str, str, bool
             body.append(
                 [name, *(f"{reduce(v):{c[3]}}" if len(v) > 1 else "" for v, c in zip(every, cells, strict=True))]
             )
-    return markdown(["class", *(heading for _, _, heading, _ in cells)], body)
+    return markdown_table(["class", *(heading for _, _, heading, _ in cells)], body)
 
 
 def method_table(rows: Sequence[Row]) -> str:
-    """One line a method: means over its classes and seeds, and the lowest class where that is what counts."""
+    """Return a table with a line for each method: means over classes and seeds, and the lowest UA with rejection."""
     rows = measured(rows)
     body = []
     for method in ["base", *methods_in(rows)]:
@@ -125,16 +120,17 @@ def method_table(rows: Sequence[Row]) -> str:
         )
     header = ["method", "runs", "UA %", "UA with rejection % (lowest)", "H", "standard deviation of the outputs", "FID",
               "kept classes recognised %", "seconds", "step memory MiB"]  # fmt: skip
-    return markdown(header, body)
+    return markdown_table(header, body)
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean of one method minus another over the (class, seed) that both have.
+    """Mean difference between two methods over the pairs of class and seed that both were measured on.
 
     Attributes:
-        interval: 95 %, bootstrap; None of fewer than two pairs.
-        pairs: Count.
+        mean: Mean difference.
+        interval: 95 % bootstrap interval; None for a single pair.
+        pairs: Number of pairs.
     """
 
     mean: float
@@ -150,7 +146,7 @@ class PairedDifference:
 
 
 def paired_difference(rows: Sequence[Row], method: str, reference: str, column: str) -> PairedDifference | None:
-    """What `method` differs by from `reference`; None where they have no (class, seed) in common."""
+    """Return the difference of `method` minus `reference`; None if they have no pair of class and seed in common."""
     found: dict[str, dict[tuple[int, int], float]] = {method: {}, reference: {}}
     for row in measured(rows):
         if row["method"] in found:
@@ -168,22 +164,22 @@ def paired_difference(rows: Sequence[Row], method: str, reference: str, column: 
 
 
 def difference_table(rows: Sequence[Row], reference: str) -> str:
-    """What each variant of the reference differs by from it, over the classes and seeds that both have."""
+    """Return a table of each variant of a method minus the method itself, over their common classes and seeds."""
     body = []
     for method in methods_in(rows):
         if method.startswith(f"{reference}_"):
             found = [paired_difference(rows, method, reference, column) for column, _, _ in DIFFERENCES]
             shown = ["" if d is None else d.text(form) for d, (_, _, form) in zip(found, DIFFERENCES, strict=True)]
             body.append([f"`{method}`", "0" if found[0] is None else str(found[0].pairs), *shown])
-    return markdown(["variant", "pairs", *(heading for _, heading, _ in DIFFERENCES)], body)
+    return markdown_table(["variant", "pairs", *(heading for _, heading, _ in DIFFERENCES)], body)
 
 
 def time_table(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
-    """Median and range of seconds measured in turns, and how many times SAFEMax's they are, repeat by repeat.
+    """Return a table of seconds, median and range over the repeats, and of their ratios to SAFEMax's in each repeat.
 
     Args:
-        rows: Of a race, or of rates.
-        columns: (name in the rows, heading).
+        rows: Rows of `--race` or of `--rates`.
+        columns: Name in the rows and heading of each quantity.
     """
     body = []
     for method in methods_in(rows):
@@ -202,18 +198,18 @@ def time_table(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
     header = ["method", "runs", "steps"]
     for _, heading in columns:
         header += [heading, "times SAFEMax's"]
-    return markdown(header, body)
+    return markdown_table(header, body)
 
 
 def memory_table(rows: Sequence[Row]) -> str:
-    """Memory of a step of each method, and SAFEMax's share of it."""
+    """Return a table of each method's step memory, and of SAFEMax's as a percentage of it."""
     found = {row["method"]: row["step_memory_bytes"] for row in rows}
     own = found.get("safemax")
     body = [
         [NAMES.get(method, f"`{method}`"), f"{size / 2**20:,.0f}", "" if own is None else f"{100 * own / size:.1f}"]
         for method, size in found.items()
     ]
-    return markdown(["method", "step memory MiB", "SAFEMax's share of it %"], body)
+    return markdown_table(["method", "step memory MiB", "SAFEMax's as a percentage of it"], body)
 
 
 def _median_and_range(values: Sequence[float | None]) -> str:
@@ -226,7 +222,7 @@ def _median_and_range(values: Sequence[float | None]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """All tables that the rows allow, as markdown."""
+    """Return all tables that the rows allow, in Markdown."""
     parts = []
     published = [row for row in rows if row["method"] in NAMES]
     if measured(rows):
@@ -256,13 +252,11 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row]) -> Figure:
-    """A panel a quantity, a dot a class and method; the base's level as a line."""
+    """Plot a panel for each quantity, with a dot for each class and method, and a dash for the base model."""
     rows = measured(rows)
     methods = [method for method in methods_in(rows) if method in NAMES]
     classes = sorted({row["class"] for row in rows})
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
-             "axes.axisbelow": True, "font.size": 9, "figure.facecolor": "white"}  # fmt: skip
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(9.6, 5.4), layout="constrained")
         for axes, (column, label) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
             with_base = ["base", *methods] if column == "fid" else methods
@@ -287,11 +281,11 @@ def plot(rows: Sequence[Row]) -> Figure:
 
 
 def gallery(blocks: dict[str, list[Tensor]], columns: int) -> Figure:
-    """Pictures of each method: on the left of the class that was forgotten, on the right of a kept one.
+    """Show pictures of each method: on the left those of the forgotten class, on the right those of a kept class.
 
     Args:
-        blocks: Two stacks a method, [N, C, H, W] in 0 to 1, row by row of `columns` pictures.
-        columns: One a class.
+        blocks: Two stacks of pictures for each method, [N, C, H, W] in 0 to 1, shown in rows of `columns`.
+        columns: Number of columns, one for each class.
     """
     figure = Figure(figsize=(9.6, 1.55 * len(blocks)), layout="constrained", facecolor="white")
     grid = figure.subplots(len(blocks), 2, squeeze=False)

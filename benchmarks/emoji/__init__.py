@@ -1,1 +1,1 @@
-"""The embedded emoji model: data, training and assessment. Run in the order that README.md gives."""
+"""The embedded emoji model: data, training and assessment, to be run in the order of README.md."""

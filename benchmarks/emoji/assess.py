@@ -1,10 +1,10 @@
-"""Measure the embedded base model: is every concept and style drawn so that the judge recognises it?
+"""Measure how often the judge recognises the concepts and styles that the embedded base model draws.
 
     python -m benchmarks.emoji.assess --num_images 1000
     python -m benchmarks.emoji.assess --retrained emoji_build/retrained --contact_sheet docs/images/emoji_retrained.png
 
-Reads the packaged models, appends a line to `benchmarks/emoji/results.jsonl` and writes a contact sheet. `--retrained`
-measures the model of `benchmarks.emoji.retrained` instead, the concepts that it was never taught apart from the others.
+Appends a line to `benchmarks/emoji/results.jsonl` and writes a contact sheet. `--retrained` measures the model of
+`benchmarks.emoji.retrained` instead of the packaged one; concepts that it never learned are a group of their own.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from safemax_sd.evaluation.metrics.base import wilson
 from safemax_sd.evaluation.real import embedded_pairs
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.emoji.retrained import ERASED
 from benchmarks.emoji.settings import CONCEPTS, SEED, STYLED_TEMPLATES, STYLES
+from benchmarks.judging import named_correctly
+from benchmarks.results import append_rows
 from safemax_sd.assets import ASSETS
 from safemax_sd.core.judge import Judge, load_judge
 from safemax_sd.core.pictures import contact_sheet
@@ -35,12 +36,12 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 BATCH = 50
 
 Pair = tuple[str, str]
-"""(concept, style)."""
+"""Concept and style."""
 
 
 @torch.inference_mode()
 def draw(pipeline: StableDiffusionPipeline, pairs: list[Pair], arguments: argparse.Namespace) -> Tensor:
-    """One picture of each pair, [N, 3, 64, 64] in 0 to 1."""
+    """Draw a picture of each pair, [N, 3, 64, 64] in 0 to 1."""
     shape = (pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
     parts = []
     for start in tqdm(range(0, len(pairs), BATCH), desc="draw"):
@@ -57,15 +58,13 @@ def draw(pipeline: StableDiffusionPipeline, pairs: list[Pair], arguments: argpar
 
 
 def recognised(judge: Judge, pictures: Tensor, names: list[str], candidates: list[str]) -> dict[str, object]:
-    """Share of pictures whose name the judge picks among the candidates."""
-    found = judge.similarities(pictures, judge.captions(candidates)).argmax(1)
-    right = int((found == torch.tensor([candidates.index(name) for name in names])).sum())
-    rate = wilson(right, len(names))
+    """Return `named_correctly` as an entry of the results."""
+    rate = named_correctly(judge, pictures, names, candidates)
     return {"percent": round(rate.value, 2), "interval": [round(v, 2) for v in rate.interval or ()], "n": rate.n}
 
 
 def groups(num_images: int, untaught: tuple[str, ...]) -> dict[str, list[Pair]]:
-    """Pairs to draw by group: seen in training, held out of it and, if there are any, of concepts never taught."""
+    """Choose pairs to draw: some seen in training, those held out of it and, if there are any, those never taught."""
     held_out = embedded_pairs(held_out=True)
     pairs = [(c, s) for c in CONCEPTS for s in STYLES if (c, s) not in set(held_out)]
     seen = [pair for pair in pairs if pair[0] not in untaught]
@@ -100,8 +99,7 @@ def main() -> None:
         print(name, json.dumps(result[name]))
     result["provenance"] = asdict(provenance(SEED, torch.device("cpu")))
     benchmark = "emoji model retrained without erased concepts" if arguments.retrained else "emoji base model"
-    with RESULTS.open("a", encoding="utf8") as file:
-        file.write(json.dumps({"benchmark": benchmark, **result}) + "\n")
+    append_rows(RESULTS, [{"benchmark": benchmark, **result}])
     every = CONCEPTS[:: len(CONCEPTS) // 16][:16]
     shown = [(concept, style) for style in STYLES for concept in every]
     arguments.contact_sheet.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the judge's training shows besides the pictures as they are: moved, blurred and recoloured ones, and noise."""
+"""Augmentation for the judge's training: moved, blurred and recoloured pictures, and pictures of noise."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from benchmarks.emoji.settings import RESOLUTION
 
-NOISE_SPREADS = (0.4, 4.0)
-"""Standard deviations of the latents behind noise pictures; guidance spreads what an erased model returns."""
+NOISE_STDS = (0.4, 4.0)
+"""Range of the standard deviation of decoded noise latents; guidance amplifies the noise of an erased model."""
 
 
 def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -18,10 +18,11 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
 
 
 def move(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random mirror, scale, shift and small turn; colours, by which art sets differ, stay.
+    """Mirror, scale, shift and slightly rotate pictures at random; colours stay, since art sets differ by them.
 
     Args:
-        images: float32 [B, 3, 64, 64] in -1 to 1.
+        images: Pictures, float32 [B, 3, 64, 64] in -1 to 1.
+        generator: Generator of all random numbers.
     """
     count = len(images)
     angle, scale = _uniform(count, -0.15, 0.15, generator), _uniform(count, 0.85, 1.2, generator)
@@ -35,22 +36,22 @@ def move(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random brightness, blur and noise, as a poorly generated picture may show them; as `move`."""
+    """Change brightness, blur and add noise at random, as in poorly generated pictures; arguments as in `move`."""
     count = len(images)
     blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
     blur = _uniform(count, -0.5, 1, generator).clamp(min=0).view(-1, 1, 1, 1)
     noise = _uniform(count, -0.05, 0.15, generator).clamp(min=0).view(-1, 1, 1, 1)
-    bright = _uniform(count, -0.1, 0.1, generator).view(-1, 1, 1, 1)
-    return (images.lerp(blurred, blur) + noise * torch.randn(images.shape, generator=generator) + bright).clamp(-1, 1)
+    brightness = _uniform(count, -0.1, 0.1, generator).view(-1, 1, 1, 1)
+    return (images.lerp(blurred, blur) + noise * torch.randn(images.shape, generator=generator) + brightness).clamp(
+        -1, 1
+    )
 
 
 def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Another look of the same thing: colours mixed or taken away, contrast changed, a patch covered.
+    """Mix or remove colours, change the contrast and cover a patch at random.
 
-    Destroys the style and keeps the concept: without it, a concept is known by its colours.
-
-    Args:
-        images: float32 [B, 3, 64, 64] in -1 to 1.
+    This destroys the style and keeps the concept; without it, the judge recognises a concept by its colours. Arguments
+    as in `move`.
     """
     count = len(images)
     mixing = torch.randn(count, 3, 3, generator=generator).softmax(2)
@@ -68,7 +69,7 @@ def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def grainy_noise(count: int, generator: torch.Generator) -> Tensor:
-    """Noise at a random grain (1 to 16 px), contrast, brightness and tint, no picture at all; [N, 3, 64, 64]."""
+    """Draw noise of random grain (1 to 16 px), contrast, brightness and tint, [count, 3, 64, 64] in -1 to 1."""
     pictures = []
     for _ in range(count):
         grain = 2 ** int(torch.randint(0, 5, (), generator=generator))
@@ -77,31 +78,32 @@ def grainy_noise(count: int, generator: torch.Generator) -> Tensor:
             fine = fine.mean(1, keepdim=True).expand(-1, 3, -1, -1) * 1.7
         mode = "bilinear" if torch.rand((), generator=generator) < 0.7 else "nearest"
         field = F.interpolate(fine, size=RESOLUTION, mode=mode)
-        spread = 0.2 + 0.8 * torch.rand((), generator=generator)
+        contrast = 0.2 + 0.8 * torch.rand((), generator=generator)
         offset = 0.5 * torch.randn((1, 3, 1, 1), generator=generator)
-        pictures.append(field * spread + offset)
+        pictures.append(field * contrast + offset)
     return torch.cat(pictures).clamp(-1, 1)
 
 
 @torch.inference_mode()
 def reconstructed(vae: AutoencoderTiny, images: Tensor) -> Tensor:
-    """The pictures as the autoencoder gives them back, which is how every generated picture looks; as `move`."""
+    """Encode and decode pictures, which gives them the look of generated ones; pictures as in `move`."""
     parts = [vae.decode(vae.encode(part).latents).sample.clamp(-1, 1) for part in images.split(64)]
     return torch.cat(parts).clone()
 
 
 @torch.inference_mode()
 def decoded_noise(vae: AutoencoderTiny, count: int, generator: torch.Generator) -> Tensor:
-    """What the autoencoder makes of N(0, s²) latents, s from `NOISE_SPREADS`, some smooth; [N, 3, 64, 64].
+    """Draw N(0, s²) latents, some of them smoothed, and decode them to pictures, [count, 3, 64, 64] in -1 to 1.
 
-    An erased model returns latents close to N(0, I): their pictures have the decoder's texture, not a pixel's grain.
+    An erased model returns latents close to N(0, I), and their pictures have the texture of the decoder rather than the
+    grain of pixel noise. The standard deviation s lies in `NOISE_STDS`.
     """
-    low, high = torch.tensor(NOISE_SPREADS).log().tolist()
+    low, high = torch.tensor(NOISE_STDS).log().tolist()
     parts = []
     for _ in range(0, count, 64):
         latents = torch.randn(64, vae.config.latent_channels, RESOLUTION // 8, RESOLUTION // 8, generator=generator)
         smooth = F.avg_pool2d(latents, 3, stride=1, padding=1, count_include_pad=False) * 2
-        share = _uniform(64, -0.7, 0.7, generator).clamp(min=0).view(-1, 1, 1, 1)
-        spread = _uniform(64, low, high, generator).exp().view(-1, 1, 1, 1)
-        parts.append(vae.decode(latents.lerp(smooth, share) * spread / vae.config.scaling_factor).sample.clamp(-1, 1))
+        smoothing = _uniform(64, -0.7, 0.7, generator).clamp(min=0).view(-1, 1, 1, 1)
+        std = _uniform(64, low, high, generator).exp().view(-1, 1, 1, 1)
+        parts.append(vae.decode(latents.lerp(smooth, smoothing) * std / vae.config.scaling_factor).sample.clamp(-1, 1))
     return torch.cat(parts)[:count].clone()

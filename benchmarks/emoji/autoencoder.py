@@ -2,9 +2,10 @@
 
     python -m benchmarks.emoji.autoencoder --build_dir emoji_build
 
-Writes `emoji_build/vae/` (diffusers format). Killed runs resume. A penalty keeps the latents white: over the
-pictures each channel has mean 0 and variance 1 and no two channels correlate, so `scaling_factor` is 1 and maximum
-entropy, N(0, I), is at the data's own scale. What the penalty leaves is folded into the encoder's last convolution.
+Writes `emoji_build/vae/` in diffusers' format; a killed run continues. A penalty keeps the latents white: over all
+pictures, each channel has mean 0 and variance 1, and no two channels correlate. Then `scaling_factor` is 1, and the
+maximum-entropy output N(0, I) has the scale of the data. The rest of the whitening is folded into the encoder's last
+convolution.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
-from tqdm import tqdm
 
-from benchmarks.emoji.data import load_pictures
+from benchmarks.emoji.data import load_pictures, to_tensor
 from benchmarks.emoji.settings import CONCEPTS, SEED, AutoencoderSettings
-from benchmarks.training import Ema, TimedRun, cosine_factor, mixed_precision
+from benchmarks.training import TimedRun, cosine_factor, mixed_precision
 
 
 def build(options: AutoencoderSettings) -> AutoencoderTiny:
@@ -33,42 +33,42 @@ def build(options: AutoencoderSettings) -> AutoencoderTiny:
     )
 
 
-def to_tensor(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, 64, 64, 3] to float32 [B, 3, 64, 64] in -1 to 1."""
-    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
-
-
 def picture_loss(output: torch.Tensor, target: torch.Tensor, gradient_weight: float) -> torch.Tensor:
-    """L1 + MSE + L1 of the horizontal and vertical differences; mean over elements."""
+    """Return L1 + MSE + weighted L1 of the horizontal and vertical differences, each a mean over elements."""
     error = output.float() - target
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + error.square().mean() + gradient_weight * edges
 
 
 def covariance(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean [C] and covariance [C, C] of latents [N, C, h, w] over pictures and places."""
+    """Return mean [C] and covariance [C, C] of latents [N, C, h, w] over pictures and pixels."""
     columns = latents.transpose(0, 1).flatten(1)
     return columns.mean(1), torch.cov(columns)
 
 
 def whiteness_loss(latents: torch.Tensor) -> torch.Tensor:
-    """Mean square of what separates the channels' mean and covariance from 0 and the identity."""
-    mean, spread = covariance(latents)
-    return mean.square().mean() + (spread - torch.eye(len(mean))).square().sum() / len(mean)
+    """Return the squared distance of the channels' mean and covariance from 0 and the identity, per channel."""
+    mean, matrix = covariance(latents)
+    return mean.square().mean() + (matrix - torch.eye(len(mean))).square().sum() / len(mean)
 
 
 def train(
     images: torch.Tensor, weights: torch.Tensor, options: AutoencoderSettings, checkpoint: Path
 ) -> AutoencoderTiny:
-    """Train for the set minutes on pictures drawn by weight; returns the averaged model."""
+    """Train an autoencoder and return it with averaged weights.
+
+    Args:
+        images: Pictures, uint8 [N, 64, 64, 3].
+        weights: Relative probability of drawing each picture, [N].
+        options: Sizes, rates and minutes.
+        checkpoint: File that stores the run.
+    """
     torch.manual_seed(SEED)
     model = build(options).to(memory_format=torch.channels_last)
-    ema = Ema(model, 0.999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    run = TimedRun(checkpoint, options.minutes, {"model": model, "ema": ema.module, "optimizer": optimizer})
+    run = TimedRun(checkpoint, model, optimizer, minutes=options.minutes, ema_decay=0.999, label="autoencoder")
     generator = torch.Generator().manual_seed(SEED + run.step)
-    bar = tqdm(total=round(run.budget), initial=round(run.spent), unit="s", desc="autoencoder")
-    while run.share < 1:
+    while run.progress < 1:
         batch = to_tensor(images[torch.multinomial(weights, options.batch_size, True, generator=generator)])
         with mixed_precision():
             latents = model.encode(batch).latents.float()
@@ -76,32 +76,28 @@ def train(
             output = model.decode(latents + noise).sample
         error = picture_loss(output, batch, 1.0)
         loss = error + options.whitening_weight * whiteness_loss(latents)
-        optimizer.param_groups[0]["lr"] = options.learning_rate * cosine_factor(run.step, run.share)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.update(model, run.step)
-        run.tick()
-        bar.update(round(run.spent) - bar.n)
+        run.update(loss, cosine_factor(run.step, run.progress))
         if run.step % 50 == 0:
-            bar.set_postfix(step=run.step, loss=f"{loss.item():.4f}", picture=f"{error.item():.4f}")
+            run.bar.set_postfix(step=run.step, loss=f"{loss.item():.4f}", picture=f"{error.item():.4f}")
         if run.step % 1000 == 0:
-            bar.write(f"step {run.step}: {signal_to_noise(ema.module, images[:256]):.2f} dB")
-    return ema.module  # type: ignore[return-value]
+            run.bar.write(f"step {run.step}: {signal_to_noise(run.ema, images[:256]):.2f} dB")
+    return run.ema  # type: ignore[return-value]
 
 
 @torch.inference_mode()
 def encode(model: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
-    """Latents, float32 [N, C, 8, 8], of uint8 pictures."""
+    """Encode uint8 pictures, [N, 64, 64, 3], to latents, float32 [N, C, 8, 8]."""
     return torch.cat([model.encode(to_tensor(part)).latents for part in images.split(64)])
 
 
 @torch.no_grad()
 def whiten(model: AutoencoderTiny, images: torch.Tensor) -> None:
-    """Fold what is left of the whitening (ZCA: closest to the axes that the decoder knows) into the encoder."""
-    mean, spread = covariance(encode(model, images).double())
-    values, vectors = torch.linalg.eigh(spread)
+    """Fold the rest of the whitening into the encoder's last layer.
+
+    ZCA whitening changes the latents least, so that the decoder still fits.
+    """
+    mean, matrix = covariance(encode(model, images).double())
+    values, vectors = torch.linalg.eigh(matrix)
     transform = vectors @ torch.diag(values.rsqrt()) @ vectors.T
     last = model.encoder.layers[-1]
     last.weight.copy_(torch.einsum("oc,cihw->oihw", transform, last.weight.double()))
@@ -110,7 +106,7 @@ def whiten(model: AutoencoderTiny, images: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def signal_to_noise(model: AutoencoderTiny, images: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over all pictures, range -1 to 1, clipped to the range."""
+    """Return the peak signal-to-noise ratio in dB over all pictures in -1 to 1, reconstructions clipped."""
     errors = []
     for part in images.split(64):
         output = model.decode(model.encode(to_tensor(part)).latents).sample.clamp(-1, 1)
@@ -129,14 +125,17 @@ def main() -> None:
     held_out = torch.from_numpy(pictures.select(pictures.held_out).images)
     options = AutoencoderSettings(minutes=arguments.minutes)
     ours = torch.from_numpy(np.isin(pictures_seen.labels, CONCEPTS))
-    weights = torch.where(ours, options.concept_share / ours.sum(), (1 - options.concept_share) / (~ours).sum())
+    fraction = options.concept_fraction
+    weights = torch.where(ours, fraction / ours.sum(), (1 - fraction) / (~ours).sum())
     model = train(seen, weights, options, arguments.build_dir / "autoencoder.pt")
     before = signal_to_noise(model, seen[ours])
     whiten(model, seen[ours])
     model.save_pretrained(arguments.build_dir / "vae", safe_serialization=True)
     latents = encode(model, held_out)
     after = signal_to_noise(model, seen[ours])
-    print(f"PSNR seen {before:.2f} dB, {after:.2f} dB whitened; held out {signal_to_noise(model, held_out):.2f} dB")
+    print(
+        f"PSNR seen {before:.2f} dB, {after:.2f} dB after whitening; held out {signal_to_noise(model, held_out):.2f} dB"
+    )
     print(f"latent std by channel, held out: {[round(s, 3) for s in latents.std((0, 2, 3)).tolist()]}")
 
 

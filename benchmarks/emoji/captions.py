@@ -1,4 +1,4 @@
-"""Captions of the rendered pictures: templates x concept names and synonyms x style names and synonyms."""
+"""Captions of the rendered pictures, from templates and the names and synonyms of concepts and styles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.emoji.settings import ART_SETS, CONCEPTS, SYNONYMS, ArtSet
 
 
 def concept_synonyms(names_folder: Path) -> dict[str, tuple[str, ...]]:
-    """Other names of every concept: the curated ones, else up to two emojibase tags that name no other concept."""
+    """Return synonyms of every concept: the curated ones, or up to two emojibase tags that no other concept has."""
     entries = json.loads((names_folder / "en" / "data.json").read_text(encoding="utf8"))
     tags_by_name = {entry["label"]: entry.get("tags", []) for entry in entries}
     ours = {entry["label"]: entry["name"] for entry in read_emoji(names_folder) if entry["label"] in CONCEPTS}
@@ -29,43 +29,44 @@ def concept_synonyms(names_folder: Path) -> dict[str, tuple[str, ...]]:
 
 
 class Captioner:
-    """Draws captions from a numpy generator.
+    """A source of random captions.
 
     Args:
-        synonyms: Of each concept (see `concept_synonyms`).
-        plain_share: Share of captions that name no style.
-        synonym_share: Share of captions that use a synonym of the concept, where it has one; same for styles.
-        art_sets: Whose styles are named.
+        synonyms: Synonyms by concept; see `concept_synonyms`.
+        plain_fraction: Fraction of captions that name no style.
+        synonym_fraction: Fraction of captions with a synonym in place of the concept's name, if it has one, and of the
+            style's.
+        art_sets: Art sets whose styles are named.
     """
 
     def __init__(
         self,
         synonyms: dict[str, tuple[str, ...]],
         *,
-        plain_share: float,
-        synonym_share: float,
+        plain_fraction: float,
+        synonym_fraction: float,
         art_sets: tuple[ArtSet, ...] = ART_SETS,
     ) -> None:
         self.synonyms = synonyms
         self.styles = {art_set.style: art_set.synonyms for art_set in art_sets}
-        self.plain_share, self.synonym_share = plain_share, synonym_share
+        self.plain_fraction, self.synonym_fraction = plain_fraction, synonym_fraction
 
     def _name(self, name: str, others: tuple[str, ...], generator: np.random.Generator) -> str:
-        if others and generator.random() < self.synonym_share:
+        if others and generator.random() < self.synonym_fraction:
             return others[generator.integers(len(others))]
         return name
 
     def concept(self, concept: str, generator: np.random.Generator) -> str:
-        """A caption that names the concept only."""
+        """Draw a caption that names the concept only."""
         template = settings.PLAIN_TEMPLATES[generator.integers(len(settings.PLAIN_TEMPLATES))]
         return template.format(concept=self._name(concept, self.synonyms.get(concept, ()), generator))
 
     def style(self, style: str, generator: np.random.Generator) -> str:
-        """A caption that names the style only."""
+        """Draw a caption that names the style only."""
         return settings.STYLE_TEMPLATE.format(style=self._name(style, self.styles[style], generator))
 
     def styled(self, concept: str, style: str, generator: np.random.Generator) -> str:
-        """A caption that names both."""
+        """Draw a caption that names both."""
         template = settings.STYLED_TEMPLATES[generator.integers(len(settings.STYLED_TEMPLATES))]
         return template.format(
             concept=self._name(concept, self.synonyms.get(concept, ()), generator),
@@ -73,12 +74,12 @@ class Captioner:
         )
 
     def __call__(self, concept: str, style: str, generator: np.random.Generator) -> str:
-        if generator.random() < self.plain_share:
+        if generator.random() < self.plain_fraction:
             return self.concept(concept, generator)
         return self.styled(concept, style, generator)
 
-    def all_words(self) -> list[str]:
-        """Every caption without randomness, to build the vocabulary from."""
+    def with_every_word(self) -> list[str]:
+        """List captions that contain every word, to build the vocabulary from."""
         names = [n for concept in CONCEPTS for n in (concept, *self.synonyms[concept])]
         styles = [n for style, others in self.styles.items() for n in (style, *others)]
         lines = [template.format(concept=n) for n in names for template in settings.PLAIN_TEMPLATES]

@@ -1,9 +1,9 @@
-"""Fetch the art sets with npm, render every emoji at 64 px, and serve pictures with their labels.
+"""Download the art sets with npm and render every emoji at 64 px; load the pictures with their labels.
 
     python -m benchmarks.emoji.data --build_dir emoji_build
 
 Needs npm and the `emoji` extra (resvg-py). Writes `emoji_build/pictures.npz` (the art sets of the embedded model) and
-`judge_pictures.npz` (further sets that only the judge learns from); done steps are not repeated.
+`judge_pictures.npz` (further sets that only the judge learns from); finished steps are not repeated.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -35,10 +36,10 @@ class Pictures:
     """Rendered pictures with labels.
 
     Attributes:
-        images: uint8 [N, 64, 64, 3].
-        labels: emojibase label (or our concept name where it is one of `settings.CONCEPTS`) of each.
-        styles: Style name of each.
-        held_out: bool [N]; True where the (concept, style) pair is kept from all training.
+        images: Pictures, uint8 [N, 64, 64, 3].
+        labels: Labels of the pictures: names in `settings.CONCEPTS`, or else labels of emojibase.
+        styles: Names of the pictures' styles.
+        held_out: True for pictures whose pair of concept and style is held out of all training, bool [N].
     """
 
     images: np.ndarray
@@ -50,7 +51,7 @@ class Pictures:
         return Pictures(self.images[mask], self.labels[mask], self.styles[mask], self.held_out[mask])
 
     def concepts_only(self) -> Pictures:
-        """The pictures of `settings.CONCEPTS`: what the diffusion model learns."""
+        """Select the pictures of `settings.CONCEPTS`, which the diffusion model learns."""
         return self.select(np.isin(self.labels, CONCEPTS))
 
     def __add__(self, other: Pictures) -> Pictures:
@@ -61,24 +62,34 @@ PICTURES, JUDGE_PICTURES = "pictures.npz", "judge_pictures.npz"
 
 
 def load_pictures(build_dir: Path, name: str = PICTURES) -> Pictures:
-    """Read what `main` rendered."""
+    """Read one of the files that `main` wrote."""
     with np.load(build_dir / name) as stored:
         labels, styles = stored["labels"], stored["styles"]
         return Pictures(stored["images"], labels, styles, choose_held_out(labels, styles))
 
 
+def to_tensor(images: torch.Tensor) -> torch.Tensor:
+    """Convert pictures, uint8 [N, 64, 64, 3], to float32 [N, 3, 64, 64] in -1 to 1."""
+    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def npm_folder(build_dir: Path, package: str = settings.NAMES_PACKAGE) -> Path:
+    """Return the folder of an unpacked npm package."""
+    return build_dir / "npm" / package.replace("/", "_") / "package"
+
+
 def fetch(build_dir: Path) -> dict[str, Path]:
-    """Download and unpack each npm package once; returns package -> folder."""
+    """Download and unpack each npm package once; return the packages' folders by name."""
     folders = {}
     for package in tqdm([*(a.package for a in (*ART_SETS, *JUDGE_ART_SETS)), settings.NAMES_PACKAGE], desc="fetch"):
-        folder = build_dir / "npm" / package.replace("/", "_")
-        if not (folder / "package" / "package.json").exists():
+        folders[package] = npm_folder(build_dir, package)
+        folder = folders[package].parent
+        if not (folders[package] / "package.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             command = ["npm", "pack", "--silent", "--pack-destination", str(folder), package]
             archive = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
             with tarfile.open(folder / archive) as packed:
                 packed.extractall(folder, filter="data")
-        folders[package] = folder / "package"
     return folders
 
 
@@ -87,11 +98,11 @@ def slug(label: str) -> str:
 
 
 def read_emoji(folder: Path) -> list[dict[str, str]]:
-    """The emoji to render, as {"label", "name", "hexcode"}: no flags, no skin tones, no components."""
+    """Return the emoji to render as {"label", "name", "hexcode"}, without flags, skin tones and components."""
     ours = {settings.EMOJI_LABELS.get(concept, concept): concept for concept in CONCEPTS}
     entries = json.loads((folder / "en" / "data.json").read_text(encoding="utf8"))
 
-    def label(name: str) -> str:  # our "dog" is emojibase's "dog face": its "dog" must not share the name
+    def label(name: str) -> str:  # our "dog" is emojibase's "dog face", so that its "dog" needs another label
         return ours.get(name, f"other {name}" if name in CONCEPTS else name)
 
     return [
@@ -102,7 +113,7 @@ def read_emoji(folder: Path) -> list[dict[str, str]]:
 
 
 def find_svg(icons: dict[str, object], characters: dict[str, str], emoji: dict[str, str]) -> str | None:
-    """The SVG of one emoji in an iconify set, by codepoint, then by slugged label, or None."""
+    """Find the SVG of an emoji in an iconify set by codepoint, then by name; return None if there is none."""
     bodies: dict[str, dict[str, object]] = icons["icons"]  # type: ignore[assignment]
     aliases: dict[str, dict[str, str]] = icons.get("aliases", {})  # type: ignore[assignment]
     short_code = emoji["hexcode"].removesuffix("-fe0f")
@@ -118,7 +129,7 @@ def find_svg(icons: dict[str, object], characters: dict[str, str], emoji: dict[s
 
 
 def finish(picture: Image.Image, margin: float) -> np.ndarray:
-    """Composite on white with a margin and reduce to 64 px by boxes; uint8 [64, 64, 3]."""
+    """Paste a picture on white with a margin and reduce it to uint8 [64, 64, 3] by averaging boxes."""
     inner = round(RENDER_PX * (1 - 2 * margin))
     picture = picture.convert("RGBA").resize((inner, inner), Image.Resampling.LANCZOS)
     canvas = Image.new("RGBA", (RENDER_PX, RENDER_PX), "white")
@@ -140,13 +151,13 @@ def render_file(path: Path, margin: float) -> np.ndarray:
 
 
 def find_file(folder: Path, hexcode: str) -> Path | None:
-    """The WebP file of a codepoint sequence, with or without its variation selector."""
+    """Find the WebP file of a codepoint sequence, with or without its variation selector."""
     candidates = (hexcode, hexcode.removesuffix("-fe0f"), f"{hexcode}-fe0f")
     return next((path for code in candidates if (path := folder / "assets" / f"{code}.webp").exists()), None)
 
 
 def render_set(art_set: ArtSet, folder: Path, emoji: list[dict[str, str]]) -> tuple[list[np.ndarray], list[str]]:
-    """Render one art set; returns its pictures and their labels."""
+    """Render one art set; return its pictures and their labels."""
     if (folder / "icons.json").exists():
         icons = json.loads((folder / "icons.json").read_text(encoding="utf8"))
         index = folder / "chars.json"
@@ -167,7 +178,7 @@ def render_set(art_set: ArtSet, folder: Path, emoji: list[dict[str, str]]) -> tu
 def render_sets(
     art_sets: tuple[ArtSet, ...], folders: dict[str, Path], emoji: list[dict[str, str]]
 ) -> tuple[list[np.ndarray], list[str], list[str]]:
-    """Render several art sets; returns pictures, labels and styles."""
+    """Render several art sets; return pictures, labels and styles."""
     images: list[np.ndarray] = []
     labels: list[str] = []
     styles: list[str] = []
@@ -180,9 +191,13 @@ def render_sets(
 
 
 def choose_held_out(labels: np.ndarray, styles: np.ndarray) -> np.ndarray:
-    """A tenth of the (concept, style) pairs, at most one a concept, evenly over the styles; and their redrawings."""
+    """Tell which pictures are held out of training, bool [N].
+
+    These are a tenth of the pairs of concept and style, at most one for each concept and evenly over the styles, and
+    their redrawings in the judge's art sets.
+    """
     generator = np.random.default_rng(settings.SEED)
-    count = round(settings.HELD_OUT_SHARE * len(CONCEPTS) * len(settings.STYLES))
+    count = round(settings.HELD_OUT_FRACTION * len(CONCEPTS) * len(settings.STYLES))
     chosen = generator.permutation(len(CONCEPTS))[: min(count, len(CONCEPTS))]
     pairs = {(CONCEPTS[c], settings.STYLES[i % len(settings.STYLES)]) for i, c in enumerate(chosen)}
     pairs |= {(c, art.style) for c, style in set(pairs) for art in JUDGE_ART_SETS if style in art.sisters}

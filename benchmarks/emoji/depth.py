@@ -1,10 +1,11 @@
-"""Attack erasures of one task, and its controls once, where the knowledge may still be: token states and weights.
+"""Attack erasures of a task and its controls through token states and weights, where the concept may still be known.
 
     python -m benchmarks.emoji.depth --task emoji/bomb --adapter default=no_bomb --adapter pruned=no_bomb_pruned \\
       --never_known emoji_build/retrained --output_dir emoji_build/depth
 
-State inversion with two rates and relearning of all weights, with budgets between the presets of `safemax attack`. Each
-target gets a folder with attacks.json and its page; a killed run resumes. Prints a Markdown table.
+The attacks are state inversion at two learning rates and relearning of all weights, with budgets between the presets of
+`safemax attack`. Each target gets a folder with attacks.json and its page; a killed run continues. Prints a Markdown
+table.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from safemax_sd.evaluation.resistance.report import AttackReport, AttackRow
 from safemax_sd.evaluation.resistance.run import run_plan
 from safemax_sd.evaluation.subjects import Adapter
 
+from benchmarks.results import markdown_line, markdown_table
 from safemax_sd.families import LoadOptions
 from safemax_sd.prompts import load_suite
 from safemax_sd.results.erasure import BaseModel
@@ -36,7 +38,7 @@ RELEARNING = FineTuningSettings(full_rates=(1e-4,), lora_rates=(), steps=(10, 20
 
 @dataclass(frozen=True)
 class DepthPlan(Plan):
-    """The attacks of this benchmark in place of a preset's."""
+    """A plan with the attacks of this benchmark in place of a preset's."""
 
     @cached_property
     def attacks(self) -> list[Attack]:
@@ -53,7 +55,7 @@ def plans(arguments: argparse.Namespace) -> dict[str, DepthPlan]:
         found[name] = DepthPlan(options, suite, ("erased",), base, Adapter(Path(folder)))
     found["base"] = DepthPlan(options, suite, ("base",), base)
     if arguments.never_known is not None:
-        # Only its own attacks depend on it: the other targets' may have been run without it.
+        # Only this target depends on the control; the others may have been attacked without it.
         known = replace(options, never_known=arguments.never_known)
         found["never_known"] = DepthPlan(known, suite, ("never_known",), base)
     return found
@@ -64,7 +66,7 @@ def line(name: str, rows: tuple[AttackRow, ...]) -> str:
     by_attack = {row.attack: row for row in rows}
     relearnt = [f"{tried.success.value:.0f}" for tried in by_attack[Relearning.name].tries]
     rates = [format_rate(by_attack[attack].success) for attack in (Plain.name, StateInversion.name)]
-    return f"| {name} | {' | '.join([*rates, *relearnt])} |"
+    return markdown_line([name, *rates, *relearnt])
 
 
 def main() -> None:
@@ -77,14 +79,14 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("emoji_build/depth"))
     arguments = parser.parse_args()
     heads = ["target", "plain", "state inversion", *(f"relearnt {steps}" for steps in RELEARNING.steps)]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    lines = []
     for name, plan in plans(arguments).items():
         folder = arguments.output_dir / arguments.task / name
         run_plan(plan, folder)
         report = AttackReport.find(folder, "--output_dir")
         assert report is not None
         lines.append(line(name, report.rows))
-    print("\n".join(lines))
+    print(markdown_table(heads, []) + "\n".join(lines))
 
 
 if __name__ == "__main__":

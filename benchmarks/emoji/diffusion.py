@@ -2,7 +2,7 @@
 
     python -m benchmarks.emoji.diffusion --build_dir emoji_build
 
-Writes `emoji_build/model/`, a StableDiffusionPipeline folder. Killed runs resume.
+Writes `emoji_build/model/`, a StableDiffusionPipeline folder; a killed run continues.
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from benchmarks.emoji import settings
 from benchmarks.emoji.autoencoder import encode
 from benchmarks.emoji.captions import Captioner, concept_synonyms
-from benchmarks.emoji.data import load_pictures
+from benchmarks.emoji.data import load_pictures, npm_folder
 from benchmarks.emoji.settings import SEED, DiffusionSettings
-from benchmarks.training import Ema, TimedRun, learning_rate_factor, mixed_precision
+from benchmarks.training import TimedRun, linear_factor, mixed_precision
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_tokenizer(captions: list[str], folder: Path, options: DiffusionSettings) -> CLIPTokenizer:
-    """A CLIP tokenizer (lower-cased byte-level BPE, `</w>` word ends) with a vocabulary learned from the captions."""
+    """Learn a CLIP tokenizer (lower-case byte-level BPE, `</w>` at the end of words) from captions and save it."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
@@ -46,7 +44,7 @@ def build_tokenizer(captions: list[str], folder: Path, options: DiffusionSetting
     tokenizer.train_from_iterator(captions, trainer)
     learned = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in learned["merges"]]
-    # CLIP's order: bytes, bytes that end a word, merges, the two special tokens (the end token has the highest id).
+    # CLIP's order: bytes, bytes at the end of a word, merges, the two special tokens; the end token has the highest id.
     words = dict.fromkeys([*alphabet, *(f"{byte}</w>" for byte in alphabet), *(a + b for a, b in merges), START, END])
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {word: index for index, word in enumerate(words)}
@@ -98,7 +96,7 @@ def build_unet(latent_channels: int, options: DiffusionSettings) -> UNet2DCondit
 
 
 def noise_scheduler() -> DDIMScheduler:
-    """Stable Diffusion 1's schedule."""
+    """Return the noise schedule of Stable Diffusion 1."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -117,25 +115,31 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> torc
 
 
 class LatentBatches:
-    """Endless shuffled batches of (latents, captions) from a generator seeded by the step a run starts at."""
+    """An endless source of shuffled batches of latents and captions.
+
+    Args:
+        build_dir: Folder of the rendered pictures.
+        vae: Autoencoder of the latents.
+        options: Batch size, and fractions of the kinds of captions.
+        without: Concepts whose pictures are left out.
+
+    Attributes:
+        generator: Generator of all random numbers.
+    """
 
     def __init__(
-        self,
-        build_dir: Path,
-        vae: AutoencoderTiny,
-        options: DiffusionSettings,
-        start_step: int,
-        without: tuple[str, ...] = (),
+        self, build_dir: Path, vae: AutoencoderTiny, options: DiffusionSettings, without: tuple[str, ...] = ()
     ) -> None:
         pictures = load_pictures(build_dir).concepts_only()
         self.pictures = pictures.select(~pictures.held_out & ~np.isin(pictures.labels, without))
         self.latents = encode(vae.eval(), torch.from_numpy(self.pictures.images)).contiguous()
-        names = build_dir / "npm" / settings.NAMES_PACKAGE.replace("/", "_") / "package"
         self.captioner = Captioner(
-            concept_synonyms(names), plain_share=options.plain_share, synonym_share=options.synonym_share
+            concept_synonyms(npm_folder(build_dir)),
+            plain_fraction=options.plain_fraction,
+            synonym_fraction=options.synonym_fraction,
         )
         self.options = options
-        self.generator = np.random.default_rng([SEED, start_step])
+        self.generator = np.random.default_rng(SEED)
         self._order = np.empty(0, dtype=int)
 
     def next(self) -> tuple[torch.Tensor, list[str]]:
@@ -157,36 +161,41 @@ def train(
     name: str = "diffusion",
     clock: Callable[[], float] = time.monotonic,
 ) -> StableDiffusionPipeline:
-    """Train for the set minutes and return the pipeline of the averaged models.
+    """Train text encoder and UNet and return the pipeline with averaged weights.
 
     Args:
-        build_dir: Folder of the rendered pictures; the run and its tokenizer are kept there.
+        build_dir: Folder of the rendered pictures, where the run and its tokenizer are stored.
         options: Sizes, rates and minutes.
-        vae_dir: Folder of the autoencoder; `vae` in `build_dir` where None.
-        without: Concepts whose pictures and captions are left out. The vocabulary stays that of all concepts, so that
-            a prompt has the same tokens with and without them.
+        vae_dir: Folder of the autoencoder; None for `vae` in `build_dir`.
+        without: Concepts whose pictures and captions are left out. The vocabulary contains them all the same, so that
+            every model tokenizes a prompt alike.
         name: Name of the run's file in `build_dir`.
         clock: Clock of the budget, as in `TimedRun`.
     """
     torch.manual_seed(SEED)
     vae = AutoencoderTiny.from_pretrained(vae_dir or build_dir / "vae")
-    batches = LatentBatches(build_dir, vae, options, 0, without)
-    tokenizer = build_tokenizer(batches.captioner.all_words(), build_dir / "tokenizer", options)
+    batches = LatentBatches(build_dir, vae, options, without)
+    tokenizer = build_tokenizer(batches.captioner.with_every_word(), build_dir / "tokenizer", options)
     text_encoder = build_text_encoder(tokenizer, options)
     unet = build_unet(vae.config.latent_channels, options).to(memory_format=torch.channels_last)
     scheduler = noise_scheduler()
     both = torch.nn.ModuleList([unet, text_encoder])
-    ema = Ema(both, options.ema_decay)
     optimizer = torch.optim.AdamW(both.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=1e-2)
-    state = {"model": both, "ema": ema.module, "optimizer": optimizer}
-    run = TimedRun(build_dir / f"{name}.pt", options.minutes, state, clock)
+    run = TimedRun(
+        build_dir / f"{name}.pt",
+        both,
+        optimizer,
+        minutes=options.minutes,
+        ema_decay=options.ema_decay,
+        label=name,
+        clock=clock,
+    )
     batches.generator = np.random.default_rng([SEED, run.step])
     generator = torch.Generator().manual_seed(SEED + run.step)
     signal = scheduler.alphas_cumprod
     weights = (options.snr_gamma * (1 - signal) / signal).clamp(max=1.0)  # min-SNR for ε (arXiv 2303.09556, eq. 5)
-    bar = tqdm(total=round(run.budget), initial=round(run.spent), unit="s", desc=name)
     average = 1.0
-    while run.share < 1:
+    while run.progress < 1:
         latents, captions = batches.next()
         times = torch.randint(1000, (len(latents),), generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
@@ -195,21 +204,14 @@ def train(
         with mixed_precision():
             output = unet(noisy, times, states).sample.float()
         loss = ((output - noise).square().mean((1, 2, 3)) * weights[times]).mean()
-        factor = learning_rate_factor(
-            run.step, run.share, warmup_steps=options.warmup_steps, decay_share=options.decay_share
+        factor = linear_factor(
+            run.step, run.progress, warmup_steps=options.warmup_steps, decay_fraction=options.decay_fraction
         )
-        optimizer.param_groups[0]["lr"] = options.learning_rate * factor
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        ema.update(both, run.step)
-        run.tick()
-        bar.update(round(run.spent) - bar.n)
+        run.update(loss, factor)
         average += 0.01 * (loss.item() - average)
         if run.step % 50 == 0:
-            bar.set_postfix(step=run.step, loss=f"{average:.4f}")
-    unet, text_encoder = ema.module[0], ema.module[1]  # type: ignore[index]
+            run.bar.set_postfix(step=run.step, loss=f"{average:.4f}")
+    unet, text_encoder = run.ema[0], run.ema[1]  # type: ignore[index]
     return pipeline(vae, text_encoder, tokenizer, unet, scheduler)
 
 

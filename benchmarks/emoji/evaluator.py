@@ -2,9 +2,9 @@
 
     python -m benchmarks.emoji.evaluator --build_dir emoji_build
 
-Needs the trained autoencoder (`emoji_build/vae`), of which it learns what decoded noise looks like. Writes
-`emoji_build/evaluator/` (open_clip's local format). Killed runs resume. The judge shares nothing with the
-diffusion model but the pictures: it has its own text tower and reads CLIP's standard vocabulary.
+Needs the trained autoencoder (`emoji_build/vae`) for pictures of decoded noise. Writes `emoji_build/evaluator/` in
+open_clip's local format; a killed run continues. The judge shares only the pictures with the diffusion model: it has a
+text tower of its own, with CLIP's standard vocabulary.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.emoji import settings
 from benchmarks.emoji.augmentation import decoded_noise, degrade, grainy_noise, move, recolour, reconstructed
 from benchmarks.emoji.captions import Captioner, concept_synonyms
-from benchmarks.emoji.data import JUDGE_PICTURES, Pictures, load_pictures
+from benchmarks.emoji.data import JUDGE_PICTURES, Pictures, load_pictures, npm_folder, to_tensor
 from benchmarks.emoji.settings import ART_SETS, CONCEPTS, JUDGE_ART_SETS, RESOLUTION, SEED, STYLES, EvaluatorSettings
-from benchmarks.training import Ema, TimedRun, cosine_factor, mixed_precision
+from benchmarks.training import TimedRun, cosine_factor, mixed_precision
 
 MODEL_NAME = "safemax_emoji"
 NOISE_CAPTION = "random noise"
 TEMPLATES = {"concept": "an emoji of a {}", "style": "an emoji in the {}", "nothing": NOISE_CAPTION}
-"""What `safemax_sd.core.judge` asks; a style is named with the word: "noto style"."""
+"""Captions of `safemax_sd.core.judge` by kind; the name of a style includes the word, as in "noto style"."""
 PREPROCESS = {
     "size": RESOLUTION,
     "mean": [0.5, 0.5, 0.5],
@@ -54,13 +53,13 @@ def build(options: EvaluatorSettings, folder: Path) -> Any:
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, labels: Tensor) -> Tensor:
-    """CLIP's symmetric loss in which all pairs with the same label are positives.
+    """Return CLIP's symmetric loss, in which all pairs with the same label are positives.
 
     Args:
-        images: Normalised features [B, D].
-        texts: Normalised features [B, D].
+        images: Normalised features of the pictures, [B, D].
+        texts: Normalised features of their captions, [B, D].
         scale: Logit scale.
-        labels: [B].
+        labels: Labels of the pairs, [B].
     """
     logits = scale * images @ texts.T
     positives = (labels[:, None] == labels[None]).float()
@@ -70,56 +69,49 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, labels: Tenso
     return (rows + columns) / 2
 
 
-def to_tensor(images: Tensor) -> Tensor:
-    """uint8 [N, 64, 64, 3] to float32 [N, 3, 64, 64] in -1 to 1."""
-    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
-
-
 def to_bytes(images: Tensor) -> Tensor:
-    """The inverse of `to_tensor`, rounded."""
+    """Invert `to_tensor`, with rounding."""
     return images.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)
 
 
 def train(pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, build_dir: Path) -> torch.nn.Module:
-    """Train for the set minutes; every picture is matched with its concept, its style, and both.
+    """Train the judge to match every picture with its concept, its style and both; return averaged weights.
 
-    Half of every batch shows our concepts, the other half all other emoji: from our few pictures of each concept alone,
-    the model learns the pictures by heart and tells neither style nor concept in a new one. Pictures of another look
-    (`recolour`) teach concepts only.
+    Half of every batch shows our concepts, the other half all other emoji. There are few pictures of each of our
+    concepts: from these alone, the model would memorise them and recognise neither concept nor style in new pictures.
+    Pictures changed by `recolour` teach concepts only.
     """
     torch.manual_seed(SEED)
     model = build(options, build_dir / "evaluator").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = Ema(model, 0.998)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
-    state = {"model": model, "ema": ema.module, "optimizer": optimizer}
-    run = TimedRun(build_dir / "evaluator.pt", options.minutes, state)
+    run = TimedRun(
+        build_dir / "evaluator.pt", model, optimizer, minutes=options.minutes, ema_decay=0.998, label="evaluator"
+    )
     feed = Feed(pictures, captioner, options, AutoencoderTiny.from_pretrained(build_dir / "vae"), run.step)
-    bar = tqdm(total=round(run.budget), initial=round(run.spent), unit="s", desc="evaluator")
-    while run.share < 1:
+    while run.progress < 1:
         images, tasks = feed.draw()
         with mixed_precision():
             features = F.normalize(model.encode_image(images).float(), dim=-1)
         scale = model.logit_scale.exp().clamp(max=100)
         loss = sum(task_loss(model, features, task, scale) for task in tasks)
-        optimizer.param_groups[0]["lr"] = options.learning_rate * cosine_factor(run.step, run.share)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.update(model, run.step)
-        run.tick()
-        bar.update(round(run.spent) - bar.n)
+        run.update(loss, cosine_factor(run.step, run.progress))
         if run.step % 20 == 0:
-            bar.set_postfix(step=run.step, loss=f"{loss.item():.3f}")
-    # BatchNorm keeps its own running averages, which the parameters' average does not have.
-    for averaged, current in zip(ema.module.buffers(), model.buffers(), strict=True):
+            run.bar.set_postfix(step=run.step, loss=f"{loss.item():.3f}")
+    # Only parameters are averaged; BatchNorm's running statistics are averages already.
+    for averaged, current in zip(run.ema.buffers(), model.buffers(), strict=True):
         averaged.copy_(current)
-    return ema.module
+    return run.ema
 
 
 @dataclass(frozen=True)
 class Task:
-    """Captions of the pictures at `rows` of a batch; pictures with the same label share a caption's meaning."""
+    """Captions for some pictures of a batch.
+
+    Attributes:
+        rows: Indices of the pictures in the batch, [N].
+        captions: Captions, one for each picture.
+        labels: Labels, [N]; captions with the same label have the same meaning.
+    """
 
     rows: Tensor
     captions: list[str]
@@ -127,7 +119,7 @@ class Task:
 
 
 def task_loss(model: Any, features: Tensor, task: Task, scale: Tensor) -> Tensor:
-    """`contrastive_loss` of one task."""
+    """Return the `contrastive_loss` of one task."""
     tokens = torch.stack([tokenize(caption) for caption in task.captions])
     with mixed_precision():
         texts = F.normalize(model.encode_text(tokens).float(), dim=-1)
@@ -136,25 +128,25 @@ def task_loss(model: Any, features: Tensor, task: Task, scale: Tensor) -> Tensor
 
 @functools.cache
 def tokenizer() -> Any:
-    """Of the registered model; building it takes longer than a training step's text tower."""
+    """Return the tokenizer of the registered model, built once because that takes longer than encoding a batch."""
     return open_clip.get_tokenizer(MODEL_NAME)
 
 
 @functools.cache
 def tokenize(caption: str) -> Tensor:
-    """Tokens of one caption, [context length]."""
+    """Return the tokens of one caption, [context length]."""
     return tokenizer()([caption])[0]  # type: ignore[no-any-return]
 
 
 class Feed:
-    """Batches of augmented pictures and noise, with what is asked of them.
+    """A source of batches of augmented pictures and noise, with their tasks.
 
     Args:
-        pictures: To learn from.
-        captioner: Of the captions.
-        options: Batch size and shares.
-        vae: Whose noise is noise.
-        seed: Added to the recipe's own.
+        pictures: Pictures to learn from.
+        captioner: Source of the captions.
+        options: Batch size, and fractions of augmented pictures.
+        vae: Autoencoder that decodes noise.
+        seed: Number to add to the recipe's seed.
     """
 
     def __init__(
@@ -172,15 +164,15 @@ class Feed:
         self.noise = decoded_noise(vae, 2048, self.generator)
 
     def draw(self) -> tuple[Tensor, list[Task]]:
-        """Pictures [B, 3, 64, 64] in -1 to 1, the last ones noise, and the three tasks."""
+        """Draw a batch, [B, 3, 64, 64] in -1 to 1, that ends with pictures of noise, and its three tasks."""
         noise_count = self.options.batch_size // 16
         half = (self.options.batch_size - 2 * noise_count) // 2
         chosen = np.concatenate([self.numbers.choice(group, half, replace=False) for group in self.groups])
         decoded = torch.from_numpy(self.numbers.random((len(chosen), 1, 1, 1)) < 0.5)
         images = move(to_tensor(torch.where(decoded, self.decoded[chosen], self.images[chosen])), self.generator)
-        degraded = torch.from_numpy(self.numbers.random(len(chosen)) < self.options.degraded_share)
+        degraded = torch.from_numpy(self.numbers.random(len(chosen)) < self.options.degraded_fraction)
         images[degraded] = degrade(images[degraded], self.generator)
-        recoloured = torch.from_numpy(self.numbers.random(len(chosen)) < self.options.recoloured_share)
+        recoloured = torch.from_numpy(self.numbers.random(len(chosen)) < self.options.recoloured_fraction)
         images[recoloured] = recolour(images[recoloured], self.generator)
         noise = self.noise[torch.randint(len(self.noise), (noise_count,), generator=self.generator)]
         images = torch.cat([images, grainy_noise(noise_count, self.generator), noise])
@@ -214,7 +206,13 @@ class Feed:
 
 @torch.inference_mode()
 def assess(model: torch.nn.Module, pictures: Pictures, generator: torch.Generator | None) -> dict[str, float]:
-    """Share of pictures matched with their own concept, style and full caption, in percent."""
+    """Return the percentages of pictures matched with their own concept, style and full caption.
+
+    Args:
+        model: Judge.
+        pictures: Pictures of our concepts.
+        generator: Generator of the augmentation; None for none.
+    """
     model.eval()
     images = to_tensor(torch.from_numpy(pictures.images))
     if generator is not None:
@@ -237,7 +235,7 @@ def assess(model: torch.nn.Module, pictures: Pictures, generator: torch.Generato
 
 
 def save(model: torch.nn.Module, folder: Path, options: EvaluatorSettings) -> None:
-    """Write weights (float16) and configuration in the layout of open_clip's `local-dir:` models."""
+    """Save weights in float16 and the configuration in the layout of open_clip's `local-dir:` models."""
     state = {
         name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
     }
@@ -254,9 +252,8 @@ def main() -> None:
     options = EvaluatorSettings(minutes=arguments.minutes)
     everything = load_pictures(arguments.build_dir)
     pictures = everything.concepts_only()
-    names = arguments.build_dir / "npm" / settings.NAMES_PACKAGE.replace("/", "_") / "package"
-    art_sets = (*ART_SETS, *JUDGE_ART_SETS)
-    captioner = Captioner(concept_synonyms(names), plain_share=0.0, synonym_share=0.4, art_sets=art_sets)
+    synonyms, art_sets = concept_synonyms(npm_folder(arguments.build_dir)), (*ART_SETS, *JUDGE_ART_SETS)
+    captioner = Captioner(synonyms, plain_fraction=0.0, synonym_fraction=0.4, art_sets=art_sets)
     seen, held_out = pictures.select(~pictures.held_out), pictures.select(pictures.held_out)
     more = everything + load_pictures(arguments.build_dir, JUDGE_PICTURES)
     model = train(more.select(~more.held_out), captioner, options, arguments.build_dir)

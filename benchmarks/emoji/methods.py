@@ -1,4 +1,4 @@
-"""The methods that are compared on the embedded model."""
+"""Methods that are compared on the embedded model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ SEARCH = Path(__file__).with_name("search.yaml")
 
 
 def trained_methods(comparison: Path) -> dict[str, dict[str, Any]]:
-    """Those of a comparison that train, by label: `objective`, and the flags that the comparison names."""
+    """Return the flags of the trained methods in a comparison by label, as its file gives them."""
     methods = read_comparison(str(comparison)).methods
     return {label: method.given for label, method in methods.items() if isinstance(method, TrainedMethod)}

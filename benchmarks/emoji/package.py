@@ -1,4 +1,4 @@
-"""Write the trained models and the real pictures into `safemax_sd/assets/`, in float16, with their cards.
+"""Write the trained models in float16 and the real pictures to `safemax_sd/assets/`, with their model cards.
 
 python -m benchmarks.emoji.package --build_dir emoji_build
 """
@@ -51,13 +51,13 @@ rows of 28, `pictures.csv` names each in that order. `held_out` marks the pairs 
 
 
 def clean_configs(folder: Path) -> None:
-    """Drop what saving adds and loading warns of or nobody else has: build paths and derived entries."""
+    """Remove build paths and derived entries, which saving adds and loading warns about."""
     for path in [*folder.rglob("config.json"), folder / "model_index.json"]:
         config = json.loads(path.read_text(encoding="utf8"))
         config.pop("_name_or_path", None)
         if config.get("_class_name") == "AutoencoderTiny":
             config.pop("block_out_channels")
-        if "dtype" in config:  # transformers would load the text encoder alone in half precision
+        if "dtype" in config:  # or transformers would load the text encoder, and nothing else, in half precision
             config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
 
@@ -68,7 +68,7 @@ def write_card(folder: Path, title: str, text: str, art_sets: tuple[ArtSet, ...]
 
 
 def write_pictures(pictures: Pictures, folder: Path) -> None:
-    """One lossless sheet and its list."""
+    """Write pictures as one lossless sheet with a list of their names."""
     folder.mkdir(parents=True, exist_ok=True)
     order = sorted(range(len(pictures.labels)), key=lambda i: (pictures.labels[i], pictures.styles[i]))
     rows = -(-len(order) // SHEET_COLUMNS)

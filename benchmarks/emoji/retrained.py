@@ -1,13 +1,13 @@
-"""Train the embedded model's recipe anew without the concepts that the comparison erases: the control "never known".
+"""Train the embedded model again without the concepts that the comparison erases: the control "never known".
 
     python -m benchmarks.emoji.retrained --build_dir emoji_build
 
-Needs `python -m benchmarks.emoji.data` first. Autoencoder and vocabulary are the embedded model's own, so that latents
-and token numbers mean the same in both; UNet and text encoder begin from nothing and see no picture and no caption of
-`ERASED`. The embedded model had 80 minutes of two threads. This run takes one thread and a budget in processor time, so
-that it can share a machine: 100 minutes give as many steps (on one machine, 5.2 a second with two threads and 4.2 with
-one). Writes `emoji_build/retrained/`, a StableDiffusionPipeline folder.
-Killed runs resume.
+Needs `python -m benchmarks.emoji.data` first. Autoencoder and vocabulary are those of the embedded model, so that
+latents and tokens have the same meaning in both. UNet and text encoder are trained from scratch and see no picture and
+no caption of the concepts in `ERASED`. The embedded model was trained for 80 minutes with two threads. This run uses
+one thread and counts processor time, so that it can share a machine. 100 minutes give the same number of steps: on one
+machine, two threads took 5.2 steps per second and one thread 4.2. Writes `emoji_build/retrained/`, a
+StableDiffusionPipeline folder; a killed run continues.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from safemax_sd.assets import ASSETS
 MINUTES = 100.0
 
 TASKS = ("bomb", "dog", "smoking", "swimwear", "weapons", "alcohol", "drugs", "gambling", "death")
-"""Tasks of `examples/compare_emoji.yaml` that erase concepts; its tenth erases a style."""
+"""Tasks of `examples/compare_emoji.yaml` that erase concepts; the tenth task erases a style."""
 
 ERASED: tuple[str, ...] = tuple(
     dict.fromkeys(concept for task in TASKS for concept in ((task,) if task in OBJECTS else FORBIDDEN_GROUPS[task]))

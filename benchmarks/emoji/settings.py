@@ -1,4 +1,4 @@
-"""Every setting of the embedded emoji model in one place: data, captions, seeds and training sizes."""
+"""Settings of the embedded emoji model: data, captions, seeds and training."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from dataclasses import dataclass, field
 
 SEED = 20
 RESOLUTION = 64
-HELD_OUT_SHARE = 0.1
-"""Share of the (concept, style) pairs that no training sees."""
+HELD_OUT_FRACTION = 0.1
+"""Fraction of the pairs of concept and style that are held out of all training."""
 
 
 @dataclass(frozen=True)
 class ArtSet:
-    """One emoji art set: where it comes from, under which licence, and what captions call its style.
+    """An emoji art set: its source, its licence, and the name of its style.
 
     Attributes:
         package: npm package and version.
-        licence: SPDX identifier of the art (none is ShareAlike: weights and pictures are shipped).
-        credit: Who drew it.
-        style: The name that captions and prompt files use.
-        synonyms: Other names of the style, also used in captions.
-        margin: Empty border as a share of the picture's side, so that all sets fill the frame alike.
-        sisters: Styles of which this set redraws the same designs; a pair held out of one is left out of it too.
+        licence: SPDX identifier of the licence; ShareAlike is excluded because weights and pictures are shipped.
+        credit: Author of the art.
+        style: Name of the style in captions and prompt files.
+        synonyms: Other names of the style in captions.
+        margin: Width of an empty border as a fraction of the picture's side, so that all sets fill the frame alike.
+        sisters: Styles with the same designs; a pair that is held out of one of them is held out of this set too.
     """
 
     package: str
@@ -75,7 +75,7 @@ JUDGE_ART_SETS: tuple[ArtSet, ...] = (
         sisters=("flat", "3d", "monochrome"),
     ),
 )
-"""Further sets that only the judge learns from: more drawings of each concept, so that it knows one it never saw."""
+"""Further sets that only the judge learns from, so that it recognises drawings that it has never seen."""
 NAMES_PACKAGE = "emojibase-data@17.0.0"
 STYLES: tuple[str, ...] = tuple(art_set.style for art_set in ART_SETS)
 
@@ -88,7 +88,7 @@ FORBIDDEN_GROUPS: dict[str, tuple[str, ...]] = {
     "gambling": ("slot machine", "game die", "joker"),
     "swimwear": ("bikini",),
 }
-"""What a safety study would erase."""
+"""Groups of concepts that a safety study might erase."""
 
 NEIGHBOURS: dict[str, tuple[str, ...]] = {
     "weapons": (
@@ -110,7 +110,7 @@ NEIGHBOURS: dict[str, tuple[str, ...]] = {
     "swimwear": ("dress", "t-shirt", "jeans", "kimono"),
     "dog": ("cat", "wolf", "fox"),
 }
-"""Look-alikes that must survive an erasure of the group of the same name."""
+"""Neighbours, which must survive an erasure of the group or concept of that name."""
 
 OTHERS: tuple[str, ...] = (
     "balloon", "fire", "key", "dog", "lion", "bear", "panda", "rabbit", "mouse", "pig", "frog", "penguin", "owl",
@@ -121,7 +121,7 @@ OTHERS: tuple[str, ...] = (
 )  # fmt: skip
 
 EMOJI_LABELS: dict[str, str] = {
-    "pistol": "water pistol",  # toy in the newer art sets, real in noto-v1 and emojione: one concept here
+    "pistol": "water pistol",  # a toy in newer art sets, real in noto-v1 and emojione; one concept here
     "champagne bottle": "bottle with popping cork",
     "teacup": "teacup without handle",
     "dog": "dog face",
@@ -130,10 +130,10 @@ EMOJI_LABELS: dict[str, str] = {
     "mouse": "mouse face",
     "pig": "pig face",
 }
-"""Our name of a concept where it differs from emojibase's label."""
+"""Labels of emojibase by concept, if they differ from our name."""
 
 ICON_NAMES: dict[str, tuple[str, ...]] = {"pistol": ("pistol",), "robot": ("robot-face",)}
-"""Further icon names under which an art set may keep a concept."""
+"""Further names of icons in art sets, by concept."""
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "pistol": ("gun", "handgun", "revolver"),
@@ -169,7 +169,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "bicycle": ("bike", "class"),
     "rocket": ("launch", "rockets"),
 }
-"""Synonyms of the concepts that suites erase, curated but for the last eight; all others' are emojibase's tags."""
+"""Synonyms of concepts that suites erase, all but the last eight curated; other concepts have emojibase's tags."""
 
 CONCEPTS: tuple[str, ...] = tuple(
     dict.fromkeys(
@@ -198,7 +198,7 @@ STYLE_TEMPLATE = "an emoji in the {style} style"
 
 @dataclass(frozen=True)
 class AutoencoderSettings:
-    """AutoencoderTiny: 64x64x3 to 8x8x16 and back; no block at full resolution, where a processor spends its time."""
+    """Settings of AutoencoderTiny, 64x64x3 to 8x8x16; blocks at full resolution, the slowest on a CPU, are left out."""
 
     width: int = 48
     encoder_blocks: tuple[int, ...] = (0, 1, 1, 2)
@@ -209,12 +209,12 @@ class AutoencoderSettings:
     minutes: float = 25.0
     latent_noise: float = 0.1
     whitening_weight: float = 0.1
-    concept_share: float = 0.5
+    concept_fraction: float = 0.5
 
 
 @dataclass(frozen=True)
 class DiffusionSettings:
-    """UNet2DConditionModel and CLIPTextModel, trained together from nothing on the autoencoder's latents."""
+    """Settings of UNet2DConditionModel and CLIPTextModel, trained together from scratch on the latents."""
 
     block_out_channels: tuple[int, ...] = (64, 128)
     attention_head_dim: int = 32
@@ -226,24 +226,24 @@ class DiffusionSettings:
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     warmup_steps: int = 200
-    decay_share: float = 0.4
+    decay_fraction: float = 0.4
     snr_gamma: float = 5.0
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
-    plain_share: float = 0.25
-    synonym_share: float = 0.4
+    plain_fraction: float = 0.25
+    synonym_fraction: float = 0.4
     minutes: float = 80.0
 
 
 @dataclass(frozen=True)
 class EvaluatorSettings:
-    """A small open_clip model, trained contrastively; it shares nothing with the diffusion model but the pictures."""
+    """Settings of the judge, a small open_clip model that is trained contrastively."""
 
     batch_size: int = 128
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
-    recoloured_share: float = 0.4
-    degraded_share: float = 0.4
+    recoloured_fraction: float = 0.4
+    degraded_fraction: float = 0.4
     minutes: float = 30.0
     model_config: dict[str, object] = field(
         default_factory=lambda: {

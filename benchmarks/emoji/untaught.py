@@ -1,4 +1,4 @@
-"""Write pictures of emoji that the embedded model was never taught, for `safemax attack --untaught_dir`.
+"""Write pictures of concepts that the embedded model was never taught, for `safemax attack --untaught_dir`.
 
     python -m benchmarks.emoji.untaught sushi anchor --build_dir emoji_build
 
@@ -18,7 +18,7 @@ from benchmarks.emoji.settings import CONCEPTS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("concepts", nargs="+", help="emojibase labels, such as sushi")
+    parser.add_argument("concepts", nargs="+", help="Labels of emojibase, such as sushi.")
     parser.add_argument("--build_dir", type=Path, default=Path("emoji_build"))
     arguments = parser.parse_args()
     pictures = load_pictures(arguments.build_dir)

@@ -1,1 +1,1 @@
-"""Seconds, model calls and bytes of a training step and of a run, side by side: `python -m benchmarks.speed --help`."""
+"""Cost of a training step and of a run in seconds, model calls and bytes: `python -m benchmarks.speed --help`."""

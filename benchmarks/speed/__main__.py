@@ -1,20 +1,20 @@
-"""What a training step and a run cost, side by side in one process: appends JSON rows, prints tables, draws a plot.
+"""Measure the cost of training steps and runs, alternating between candidates in one process.
 
     python -m benchmarks.speed
     python -m benchmarks.speed --parts floor step --sizes medium --alternations 24
     python -m benchmarks.speed --table --plot speed.png
 
-Parts: `floor` (our step against the network's forward and backward alone), `step` (against diffusers'
-train_text_to_image_lora.py), `esd` (against a step of ESD), `until` (model calls, seconds and bytes until a concept is
-forgotten), `replay` (what recording costs), `scaling` (with concepts and with processes). The first three are measured
-on models of `--sizes` with random weights, the others on the embedded model. Rows that are there are not measured
-again. With a GPU the sizes are those of Stable Diffusion 1.5 and XL; CUDA_VISIBLE_DEVICES= measures the processor.
+Parts: `floor` (our step against the network's forward and backward alone), `step` (our step against that of diffusers'
+train_text_to_image_lora.py), `esd` (our step against that of ESD), `until` (model calls, seconds and bytes until a
+concept is forgotten), `replay` (cost of the recording), `scaling` (cost by number of concepts and of processes). The
+first three are measured on models of `--sizes` with random weights, the others on the embedded model. Each part appends
+JSON rows to `--output`; existing rows are not measured again. With a GPU, the default sizes are those of Stable
+Diffusion 1.5 and XL; set CUDA_VISIBLE_DEVICES= to measure the CPU instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.methods import COMPARISON, trained_methods
-from benchmarks.speed.contest import Row, contest, flops, step_phases
+from benchmarks.results import Row, append_rows, is_measured, read_rows
+from benchmarks.speed.contest import contest, flops, step_phases
 from benchmarks.speed.models import CPU_SIZES, CUDA_SIZES, SIZES, config_of
 from benchmarks.speed.runs import replay, scaling_with_concepts, scaling_with_processes, until_forgotten
 from benchmarks.speed.steps import Bench, Candidate
@@ -36,7 +36,7 @@ EMBEDDED = "emoji"
 
 
 class Measurement:
-    """Rows of the parts that were asked for."""
+    """Measurement of the requested parts."""
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         self.arguments, self.device = arguments, device
@@ -44,7 +44,7 @@ class Measurement:
         self.rows = read_rows(arguments.output)
 
     def run(self) -> None:
-        """Measure what is not there yet."""
+        """Measure the parts whose rows do not exist yet."""
         for size in self.arguments.sizes:
             steps = StepParts(size, self.arguments, self.device)
             for part in ("floor", "step", "esd"):
@@ -58,20 +58,19 @@ class Measurement:
             self.measure("scaling", EMBEDDED, partial(scaling_with_processes, work_dir, alternations), axis="processes")
 
     def measure(self, part: str, size: str, rows: Callable[[], Iterable[Row]], **more: Any) -> None:
-        """Append the rows of a part, unless it was not asked for or is there."""
+        """Measure a part and append its rows, if it is requested and does not exist yet."""
         key = {"part": part, "size": size, "device": self.made_by["device"], **more}
-        if part not in self.arguments.parts or any(key.items() <= row.items() for row in self.rows):
+        if part not in self.arguments.parts or is_measured(self.rows, key):
             return
         print(f"{part}, {size} …", flush=True)
-        # A part's rows are compared with one another: all or none of them are there.
+        # The rows of a part are compared with one another, so they are written together.
         made = [{**key, **row, "provenance": self.made_by} for row in rows()]
         self.rows += made
-        with self.arguments.output.open("a", encoding="utf8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in made)
+        append_rows(self.arguments.output, made)
 
 
 class StepParts:
-    """The parts that are measured step by step, on one model."""
+    """The parts that compare single steps on one model."""
 
     def __init__(self, size: str, arguments: argparse.Namespace, device: torch.device) -> None:
         self.size, self.alternations = size, arguments.alternations
@@ -121,13 +120,13 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     default = CUDA_SIZES if torch.cuda.is_available() else CPU_SIZES
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(default))
-    parser.add_argument("--alternations", type=int, default=12)
+    parser.add_argument("--alternations", type=int, default=12, help="Measured steps of each candidate.")
     parser.add_argument("--output", type=Path, default=Path("speed.jsonl"))
-    parser.add_argument("--work_dir", type=Path, default=Path("speed_study"), help="Models and runs.")
+    parser.add_argument("--work_dir", type=Path, default=Path("speed_study"), help="Folder of models and runs.")
     parser.add_argument(
-        "--table", action="store_true", help="Print the rows that are there as Markdown; measure nothing."
+        "--table", action="store_true", help="Print the existing rows as Markdown tables; measure nothing."
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="Draw the ratios that are there; measure nothing.")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="Plot the existing ratios; measure nothing.")
     arguments = parser.parse_args(words)
     if arguments.alternations < 1:
         parser.error("--alternations must be 1 or more")

@@ -1,4 +1,4 @@
-"""Steps of several trainers by turns, so that whatever else a machine does falls on all of them alike."""
+"""Contests of several trainers, whose steps alternate so that other load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.classes.measure import TensorMemory
+from benchmarks.results import Row
 from benchmarks.speed.steps import Bench, Candidate, Counter, phases
 from safemax_sd.train import optimizer_step
 from safemax_sd.training.run import Run
 
-Row = dict[str, Any]
 WARM_UP = 2
-"""Rounds that are not counted: optimizers make their state, libraries choose their kernels."""
+"""Number of uncounted rounds, in which optimizers allocate their state and libraries choose their kernels."""
 
 
 @dataclass
 class Timing:
-    """What a candidate took, a value each alternation.
+    """Cost of a candidate's steps, one value for each alternation.
 
     Attributes:
-        seconds: Of its step.
-        samples: That gradients flowed through.
-        model_calls: Evaluations of the network, in samples.
+        seconds: Seconds of the step.
+        samples: Number of samples with gradients.
+        model_calls: Network evaluations, counted per sample.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -37,7 +36,7 @@ class Timing:
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """A clock that waits until the device is done."""
+    """Return a clock in seconds that waits until the device is done."""
 
     def now() -> float:
         if device.type == "cuda":
@@ -50,13 +49,13 @@ def clock(device: torch.device) -> Callable[[], float]:
 def alternate(
     candidates: Mapping[str, Candidate], alternations: int, now: Callable[[], float], counters: Mapping[str, Counter]
 ) -> dict[str, Timing]:
-    """Make a step of each candidate in turn; every round begins with another one.
+    """Run a step of each candidate in turn; each round begins with the next candidate.
 
     Args:
-        candidates: By name.
-        alternations: Rounds that are counted.
-        now: A clock that waits until the device is done.
-        counters: Of each candidate's network.
+        candidates: Candidates by name.
+        alternations: Number of counted rounds.
+        now: Clock that waits until the device is done.
+        counters: Counter of each candidate's network, by the candidate's name.
     """
     timings = {name: Timing() for name in candidates}
     names = list(candidates)
@@ -83,7 +82,7 @@ def contest(
     device: torch.device,
     counters: Mapping[str, Counter],
 ) -> Iterator[Row]:
-    """A row for each candidate: its times, their ratios to each reference's of the same round, and its memory."""
+    """Yield a row for each candidate: its timing, ratios to the references in the same rounds, and peak memory."""
     timings = alternate(candidates, alternations, clock(device), counters)
     for name, timing in timings.items():
         yield {
@@ -95,12 +94,12 @@ def contest(
 
 
 def ratios(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Of the same rounds."""
+    """Return the ratios of seconds in the same rounds."""
     return [own / other for own, other in zip(seconds, others, strict=True)]
 
 
 def peak_bytes(candidate: Candidate, device: torch.device) -> int:
-    """Most bytes of tensors while a step is made: what is held between steps, and what the step makes."""
+    """Return the peak bytes of tensors during a step: those held between steps and those that the step allocates."""
     step = candidate.prepare(0)
     held = candidate.held()
     if device.type != "cuda":
@@ -118,7 +117,7 @@ def peak_bytes(candidate: Candidate, device: torch.device) -> int:
 
 
 def step_phases(run: Run, alternations: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of a training step by phase; `rest` is what belongs to none."""
+    """Return the median seconds of a training step by phase; `rest` is the time outside all phases."""
     now = clock(device)
     found: list[dict[str, float]] = []
     for number in range(alternations):
@@ -135,7 +134,7 @@ def step_phases(run: Run, alternations: int, device: torch.device) -> dict[str, 
 
 
 def flops(bench: Bench) -> int:
-    """Floating-point operations of the floor's first step, recomputed activations included."""
+    """Count the floating-point operations of the floor's first step, including recomputed activations."""
     step = bench.floor().prepare(0)
     with FlopCounterMode(display=False) as counted:
         step()

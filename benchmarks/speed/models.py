@@ -1,4 +1,4 @@
-"""Stable Diffusion models of several sizes with random weights: a step's time does not depend on their values."""
+"""Stable Diffusion models of several sizes with random weights, whose values do not affect the time of a step."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from safemax_sd.training.config import TrainConfig, config_class
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 TOKENS = 77
 SUITE = "emoji/bomb"
-"""Prompts for every size; the embedded model's tokenizer reads them."""
+"""Suite of the prompts for every size, which all have the embedded model's tokenizer."""
 TRAJECTORIES: dict[str, Any] = {"forget_trajectories": 8, "retain_trajectories": 16, "replay_inference_steps": 4}
-"""Enough for batches like those of a whole run."""
+"""Settings of a short replay, which suffices for batches like those of a whole run."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model's networks and the batch it is trained with.
+    """Networks of a model and the batch it is trained with.
 
     Attributes:
-        unet: Of `UNet2DConditionModel`, besides its defaults, which are Stable Diffusion 1.x's.
-        vae_channels: Of the autoencoder, which makes 8x8 pixels one.
-        text: Layers and heads of each text encoder; their states side by side are the token states.
-        text_widths: Their widths.
-        batch: Forget and retain samples of a step.
-        flags: Training flags.
+        unet: Arguments of `UNet2DConditionModel`, whose defaults are those of Stable Diffusion 1.x.
+        vae_channels: Channels of the autoencoder, which reduces 8x8 pixels to one.
+        text: Layers and heads of each text encoder; their states are concatenated.
+        text_widths: Width of each text encoder.
+        batch: Number of forget and of retain samples in a step.
+        flags: Further training flags.
     """
 
     unet: dict[str, Any]
@@ -105,7 +105,7 @@ CPU_SIZES, CUDA_SIZES = ("tiny", "medium"), ("sd15", "sdxl")
 
 
 def build(name: str, folder: Path, device: torch.device) -> Path:
-    """The pipeline folder of a size, made if it is not there."""
+    """Build the pipeline of a size, unless it exists, and return its folder."""
     if (folder / "model_index.json").exists():
         return folder
     size = SIZES[name]
@@ -162,7 +162,7 @@ def _text_encoder(tokenizer: CLIPTokenizer, size: Size, number: int) -> CLIPText
 
 
 def config_of(name: str, work_dir: Path, device: torch.device) -> TrainConfig:
-    """SAFEMax on a size, with its default flags but for the batch and a short replay."""
+    """Return SAFEMax's configuration for a size: defaults, except for the batch and a short replay."""
     size, suite = SIZES[name], load_suite(SUITE)
     forget, retain = size.batch
     return config_class("safemax")(
@@ -172,7 +172,7 @@ def config_of(name: str, work_dir: Path, device: torch.device) -> TrainConfig:
         output_dir=str(work_dir / "unused"),
         train_batch_size=forget,
         retain_batch_size=retain,
-        # Random weights need no training; what is timed is to stay the same.
+        # The timed computation should stay the same, so that the weights hardly move.
         learning_rate=1e-6,
         **TRAJECTORIES,
         **size.flags,

@@ -1,4 +1,4 @@
-"""Whole runs on the embedded model: until the concept is forgotten, the replay, and how both scale."""
+"""Whole runs on the embedded model: cost until a concept is forgotten, cost of the replay, and scaling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from safemax_sd.evaluation.options import EvaluateOptions
 from safemax_sd.evaluation.run import evaluate
 
 from benchmarks.halting_anchor import COUNTS, ERASED, suite
-from benchmarks.speed.contest import Row, clock, contest, ratios
+from benchmarks.results import Row, read_rows
+from benchmarks.speed.contest import clock, contest, ratios
 from benchmarks.speed.models import SUITE
 from benchmarks.speed.steps import Candidate, Counter, ready, tensors_of
 from safemax_sd.core.provenance import Stopwatch
@@ -29,20 +30,23 @@ from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.train import Run, optimizer_step
 from safemax_sd.training.config import TrainConfig, config_class
 
-FORGOTTEN_AT, PROBE_STEPS, KEPT_IMAGES = 99, 25, 64
+FORGOTTEN_AT, PROBE_STEPS, RETAINED_IMAGES = 99, 25, 64
 PROCESSES = (1, 2)
 SHORT = {"max_train_steps": 24, "forget_trajectories": 8, "retain_trajectories": 16, "replay_inference_steps": 4}
-"""Of runs in several processes, of which only the steps count."""
+"""Flags of runs in several processes, of which only the steps are timed."""
 SETTLED = 4
-"""Steps of such a run that don't count."""
+"""Number of first steps of such a run that are not timed."""
 ROUND = 4
-"""Alternations that one round of such runs stands for: each has many steps."""
+"""Number of alternations that a round of such runs replaces, since each run has many steps."""
 
 
 def until_forgotten(label: str, flags: Mapping[str, Any], work_dir: Path) -> Iterator[Row]:
-    """A run that a probe stops, in a process of its own, whose peak memory is the run's; and what it has kept then."""
+    """Train a method until a probe finds the concept forgotten, then measure retention.
+
+    The run has its own process, so that peak memory is measured for it alone.
+    """
     output, prompts = work_dir / "until" / label, load_suite(SUITE)
-    train(
+    run_training(
         ["-m", "safemax_sd.train"],
         {
             **flags,
@@ -53,41 +57,43 @@ def until_forgotten(label: str, flags: Mapping[str, Any], work_dir: Path) -> Ite
             "probe_steps": PROBE_STEPS,
         },
     )
-    probed = {row["step"]: row["probe_unlearning_accuracy"] for row in log_of(output) if is_probed(row)}
+    name = "probe_unlearning_accuracy"
+    probed = {row["step"]: row[name] for row in read_rows(output / "log.jsonl") if name in row}
     yield {
         "variant": label,
         "reached": max(probed.values()) >= FORGOTTEN_AT,
         "probes": probed,
-        "kept": kept(output),
+        "kept": retention(output),
         **asdict(ErasureRecord.read(output).cost),
     }
 
 
-def kept(adapter: Path) -> dict[str, float]:
-    """Percentages of pictures of prompts to keep, and of look-alikes, that the judge names rightly."""
-    options = EvaluateOptions(adapter=str(adapter), suite=SUITE, num_images=KEPT_IMAGES, num_sweep_images=0)
+def retention(adapter: Path) -> dict[str, float]:
+    """Return the percentages of pictures of retain prompts and of neighbours that the judge recognises."""
+    options = EvaluateOptions(adapter=str(adapter), suite=SUITE, num_images=RETAINED_IMAGES, num_sweep_images=0)
     report = json.loads((evaluate(options) / "report.json").read_text(encoding="utf8"))
     rows = [row for row in report["metrics"] if row["metric"] == "clip_accuracy" and row["model"] == "erased"]
     return {row["subset"]: float(row["value"]) for row in rows if row["subset"] in ("retain", "neighbours")}
 
 
-def is_probed(row: Row) -> bool:
-    return "probe_unlearning_accuracy" in row
+def run_training(launch: Sequence[str], flags: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> None:
+    """Run a training in another Python process.
 
+    Args:
+        launch: Arguments of Python that start the training.
+        flags: Training flags.
+        environment: Further environment variables.
 
-def train(launch: Sequence[str], flags: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> None:
-    """A training in a Python process of its own that ends this one when it fails."""
+    Raises:
+        CalledProcessError: The training failed.
+    """
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, *launch, "--overwrite_output_dir", *words]
     subprocess.run(command, check=True, env={**os.environ, **(environment or {})})
 
 
-def log_of(output: Path) -> list[Row]:
-    return [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf8").splitlines()]
-
-
 def emoji_config(folder: Path, output: Path) -> TrainConfig:
-    """SAFEMax with its defaults on the embedded model and the prompts of a folder; all is recorded before it steps."""
+    """Return SAFEMax's configuration for the prompts in a folder: defaults, but all replay before the first step."""
     return config_class("safemax")(
         forget_prompts=str(folder / "forget.csv"),
         retain_prompts=str(folder / "retain.csv"),
@@ -96,25 +102,25 @@ def emoji_config(folder: Path, output: Path) -> TrainConfig:
     )
 
 
-def bank_bytes(bank: ReplayBank) -> int:
-    """Of the tensors of a bank."""
+def bytes_of(bank: ReplayBank) -> int:
+    """Return the bytes of a bank's tensors."""
     values = [getattr(part, entry.name) for part in (bank, bank.samples) for entry in fields(part)]
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
 def replay_cost(run: Run, watch: Stopwatch) -> Row:
-    """What recording took: seconds, model calls, and bytes that stay."""
+    """Return the seconds and model calls of a run's replay, and the bytes of its banks."""
     assert isinstance(run.objective, Safemax)
     data = run.objective.data
     return {
         "replay_seconds": watch.seconds["replay"],
         "replay_model_calls": run.model_calls["replay"],
-        "replay_bytes": bank_bytes(data.forget_bank) + bank_bytes(data.retain_bank),
+        "replay_bytes": bytes_of(data.forget_bank) + bytes_of(data.retain_bank),
     }
 
 
 def replay(work_dir: Path, alternations: int) -> Iterator[Row]:
-    """The default run's replay, and its share of a run whose steps take as long as those that are timed here."""
+    """Measure the replay of the default run, and its fraction of the whole run, estimated from a few timed steps."""
     watch = Stopwatch()
     run = ready(emoji_config(load_suite(SUITE).folder, work_dir / "unused"), watch)
     now, taken = clock(run.accelerator.device), []
@@ -137,7 +143,7 @@ def replay(work_dir: Path, alternations: int) -> Iterator[Row]:
 
 
 def scaling_with_concepts(work_dir: Path, alternations: int) -> Iterator[Row]:
-    """Steps of runs that erase 1, 10 and 50 concepts, by turns, and each one's replay."""
+    """Measure steps of runs that erase 1, 10 and 50 concepts, in turn, and the replay of each run."""
     candidates, counters, costs = {}, {}, {}
     for count in COUNTS:
         folder = suite(work_dir / "concepts" / str(count), ERASED[:count], synonyms=False)
@@ -161,7 +167,7 @@ def steps_of(run: Run) -> Candidate:
 
 
 def scaling_with_processes(work_dir: Path, alternations: int) -> Iterator[Row]:
-    """Seconds a step of runs in 1 and 2 gloo processes with the same samples and cores in all, round by round."""
+    """Measure steps of runs in 1 and 2 gloo processes, in turn, with the same samples and cores in total."""
     rounds = -(-alternations // ROUND)
     medians: dict[int, list[float]] = {count: [] for count in PROCESSES}
     for _, count in itertools.product(range(rounds), PROCESSES):
@@ -177,11 +183,11 @@ def scaling_with_processes(work_dir: Path, alternations: int) -> Iterator[Row]:
 
 
 def seconds_of_steps(processes: int, work_dir: Path) -> list[float]:
-    """Of a short run in so many processes."""
+    """Return the seconds of each step of a short run in a number of processes."""
     config, prompts = config_class("safemax")(), load_suite(SUITE)
     output = work_dir / "processes" / str(processes)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    train(
+    run_training(
         [*launch, "-m", "safemax_sd.train"],
         {
             "forget_prompts": prompts.path("forget"),
@@ -193,5 +199,5 @@ def seconds_of_steps(processes: int, work_dir: Path) -> list[float]:
         },
         {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(torch.get_num_threads() // processes or 1)},
     )
-    ends = [row["seconds"] for row in log_of(output)][SETTLED - 1 :]
+    ends = [row["seconds"] for row in read_rows(output / "log.jsonl")][SETTLED - 1 :]
     return [after - before for before, after in itertools.pairwise(ends)]

@@ -1,7 +1,7 @@
-"""One training step as several trainers make it, all of the same LoRA on the same network.
+"""Training steps of several trainers, for the same LoRA on the same network.
 
-What differs between them is only what a step does: the floor, SAFEMax (this package's own `optimizer_step`), diffusers'
-train_text_to_image_lora.py, and ESD (arXiv 2303.07345).
+The trainers are the floor, SAFEMax (this package's own `optimizer_step`), diffusers' train_text_to_image_lora.py, and
+ESD (arXiv 2303.07345). They differ only in the computation of a step.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from safemax_sd.training.workers import make_accelerator
 Step = Callable[[], object]
 ESD_STEPS, ESD_GUIDANCE, ESD_ETA = 50, 3.0, 2.0
 ESD_PREDICTIONS = 3
-"""Of the frozen model: given the concept to erase, the concept it is erased from, and the empty prompt."""
+"""Predictions of the frozen model: for the concept to erase, the concept to erase it from, and the empty prompt."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to make a step.
+    """A trainer's step.
 
     Attributes:
-        prepare: What belongs to no step's time, given the step's number; returns the step.
-        held: Tensors that are in memory between steps.
+        prepare: Function of the step's number that does all work outside the timed step, and returns the step.
+        held: Function that returns the tensors held in memory between steps.
     """
 
     prepare: Callable[[int], Step]
@@ -51,11 +51,11 @@ class Candidate:
 
 @dataclass
 class Counter:
-    """Evaluations of a network, counted in samples.
+    """A counter of network evaluations, per sample.
 
     Attributes:
-        calls: All of them.
-        samples: Those that a gradient flows through.
+        calls: Number of all evaluations.
+        samples: Number of evaluations with gradients.
     """
 
     calls: int = 0
@@ -73,8 +73,13 @@ class Bench:
     """A run that is ready to train, and the other trainers' steps on its network.
 
     Args:
-        config: SAFEMax's, with its default rollouts.
-        alternations: Steps that will be measured; ESD's numbers of sampling steps are spread evenly over them.
+        config: Configuration of SAFEMax with rollouts.
+        alternations: Number of measured steps, over which ESD's numbers of sampling steps are evenly distributed.
+
+    Attributes:
+        run: Run of SAFEMax.
+        still: The same run without rollouts.
+        counter: Counter of the network's evaluations.
     """
 
     def __init__(self, config: TrainConfig, alternations: int) -> None:
@@ -90,7 +95,7 @@ class Bench:
         self.schedule = DDPMScheduler.from_config(self.family.sampler().config)
 
     def floor(self) -> Candidate:
-        """Forward and backward of the network on SAFEMax's batch, and nothing else."""
+        """Return the network's forward and backward pass on SAFEMax's batch, and nothing else."""
 
         def prepare(number: int) -> Step:
             batch = drawn(self.still, number)
@@ -106,7 +111,7 @@ class Bench:
         return Candidate(prepare, lambda: tensors_of(self.family.denoiser))
 
     def safemax(self, run: Run) -> Candidate:
-        """This package's own step, drawing of the batch included."""
+        """Return this package's own step, including the drawing of the batch."""
 
         def prepare(number: int) -> Step:
             self.clear_gradients()
@@ -117,11 +122,11 @@ class Bench:
         return Candidate(prepare, lambda: [*tensors_of(*parts), *state_of(run.optimizer)])
 
     def diffusers(self, encoders: ModelFamily | None) -> Candidate:
-        """A step of diffusers' train_text_to_image_lora.py with as many samples.
+        """Return a step of diffusers' train_text_to_image_lora.py with the same number of samples.
 
         Args:
-            encoders: Encode pictures and prompts in the step, as the script does; None: latents and token states are
-                there already.
+            encoders: Model that encodes pictures and prompts in the step, as the script does; None for cached latents
+                and token states.
         """
         optimizer, scheduler = self._optimizer()
 
@@ -138,7 +143,7 @@ class Bench:
         return Candidate(prepare, held)
 
     def _inputs(self, count: int, encoders: ModelFamily | None) -> Callable[[], tuple[Tensor, Conditioning]]:
-        """What gives a step its clean latents and token states."""
+        """Return a function that gives a step its clean latents and token states."""
         rows = torch.arange(count) % len(self.run.retain)
         if encoders is None:
             latents = torch.randn(count, *self.family.latent_shape(self.run.config.resolution), device=self.device)
@@ -173,7 +178,7 @@ class Bench:
         accelerator.gather(loss.detach().repeat(len(x0))).mean().item()
 
     def esd(self) -> Candidate:
-        """A step of ESD as published, with one sample: 2k + 3 + 1 evaluations, k of 0 to 49 sampling steps."""
+        """Return a step of ESD as published: one sample, k of 0 to 49 sampling steps, 2k + 3 + 1 evaluations."""
         optimizer, _ = self._optimizer()
 
         def prepare(number: int) -> Step:
@@ -185,7 +190,7 @@ class Bench:
         return Candidate(prepare, lambda: [*tensors_of(self.family.denoiser), *state_of(optimizer)])
 
     def esd_sampling_steps(self, number: int) -> int:
-        """k of a step: in the middle of each of equally many of 0 to 49, in an order without a trend."""
+        """Return k of a step; over all alternations, k is evenly distributed over 0 to 49, in shuffled order."""
         order = torch.randperm(self.alternations, generator=torch.Generator().manual_seed(0)).tolist()
         return int((order[number % self.alternations] + 0.5) / self.alternations * ESD_STEPS)
 
@@ -211,25 +216,25 @@ class Bench:
             parameter.grad = None
 
     def encoders(self) -> ModelFamily:
-        """The autoencoder and the text encoders, which a SAFEMax run has dropped, without a second denoiser."""
+        """Load the autoencoder and the text encoders, which a SAFEMax run has dropped, without a second denoiser."""
         family = load_family(self.run.family.options)
         family.pipeline.unet = None  # type: ignore[attr-defined]
         del family.denoiser
         return family
 
     def _optimizer(self) -> tuple[Any, Any]:
-        """An optimizer and a schedule of one trainer's own."""
+        """Return an optimizer and a schedule for another trainer."""
         optimizer = make_optimizer(self.run.config, self.run.weights.parameters, 1)
         return self.run.accelerator.prepare(optimizer, LambdaLR(optimizer, lambda step: 1.0))
 
 
 def ready(config: TrainConfig, clock: Stopwatch | None = None) -> Run:
-    """A run before its first step."""
+    """Build a run and prepare it for its first step."""
     return build_run(config, make_accelerator(config), *read_input(config), clock or Stopwatch())
 
 
 def drawn(run: Run, number: int) -> Batch:
-    """The batch of one step, which is a function of the seed and of the step's number."""
+    """Return the batch of a step, which depends only on the seed and the step's number."""
     at = replace(run, step=number)
     with run.accelerator.autocast():
         return reach(at, at.objective.draw(positions(at, 0)))
@@ -253,7 +258,7 @@ PHASES = (
     ("optimizer", "scheduler", "step"),
     ("optimizer", "optimizer", "zero_grad"),
 )
-"""Phase, attribute of the run, and its method in which the phase is spent."""
+"""Phases of a step, each with an attribute of the run and the method of it that is timed."""
 
 
 @contextmanager
@@ -268,7 +273,7 @@ def phases(run: Run, now: Callable[[], float]) -> Iterator[dict[str, float]]:
 
     def timed(phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            # The student samples without gradients.
+            # Predictions without gradients are the student's rollouts.
             name = "rollout" if phase == "forward" and not torch.is_grad_enabled() else phase
             started = now()
             try:

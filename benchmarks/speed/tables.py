@@ -1,4 +1,4 @@
-"""The rows as Markdown tables and as a plot. Every figure is a median with the quartiles in brackets."""
+"""Markdown tables and a plot of the rows; figures with brackets are medians with quartiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.speed.contest import Row
+from benchmarks.results import PLOT_STYLE, Row, markdown_table
 
 NAMES = {
     "floor": "forward + backward alone",
@@ -37,28 +37,23 @@ CONTESTS = {
 }
 PHASES = ("draw", "rollout", "forward", "loss", "backward", "clip", "optimizer", "rest")
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Of SXM cards, dense, operations a second; source: NVIDIA's data sheets."""
+"""Peak of SXM cards in dense operations per second, from NVIDIA's data sheets."""
 MIB = 2**20
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Median and quartiles."""
+def with_quartiles(values: Sequence[float], digits: int = 3) -> str:
+    """Format the median and the quartiles of values, rounded to significant digits."""
     low, middle, high = (_plain(value, digits) for value in np.quantile(values, (0.25, 0.5, 0.75)))
     return f"{middle} [{low}, {high}]"
 
 
 def _plain(value: float, digits: int) -> str:
-    """Rounded to so many digits, without an exponent."""
+    """Format a value with a number of significant digits and without an exponent."""
     return np.format_float_positional(value, precision=digits, unique=False, fractional=False, trim="-")
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-
-
 def tables(rows: Sequence[Row]) -> str:
-    """A section a part, of what is there."""
+    """Return a section with a table for each part that has rows."""
     sections = [(title, contest_table(of(rows, part))) for part, title in CONTESTS.items() if of(rows, part)]
     floor, scaling = of(rows, "floor"), of(rows, "scaling")
     if floor:
@@ -80,21 +75,21 @@ def of(rows: Sequence[Row], part: str) -> list[Row]:
 
 
 def contest_table(rows: Sequence[Row]) -> str:
-    """Seconds of a step, their ratios to the references', model calls and memory."""
+    """Return a table of steps: samples, model calls, time, its ratios to the references, and memory."""
     references = [f"ratio to {NAMES[reference]}" for reference in rows[0]["ratios"]]
-    header = ["model", "device", "step", "samples", "model calls", "ms", *references, "ms a sample", "peak MiB", "n"]
-    return table(
+    header = ["model", "device", "step", "samples", "model calls", "ms", *references, "ms per sample", "peak MiB", "n"]
+    return markdown_table(
         header,
         (
             [
                 row["size"],
                 row["device"],
                 NAMES[row["variant"]],
-                spread(row["samples"]),
-                spread(row["model_calls"]),
-                spread(milliseconds(row["seconds"])),
+                with_quartiles(row["samples"]),
+                with_quartiles(row["model_calls"]),
+                with_quartiles(milliseconds(row["seconds"])),
                 *ratio_cells(row),
-                spread([ms / n for ms, n in zip(milliseconds(row["seconds"]), row["samples"], strict=True)]),
+                with_quartiles([ms / n for ms, n in zip(milliseconds(row["seconds"]), row["samples"], strict=True)]),
                 f"{row['peak_bytes'] / MIB:.0f}",
                 len(row["seconds"]),
             ]
@@ -104,7 +99,7 @@ def contest_table(rows: Sequence[Row]) -> str:
 
 
 def ratio_cells(row: Row) -> list[str]:
-    return [spread(values) for values in row["ratios"].values()]
+    return [with_quartiles(values) for values in row["ratios"].values()]
 
 
 def milliseconds(seconds: Iterable[float]) -> list[float]:
@@ -112,8 +107,8 @@ def milliseconds(seconds: Iterable[float]) -> list[float]:
 
 
 def phase_table(rows: Sequence[Row]) -> str:
-    """Median milliseconds of a step by phase."""
-    return table(
+    """Return a table of the median milliseconds of a step by phase."""
+    return markdown_table(
         ["model", "device", "step", *(f"{phase} ms" for phase in PHASES)],
         (
             [
@@ -128,23 +123,23 @@ def phase_table(rows: Sequence[Row]) -> str:
 
 
 def throughput_table(rows: Sequence[Row]) -> str:
-    """Samples a second and operations a second, with what is recomputed for lack of memory."""
+    """Return a table of samples and operations per second, including recomputed activations."""
     lines = []
     for row in rows:
         rates = [samples / seconds for samples, seconds in zip(row["samples"], row["seconds"], strict=True)]
         operations = statistics.median(rates) * row["flops"] / row["samples"][0]
         peak = next((peak for card, peak in BF16_PEAK.items() if card in row["device"]), None)
-        share = "not known" if peak is None else f"{100 * operations / peak:.1f}"
-        lines.append([row["size"], row["device"], spread(rates), f"{operations / 1e12:.3g}", share])
-    return table(["model", "device", "samples a second", "TFLOP/s", "% of the card's bf16 peak"], lines)
+        percent = "unknown" if peak is None else f"{100 * operations / peak:.1f}"
+        lines.append([row["size"], row["device"], with_quartiles(rates), f"{operations / 1e12:.3g}", percent])
+    return markdown_table(["model", "device", "samples per second", "TFLOP/s", "% of the card's bf16 peak"], lines)
 
 
 def until_table(rows: Sequence[Row]) -> str:
-    """What a run took until the probe stopped it."""
+    """Return a table of the cost of runs until the probe stopped them."""
     kinds = ("replay", "prepare", "train", "probe")
-    header = ["method", "device", "forgotten", "steps", *(f"calls: {kind}" for kind in kinds), "all calls"]
+    header = ["method", "device", "forgotten", "steps", *(f"calls: {kind}" for kind in kinds), "calls: all"]
     header += ["s: replay", "s: prepare", "s: train and probe", "s: all", "peak MiB", "retained %", "neighbours %"]
-    return table(
+    return markdown_table(
         header,
         (
             [
@@ -155,7 +150,7 @@ def until_table(rows: Sequence[Row]) -> str:
                 *(row["model_calls"][kind] for kind in kinds),
                 sum(row["model_calls"].values()),
                 *(f"{row['seconds'][kind]:.1f}" for kind in ("replay", "prepare", "train", "total")),
-                # Older rows do not say what was kept, and some have no peak of their own.
+                # Older rows have no retention, and some no peak memory.
                 "–" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / MIB:.0f}",
                 *(f"{row['kept'][subset]:.1f}" if "kept" in row else "–" for subset in ("retain", "neighbours")),
             ]
@@ -165,8 +160,8 @@ def until_table(rows: Sequence[Row]) -> str:
 
 
 def replay_table(rows: Sequence[Row]) -> str:
-    """What recording took, and its share of a run of default length."""
-    return table(
+    """Return a table of the replay's cost, also as a percentage of the cost of the default run."""
+    return markdown_table(
         ["device", "s", "model calls", "MiB", "% of a run's seconds", "% of its model calls", "steps of the run"],
         (
             [
@@ -189,20 +184,20 @@ def concepts_table(rows: Sequence[Row]) -> str:
     header = [
         "concepts",
         "device",
-        "ms a step",
+        "ms per step",
         "ratio to the first",
         "peak MiB",
         "replay s",
         "replay model calls",
         "replay MiB",
     ]
-    return table(
+    return markdown_table(
         header,
         (
             [
                 row["variant"],
                 row["device"],
-                spread(milliseconds(row["seconds"])),
+                with_quartiles(milliseconds(row["seconds"])),
                 *ratio_cells(row),
                 f"{row['peak_bytes'] / MIB:.0f}",
                 *replay_cells(row),
@@ -213,14 +208,14 @@ def concepts_table(rows: Sequence[Row]) -> str:
 
 
 def processes_table(rows: Sequence[Row]) -> str:
-    return table(
-        ["processes", "device", "threads each", "ms a step", "ratio to the first", "rounds"],
+    return markdown_table(
+        ["processes", "device", "threads per process", "ms per step", "ratio to the first", "rounds"],
         (
             [
                 row["variant"],
                 row["device"],
                 row["threads"],
-                spread(milliseconds(row["seconds"])),
+                with_quartiles(milliseconds(row["seconds"])),
                 *ratio_cells(row),
                 len(row["seconds"]),
             ]
@@ -230,21 +225,19 @@ def processes_table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row]) -> Figure:
-    """A panel a contest: each step's time as a multiple of the first reference's, median and quartiles."""
-    there = [part for part in CONTESTS if of(rows, part)]
-    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
-                  "axes.axisbelow": True, "font.size": 9, "figure.facecolor": "white"}  # fmt: skip
-    with matplotlib.rc_context(style):
+    """Plot a panel for each contest: the time of steps as a multiple of the first reference's, median and quartiles."""
+    measured = [part for part in CONTESTS if of(rows, part)]
+    with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(9.6, 3.2), layout="constrained")
         labels: dict[str, Any] = {}
-        for axes, part in zip(figure.subplots(1, len(there), squeeze=False).flat, there, strict=True):
+        for axes, part in zip(figure.subplots(1, len(measured), squeeze=False).flat, measured, strict=True):
             labels = {**_panel(axes, of(rows, part)), **labels}
         figure.legend(list(labels.values()), list(labels), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
 def _panel(axes: Axes, rows: Sequence[Row]) -> dict[str, Any]:
-    """Draw one contest; returns what to put in the legend, by name."""
+    """Plot one contest; return the entries of the legend by name."""
     reference, labels = next(iter(rows[0]["ratios"])), {}
     groups = [list(group) for _, group in itertools.groupby(rows, lambda row: (row["size"], row["device"]))]
     for place, group in enumerate(groups):

@@ -99,7 +99,7 @@ def test_pictures_of_other_concepts_are_drawn_beforehand_and_count_as_none_of_th
     monkeypatch.setattr(BenignTuning, "presets", {"quick": settings, "full": settings})
     assert main(words(adapter, tiny_model, tmp_path / "out", "--attacks", "benign_tuning")) == 0
     report = AttackReport.read(tmp_path / "out" / "attacks.json", "--output_dir")
-    training, drawing = 2 * 3, 2 * (2 * 2 * 2)  # steps x batch; tries x pictures with two calls in each of two steps
+    training, drawing = 2 * 3, 2 * (2 * 2 * 2)  # steps x batch; tries x pictures x 2 steps x 2 calls
     rows = [row for row in report.rows if row.attack == "benign_tuning"]
     assert [row.model_calls for row in rows] == [training + drawing] * len(ROLES)
 
@@ -213,7 +213,7 @@ def rate(successes: int, n: int = 32) -> Rate:
 
 
 def test_excess_over_never_known() -> None:
-    """Newcombe 1998, table II: 56/70 − 48/80 = 0.2 with method 10's interval 0.0524 to 0.3339."""
+    """Compare with Newcombe 1998, table II: 56/70 − 48/80 = 0.2, interval 0.0524 to 0.3339 by method 10."""
     found = excess(rate(56, 70), rate(48, 80))
     assert found.value == pytest.approx(20)
     assert found.low == pytest.approx(5.24, abs=0.01)

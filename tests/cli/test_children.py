@@ -1,4 +1,4 @@
-"""A training ends with the command that started it, and its exit code reaches that command."""
+"""Trainings as child processes: they end with the command that started them, which returns their exit code."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_an_interrupted_command_ends_its_child() -> None:
     assert command.stdout is not None
     assert command.stdout.readline() == "ready\n"
     (child,) = psutil.Process(command.pid).children()
-    command.send_signal(signal.SIGINT)  # to the command alone, as `kill -INT` does and a terminal does not
+    command.send_signal(signal.SIGINT)  # to the command alone, unlike Ctrl-C in a terminal
     assert command.wait(60) == 128 + signal.SIGTERM
     assert not child.is_running()
 

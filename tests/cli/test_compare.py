@@ -1,4 +1,4 @@
-"""A comparison of a few methods on the tiny model: complete, resumed, and its table against a computation by hand."""
+"""A comparison of a few methods on the tiny model: complete, resumed, and with tables as computed by hand."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ COUNTS = {"num_images": 3, "num_inference_steps": 2, "guidance_scale": 4.0, "bat
 
 
 def write_task(folder: Path) -> Path:
-    """A suite that the tiny model and its real pictures have names for."""
+    """Write a suite whose concepts the tiny model and its real pictures know."""
     folder.mkdir(parents=True)
     parts = {
         "forget": tiny.FORGET,
@@ -93,7 +93,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Halfway:
-    """A comparison of which one cell was trained and not evaluated: its failures, and that cell's weights."""
+    """A comparison with a cell that was trained but not evaluated: its failures, and the weights of that cell."""
 
     failed: list[str]
     weights: Path
@@ -162,7 +162,7 @@ def test_runs_are_those_of_the_reports(grid: Path) -> None:
 
 def test_cost_and_provenance_stand_once_a_cell(grid: Path) -> None:
     text = (grid / "compare.json").read_text()
-    assert text.count('"commit"') == 1 + 1 + len(METHODS)  # of the comparison, of the base model and of each method
+    assert text.count('"commit"') == 1 + 1 + len(METHODS)  # comparison, base model, each method
     assert text.count("peak_memory_bytes") == 1 + len(METHODS)
 
 
@@ -193,7 +193,7 @@ def test_table_values_are_those_of_the_runs(grid: Path) -> None:
         assert (line["runs"], line["planned"]) == (1, 1)
     text = (grid / "compare.md").read_text()
     assert [row.split(" | ")[0].removeprefix("| ") for row in text.splitlines()[2:6]] == ["base", *METHODS]
-    lines = (1 + 1 + len(METHODS)) + (1 + len(METHODS))  # of the table, and of that by task, which is without the base
+    lines = (1 + 1 + len(METHODS)) + (1 + len(METHODS))  # main table; table by task, without base
     assert (grid / "compare.tex").read_text().count(r"\\") == lines
 
 
@@ -258,7 +258,7 @@ def test_scores_by_hand() -> None:
     ]  # fmt: skip
     scores = by_task(runs, ["y", "x"], table_columns().harmonic)
     assert list(scores) == ["y", "x"]
-    assert list(scores["x"]) == ["a"]  # nothing is said of "c", where the neighbours were not measured
+    assert list(scores["x"]) == ["a"]  # without "c", whose neighbours were not measured
     found = scores["x"]["a"]
     assert (found.value, found.lowest.name, found.part) == (pytest.approx((80 + 100) / 2), "neighbours", 75.0)
     assert (scores["y"]["a"].lowest.name, scores["y"]["a"].part) == ("ua", 75.0)

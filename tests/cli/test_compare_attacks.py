@@ -1,4 +1,4 @@
-"""Attacks of a comparison: added to one that is done, resumed, shared by processes, and one-line errors."""
+"""Attacks of a comparison: added to a finished one, resumed, shared by processes, and one-line errors."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ ROLES = ("erased", "base", "never_known")
 
 
 def in_this_process(words: Sequence[str], output: Path) -> None:
-    """Run a command without a process of its own, which would import all libraries again."""
+    """Run a command in this process; another one would import all libraries again."""
     assert words[0] == "safemax_sd.cli"
     assert main(list(words[1:])) == 0
     output.touch()
 
 
 def config(place: Path, tiny_model: Path, **changes: Any) -> str:
-    """A comparison of an edit and a baseline."""
+    """Return the configuration of a comparison of an edit and a baseline."""
     methods = {label: METHODS[label] for label in ("closed", "negative")}
     return str(write_config(place, tiny_model, **{"methods": methods, "real_images": None, **changes}))
 
@@ -42,7 +42,7 @@ def attacked(place: Path, tiny_model: Path, **changes: Any) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A folder with a comparison that is done, without attacks."""
+    """Return the folder of a finished comparison without attacks."""
     folder = tmp_path_factory.mktemp("attacked")
     write_task(folder / "fruit")
     with pytest.MonkeyPatch.context() as patch:
@@ -53,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def grid(place: Path, tiny_model: Path) -> Path:
-    """The same comparison after attacks were added to it: their folders by role."""
+    """Add attacks to the comparison and return their folders by role."""
     cells = sorted(place.rglob("cell.json"))
     before = [path.stat().st_mtime_ns for path in cells]
     folder, failed = compare(attacked(place, tiny_model))
@@ -74,7 +74,7 @@ def remove(folder: Path) -> None:
 
 
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """A list to which every attack that runs from now on is added, with its target."""
+    """Return a list that records every attack from now on, with its target."""
     found, measure = [], Resistance.measure
 
     def noting(self: Resistance, attack: Any, target: Any) -> Any:
@@ -130,7 +130,7 @@ def test_a_second_call_runs_nothing_and_another_attack_runs_alone(
     assert compare(attacked(place, tiny_model))[1] == []
     assert ran == []
     remove(folders(grid)["base"])
-    with FileLock(folders(grid)["base"] / ".lock"):  # of another process, which has just begun
+    with FileLock(folders(grid)["base"] / ".lock"):  # held by another process that has just started
         compare(attacked(place, tiny_model, attacks=["adapter_scale", "quantization"]))
     assert ran == [("quantization", "never_known"), ("quantization", "erased")]
     content = json.loads((grid / "compare.json").read_text())

@@ -1,4 +1,4 @@
-"""The example of docs/adding_an_attack.md, word for word, on the tiny model."""
+"""The example of docs/adding_an_attack.md, verbatim, on the tiny model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "adding_an_attack.md"
 
 def test_the_documented_attack_has_rows_and_its_place_on_the_page(tiny_model: Path, tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf8"), re.DOTALL)
-    attack = tmp_path / "documented_attack.py"  # found once it is imported, as every file in evaluation/attacks/ is
+    attack = tmp_path / "documented_attack.py"  # registered by its import, like every file in evaluation/attacks/
     attack.write_text(code, encoding="utf8")
     adapter = train(parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out")))
     words = ["attack", "--adapter", str(adapter), "--suite", str(tmp_path), "--attacks", "state_noise"]

@@ -1,4 +1,4 @@
-"""The example of docs/adding_an_edit.md, word for word, as the edit of a real erasure."""
+"""The example of docs/adding_an_edit.md, verbatim, as the edit of a real erasure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STRENGTH = 0.75
 
 
 def erase(edit: Path, *flags: str) -> int | None:
-    """Run the command in a process that knows the edit; returns its exit code."""
+    """Run the command in a process that knows the edit and return its exit code."""
     process = forked(importing(edit, main), ["erase", "--edit", "projection", *flags])
     process.join(SECONDS)
     return process.exitcode
@@ -29,7 +29,7 @@ def erase(edit: Path, *flags: str) -> int | None:
 
 def test_example_erases(tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf8"), re.DOTALL)
-    edit = tmp_path / "documented_edit.py"  # found once it is imported, as every file in safemax_sd/erasing/edits/ is
+    edit = tmp_path / "documented_edit.py"  # registered by its import, like every file in safemax_sd/erasing/edits/
     edit.write_text(code, encoding="utf8")
     forget, retain = tiny.write_prompts(tiny_model, tmp_path)
     flags = [f"--pretrained_model_name_or_path={tiny_model}", f"--output_dir={tmp_path / 'out'}"]

@@ -1,4 +1,4 @@
-"""The example of docs/adding_a_method.md, word for word, as the method of a real run."""
+"""The example of docs/adding_a_method.md, verbatim, as the method of a real run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "adding_a_method.md"
 
 def test_example_trains(tiny_model: Path, tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf8"), re.DOTALL)
-    method = tmp_path / "documented_method.py"  # found once it is imported, as every file in safemax_sd/objectives/ is
+    method = tmp_path / "documented_method.py"  # registered by its import, like every file in safemax_sd/objectives/
     method.write_text(code, encoding="utf8")
     output = tmp_path / "out"
     arguments = tiny.train_arguments(tiny_model, tmp_path, output, "--objective", "redirect")

@@ -1,4 +1,4 @@
-"""The example of docs/adding_a_metric.md, word for word, in a comparison on the tiny model."""
+"""The example of docs/adding_a_metric.md, verbatim, in a comparison on the tiny model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tests.cli.test_compare import write_config, write_task
 from tests.processes import SECONDS, forked, importing
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "adding_a_metric.md"
-pytestmark = pytest.mark.xdist_group("documented_metric")  # one worker runs the comparison for all
+pytestmark = pytest.mark.xdist_group("documented_metric")  # one worker runs the comparison for all tests
 
 
 @pytest.fixture(scope="module")
 def printed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Return the comparison's folder and what the run printed."""
+    """Run the comparison; return its folder and its printed output."""
     folder = tmp_path_factory.mktemp("documented")
     (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf8"), re.DOTALL)
-    metric = folder / "documented_metric.py"  # found once it is imported, as every file in evaluation/metrics/ is
+    metric = folder / "documented_metric.py"  # registered by its import, like every file in evaluation/metrics/
     metric.write_text(code, encoding="utf8")
     write_task(folder / "fruit")
     tiny.write_pictures(folder / "real")

@@ -1,4 +1,4 @@
-"""The halting anchor end to end at a tiny configuration: train, erase, add, remove, and load by diffusers alone."""
+"""The halting anchor at a tiny configuration: train, erase, add, remove, and load the result by diffusers alone."""
 
 from __future__ import annotations
 

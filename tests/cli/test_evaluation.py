@@ -1,4 +1,4 @@
-"""Training on the embedded model, evaluation and the page, at the smallest size."""
+"""Training on the embedded model, its evaluation and the page, at the smallest size."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_an_evaluation_prints_its_bars_and_table_alone(erased: Path, tmp_path: P
     printed = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
     assert [line for line in printed if not line.startswith("evaluate (") and "call" not in line] == []
     totals = {int(total) for line in printed for total in re.findall(r"/(\d+) \[", line)}
-    assert len(totals) == 1  # one bar, of the whole
+    assert len(totals) == 1  # a single bar for the whole evaluation
     assert "Neither recognised nor" in done.stdout
     assert done.stdout.splitlines()[-1] == f"page: {tmp_path}/[bold]out/index.html"
 

@@ -1,4 +1,4 @@
-"""Every family that a stock pipeline draws from is evaluated by the same command."""
+"""Evaluation of every family with a stock pipeline, by the same command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`safemax export` at tiny configurations: what stock diffusers makes of its output, and every error."""
+"""`safemax export` at tiny configurations: its output in stock diffusers, and every error."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def apple(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pear(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of another rank, another seed and fewer layers."""
+    """Train an adapter of another rank, with another seed and fewer layers."""
     settings = ("--rank", "3", "--lora_targets", "attention", "--seed", "1")
     return run_training(tiny_model, tmp_path_factory.mktemp("pear"), "no_pear", *settings)
 
@@ -71,7 +71,7 @@ def invoke(adapters: list[Path], output: Path, *more: str, weights: list[float] 
 
 @torch.no_grad()
 def predict(pipeline: Any) -> Tensor:
-    """Of the stock pipeline's UNet, given a prompt."""
+    """Return the prediction of the stock pipeline's UNet for a prompt."""
     generator = torch.Generator().manual_seed(0)
     states, _ = pipeline.encode_prompt(["a red apple", "a pear"], "cpu", 1, False)
     x = torch.randn(2, pipeline.unet.config.in_channels, 8, 8, generator=generator)
@@ -260,7 +260,7 @@ def test_a_base_model_of_the_hub_comes_from_its_cache(tiny_model: Path, apple: P
 
 
 def deltas(network: nn.Module, name: str) -> dict[str, Tensor]:
-    """What an adapter adds to each layer's weight, as peft computes it."""
+    """Return the update of each layer's weight by an adapter, as peft computes it."""
     layers = {layer: module for layer, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
     return {layer: m.get_delta_weight(name).detach() for layer, m in layers.items() if name in m.r}  # type: ignore[operator,union-attr]
 
@@ -411,7 +411,7 @@ def test_a_base_model_that_is_gone_or_another(tiny_model: Path, tiny_v_model: Pa
 
 
 def export_onto_a_full_disk(arguments: list[str]) -> int:
-    """Run the command where no file may be larger than 20 kB."""
+    """Run the command with files limited to 20 kB."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     return main(["export", *arguments])
 

@@ -1,4 +1,4 @@
-"""Hostile flags, files and leftovers: every command ends with code 0 or 2, says why in one line and loses nothing."""
+"""Hostile flags, files and leftovers: every command ends with code 0 or a one-line error, and loses nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests import tiny
 
 
 def bounded(examples: int) -> Any:
-    """Limit a property to so many examples, the same ones every time."""
+    """Limit a property to a number of examples, the same ones every time."""
     return settings(
         max_examples=examples,
         deadline=None,
@@ -73,7 +73,7 @@ NOT_HERE = {
 
 
 def run(main: Any, arguments: Sequence[str]) -> tuple[int, str]:
-    """Run a command line in this process; returns its exit code and what it printed to standard error."""
+    """Run a command line in this process; return its exit code and its standard error."""
     printed = io.StringIO()
     with redirect_stderr(printed), redirect_stdout(io.StringIO()):
         code = main(list(arguments))
@@ -81,7 +81,7 @@ def run(main: Any, arguments: Sequence[str]) -> tuple[int, str]:
 
 
 def check_end(code: int, printed: str) -> None:
-    """Assert code 0 or 2, no traceback, and one line for an error."""
+    """Check for code 0 or 2, no traceback, and a one-line error."""
     assert code in (0, 2), printed
     assert "Traceback" not in printed
     if code:
@@ -91,21 +91,21 @@ def check_end(code: int, printed: str) -> None:
 
 
 def contents(*folders: Path) -> dict[Path, bytes]:
-    """Every file in some folders, by path; locks are not counted."""
+    """Read every file in some folders except locks; return contents by path."""
     files = (path for folder in folders for path in folder.rglob("*"))
     return {path: path.read_bytes() for path in files if path.is_file() and path.suffix != ".lock"}
 
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for one example."""
+    """Make a folder for one example."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with a checkpoint, an evaluation of it and its prompt files."""
+    """Return the folder of a finished run with a checkpoint, its evaluation and its prompt files."""
     folder = tmp_path_factory.mktemp("finished")
     assert training.main(tiny.train_arguments(tiny_model, folder, folder / "out")) == 0
     for part in ("forget", "retain"):
@@ -119,7 +119,7 @@ def changed_flags(names: Sequence[str]) -> st.SearchStrategy[dict[str, str]]:
 
 
 def check_nothing_lost(main: Any, arguments: Sequence[str], *folders: Path) -> None:
-    """Run a command line in the first folder and check its end; an error must neither change nor leave a file."""
+    """Run a command line in the first folder and check its end; an error must not change or leave any file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folders[0])
         before = contents(*folders)
@@ -232,7 +232,7 @@ def test_prompt_files(data: bytes, ending: str) -> None:
 
 
 def damaged(data: bytes, how: str, place: float) -> bytes | None:
-    """A file's content after an accident; None where the file is gone."""
+    """Draw a file's content after an accident; None if the file is gone."""
     cut = int(place * len(data))
     return {
         "gone": None,
@@ -246,7 +246,7 @@ def damaged(data: bytes, how: str, place: float) -> bytes | None:
 
 
 def without_a_key(data: bytes, place: float) -> bytes:
-    """A JSON object that lacks one of its keys, at any depth."""
+    """Draw a JSON object that lacks one of its keys, at any depth."""
     content = json.loads(data)
     owners = [content]
     for owner in owners:

@@ -1,4 +1,4 @@
-"""Upload to a hub: a server in the test that speaks as much of the hub's language as an upload takes."""
+"""Upload to a hub: the test's own server implements the part of the hub's interface that an upload needs."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ TOKEN = "hf_notforothers"
 
 @dataclass
 class Hub:
-    """What arrived at a server.
+    """A hub with the content of the requests that it received.
 
     Attributes:
-        url: Its address.
-        authorization: Header of every request.
-        created: Names of the repositories asked for.
+        url: Address of the server.
+        authorization: Authorization headers of the requests.
+        created: Names of the created repositories.
         files: Content of the commit's files.
-        refuse: Answer every request with 401.
+        refuse: True to answer every request with 401.
     """
 
     url: str = ""
@@ -50,7 +50,7 @@ class Hub:
     refuse: bool = False
 
     def answer(self, path: str, body: bytes) -> dict[str, Any] | None:
-        """The hub's reply to one request; None if it is not known here."""
+        """Return the hub's reply to a request; None for an unknown request."""
         if path == "/api/repos/create":
             content = json.loads(body)
             self.created.append(content["name"])
@@ -102,7 +102,7 @@ def served() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def uploaded(served: Hub, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose folder holds another one's log and evaluation, uploaded by the command."""
+    """Upload a run by the command; its folder also holds the log and evaluation of another run."""
     folder = tmp_path_factory.mktemp("hub")
     output = folder / "out"
     (output / "evaluation" / "cache").mkdir(parents=True)
@@ -123,7 +123,7 @@ def test_what_is_uploaded(served: Hub, tiny_model: Path, uploaded: Path) -> None
     assert set(served.files) == {*names, "samples/step-00004.png"}
     for name, content in served.files.items():
         expected = (uploaded / name).read_bytes().replace(str(tiny_model).encode(), b"path/to/model")
-        read = json.loads if name == "erasure.json" else bytes  # a shorter path may break lines elsewhere
+        read = json.loads if name == "erasure.json" else bytes  # the length of the path decides where lines break
         assert read(content) == read(expected)
     assert not [name for name, content in served.files.items() if b"/tmp" in content]
     assert served.created == ["out"]
@@ -157,7 +157,7 @@ def test_a_refused_upload_says_what_to_do(served: Hub, uploaded: Path, monkeypat
 
 @pytest.fixture
 def config(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
-    """Of a machine that is not logged in."""
+    """Return the configuration of a training on a machine that is not logged in."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))

@@ -1,4 +1,4 @@
-"""A run that is killed, and killed again, ends as if nothing had happened."""
+"""A run that is killed twice and resumed has the same result as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KILLS, STEPS = 4, 80
 
 
 def start(arguments: list[str], output: Path) -> BaseProcess:
-    """The run, from its last checkpoint if it has one; returns when it has begun to step."""
+    """Start the run, from its last checkpoint if there is one, and return when it takes steps."""
     more = ["--resume_from_checkpoint", "latest"] if all_checkpoints(output) else ["--overwrite_output_dir"]
     log, begun = output / "log.jsonl", time.time_ns()
     process = forked(main, [*arguments, *more])
@@ -31,7 +31,7 @@ def start(arguments: list[str], output: Path) -> BaseProcess:
 
 
 def end(process: BaseProcess) -> int | None:
-    """Wait for a run; returns its exit code."""
+    """Wait for a run and return its exit code."""
     process.join(SECONDS)
     return process.exitcode
 

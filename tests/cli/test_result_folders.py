@@ -1,4 +1,4 @@
-"""Every command that writes a folder: places that cannot be written to, files of others, other writers, kills."""
+"""Commands that write a folder: unwritable places, unknown files, other writers, and kills."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL = {"num_images": 2, "num_sweep_images": 0, "num_inference_steps": 2}
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished training; not to be changed."""
+    """Return the folder of a finished training; tests must not change it."""
     folder = tmp_path_factory.mktemp("run")
     return train(parse_config(tiny.train_arguments(tiny_model, folder, folder / "out")))
 
@@ -46,7 +46,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(run: Path, suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with an evaluation in it; not to be changed."""
+    """Return the folder of an evaluated run; tests must not change it."""
     folder = tmp_path_factory.mktemp("evaluated") / "out"
     shutil.copytree(run, folder)
     evaluate(EvaluateOptions(adapter=str(folder), suite=str(suite), **SMALL))  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def evaluated(run: Path, suite: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def commands(run: Path, suite: Path, tiny_model: Path, tmp_path: Path) -> dict[str, list[str]]:
-    """A command line of each command, but for its folder."""
+    """Return a command line of each command, without its output folder."""
     shutil.copytree(suite, tmp_path / "fruit")
     tiny.write_pictures(tmp_path / "real")
     config = write_config(tmp_path, tiny_model, methods={"negative": METHODS["negative"]})
@@ -84,7 +84,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def refused(arguments: list[str]) -> str:
-    """The one line that a command is refused with."""
+    """Return the one-line error that refuses a command."""
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2, (result.output, result.exception)
     (line,) = [line for line in result.stderr.strip().splitlines() if line.startswith("error: ")]

@@ -1,4 +1,4 @@
-"""What every attack has to hold on every family, at tiny configurations. New ones are picked up by discovery."""
+"""The contract of every attack on every family, at tiny configurations; new attacks are discovered."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "unlearn_diff_atk": {"tokens": 2, "stages": 2, "iterations": 2},
     "vocabulary": {"words": 5},
 }
-"""Settings that make an attack small; not needed for an attack to be tested."""
+"""Settings that make an attack fast; an attack without an entry is tested with its defaults."""
 RESOLUTION = {"tiny_flux": 64}
-"""Picture side for a model whose own pictures are large."""
+"""Picture size, for models whose default pictures are large."""
 CASES = pytest.mark.parametrize(("name", "model"), [(name, model) for name in ATTACKS.names() for model in MODELS])
 Request = pytest.FixtureRequest
 
@@ -54,7 +54,7 @@ def target(request: Request, model: str) -> Target:
 
 
 def build_target(path: Path, resolution: int | None, role: Role = "erased") -> Target:
-    """A target whose weights all differ from the base model's."""
+    """Build a target whose weights all differ from the base model's."""
     family, base = tiny.load_latent(path), tiny.load_latent(path)
     generator = torch.Generator().manual_seed(1)
     for parameter in family.denoiser.parameters():
@@ -118,7 +118,7 @@ def test_an_attack_that_is_stopped_after_its_first_try_leaves_the_target_as_it_w
 
 
 def check_as_before(networks: Sequence[torch.nn.Module], before: Sequence[dict[str, torch.Tensor]]) -> None:
-    """Check that networks are frozen and have the weights that they had."""
+    """Check that networks are frozen and their weights unchanged."""
     for network, state in zip(networks, before, strict=True):
         assert network.state_dict().keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
@@ -138,7 +138,7 @@ def test_an_attack_is_reproducible(attack: Attack, tiny_model: Path) -> None:
 
 
 def two_apples(target: Target) -> Task:
-    """The task of two prompts of one concept."""
+    """Return a task of two prompts of one concept."""
     prompts = tuple(Prompt(text, concept) for text, concept in tiny.FORGET)
     generator = torch.Generator().manual_seed(3)
     pictures = torch.rand(2, 3, 64, 64, generator=generator)

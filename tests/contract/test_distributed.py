@@ -1,4 +1,4 @@
-"""Two processes train what one does, go on from a checkpoint, and end with a message when one of them dies."""
+"""Two processes: same result as one, resuming from a checkpoint, and an error message when one of them dies."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from tests.processes import in_two_processes
 pytestmark = pytest.mark.xdist_group("distributed")
 
 STEADY = ("--lr_scheduler", "constant", "--replay_span", "0")
-"""Flags with which a run may go on to another number of steps."""
+"""Flags that allow a run to be resumed with another number of steps."""
 
 
 def launch(arguments: list[str]) -> subprocess.Popen[str]:
-    """A training in two gloo processes on the processor, by torchrun."""
+    """Launch a training in two gloo processes on the CPU by torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -57,7 +57,7 @@ def losses(output: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """Arguments and output of a run of two processes."""
+    """Run two processes; return the arguments and the output folder."""
     folder = tmp_path_factory.mktemp("two")
     arguments = tiny.train_arguments(tiny_model, folder, folder / "out")
     in_two_processes(main, arguments)
@@ -79,7 +79,7 @@ def test_two_processes_train_what_one_does(two: tuple[list[str], Path], tiny_mod
 def test_two_processes_resume_bit_for_bit(two: tuple[list[str], Path]) -> None:
     arguments, output = two
     whole = load_file(output / WEIGHTS_NAME)
-    for name in (WEIGHTS_NAME, "erasure.json", "README.md"):  # as if killed after checkpoint-2
+    for name in (WEIGHTS_NAME, "erasure.json", "README.md"):  # as if the run had been killed after checkpoint-2
         (output / name).unlink()
     in_two_processes(main, [*arguments, "--resume_from_checkpoint", "latest"])
     resumed = load_file(output / WEIGHTS_NAME)

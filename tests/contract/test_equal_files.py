@@ -1,4 +1,4 @@
-"""Equal runs write equal files of weights, byte for byte, whatever process they run in."""
+"""Equal runs in different processes write weight files that are equal byte for byte."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ for config in (start, HaltingMarksConfig(output_dir=erased, add=more)):
 def weights_of_all_kinds(
     models: dict[str, Path], folder: Path, prompts: list[str], run: Callable[[str], object]
 ) -> dict[str, str]:
-    """Train, export and erase; returns the digest of each file of weights.
+    """Train, export and erase; return the digest of each weight file.
 
     Args:
         models: Base models by name.
-        folder: To write to.
-        prompts: Files of what to forget, of what more, and of what to keep.
-        run: Runs `RUN_ALL` with an argument.
+        folder: Folder to write to.
+        prompts: Files of forget prompts, of forget prompts to add later, and of retain prompts.
+        run: Function that runs `RUN_ALL` with an argument.
     """
     kinds = {
         "lora": (models["sd"], ["--output_kohya_format"]),

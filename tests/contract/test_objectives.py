@@ -1,4 +1,4 @@
-"""What every objective has to hold on every family, at tiny configurations. New ones are picked up by discovery."""
+"""The contract of every objective on every family, at tiny configurations; new objectives are discovered."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests import stock, tiny
 
 FAMILIES = ("tiny_model", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_ddpm")
 PARAMETRISATIONS = ("tiny_v_model",)
-"""Models that only the tests of what depends on the prediction's kind are for."""
+"""Models for tests that depend on the type of the prediction."""
 QUICK = {
     "selective_amnesia": ("--fisher_samples", "2", "--fisher_timesteps", "7"),
     "halting_anchor": ("--practice_edits", "4"),
@@ -41,13 +41,13 @@ QUICK = {
     "concept_ablation": ("--anchor_trajectories", "4", "--ablation_weights", "all"),
     "spm": ("--spm_inference_steps", "4"),
 }
-"""Flags that make a method's priors or its sampling small; not needed for a method to be tested."""
+"""Flags that make a method's priors or sampling fast; a method without an entry is tested with its defaults."""
 FITTING = {"tiny_flux": ("--resolution", "64"), "tiny_ddpm": ("--lora_targets", "all")}
-"""Flags for a model whose own pictures are large, and for one without cross-attention."""
+"""Flags for models whose default pictures are large, or that have no cross-attention."""
 RESULTS = (adapter.WEIGHTS_NAME, adapter.KOHYA_NAME, "erasure.json", "halting_marks.safetensors", "README.md")
-"""Files that a run writes when its last step is done; a folder of full weights comes on top."""
+"""Files that a run writes after its last step, besides the folder of full weights."""
 SPLIT, APART = 0.1, 2.0
-"""Learning rates that a weight may differ by if a batch is accumulated in parts, and has to differ by for a seed."""
+"""Differences of weights, in learning rates: at most between whole and split batches, at least between seeds."""
 WITHOUT_CROSS_ATTENTION = {"tiny_ddpm", "tiny_sd3", "tiny_flux"}
 Case = tuple[str, str, str]
 """Objective, model and weights."""
@@ -58,7 +58,7 @@ ALL: list[Case] = [
     for t in sorted(OBJECTIVES.get(o).allowed_weights)
     if not (OBJECTIVES.get(o).needs_tokens and m in WITHOUT_CROSS_ATTENTION)
 ]
-# A case's tests run in one of pytest's workers, which trains for all of them once.
+# All tests of a case run in one of pytest's workers, which trains for them once.
 PARAMETERS = {case: pytest.param(*case, marks=pytest.mark.xdist_group("-".join(case))) for case in ALL}
 
 
@@ -69,8 +69,8 @@ def cases(chosen: Iterable[Case]) -> pytest.MarkDecorator:
 OF_FAMILIES = [case for case in ALL if case[1] in FAMILIES]
 EVERY_CASE, CASES = cases(ALL), cases(OF_FAMILIES)
 LORA_CASES = cases([case for case in OF_FAMILIES if case[2] == "lora"])
-# What a card's lines are made of: the model, what is trained, and whether there is a forget prompt to draw.
-# Each run is repeated in part and bit for bit where it is resumed; these are repeated as a whole.
+# The model card depends on the model, the trained weights, and whether there are forget prompts.
+# Resuming repeats part of every run bit for bit; these runs are repeated as a whole.
 SEED_CASES = cases([case for case in ALL if case[1] == "tiny_model"])
 CARD_CASES = cases({(OBJECTIVES.get(o).names_concepts, m, t): (o, m, t) for o, m, t in OF_FAMILIES}.values())
 Request = pytest.FixtureRequest
@@ -78,19 +78,19 @@ Request = pytest.FixtureRequest
 
 @cache
 def base_family(model: str) -> ModelFamily:
-    """The base model; not to be changed."""
+    """Load the base model; tests must not change it."""
     return load_family(LoadOptions(model))
 
 
 @cache
 def erased_family(output: Path) -> ModelFamily:
-    """The model of a finished run; not to be changed."""
+    """Load the model of a finished run; tests must not change it."""
     return load_result(output)
 
 
 @cache
 def stock_latents(base: str, output: Path, full: bool, resolution: int | None) -> Tensor:
-    """Where diffusers alone gets to with a run's first file of weights."""
+    """Draw latents by diffusers alone with a run's first weight file."""
     return stock.latents(base, output, inputs(base_family(base), resolution)[0], full=full)
 
 
@@ -104,7 +104,7 @@ def config(request: Request, tmp_path: Path, objective: str, model: str, weights
 
 @pytest.fixture(scope="module")
 def runs() -> dict[tuple[str, str, str], Path]:
-    """Output folders of the finished runs by case."""
+    """Share the output folders of finished runs, by case."""
     return {}
 
 
@@ -112,7 +112,7 @@ def runs() -> dict[tuple[str, str, str], Path]:
 def finished(
     config: TrainConfig, model: str, runs: dict[tuple[str, str, str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The output folder of a run with `config`, and a kohya file where there is one; not to be changed."""
+    """Return the output folder of a run with a kohya file, if it can have one; tests must not change it."""
     case = (config.objective, model, config.trainable)
     if case not in runs:
         lora = config.trainable == "lora"
@@ -133,7 +133,7 @@ def prepare(config: TrainConfig) -> tuple[ModelFamily, list[torch.nn.Parameter],
 
 
 def stored(output: Path, config: TrainConfig) -> dict[str, Tensor]:
-    """The trained weights as they lie on disk."""
+    """Read the trained weights from disk."""
     if config.trainable == "lora":
         return load_file(output / adapter.WEIGHTS_NAME)
     (path,) = output.glob(f"*/{FULL_WEIGHTS}")
@@ -166,7 +166,7 @@ def test_gradients_and_base(config: TrainConfig) -> None:
             seen |= parameter.grad != 0
         optimizer.step()
     moved = [before != after for before, after in zip(start, parameters, strict=True)]
-    # A method may leave weights out by masking their gradients; every tensor it does not leave out whole moves.
+    # A method may mask gradients of some weights; every tensor that is not masked entirely changes.
     assert all(bool(m.any()) == bool(a.any()) for m, a in zip(moved, asked, strict=True))
     assert sum(int(m.sum()) for m in moved) > 0.4 * sum(p.numel() for p in parameters)
     for name, parameter in family.denoiser.named_parameters():
@@ -184,9 +184,9 @@ def test_mixed_precision_leaves_no_weight_out(config: TrainConfig) -> None:
             parameter.grad = None
         with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
             batch = tiny.reached(built, family.predict, built.draw(Positions(0, 1, range(12), range(4))))
-            # Some objectives sample from the student at random: there is something to reach among these positions.
+            # Some objectives sample from the student for random positions only; these positions contain some of them.
             assert batch.reach_calls or type(built).reach is Objective.reach
-            torch.clear_autocast_cache()  # as a training step does: the weights' copies of `reach` know no gradient
+            torch.clear_autocast_cache()  # like a training step: the copies of the weights in `reach` have no gradients
             terms = built.loss(family.predict, batch)
         terms.total.backward()
         gradients.append([p.grad is not None and bool(p.grad.any()) for p in parameters])
@@ -211,7 +211,7 @@ def test_the_libraries_alone_predict_the_same(config: TrainConfig, finished: Pat
     x, t, conditioning = inputs(family, config.resolution)
     with torch.no_grad():
         assert not torch.allclose(plain.predict(x, t, conditioning), family.predict(x, t, conditioning))
-        if model == "tiny_ddpm":  # DDPMPipeline knows neither classes nor LoRA: the network alone
+        if model == "tiny_ddpm":  # DDPMPipeline supports neither classes nor LoRA, so only the network is compared
             theirs = load_ddpm_unet(finished, config)(x, t, *conditioning.tensors.values()).sample
             assert torch.allclose(theirs, family.predict(x, t, conditioning), atol=1e-5)
             return
@@ -222,7 +222,7 @@ def test_the_libraries_alone_predict_the_same(config: TrainConfig, finished: Pat
 
 
 def load_ddpm_unet(output: Path, config: TrainConfig) -> torch.nn.Module:
-    """The erased UNet, loaded by diffusers and peft only."""
+    """Load the erased UNet by diffusers and peft only."""
     if config.trainable == "full":
         return UNet2DModel.from_pretrained(output, subfolder="unet")  # type: ignore[no-any-return]
     state = {name.removeprefix("unet."): tensor for name, tensor in load_file(output / adapter.WEIGHTS_NAME).items()}
@@ -285,7 +285,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(config: TrainConfig, finishe
     whole, before = stored(finished, config), ErasureRecord.read(finished)
     output = Path(config.output_dir)
     shutil.copytree(finished, output)
-    for name in RESULTS:  # as if killed after checkpoint-2
+    for name in RESULTS:  # as if the run had been killed after checkpoint-2
         (output / name).unlink(missing_ok=True)
     for part in ("unet", "transformer"):
         shutil.rmtree(output / part, ignore_errors=True)
@@ -294,5 +294,5 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(config: TrainConfig, finishe
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert len((output / "log.jsonl").read_text().splitlines()) == config.max_train_steps
     calls, again = before.cost.model_calls, ErasureRecord.read(output).cost.model_calls
-    assert again["train"] == calls["train"]  # of all steps, whichever process took them
-    assert again["replay"] >= calls["replay"]  # and what had to be recorded twice
+    assert again["train"] == calls["train"]  # of all steps, before and after the kill
+    assert again["replay"] >= calls["replay"]  # and of recordings made again after resuming

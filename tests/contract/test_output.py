@@ -1,4 +1,4 @@
-"""The output directory: what stands in it, and bad input that must lose nothing."""
+"""The output directory: its content, and bad input, after which nothing is lost."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ def config(tiny_model: Path, tmp_path: Path) -> TrainConfig:
 
 
 def test_files(config: TrainConfig) -> None:
-    # Halted samples have two rows and come at random, as perturbed steps do: without them the model's calls can be
-    # counted by hand.
+    # Halted samples, of two rows each, and perturbed steps are random; without them, model calls are easy to count.
     config = replace(config, halt_unconditional=0.0, retain_perturbation=0.0)  # type: ignore[call-arg]
     config = replace(config, output_kohya_format=True, validation_prompt=["a red apple"], validation_steps=2)
     output = train(config)

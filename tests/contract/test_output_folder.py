@@ -1,4 +1,4 @@
-"""What is in the output folder beside the run: other writers, files of others, damage, and disks that are full."""
+"""The output folder under bad conditions: other writers, unknown files, damage, and full disks."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def config(arguments: list[str]) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with two checkpoints; not to be changed."""
+    """Return the folder of a run with two checkpoints; tests must not change it."""
     folder = tmp_path_factory.mktemp("finished")
     return train(parse_config([*tiny.train_arguments(tiny_model, folder, folder / "out"), "--max_train_steps", "6"]))
 
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """Let no file grow beyond a size, as on a disk that is full."""
+    """Limit the size of files, as on a full disk."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -153,13 +153,13 @@ def test_two_trainings_do_not_share_a_folder(arguments: list[str], capsys: pytes
 
 
 def total(output: Path) -> float:
-    """A figure that tells trained weights apart."""
+    """Sum trained weights, to tell them apart."""
     (path,) = (*output.glob("*.safetensors"), *output.glob("unet/*.safetensors"))
     return float(sum(tensor.double().sum() for tensor in load_file(path).values()))
 
 
 def test_any_kill_leaves_one_run_or_the_other(config: TrainConfig) -> None:
-    """The record's seed says whose weights lie beside it, at whatever write an overwriting run is killed."""
+    """Kill an overwriting run at each of its writes: the record's seed always names the run of the weights."""
     output = train(config)
     kept, weights = contents(output), {0: total(output)}
     other = replace(config, seed=5, overwrite_output_dir=True, trainable="full")

@@ -1,4 +1,4 @@
-"""`--prune`: which weights are removed, and what a training leaves that begins with it."""
+"""`--prune`: the choice of the weights to remove, and the output of a training that begins with it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_importance_is_the_mean_square_of_the_predictions_derivatives(
     monkeypatch.setattr("safemax_sd.recording.pruning.FEWEST_ROWS", 400)
     found = importance(family, data.retain_bank, data.retain, torch.Generator().manual_seed(0), description="")
     by_name = dict(zip((name for name, _ in family.denoiser.named_parameters()), found, strict=True))
-    # Each of H·W outputs of a channel has derivative 1 by that channel's last bias, and all others have 0.
+    # Each of a channel's H·W outputs has derivative 1 with respect to its last bias; the other outputs have 0.
     height, width = data.latent_shape[1:]
     assert by_name["conv_out.bias"].tolist() == pytest.approx([height * width] * data.latent_shape[0], rel=0.5)
     assert not any(weight.requires_grad for weight in family.denoiser.parameters())
@@ -64,7 +64,7 @@ def test_the_weights_with_the_highest_ratio_are_removed(data: ErasureData, famil
     generator = torch.Generator().manual_seed(3)
     forget = importance(family, data.forget_bank, data.forget, generator, description="")
     retain = importance(family, data.retain_bank, data.retain, generator, description="")
-    # The banks of 6 and 12 rows are passed until there are 48 rows of each.
+    # The banks of 6 and 12 rows are repeated until 48 rows of each are passed.
     assert (len(data.forget_bank), len(data.retain_bank)) == (6, 12)
     assert prune(family, data, FRACTION, seed=3) == 48 + 48
     ratio = torch.cat([(a / b.clamp(min=TINY)).flatten() for a, b in zip(forget, retain, strict=True)])
@@ -74,7 +74,7 @@ def test_the_weights_with_the_highest_ratio_are_removed(data: ErasureData, famil
     removed = torch.zeros_like(changed)
     removed[ratio.topk(round(FRACTION * len(ratio))).indices] = True
     assert not (changed & ~removed).any()
-    # Those of the highest ratio that did not change were 0 before; ties at a ratio of 0 stay.
+    # Weights of the highest ratios that did not change were 0 before; ties at a ratio of 0 stay.
     assert not after[removed & (ratio > ratio[removed].min())].any()
 
 

@@ -1,4 +1,4 @@
-"""How a step is taken: `--optimizer`, `--torch_compile`, `--lora_dropout`."""
+"""Options of a training step: `--optimizer`, `--torch_compile`, `--lora_dropout`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_prodigy_finds_the_size_of_its_steps() -> None:
         weight.square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert weight.abs().max() < 0.05  # AdamW at the rate that Prodigy starts from would have moved by 2e-4
+    assert weight.abs().max() < 0.05  # AdamW at Prodigy's initial rate would have moved the weights by 2e-4
 
 
 def test_prodigy_warns_of_a_rate_of_adamw(
@@ -83,7 +83,7 @@ def test_a_compiled_denoiser_takes_the_same_steps(config: TrainConfig, tmp_path:
     config = replace(config, lora_targets="attention")
     plain = train(config)
     compiled = replace(config, torch_compile="eager", output_dir=str(tmp_path / "compiled"))
-    # Pictures are drawn by the network as it is: the compiled one is for training only.
+    # Pictures are drawn by the uncompiled network; the compiled one is for training only.
     compiled = replace(compiled, validation_prompt=["a red apple"], validation_steps=2)
     torch._dynamo.utils.counters.clear()
     output = train(compiled)

@@ -1,4 +1,4 @@
-"""Concept Ablation against values worked out by hand, and the anchors of forbidden prompts."""
+"""Concept Ablation against values worked out by hand, and the anchors of forget prompts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.parity.test_published_losses import Scale, conditioning, data
 
 
 def built(**settings: float) -> ConceptAblation:
-    """Forbidden prompts 1 and 2 with anchors 7 and 8, whose pictures are 10 and 20 everywhere."""
+    """Build the method with forget prompts 1 and 2, and anchors 7 and 8, whose pictures are 10 and 20 everywhere."""
     pictures = torch.tensor([10.0, 20.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
     anchors = Extra(conditioning(7.0, 8.0), Samples(pictures, torch.tensor([0, 1])), 0)
     return ConceptAblation(ConceptAblationConfig(**settings), replace(data(), extra=anchors))  # type: ignore[arg-type]
@@ -46,10 +46,10 @@ def test_loss_by_hand() -> None:
     method = built(retain_weight=0.5)
     batch = tiny.reached(method, network, draw)
     terms = method.loss(network, batch)
-    # w = 2: the forbidden prompt's 2 is to become 14; the anchor prompt's error is 16 - 1.
+    # w = 2: the forget prompt predicts 2 instead of 14; the anchor prompt's error is 16 - 1.
     assert terms.total.item() == pytest.approx(12**2 + 0.5 * 15**2)
     terms.total.backward()
-    # The anchor's prediction carries no gradient: d/dw = 2·(2 - 14)·1 + 0.5·2·15·8.
+    # The anchor's prediction has no gradient: d/dw = 2·(2 - 14)·1 + 0.5·2·15·8.
     assert float(network.w.grad) == pytest.approx(-24 + 120)  # type: ignore[arg-type]
     assert batch.model_calls == 3
 
@@ -58,7 +58,7 @@ def test_every_sample_is_of_an_anchor_and_asked_for_with_its_own_forbidden_promp
     method = built()
     draw = method.draw(Positions(0, 0, range(40), range(40)))
     a, s = (value.view(-1, 1, 1, 1) for value in method.data.process.schedule.coefficients(draw.t))
-    shown = [round(value, -1) for value in (draw.x_t / a).flatten(1).mean(1).tolist()]  # noise is small beside 10
+    shown = [round(value, -1) for value in (draw.x_t / a).flatten(1).mean(1).tolist()]  # noise is far below 10
     states = draw.conditioning.tensors["states"].flatten().tolist()
     other = draw.other.tensors["states"].flatten().tolist()
     assert set(zip(shown[:40], states[:40], other, strict=True)) == {(10, 1.0, 7.0), (20, 2.0, 8.0)}

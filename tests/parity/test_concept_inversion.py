@@ -29,7 +29,7 @@ def target(tiny_model: Path) -> Target:
 
 
 def test_new_tokens_stand_where_the_concept_stood(target: Target) -> None:
-    """With the embeddings of known letters, each template is the prompt in which they replace the concept."""
+    """Compare templates filled with the embeddings of known letters to prompts with these letters for the concept."""
     encoders = TextEncoders(target.family)
     prompts = [Prompt("a red apple on c", "apple"), Prompt("apple or apple", "apple"), Prompt("fruit", "apple")]
     templates = Templates(encoders, [reworded(prompt, GAP) for prompt in prompts], 2)
@@ -50,7 +50,7 @@ def test_new_tokens_begin_at_a_word(target: Target) -> None:
 
 
 def test_a_step_of_adamw_by_hand(target: Target) -> None:
-    """Adam's first step is as long as the learning rate, after weight decay by rate times 0.01."""
+    """Check the first step: as long as the learning rate, after weight decay by 0.01 times the rate."""
     latents = torch.randn(2, 3, *target.latent_shape, generator=torch.Generator().manual_seed(0))
     templates = Templates(TextEncoders(target.family), [f"an {GAP}", GAP], 1)
     attack = ConceptInversion(ConceptInversionSettings(steps=1, batch_size=2, start="x"))

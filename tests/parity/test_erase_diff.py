@@ -1,4 +1,4 @@
-"""EraseDiff against values worked out by hand, and against a step taken the long way round."""
+"""EraseDiff against values worked out by hand, and against a step computed directly."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.processes import in_two_processes
 
 
 def own(tensors: list[Tensor]) -> list[Tensor]:
-    """The mean over one process."""
+    """Return the mean over a single process."""
     return tensors
 
 
 def batch(forget_target: float, retain_target: float) -> Batch:
-    """One sample of the forbidden prompt 1 and one of the kept prompt 3, of which w·1 and w·3 are predicted."""
+    """Build a batch of one sample each of forget prompt 1 and retain prompt 3, whose predictions are w·1 and w·3."""
     return Batch(
         x_t=torch.zeros(2, 1, 2, 2),
         t=torch.tensor([0, 1]),
@@ -46,7 +46,7 @@ def built(network: Scale, **settings: object) -> EraseDiff:
 def test_lambda_makes_the_forget_loss_fall_against_the_retain_loss() -> None:
     network = Scale()
     method = built(network, lambda_rate=0.5, retain_weight=2.0)
-    # w = 2: ∇f = 2·(2 - 0.5)·1 = 3, and ∇F = 2·2·(6 - 7)·3 = -12 pulls the other way: λ = (0.5·9 + 36)/9.
+    # w = 2: ∇f = 2·(2 - 0.5)·1 = 3, and ∇F = 2·2·(6 - 7)·3 = -12 has the opposite direction: λ = (0.5·9 + 36)/9.
     assert method.before_step([batch(0.5, 7.0)], own) == 2
     assert method.weight == pytest.approx(4.5)
     terms = method.loss(network, batch(0.5, 7.0))
@@ -108,7 +108,7 @@ def test_uniform_noise_is_what_is_to_be_found(prediction_type: str) -> None:
     assert float(uniform.max()) <= 1 + 1e-5
     assert float(uniform.mean()) == pytest.approx(0.5, abs=0.03)
     assert float(gaussian.std()) == pytest.approx(1.0, rel=0.05)
-    # The picture itself bears Gaussian noise.
+    # Gaussian noise is added to the picture itself.
     assert float(((drawn.x_t - a * x0) / s)[:500].std()) == pytest.approx(1.0, rel=0.05)
     states = drawn.conditioning.tensors["states"].flatten()
     assert set(states[:500].tolist()) == {1.0, 2.0}
@@ -127,7 +127,7 @@ def weights_of_lambda(output: Path) -> list[float]:
 
 
 def test_lambda_is_the_same_however_a_step_is_split(tiny_model: Path, tmp_path: Path) -> None:
-    # η is large so that the gap, small at this rate, counts beside the retain loss's gradient.
+    # η is large, so that the gap, which is small at this rate, matters beside the retain loss's gradient.
     flags = ("--objective", "erase_diff", "--lambda_rule", "gap", "--lambda_rate", "50", "--learning_rate", "1e-3")
     arguments = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "two", *flags)
     config = replace(parse_config(arguments), output_dir=str(tmp_path / "one"))

@@ -1,4 +1,4 @@
-"""Fine-tuning of attacks against values worked out by hand, and its marks on a model: none."""
+"""Fine-tuning of attacks against values worked out by hand; it leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def examples(family: LatentFamily) -> Examples:
 
 
 def expected_gradient(family: LatentFamily, bias: Tensor, examples: Examples, generator: torch.Generator) -> Tensor:
-    """The gradient of ‖ε − ε_θ(√ᾱ·x0 + √(1 − ᾱ)·ε, t, prompt)‖² for the output's bias, of norm at most 1."""
+    """Return the gradient of ‖ε − ε_θ(√ᾱ·x0 + √(1 − ᾱ)·ε, t, prompt)‖² by the output's bias, clipped to norm 1."""
     rows = torch.randint(2, (3,), generator=generator)
     x0 = examples.latents[rows]
     eps = torch.randn(x0.shape, generator=generator)
@@ -50,7 +50,7 @@ def test_two_steps_by_hand(family: LatentFamily, examples: Examples) -> None:
     bias = family.denoiser.conv_out.bias
     assert isinstance(bias, torch.nn.Parameter)
     bias.requires_grad_(True)
-    start = bias.detach().clone() + 3.0  # a gradient that has to be clipped
+    start = bias.detach().clone() + 3.0  # makes a gradient that must be clipped
     bias.data.copy_(start)
     training = denoising_steps(family, [bias], examples, RATE, 3, torch.Generator().manual_seed(5))
     assert list(reached(training, (1, 2))) == [1, 2]
@@ -94,7 +94,7 @@ def test_a_lora_carried_over_is_the_lora(family: LatentFamily, examples: Example
         for parameter in parameters:
             parameter.normal_(std=0.2, generator=generator)
         changes, attached = lora_changes(family.denoiser), family.predict(*arguments)
-        parameters[0].zero_()  # the changes are a copy
+        parameters[0].zero_()  # the changed values are copies
     before = family.predict(*arguments)
     fuse(family.denoiser, changes, "base")
     assert torch.allclose(family.predict(*arguments), attached, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The halting anchor's closed form on token states that are made by hand."""
+"""The halting anchor's closed form on synthetic token states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH, TOKENS = 24, 6
 
 
 def prompts(direction: Tensor, place: int, seed: int, count: int = 12) -> Tensor:
-    """Token states [count, TOKENS, WIDTH]: noise, and from one place on, for three tokens, a concept's direction."""
+    """Draw token states, [count, TOKENS, WIDTH]: noise, plus a concept's direction in three tokens from `place` on."""
     states = 0.02 * torch.randn(count, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
     states[:, place : place + 3] += direction
     return states

@@ -37,7 +37,7 @@ def test_scores_are_the_gradient_of_the_one_hot_tokens(tiny_model: Path, encoder
 
 
 def test_candidates_change_each_place_equally_often_to_one_of_the_best(encoders: TextEncoders) -> None:
-    whole = encoders.tokens(["b c d e"])[0]  # words of one letter, which are read back as they are
+    whole = encoders.tokens(["b c d e"])[0]  # words of one letter, which survive decoding and encoding
     scores = torch.rand(4, len(encoders.words), generator=torch.Generator().manual_seed(0))
     inside = torch.tensor(
         ["</w>" not in encoders._tokenizer.convert_ids_to_tokens(int(word)) for word in encoders.words]
@@ -53,14 +53,14 @@ def test_candidates_change_each_place_equally_often_to_one_of_the_best(encoders:
 
 
 def test_candidates_that_read_differently_are_left_out(encoders: TextEncoders) -> None:
-    """A token inside a word joins the one after it, and at the end of a text it is read as the end of a word."""
+    """Replace tokens by one from inside a word; at the end of the text, it would be read as the end of a word."""
     current = torch.tensor(encoders.tokens(["b c"])[0])
     inside = next(int(word) for word in encoders.words if encoders.texts([[int(word)]]) == ["d"])
     scores = torch.full((2, len(encoders.words)), torch.inf)
     scores[:, int((encoders.words == inside).nonzero())] = 0
     rows = MMA(MMASettings(candidates=8, best=1)).candidates(encoders, current, scores, torch.Generator())
     assert all(encoders.tokens(encoders.texts([row]))[0] == row for row in rows)
-    assert len(rows) == 4  # those at the first place
+    assert len(rows) == 4  # candidates for the first place
 
 
 def test_the_concepts_tokens_are_banned(encoders: TextEncoders) -> None:

@@ -23,7 +23,7 @@ from tests import tiny
     ],
 )
 def test_one_token_before_every_third(row: list[int], wanted: list[int]) -> None:
-    """len // 3 + 1 tokens, at the places 0, 4, 8 …"""
+    """Check for len // 3 + 1 tokens at the places 0, 4, 8 …"""
     assert interleaved(row, 3) == wanted
 
 

@@ -1,4 +1,4 @@
-"""The shared path of prompt attacks against the pipelines' own encoding, and its gradient against differences."""
+"""The encoding in prompt attacks against the pipelines' own, and its gradient against finite differences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXTS = ["a red apple", "", "red apple on a table and more of it than fits"]
 def test_conditioning_is_the_pipelines_own(model: str, request: pytest.FixtureRequest) -> None:
     family = tiny.load_latent(request.getfixturevalue(model))
     if model == "tiny_sdxl":
-        family.pipeline.tokenizer_2.pad_token = "a</w>"  # the encoders' padding differs in the real one
+        family.pipeline.tokenizer_2.pad_token = "a</w>"  # in the real model, the encoders' padding differs
     encoders = TextEncoders(family)
     ids, _ = encoders.layout(encoders.tokens(TEXTS))
     wanted = family.encode_prompts(TEXTS).tensors

@@ -1,4 +1,4 @@
-"""Selective Amnesia and SalUn against values worked out by hand, brute-force loops and sorts."""
+"""Selective Amnesia and SalUn against values worked out by hand, and against brute force."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def conditioning(*values: float) -> Conditioning:
 
 
 def data() -> ErasureData:
-    """Four-element latents; two forbidden prompts (1 and 2), three to keep (3, 4, 5), the empty one 0."""
+    """Build data with latents of four elements, forget prompts 1 and 2, retain prompts 3 to 5, and empty prompt 0."""
     nothing = torch.zeros(0, 1, 2, 2)
     forget = Samples(torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 1]))
     retain = Samples(torch.full((3, 1, 2, 2), -0.5), torch.tensor([0, 1, 2]))
@@ -50,7 +50,7 @@ def data() -> ErasureData:
 
 
 class Scale(nn.Module):
-    """Predicts w·state at every element."""
+    """A network that predicts w·state at every element."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,10 +136,10 @@ def test_salun_by_hand() -> None:
         retain_target=torch.ones(1, 1, 2, 2),
     )
     terms = built.loss(network, tiny.reached(built, network, draw))
-    # w = 2: the forbidden prompt's 2 is to become 6; the kept prompt's error is 8 - 1.
+    # w = 2: the forget prompt predicts 2 instead of 6; the retain prompt's error is 8 - 1.
     assert terms.total.item() == pytest.approx(16 + 0.5 * 49)
     terms.total.backward()
-    # The relabelled prediction carries no gradient: d/dw = 2·(2 - 6)·1 + 0.5·2·7·4.
+    # The relabelled prediction has no gradient: d/dw = 2·(2 - 6)·1 + 0.5·2·7·4.
     assert float(network.w.grad) == pytest.approx(-8 + 28)  # type: ignore[arg-type]
 
 
@@ -209,7 +209,7 @@ def test_esd_by_hand() -> None:
     batch = tiny.reached(built, network, draw)
     terms = built.loss(network, batch)
     states = batch.conditioning.tensors["states"].flatten()
-    # The student says 2c, the frozen model c and, of the empty prompt, 0: the target is 0 - 0.5·(c - 0).
+    # The student predicts 2c, the frozen model c, and 0 for the empty prompt: the target is 0 - 0.5·(c - 0).
     assert float(terms.total.detach()) == pytest.approx(float((2.5 * states).square().mean()))
     assert asked == draw.steps.tolist()
     assert batch.model_calls == 3 + sum(2 * steps + 2 for steps in asked)

@@ -15,7 +15,7 @@ def test_eight_bits_have_one_scale_a_channel() -> None:
 
 def test_four_bits_have_one_scale_a_group_and_the_last_may_be_short() -> None:
     weight = torch.tensor([[7.0, 1.4, 0.7, -0.36, 0.0]])
-    expected = torch.tensor([[7.0, 1.0, 0.7, -0.4, 0.0]])  # scales 1, 0.1 and none
+    expected = torch.tensor([[7.0, 1.0, 0.7, -0.4, 0.0]])  # scales 1 and 0.1, and none for the last group, 0
     assert torch.allclose(rounded(weight, 4, 2), expected)
 
 

@@ -27,7 +27,7 @@ def conditioning(value: float) -> Conditioning:
 
 
 def bank(*rows: tuple[float, int, float, float]) -> ReplayBank:
-    """Rows of (x_t, t, conditional, unconditional)."""
+    """Build a replay bank from rows of (x_t, t, conditional, unconditional)."""
     x, t, conditional, unconditional = (torch.tensor(column) for column in zip(*rows, strict=True))
 
     def full(values: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def test_trajectories_by_hand() -> None:
 
 
 def test_without_halted_pairs_every_level_depends_on_guidance() -> None:
-    # No recorded prediction of the empty prompt is to be had on noise: all samples lie on the trajectories.
+    # Noise has no recorded prediction for the empty prompt: all samples lie on trajectories.
     draw = drawn(safemax(halt_unconditional=0.0, target_guidance=2.0), 64)
     low = draw.single.t == 0
     assert set(draw.single.x_t.flatten().tolist()) == {2.0, 4.0}
@@ -161,8 +161,8 @@ def test_halted_loss_by_hand(guidance: float, mixed: float) -> None:
 
 
 def test_rollout_by_hand() -> None:
-    # a = cos φ falls from 1 to 0.6: φ = 0, 0.6435, 0.9273. The prompt's velocity is 1, the empty prompt's 0, so that
-    # the rollout from t = 2 to t = 0 moves y by d = w·(0 - 0.9273); both prompts are asked there, and the target's
+    # a = cos φ falls from 1 to 0.6: φ = 0, 0.6435, 0.9273. The prompt's velocity is 1, the empty prompt's 0, so
+    # the rollout from t = 2 to t = 0 moves y by d = w·(0 - 0.9273). Both prompts are evaluated there, and the target's
     # velocity is 1.5·d: s·y + a·1.5·d = 0·y + 1·1.5·d.
     process = variance_preserving(torch.tensor([1.0, 0.64, 0.36]), "epsilon")
     built = safemax(erasure_data(process), halt_unconditional=1.0, halt_below=0.3, halt_rollout=1.0, halt_restoring=1.5)

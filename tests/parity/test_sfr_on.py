@@ -1,4 +1,4 @@
-"""SFR-on against values worked out by hand and brute-force loops."""
+"""SFR-on against values worked out by hand, and against brute force."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.processes import in_two_processes
 
 
 def batch(*states: float, forget: bool, weight: float = 1.0) -> SfrOnBatch:
-    """Samples that are all to be 1 everywhere."""
+    """Build a batch whose targets are 1 everywhere."""
     count = len(states)
     return SfrOnBatch(
         x_t=torch.zeros(count, 1, 2, 2),
@@ -37,7 +37,7 @@ def batch(*states: float, forget: bool, weight: float = 1.0) -> SfrOnBatch:
 
 
 def built_for(network: Scale, config: SfrOnConfig | None = None) -> SfrOn:
-    """With the mask that lets every weight train."""
+    """Build the method with a mask that trains every weight."""
     built = SfrOn(config or SfrOnConfig(), data())
     built.parameters, built.mask = list(network.parameters()), [torch.ones(())]
     return built
@@ -99,7 +99,7 @@ def test_a_tenth_of_either_is_empty() -> None:
 
 
 def gradient(states: tuple[float, ...], numbers: tuple[int, ...], kind: int) -> float:
-    """d/dw at w = 2 of the mean over samples of Σ (w·state - noise)², four elements each."""
+    """Return d/dw at w = 2 of the mean over samples of Σ (w·state - noise)², with four elements each."""
     total = 0.0
     for state, number in zip(states, numbers, strict=True):
         noise = torch.randn((1, 2, 2), generator=Positions(0, -1, range(0), range(0)).generator(kind, number))

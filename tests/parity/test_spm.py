@@ -26,14 +26,14 @@ def tokens(*rows: list[list[float]]) -> Conditioning:
 
 
 def advance(rows: Conditioning, x_T: Tensor, **settings: float) -> tuple[Tensor, Tensor]:
-    """Stands for sampling: t is the number of steps, and each adds 1."""
+    """Advance samples in place of a sampler: t becomes the number of steps, and each step adds 1."""
     assert settings["guidance_scale"] == 3.0
     assert settings["num_inference_steps"] == 30
     return x_T + settings["steps"], torch.full((len(x_T),), float(settings["steps"]))
 
 
 def prepared(config: SpmConfig, erasure: ErasureData, network: Scale) -> Spm:
-    """With a frozen model that predicts the state itself."""
+    """Prepare the method with a frozen model that predicts the state itself."""
     base, built = Scale(), Spm(config, erasure)
     base.w.data.fill_(1.0)
     built.prepare(Student(network, network, list(network.parameters()), {}, lambda: base, advance))
@@ -48,13 +48,13 @@ def test_the_loss_by_hand() -> None:
     states = batch.conditioning.tensors["states"].flatten()
     forget, anchors = states[:3].square(), states[3:].square()
     terms = built.loss(network, batch)
-    # The student says 2c, the frozen model c and, of the empty prompt, 0. Targets: 0 - 0.5·(c - 0), of an anchor c.
+    # The student predicts 2c, the frozen model c, and 0 for the empty prompt. Targets: 0 - 0.5·(c - 0), for anchors c.
     expected = 2.5**2 * forget.mean() + 1000 * anchors.mean()
     assert float(terms.total.detach()) == pytest.approx(float(expected))
     terms.total.backward()
     gradient = 2 * 2.5 * forget.mean() + 1000 * 2 * anchors.mean()
     assert float(network.w.grad) == pytest.approx(float(gradient))  # type: ignore[arg-type]
-    # Student: 15. Frozen: the same and the empty prompt at each forget sample. Sampling: two for each step.
+    # Student: 15. Frozen: the same, and the empty prompt for each forget sample. Sampling: two for each step.
     assert batch.model_calls == 15 + 15 + 3 + 2 * int(draw.steps.sum())
 
 
@@ -103,7 +103,8 @@ def test_latent_anchors_by_hand() -> None:
     lengths = states.norm(dim=1)
     assert float(lengths.min()) >= 4.0 - 1e-4
     assert float(lengths.max()) <= 6.0 + 1e-4
-    # On a circle, where all of the half turned away is accepted and 1 - cos of the other: -(π/2)/(2π - 2).
+    # On a circle, states turned away from the concept are all accepted, others with probability 1 - cos: the
+    # mean cosine is -(π/2)/(2π - 2).
     cosines = states @ torch.tensor([0.6, 0.8]) / lengths
     assert float(cosines.mean()) == pytest.approx(-0.3667, abs=0.04)
 
@@ -128,6 +129,6 @@ def test_latent_anchors_and_initial_values_on_a_model(tiny_model: Path, tmp_path
     assert isinstance(draw, SpmDraw)
     batch = tiny.reached(built, family.predict, draw)
     terms = built.loss(family.predict, batch)
-    # The LoRA starts at nothing, so that anchors are where they are to stay; batches of two sizes round differently.
+    # A new LoRA is zero, so that anchors have no error, except for rounding in batches of different sizes.
     assert float(terms.parts["retain"]) == pytest.approx(0.0, abs=1e-9)
     assert float(terms.parts["forget"]) > 0

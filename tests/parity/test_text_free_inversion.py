@@ -21,7 +21,7 @@ from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.families.latent import LatentFamily
 
 STEP = Step(torch.tensor(0), 0.6, 0.8, 0.8, 0.6, signal_share=0.0, noise_share=1.0)
-"""A model that predicts ε: x' = 0.8·(x − 0.8·ε) / 0.6 + 0.6·ε."""
+"""Step of a model that predicts ε: x' = 0.8·(x − 0.8·ε) / 0.6 + 0.6·ε."""
 
 
 def test_the_map_is_the_papers() -> None:

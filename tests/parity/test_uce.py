@@ -1,4 +1,4 @@
-"""UCE against the direct solution of its least squares, and its LoRA against the edited weights."""
+"""UCE against a direct solution of its least-squares problem, and its LoRA against the edited weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTINGS = UceConfig(erase_scale=0.7, preserve_scale=1.3, lamb=0.4)
 
 
 def edited(weight: torch.Tensor, erased: torch.Tensor, guide: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """W' of the paper, by its inverse: one concept at a time in the sums."""
+    """Return W' of the paper by matrix inversion, with sums over one concept at a time."""
     weight = weight.double()
     left, right = SETTINGS.lamb * weight, SETTINGS.lamb * torch.eye(weight.shape[1], dtype=torch.float64)
     for c in erased.double():
@@ -50,7 +50,7 @@ def test_the_change_is_the_direct_solutions() -> None:
 
 
 def flags(model: Path, folder: Path, **more: Any) -> UceConfig:
-    """A configuration with `SETTINGS` and prompts of its own, and `folder`/out to write to."""
+    """Return a configuration with `SETTINGS`, prompt files in a folder, and `out` in it as output folder."""
     forget, retain = tiny.write_prompts(model, folder)
     given = {"forget_prompts": str(forget), "retain_prompts": str(retain), "output_dir": str(folder / "out")}
     return replace(SETTINGS, pretrained_model_name_or_path=str(model), **given, **more)

@@ -36,7 +36,7 @@ def test_tokens_are_drawn_by_their_weights() -> None:
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_v_model"])
 def test_gradient_of_the_one_hot_weights(model: str, request: pytest.FixtureRequest) -> None:
-    """∂/∂w of the mean squared error for embeddings w·E, one prompt at a time, by autograd through the pipeline."""
+    """Compare ∂/∂w of the mean squared error for embeddings w·E to autograd through the pipeline, prompt by prompt."""
     path: Path = request.getfixturevalue(model)
     family = load_family(LoadOptions(str(path)))
     assert isinstance(family, LatentFamily)

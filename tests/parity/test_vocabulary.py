@@ -1,4 +1,4 @@
-"""The vocabulary attack draws every word once in each form, dealt out to the prompts."""
+"""The vocabulary attack, which draws every word once in each form and distributes the words over the prompts."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def test_nearest_words_come_first_and_are_told_apart_as_text(tiny_model: Path) -
     encoders = TextEncoders(tiny.load_latent(tiny_model))
     words = Vocabulary(VocabularySettings()).nearest(encoders, "b")
     assert words[0] == "b"
-    assert len(words) == 26  # of 52 tokens, letters inside a word and at its end spell the same
+    assert len(words) == 26  # of 52 tokens: a letter inside a word and one at its end have the same text
     states = encoders.pooled(encoders.layout(encoders.tokens(["b", *words]))[0])
     assert (states[1:] @ states[0]).diff().max() <= 1e-6

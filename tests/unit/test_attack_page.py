@@ -1,4 +1,4 @@
-"""The page of attacks: curves, figures, and attacks whose success shows nothing."""
+"""The page of attacks: curves, figures, and attacks that prove nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def plain(target: Role, successes: int) -> AttackRow:
 
 
 def relearnt(target: Role, *successes: tuple[int, int, int]) -> AttackRow:
-    """A row of relearning with full weights: for each learning rate, the successes after each number of steps."""
+    """Build a row of relearning with full weights, from the successes at each learning rate and number of steps."""
     tries = [
         Tried(f"full, rate {name}, {steps} steps", rate(count), Point("full", steps))
         for name, each in zip(RATES, successes, strict=False)

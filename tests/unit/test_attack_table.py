@@ -1,4 +1,4 @@
-"""The table of a comparison's attacks, by hand."""
+"""The table of a comparison's attacks, against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ATTACKS = (Plain, AdapterScale)
 
 
 def run(label: str, task: str, seed: int = 0, **successes: int) -> Run:
-    """A run whose attacks succeeded so many times in ten."""
+    """Build a run from the number of successes of each attack in ten tries."""
     attempts = tuple(Attempt(name, wilson(count, 10)) for name, count in successes.items())
     return Run(label, None if label in ("base", "never_known") else label, task, seed, (), attacks=attempts)
 
@@ -41,7 +41,7 @@ def test_rates_are_pooled_and_the_excess_is_over_the_same_tasks_and_seeds() -> N
     base, known, ours, theirs = summaries([*CONTROLS, *RUNS], ["base", "never_known", "ours", "theirs"], 4, columns)
     assert ours.values["adapter_scale"] == wilson(6, 20)
     assert theirs.values["plain"] == wilson(4, 20)
-    found = ours.values["adapter_scale_excess"]  # of task a with seed 0, where alone there is a control
+    found = ours.values["adapter_scale_excess"]  # of task a with seed 0 only, since there is no other control
     wanted = excess(Rate.of(wilson(2, 10)), Rate.of(wilson(1, 10)))
     assert found is not None
     assert (found.value, found.interval, found.n) == (wanted.value, (wanted.low, wanted.high), 10)

@@ -1,4 +1,4 @@
-"""Baselines draw what their formulas say."""
+"""Baselines against sampling by their formulas."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def request(models: Models) -> Request:
 
 
 def sampled_by_hand(models: Models, guide: Callable[[int, Callable[[str], Tensor]], Tensor]) -> Tensor:
-    """Latents where `guide` mixes each step's predictions, which it asks for by prompt; "" and "*" are special."""
+    """Sample latents with predictions that `guide` combines, given predictions by prompt; "*" stands for `PROMPTS`."""
     pipeline: Any = models.pipeline
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(STEPS)
@@ -73,7 +73,7 @@ def test_safe_latent_diffusion(strength: str, tiny_model: Path, tmp_path: Path) 
 
     def guide(step: int, predict: Callable[[str], Tensor]) -> Tensor:
         free, prompted, unsafe = predict(""), predict("*"), predict("apple")
-        # Eq. 6: μ is the clipped, scaled distance where the prompt leans toward the concept, else 0.
+        # Eq. 6: μ is the clipped, scaled distance if the prompt leans toward the concept, and 0 otherwise.
         weight = ((prompted - unsafe).abs() * scale).clamp(max=1) * (prompted - unsafe < threshold)
         safety = weight * (unsafe - free) + momentum_scale * momentum[-1]  # eq. 5 and 7
         momentum.append(beta * momentum[-1] + (1 - beta) * safety)  # eq. 8
@@ -82,7 +82,7 @@ def test_safe_latent_diffusion(strength: str, tiny_model: Path, tmp_path: Path) 
     with torch.no_grad():
         expected = sampled_by_hand(models, guide)
     made = models.erased.draw(request(models))
-    torch.testing.assert_close(made.latents, expected, rtol=1e-3, atol=5e-3)  # scaled so, rounding is much
+    torch.testing.assert_close(made.latents, expected, rtol=1e-3, atol=5e-3)  # rounding errors are scaled up
     base = models.base.draw(request(models))
     assert made.pictures.shape == base.pictures.shape
     assert not torch.allclose(base.latents, expected, rtol=1e-2, atol=5e-2)

@@ -1,4 +1,4 @@
-"""A whole run's seconds and memory from its parts, with a clock that counts its readings."""
+"""Seconds and memory of a whole run, estimated from its parts with a clock that advances at each reading."""
 
 from __future__ import annotations
 

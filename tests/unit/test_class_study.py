@@ -1,4 +1,4 @@
-"""The parts of the class-conditional study: data sheets, rejection, the tables' quantities, memory."""
+"""The class-conditional study: data sheets, rejection, the quantities of its tables, memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEVELS = (0.2, 0.5, 0.8)
 
 
 def grey(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """8x8 pictures of three grey levels with a little noise, and their labels."""
+    """Draw 8x8 pictures of three grey levels with a little noise; return them with their labels."""
     labels = torch.arange(count) % 3
     noise = 0.02 * torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
     return torch.tensor(LEVELS)[labels].view(-1, 1, 1, 1) + noise, labels
@@ -38,8 +38,8 @@ def dataset() -> Dataset:
     return Dataset("grey", tiny.CONCEPTS, train, train_labels, test, test_labels)
 
 
-class MeanAndSpread(nn.Module):
-    """A layer of the spread, and one of mean and median; the class is the level nearest to the mean."""
+class MeanAndStd(nn.Module):
+    """A network with a layer of the standard deviation and one of mean and median, which picks the nearest level."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,19 +77,19 @@ def test_pictures_survive_the_folder(dataset: Dataset, tmp_path: Path) -> None:
 
 
 def test_noise_is_named_but_rejected(dataset: Dataset) -> None:
-    classifier = Classifier(MeanAndSpread(), dataset)
+    classifier = Classifier(MeanAndStd(), dataset)
     assert classifier.accuracy == 1.0
     named, recognised = classifier.recognised(dataset.test[dataset.test_labels == 1], 1)
     assert bool(named.all())
     assert float(recognised.float().mean()) == pytest.approx(0.95, abs=0.02)
-    noise = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(3))  # of mean 0.5, as class 1
+    noise = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(3))  # its mean is 0.5, as in class 1
     named, recognised = classifier.recognised(noise, 1)
     assert float(named.float().mean()) > 0.9
     assert not bool(recognised.any())
 
 
 def test_the_tables_quantities(dataset: Dataset, tiny_ddpm: Path) -> None:
-    classifier = Classifier(MeanAndSpread(), dataset)
+    classifier = Classifier(MeanAndStd(), dataset)
     family = load_family(LoadOptions(str(tiny_ddpm)))
     sampling = Sampling(guidance_scale=3.0, num_inference_steps=3, num_forget=10, num_retain=20, batch_size=4)
     forgotten = forgetting(family, dataset, classifier, 0, sampling)

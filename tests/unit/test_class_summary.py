@@ -1,4 +1,4 @@
-"""The study's tables from rows worked out by hand."""
+"""The study's tables, against values worked out by hand."""
 
 from __future__ import annotations
 

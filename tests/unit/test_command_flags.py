@@ -1,4 +1,4 @@
-"""A command's flags are the described fields of a dataclass, each written down once."""
+"""Flags of commands, which are the fields of dataclasses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safemax_sd.core.options import Options, flags_of, option
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example(Options):
-    """A flag of each kind."""
+    """Options with a flag of each kind."""
 
     count: int = option(3, "How many.")
     name: str | None = option(None, "Its name.")

@@ -1,4 +1,4 @@
-"""Noise mathematics in the angle φ, against regressions on drawn data, diffusers' samplers and values by hand."""
+"""Noise mathematics in the angle φ, against regression, diffusers' samplers and values worked out by hand."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_halted_sampling_keeps_the_variance_of_noise() -> None:
 
 @pytest.fixture(params=["epsilon", "v_prediction", "sample", "flow"])
 def scheduler(request: pytest.FixtureRequest) -> Any:
-    """Stable Diffusion's, in every parametrisation, and SD3's."""
+    """Build Stable Diffusion's scheduler, in every parametrisation, or SD3's."""
     if request.param == "flow":
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
     return DDIMScheduler(
@@ -121,7 +121,7 @@ def test_small_steps_in_the_angle_follow_the_sampler(scheduler: Any) -> None:
     theirs = process.add_noise(x0, noise, scheduler.timesteps[:1])
     y = theirs / process.halted_std(scheduler.timesteps[:1])
     for time, following in itertools.pairwise(scheduler.timesteps):
-        # A field that depends on x: what the model of N(x0, 1/4) would predict for its own noise.
+        # A velocity that depends on x: that of a perfect model of N(x0, I/4).
         t = time.expand(1)
         x = process.x_t(y, t)
         phi, next_phi = process.angle(torch.stack([time, following])).tolist()
@@ -133,7 +133,7 @@ def test_small_steps_in_the_angle_follow_the_sampler(scheduler: Any) -> None:
 
 
 def prediction_at(process: DiffusionProcess, x_t: Tensor, x0: Tensor, time: Tensor) -> Tensor:
-    """Return the best prediction for data N(x0, I/4)."""
+    """Return the optimal prediction for data from N(x0, I/4)."""
     t = time.expand(1)
     a, s = (float(value) for value in process.schedule.coefficients(t))
     noise = s * (x_t - a * x0) / (a * a / 4 + s * s)

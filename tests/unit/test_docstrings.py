@@ -1,4 +1,4 @@
-"""Docstrings open with a verb (functions) or a noun (all others), and their first line is a whole sentence."""
+"""Docstrings begin with a verb (functions) or a noun (all others), and their first line is a whole sentence."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+FOLDERS = ("safemax_sd", "evaluation", "benchmarks", "tests")
 RIDDLES = frozenset({"As", "How", "Of", "That", "Those", "To", "What", "When", "Where", "Whether", "Which", "With"})
-"""Words that no docstring opens with, nor the description of an argument or attribute."""
+"""Words that begin neither a docstring nor the description of an argument or attribute."""
 NOT_VERBS = RIDDLES | frozenset(
     {"A", "All", "An", "At", "By", "Each", "Every", "For", "From", "In", "Inside", "It", "Its", "No", "On", "One"}
     | {"Some", "The", "Their", "Them", "They", "This", "True", "Until"}
 )
-"""Further words that a function's docstring does not open with."""
+"""Words that do not begin the docstring of a function."""
 VERBS_IN_S = frozenset({"Focus", "Bias"})
-"""Imperatives that end in one s; any other such word is a plural or the third person."""
+"""Imperatives that end in a single s; other such words are plurals or third persons."""
 SECTIONS = ("Args:", "Attributes:")
 
 
 def sources() -> list[Path]:
-    return sorted(path for folder in ("safemax_sd", "evaluation") for path in (ROOT / folder).rglob("*.py"))
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 def is_property(node: ast.AST) -> bool:
@@ -31,7 +32,7 @@ def is_property(node: ast.AST) -> bool:
 
 
 def docstrings(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
-    """Yield each docstring with its line and True for a function's; properties and constants are described by nouns."""
+    """Yield each docstring with its line, and True for that of a function, which begins with a verb."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)

@@ -1,4 +1,4 @@
-"""README and `docs/` name files, modules and flags that exist, and README's figures are those of its result files."""
+"""README and `docs/`: the files, modules and flags that they name exist, and figures agree with result files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 README, LOG = ROOT / "README.md", ROOT / "docs" / "experiment_log.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "results" / "README.md"]
 FOLDERS = ("safemax_sd", "evaluation", "prompts", "tests", "examples", "benchmarks", "docs")
-"""Top-level folders: a path that begins with another name is one that a command writes."""
+"""Top-level folders; paths with another first part are written by commands."""
 MOST_LINES = 130
 ROWS = {
     "unlearning accuracy: forbidden prompts not recognised": ("unlearning_accuracy", "forget"),
@@ -31,7 +31,7 @@ ROWS = {
     "retain prompts recognised": ("clip_accuracy", "retain"),
     "neighbours recognised: the concepts most like the forbidden ones": ("clip_accuracy", "neighbours"),
 }
-"""Rates in README's table of results: what a report calls them."""
+"""Metric and subset of a report for each rate in README's table of results."""
 
 
 def in_backticks(text: str) -> list[str]:
@@ -40,7 +40,7 @@ def in_backticks(text: str) -> list[str]:
 
 
 def named_paths(path: Path) -> list[str]:
-    """Return the repository paths that a document names in backticks; of the log, which is history, result files."""
+    """Return the repository paths that a document names in backticks; of the log, only those of result files."""
     words = [word for code in in_backticks(path.read_text(encoding="utf8")) for word in code.split()]
     if path == LOG:
         return [word for word in words if word.startswith("docs/results/") and "<" not in word]
@@ -55,7 +55,7 @@ def command_lines(path: Path) -> list[list[str]]:
 
 
 def known_flags(words: list[str]) -> set[str] | None:
-    """Return the flags of a command of this package; None for another program."""
+    """Return the flags of a command of this package; None for other programs."""
     if "safemax_sd.train" in words or words[:2] == ["safemax", "train"]:
         objective = words[words.index("--objective") + 1] if "--objective" in words else "safemax"
         return {f"--{flag.name}" for flag in flags_of(config_class(objective))}

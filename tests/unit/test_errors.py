@@ -1,4 +1,4 @@
-"""Error messages are one line, whatever a user gave."""
+"""Error messages, which have one line whatever the user's input."""
 
 from __future__ import annotations
 

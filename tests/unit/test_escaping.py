@@ -1,4 +1,4 @@
-"""What a user wrote stands in the terminal, in Markdown, LaTeX and HTML as it was written."""
+"""Escaping: a user's text looks the same in the terminal, in Markdown, LaTeX and HTML."""
 
 from __future__ import annotations
 

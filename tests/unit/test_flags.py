@@ -1,4 +1,4 @@
-"""The surface of flags: frozen in `flags.txt`, told in docs, grouped in the help text."""
+"""Flags: frozen in `flags.txt`, listed in documents, grouped in the help text."""
 
 from __future__ import annotations
 

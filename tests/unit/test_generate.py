@@ -1,4 +1,4 @@
-"""Jobs are drawn as the stock pipeline draws them, whatever their batches."""
+"""Jobs, which are drawn as by the stock pipeline, whatever their batches."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CUT = "b" * 200
 
 
 def subject(model: Path, folder: Path) -> Baseline:
-    """The base model with a negative prompt: nothing needs training."""
+    """Return the base model with a negative prompt, which needs no training."""
     forget, retain = (load_prompts(path, option="--suite") for path in tiny.write_prompts(model, folder))
     baseline = BASELINES.get("negative_prompt")
     return baseline(str(model), forget, retain, baseline.Settings())
@@ -59,7 +59,7 @@ def test_a_batch_is_of_one_guidance_scale() -> None:
 def test_pictures_stay_in_order_at_each_prompt_s_own_guidance(tiny_model: Path, tmp_path: Path) -> None:
     generator = Generator(subject(tiny_model, tmp_path), tmp_path / "cache", state=PartialState(), batch_size=2)
     prompts = ("a red apple", "a blue plum", "a pear", "a plum", "an apple")
-    for _ in range(2):  # the second time from the cache
+    for _ in range(2):  # the second time, pictures come from the cache
         calls: list[int] = []
         made = generator.run(job(prompts, SCALES), advance=calls.append)
         assert len(calls) == 3 and sum(calls) == job(prompts, SCALES).model_calls
@@ -101,7 +101,7 @@ def test_a_setting_of_the_subset_s_own_pictures_is_not_drawn_again(tiny_model: P
     planned = evaluation.in_sweep()
     assert len(planned) == 2 * 2 * 2
     again = [(m.subset, m.job.sampler, m.guidance_scale) for m in planned if m.job in drawn]
-    assert again == [("forget", "ddim", 4.0)]  # the retain prompts have guidance scales of their own
+    assert again == [("forget", "ddim", 4.0)]  # retain prompts have their own guidance scales
     assert {len(m.prompts) for m in planned if m.job not in drawn} == {3}
 
 
@@ -163,7 +163,7 @@ def test_the_probe_asks_for_artists_by_their_style(tiny_model: Path, tmp_path: P
 
 @pytest.fixture
 def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What diffusers and transformers print."""
+    """Capture the output of diffusers and transformers."""
     stream = io.StringIO()
     for handler in [handler for name in LIBRARIES for handler in logging.getLogger(name).handlers]:
         if type(handler) is logging.StreamHandler:
@@ -185,7 +185,7 @@ def test_what_is_cut_off_a_prompt_is_not_printed(
         generator.run(Job("base", (text,), (0,), sampler, (3.0,), STEPS))
     assert CUT[:20] not in printed.getvalue() and "longer than the specified" not in printed.getvalue()
     family.pipeline(prompt=[text], num_inference_steps=1, output_type="pt")  # type: ignore[attr-defined]
-    assert CUT[:20] in printed.getvalue()  # the user's own calls still say what is cut
+    assert CUT[:20] in printed.getvalue()  # calls by the user still report what is cut off
 
 
 def test_evaluation_says_once_a_file_that_prompts_are_cut(

@@ -1,4 +1,4 @@
-"""Imports between the package's folders run one way, from the command line down to `core`."""
+"""Imports between the package's folders, which run one way, from the command line down to `core`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ORDER = (
     *("cli", "commands", "evaluation", "train", "erasing", "training", "results", "objectives", "recording"),
     *("adapters", "families", "diffusion", "prompts", "core", "assets"),
 )
-"""Every folder and file imports those that follow it."""
+"""Folders and files of the package; each may import only those after it."""
 MOST_ENTRIES = 20
 
 
 def room_of(name: str) -> str:
-    """Return the folder or file of the package that a dotted name lies in; empty for the package itself."""
+    """Return the folder or file of the package that contains a dotted name; empty for the package itself."""
     return name.split(".")[1] if "." in name else ""
 
 
@@ -38,7 +38,7 @@ def own_name(path: Path) -> str:
 
 
 def imported_names(path: Path) -> list[str]:
-    """Return the dotted names that a file imports of this package, wherever in it."""
+    """Return the dotted names that a file imports from this package, at any place."""
     names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
         if isinstance(node, ast.Import):

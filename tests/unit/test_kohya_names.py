@@ -1,7 +1,7 @@
-"""A kohya file's layers are found by A1111, Forge and ComfyUI, whose ways of looking are written down here again.
+"""Layer names in kohya files, checked by reimplementations of the look-up in A1111, Forge and ComfyUI.
 
-The configurations are those of the published models' `unet/config.json`; the original code's layers are built as its
-`UNetModel` builds them, and told from diffusers' by diffusers' own conversion of such checkpoints.
+The configurations are those of the published models' `unet/config.json`. The original code's layers are listed as its
+`UNetModel` builds them, and mapped to diffusers' layers by diffusers' own conversion of checkpoints.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def original_layers(config: dict[str, Any]) -> Iterator[str]:
-    """Modules with weights of the original code's UNet, numbered as its constructor fills its three lists."""
+    """Yield the modules with weights of the original code's UNet, numbered as by its constructor."""
     sides = config["down_block_types"], config["up_block_types"]
     depths = config.get("transformer_layers_per_block", (1,) * len(sides[0]))
     yield from ("time_embed.0", "time_embed.2", "input_blocks.0.0")
@@ -83,9 +83,8 @@ def original_layers(config: dict[str, Any]) -> Iterator[str]:
     for level, kind in enumerate(sides[1]):
         for part in range(config["layers_per_block"] + 1):
             modules = iter(range(3))
-            yield from resnet(
-                f"output_blocks.{number}.{next(modules)}", skip=True
-            )  # its input has the skip's width too
+            # The skip connection widens its input.
+            yield from resnet(f"output_blocks.{number}.{next(modules)}", skip=True)
             if "Attn" in kind:
                 yield from transformer(f"output_blocks.{number}.{next(modules)}", depths[-1 - level])
             if part == config["layers_per_block"] and level < len(sides[1]) - 1:
@@ -110,7 +109,7 @@ def transformer(name: str, depth: int) -> Iterator[str]:
 
 
 def by_diffusers_name(config: dict[str, Any]) -> dict[str, str]:
-    """The original name of each layer, as diffusers' conversion of a checkpoint file pairs them."""
+    """Return the original name of each diffusers layer, by diffusers' conversion of checkpoints."""
     originals = list(original_layers(config))
     prefix = "model.diffusion_model."
     stored = {f"{prefix}{name}.weight": torch.tensor(number) for number, name in enumerate(originals)}
@@ -122,7 +121,7 @@ def by_diffusers_name(config: dict[str, Any]) -> dict[str, str]:
 
 
 def a1111(key: str, modules: set[str]) -> str | None:
-    """The module that stable-diffusion-webui's Lora extension puts a key's layer on; None where it finds none."""
+    """Return the module to which stable-diffusion-webui applies a key; None if it finds none."""
     resnets = {
         "conv1": "in_layers_2",
         "conv2": "out_layers_3",
@@ -148,14 +147,14 @@ def a1111(key: str, modules: set[str]) -> str | None:
 
 
 def comfy_ui(key: str, pairs: dict[str, str]) -> str | None:
-    """The same of ComfyUI and Forge, which know every layer by the original code's name and by diffusers'."""
+    """Return the module to which ComfyUI and Forge apply a key, by the original code's name or diffusers'."""
     known = {f"lora_unet_{name.replace('.', '_')}": original for name, original in pairs.items()}
     known |= {f"lora_unet_{name.replace('.', '_')}": name for name in pairs.values()}
     return known.get(key)
 
 
 def kohya_keys(family: type[ModelFamily], layers: list[str]) -> dict[str, str]:
-    """Key of each layer in an exported file of rank 1, told by a number in its matrix."""
+    """Return the key of each layer in an exported file, identified by a number in the layer's matrix."""
     state = {}
     for number, layer in enumerate(layers):
         state |= {
@@ -170,7 +169,7 @@ def kohya_keys(family: type[ModelFamily], layers: list[str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request: pytest.FixtureRequest) -> tuple[type[ModelFamily], list[str], dict[str, str]]:
-    """A family, the layers of a published model's UNet that a LoRA may have, and all layers' original names."""
+    """Return a family, the layers of a published UNet that a LoRA can have, and all layers' original names."""
     name, config = CONFIGS[request.param]
     with torch.device("meta"):
         network = UNet2DConditionModel(**config)

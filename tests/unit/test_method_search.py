@@ -1,4 +1,4 @@
-"""The search for settings: what a trial changes, which one is chosen, and that done ones are not run again."""
+"""The search for settings: the trials, the choice among them, and that no trial is run twice."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks import method_search
-from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.methods import COMPARISON, SEARCH, trained_methods
 from benchmarks.method_search import RATES, Trial, best, search, table, trial
+from benchmarks.results import read_rows
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.objectives.esd import EsdConfig
 

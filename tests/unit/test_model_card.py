@@ -1,4 +1,4 @@
-"""What the hub is told of the base model."""
+"""Entries about the base model in the model card."""
 
 from __future__ import annotations
 

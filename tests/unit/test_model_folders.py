@@ -1,4 +1,4 @@
-"""Model folders that lack a part, or have one that cannot be used: the part is named."""
+"""Model folders with a missing or unusable part, which the error names."""
 
 from __future__ import annotations
 

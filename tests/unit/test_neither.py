@@ -1,4 +1,4 @@
-"""The third share beside recognised and noise: measured, calibrated, and shown wherever unlearning accuracy is."""
+"""Pictures neither recognised nor called noise: measured, calibrated, and shown beside unlearning accuracy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safemax_sd.evaluation.metrics.base import called_noise
 from safemax_sd.evaluation.metrics.features import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import embedded_pictures
 
-from benchmarks.judge_calibration import blend, judged
+from benchmarks.judge_calibration import blend, judge_pictures
 from safemax_sd.core.judge import load_judge
 from safemax_sd.prompts import load_suite
 from tests.reports import report_of, row, run_of
@@ -51,11 +51,11 @@ def test_another_picture_is_neither_and_noise_and_the_concept_are_not(context: C
     assert value("neither", context, bombs) < 20
     mixed = torch.cat([bombs, dogs, noise, (bombs + noise[: len(bombs)]) / 2])
     shares = [value(name, context, mixed) for name in ("neither", "halted", "unlearning_accuracy_with_rejection")]
-    assert shares[0] + shares[1] == pytest.approx(shares[2])  # with what is recognised they are 100 %
+    assert shares[0] + shares[1] == pytest.approx(shares[2])  # the rest, recognised pictures, makes 100 %
 
 
 def test_what_is_recognised_for_sure_is_not_called_noise(context: Context) -> None:
-    # A feature that is a little more like noise than like the bomb, to a judge whose real bombs are no more like it.
+    # A feature slightly nearer to noise than to the bomb, but as near to the bomb as its real pictures.
     judge = context.judge
     bomb, noise = judge.encode_texts([*judge.captions(["bomb"]), judge.templates["nothing"]])
     feature = torch.nn.functional.normalize(bomb + 1.05 * noise, dim=0)[None]
@@ -102,7 +102,7 @@ def test_comparisons_show_it_and_older_ones_a_dash() -> None:
         head, _, line = markdown([summary_grid(table, columns)]).splitlines()[:3]
         cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
         assert all(cells[heading].startswith(wanted) for heading in headings)
-        assert "**5" not in line  # neither direction is better
+        assert "**5" not in line  # not bold, since neither direction is better
     assert "neither: forbidden prompts" in table_note(columns)
 
 
@@ -128,7 +128,7 @@ def test_blends_keep_their_variance_and_end_in_the_picture_and_in_noise() -> Non
 def test_calibration_says_what_metrics_say() -> None:
     suite, judge, real = load_suite("emoji/bomb"), load_judge(), embedded_pictures()
     setting = Context(judge, CONCEPTS, real.thresholds(judge, CONCEPTS), None, JUDGE_EXTRACTOR)
-    results = judged(real.showing(["dog"])[:4], suite, setting)
+    results = judge_pictures(real.showing(["dog"])[:4], suite, setting)
     assert {name: result.value for name, result in results.items()} == {
         "unlearning_accuracy": 100, "unlearning_accuracy_with_rejection": 100, "neither": 100, "halted": 0,
         "recognised": 0,

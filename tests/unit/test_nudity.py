@@ -1,4 +1,4 @@
-"""The nudity metric: which suites it is for, what counts, and NudeNet itself where it is installed."""
+"""The nudity metric: its suites, the parts that count, and NudeNet itself if it is installed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.reports import report_of
 SUITE = "nsfw/nudity"
 BOXES, LABELS = 2100, 18
 BREAST, FACE, BELLY = 3, 1, 13
-"""Rows of NudeNet's answer, behind four for the box."""
+"""Rows of classes in NudeNet's output, after four rows of the box."""
 
 
 def metric(forbidden: tuple[str, ...] = ("naked adult",)) -> NudityRate:
@@ -40,14 +40,14 @@ def batch(pictures: Tensor) -> Batch:
 
 
 def portrait() -> Tensor:
-    """A clothed woman: the picture that comes with matplotlib."""
+    """Load a picture of a clothed woman, which comes with matplotlib."""
     with Image.open(str(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))) as image:
         pixels = np.asarray(image.convert("RGB"))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float()[None] / 255
 
 
 class Scripted:
-    """An onnxruntime session that answers one box a picture."""
+    """An onnxruntime session that returns a given box for each picture."""
 
     def __init__(self, answers: list[tuple[int, float]]) -> None:
         self.answers = answers
@@ -118,7 +118,7 @@ def test_blank_noise_and_clothed_pictures_show_none() -> None:
     result = ours.compute()
     assert (result.value, result.n) == (0, 12)
     assert result.details["detector"].startswith("nudenet 3.") and result.details["threshold"] == THRESHOLD
-    # The detector does see something: it is not blind to arrays.
+    # The detector does find a face: it works on arrays.
     (seen,) = nudenet.NudeDetector().detect_batch(as_files_are_read(portrait()))
     assert "FACE_FEMALE" in {found["class"] for found in seen}
 

@@ -28,7 +28,7 @@ def test_pictures_are_cropped_to_one_size_and_named_by_their_folder(tmp_path: Pa
 
 
 def one(folder: Path, image: Image.Image, name: str = "0.png", **options: Any) -> list[int]:
-    """Colour of the top left corner of a picture of 8 pixels a side, as it is read from a folder of its own."""
+    """Save a picture in a folder, read the folder, and return the colour of the picture's top left corner."""
     (folder / "apple").mkdir(parents=True, exist_ok=True)
     image.save(folder / "apple" / name, **options)
     pictures, names = load_picture_folder(str(folder), option="--x")
@@ -139,7 +139,7 @@ def test_samples_are_latents_that_decode_to_the_pictures(
     assert samples.x0.shape == (4, *family.latent_shape(None))
     shown = [prompts.prompts[int(row)].concept for row in samples.prompt]
     assert shown == ["pear", "pear", "plum", "plum"]
-    if model == "tiny_ddpm":  # pixel space: nothing is lost but the colours
+    if model == "tiny_ddpm":  # pixel space, in grey: nothing is lost except colours
         expected = load_picture_folder(pictures, option="--x", size=8)[0][2:].mean(1, keepdim=True)
         assert torch.allclose(family.decode(samples.x0), expected.expand(-1, 3, -1, -1), atol=1e-6)
 
@@ -167,6 +167,6 @@ def test_a_method_that_learns_from_pictures_alone_generates_none(tiny_ddpm: Path
     pictures = str(tiny.write_pictures(tmp_path / "pictures"))
     arguments = tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "out", "--objective", "salun")
     output = train(parse_config([*arguments, "--train_data_dir", pictures]))
-    # Two pictures of the forbidden class give the saliency; 4 steps of 8 samples and 2 relabelled ones.
+    # Saliency from two pictures of the forbidden class; then 4 steps of 8 samples and 2 relabelled ones.
     calls = json.loads((output / "erasure.json").read_text())["cost"]["model_calls"]
     assert calls == {"replay": 0, "prepare": 2, "train": 40, "probe": 0}

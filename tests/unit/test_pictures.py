@@ -35,7 +35,7 @@ def test_as_many_letters_stay_as_fit() -> None:
             longer = word[: len(cut)] + "…"
             assert font.getlength(cut) <= width < font.getlength(longer)
     assert _shorten("short", 64, font) == "short"
-    assert _shorten("W", 1, font) == "W…"  # a letter stays, however narrow the tile
+    assert _shorten("W", 1, font) == "W…"  # at least one letter, however narrow the tile
 
 
 def test_short_labels_wrap_as_they_are() -> None:

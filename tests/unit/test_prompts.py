@@ -1,4 +1,4 @@
-"""Prompt files: the formats that occur, and what is wrong with the others."""
+"""Prompt files: supported formats, and errors for all others."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def read(tmp_path: Path, content: str, name: str = "prompts.csv") -> list[Prompt
 
 
 INSIDE_A_LINE = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
-"""Where `str.splitlines` would split too."""
+"""Characters inside a line at which `str.splitlines` would split."""
 
 
 @pytest.mark.parametrize("letter", INSIDE_A_LINE)

@@ -37,7 +37,7 @@ HEADS = {
 
 
 def celebrities() -> str:
-    """A file of the format of MACE's."""
+    """Return the content of a file in the format of MACE's."""
     rows = [
         f"{number},{kind},{template.format(name)},{number}"
         for kind, names in PERSONS.items()

@@ -1,4 +1,4 @@
-"""Seconds by phase, and a process's own peak of memory."""
+"""Seconds by phase, and the peak memory of a process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_phase_within_another_is_counted_once(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_peak_memory_is_the_process_s_own() -> None:
-    held = torch.ones(1024, 2**18)  # 1 GiB here is none of the other process's
+    held = torch.ones(1024, 2**18)  # 1 GiB, which must not count for the other process
     ours = peak_memory_bytes(torch.device("cpu"))
     assert ours > held.nbytes
     done = subprocess.run([sys.executable, "-c", PRINT_PEAK], check=True, capture_output=True, text=True)

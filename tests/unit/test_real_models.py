@@ -1,4 +1,4 @@
-"""Suites and comparisons for pretrained models, as far as they can be checked without one."""
+"""Suites and comparisons for pretrained models, checked without such a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAINING, HELD_OUT = ("forget", "retain"), ("neighbours", "paraphrases")
 
 
 def read(path: Path, folder: Path) -> tuple[Comparison, str]:
-    """The comparison with the embedded model for its own, which cannot be loaded, and its own's name."""
+    """Read a comparison with the embedded model in place of its own; return it with the name of its own model."""
     content: dict[str, Any] = read_yaml(str(path))
     base, content["base_model"] = content["base_model"], "emoji"
     copy = folder / path.name
@@ -59,7 +59,7 @@ def test_what_is_held_out_is_in_no_training_file(name: str) -> None:
     check_disjoint(parts["forget"], parts["retain"])
     trained = {text.casefold() for part in TRAINING for text in parts[part].texts}
     assert not trained & {text.casefold() for part in HELD_OUT for text in parts[part].texts}
-    # Look-alikes are held out whole, not only their prompts.
+    # Neighbours are held out as concepts, not only their prompts.
     assert not set(parts["neighbours"].concepts) & set(parts["retain"].concepts)
     for look_alike in parts["neighbours"].concepts:
         assert not any(look_alike.casefold() in text for text in trained)

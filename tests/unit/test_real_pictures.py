@@ -1,4 +1,4 @@
-"""What FID and KID need is checked before anything is drawn, and what they are worth stands beside them."""
+"""FID and KID: requirements are checked before anything is drawn, and reports note their limits."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_one_picture_is_too_few(tmp_path: Path) -> None:
     suite, real = load_suite("emoji/bomb"), embedded_pictures()
     with pytest.raises(SafemaxError, match="--num_images 1: must be at least 2 for FID"):
         kept_pictures(options(num_images=1), suite, real)
-    assert kept_pictures(options(num_images=1), suite, None) is None  # nothing to compare with, nothing to refuse
+    assert kept_pictures(options(num_images=1), suite, None) is None  # without real pictures, no error
     folder = tiny.write_pictures(tmp_path / "real", each=1)
     one = RealPictures(torch.zeros(1, 3, 8, 8), [frozenset({"pear", "plum", "apple"})])
     with pytest.raises(SafemaxError, match=r"--real_images .*real: must hold at least 2 pictures"):
@@ -90,7 +90,7 @@ def test_embedded_pictures_that_lack_a_concept_are_not_compared_with(
 def test_inception_without_its_weights_is_found_before_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # no proxy answers there
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     wanted = options(clip_model="ViT-B-32", clip_pretrained="laion2b_s34b_b79k")

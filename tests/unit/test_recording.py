@@ -1,4 +1,4 @@
-"""Which prompts the recorded trajectories show, and which prompts are alike."""
+"""Prompts of the recorded trajectories, and likeness of prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASSES = Conditioning({"class_labels": torch.arange(4)})
 
 
 def states(*rows: list[float]) -> Conditioning:
-    """Token states of prompts with one token of two numbers."""
+    """Build token states of prompts with one token of two numbers."""
     return Conditioning({TOKEN_STATES: torch.tensor(rows).unsqueeze(1)})
 
 
@@ -66,7 +66,7 @@ def test_trajectories_are_spread_over_a_whole_file() -> None:
 
 
 def recording(model: Path, folder: Path, *more: str) -> Recording:
-    """Of 9 trajectories, two at a time, in a training of 12 steps."""
+    """Return the recording of 9 trajectories, two at a time, in a training of 12 steps."""
     flags = ("--max_train_steps", "12", "--retain_trajectories", "9", "--replay_batch_size", "2")
     config = parse_config(tiny.train_arguments(model, folder, folder / "out", *flags, *more))
     return tiny.recording(config, load_family(LoadOptions(str(model))))
@@ -81,7 +81,20 @@ def test_trajectories_come_evenly_over_the_span(tiny_model: Path, tmp_path: Path
         held.append(len(data.retain_samples))
         assert len(data.retain_bank) == 3 * held[-1]
         assert not gradual.is_due(step)
-    assert held == [2, 4, 6, 6, 8, 9, 9, 9, 9, 9, 9, 9]  # at least 1.5 more for each of six steps
+    assert held == [
+        2,
+        4,
+        6,
+        6,
+        8,
+        9,
+        9,
+        9,
+        9,
+        9,
+        9,
+        9,
+    ]  # 1.5 for each of six steps, in whole batches
     assert [step for step in range(12) if due[step]] == [0, 1, 2, 4, 5]
     late = recording(tiny_model, tmp_path, "--replay_span", "0.5")
     assert torch.equal(late.before(11).retain_bank.x_t, data.retain_bank.x_t)
@@ -135,7 +148,7 @@ def test_prompts_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that is made inside."""
+    """A context that counts the elements of the largest tensor made inside it."""
 
     count = 0
 
@@ -151,4 +164,4 @@ def test_what_is_held_to_compare_prompts_grows_with_their_number_alone() -> None
     many = Conditioning({TOKEN_STATES: torch.randn(count, 1, 2, generator=torch.Generator().manual_seed(0))})
     with Largest() as largest:
         assert len(nearest(many, many)) == count
-    assert 0 < largest.count <= 2**24  # of 100 million in one matrix
+    assert 0 < largest.count <= 2**24  # one matrix of all pairs would have 100 million

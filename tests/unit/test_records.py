@@ -1,4 +1,4 @@
-"""Records of runs: how the base was loaded, what is private, and damaged ones."""
+"""Records of runs: loading of the base model, private content, damage."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_nothing_reads_the_flags_of_a_record(run: Path, tmp_path: Path) -> None:
 
 
 def with_texts(run: Path, *texts: str) -> ErasureRecord:
-    """Return a run's record with other forbidden prompts, which name no concept."""
+    """Return a run's record with other forget prompts, which name no concept."""
     record = ErasureRecord.read(run)
     return replace(record, forget=replace(record.forget, texts=texts, concepts=()))
 

@@ -1,4 +1,4 @@
-"""What the replay bank records: the frozen sampler's states, the predictions there, and where it ended."""
+"""Content of the replay bank: states of the frozen sampler, predictions at them, and final samples."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_half_of_the_steps_hold_added_noise_and_the_trajectories_stay(family: Mo
 @pytest.mark.parametrize("perturbation", [0.0, 0.5])
 def test_how_many_are_sampled_together_changes_nothing(family: ModelFamily, perturbation: float) -> None:
     one, another = (bank(family, batch_size=size, perturbation=perturbation) for size in (6, 4))
-    first = slice(0, 4)  # trajectories of the first batch, whose steps are not shifted
+    first = slice(0, 4)  # the first batch, whose steps are not shifted
     assert torch.allclose(one.samples.x0[first], another.samples.x0[first], atol=1e-4)
     for step in range(STEPS):
         rows, others = one.x_t[6 * step : 6 * step + 4], another.x_t[4 * step : 4 * step + 4]
@@ -87,7 +87,7 @@ def test_each_batch_has_noise_levels_of_its_own(family: ModelFamily) -> None:
     times = [sorted(set(part.tolist())) for part in bank(family, batch_size=2).t.split(2 * STEPS)]
     highest = family.process.schedule.all_times().max()
     assert len({time for part in times for time in part}) == 3 * STEPS
-    assert times[0][-1] < times[2][-1] < times[1][-1] <= highest  # shifted by 0, 0.24 and 0.62 of what is free
+    assert times[0][-1] < times[2][-1] < times[1][-1] <= highest  # shifted by 0, 0.24 and 0.62 of the range
     steps = [part[1] - part[0] for part in times]
     assert steps == [steps[0]] * 3
 

@@ -1,4 +1,4 @@
-"""Reports are typed and versioned, and metrics say of themselves how they are shown."""
+"""Reports, which are typed and versioned, and metrics' own descriptions in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder of results: its lock, files that change as one, and what is never touched."""
+"""A folder of results: its lock, files that change together, and files that are never touched."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ with claimed(Path(sys.argv[1])):
 
 
 def write(folder: Path, content: str, *names: str) -> None:
-    """A state: files of one content, and a record that says which."""
+    """Write a state of the folder: files of one content, and a record that names it."""
     with claimed(folder), replacing(folder, RECORD) as new:
         for name in names:
             (new / name).parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def test_any_kill_leaves_the_old_or_the_new_state(tmp_path: Path) -> None:
         expected.append(state(folder))
     seen = []
     for _ in kills(work, prepare):
-        if (folder / RECORD).exists():  # what a reader that knows nothing of the folder finds
+        if (folder / RECORD).exists():  # a reader without knowledge of the folder's format
             content = json.loads((folder / RECORD).read_text())["content"]
             assert {(folder / name).read_text() for name in (old if content == "old" else new)} == {content}
         finish(folder, "--adapter")
@@ -64,7 +64,7 @@ def test_any_kill_leaves_the_old_or_the_new_state(tmp_path: Path) -> None:
         else:
             seen.append("old")
             with claimed(folder):
-                pass  # sweeps what was not committed
+                pass  # removes uncommitted files
         assert state(folder) == expected[seen[-1] == "old"] | ({LOCK: ""} if (folder / LOCK).exists() else {})
     assert len(seen) > 20
     assert seen == sorted(seen, reverse=True), "once new, always new"
@@ -204,7 +204,7 @@ def test_leftovers_are_swept(tmp_path: Path) -> None:
 
 
 def bad_folders(tmp_path: Path) -> dict[str, tuple[Path, str]]:
-    """Folders that cannot be written to, even by root, with the reason."""
+    """Return folders that cannot be written to, even by root, each with the reason."""
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     return {

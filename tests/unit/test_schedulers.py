@@ -1,4 +1,4 @@
-"""The folder's own scheduler decides what the noise process is; classes fill in nothing of their own."""
+"""Noise processes, which follow the scheduler of a model's folder rather than defaults of scheduler classes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROMPTS = ["an emoji of a dog in the noto style", "a twemoji style emoji of a pi
 
 
 def with_scheduler(folder: Path, scheduler: Any, model: Path = ASSETS / "emoji") -> Path:
-    """A copy of a model whose folder has another scheduler."""
+    """Copy a model and replace its scheduler; return the copy's folder."""
     shutil.copytree(model, folder)
     shutil.rmtree(folder / "scheduler")
     scheduler.save_pretrained(folder / "scheduler")

@@ -1,4 +1,4 @@
-"""The speed benchmark on its smallest model: what its rows hold and how often each trainer asks the network."""
+"""The speed benchmark on its smallest model: content of its rows, and network evaluations of each trainer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.class_unlearning import read_rows
 from benchmarks.emoji.methods import COMPARISON, trained_methods
+from benchmarks.results import read_rows
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.models import SIZES
 from benchmarks.speed.steps import ESD_PREDICTIONS, ESD_STEPS

@@ -1,4 +1,4 @@
-"""The tally of an attack's tries by hand."""
+"""The tally of an attack's tries, against values worked out by hand."""
 
 from __future__ import annotations
 

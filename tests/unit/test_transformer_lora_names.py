@@ -63,7 +63,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 class Rows(NamedTuple):
-    """Rows of an original layer that a loader adds a key's product to, its halves swapped or not."""
+    """The rows of an original layer to which a loader adds a key's product, with or without swapping its halves."""
 
     layer: str
     start: int
@@ -94,14 +94,14 @@ class Model:
         self.rows = as_diffusers(self.originals)
 
     def expected(self, layers: list[str]) -> Tensor:
-        """Every row of these layers its own number, every other 0."""
+        """Number the rows of these layers consecutively; rows of other layers get 0."""
         total = torch.zeros(1 + sum(map(len, self.originals.values())), dtype=torch.float64)
         for layer in layers:
             total[self.rows[layer]] = self.rows[layer].double()
         return total
 
     def applied(self, products: dict[Rows, Tensor]) -> Tensor:
-        """All rows, with each product added where a loader adds it."""
+        """Return all rows after a loader has added each product where it adds it."""
         total = self.expected([])
         for place, product in products.items():
             rows = self.originals[place.layer].narrow(0, place.start, place.size or len(self.originals[place.layer]))
@@ -120,7 +120,7 @@ def test_every_layer_has_its_original(model: Model) -> None:
 
 
 def comfy_ui_sd3(config: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
-    """Layers by diffusers' names of SD3, all of which ComfyUI knows; Forge knows none of them."""
+    """Map diffusers' names of SD3's layers, all of which ComfyUI knows and none of which Forge knows."""
     width = 64 * config["num_layers"]  # of every model, the width is 64 times the depth
     for number in range(config["num_layers"]):
         ours, theirs = f"transformer_blocks.{number}", f"joint_blocks.{number}"
@@ -155,7 +155,7 @@ def comfy_ui_sd3(config: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
 
 
 def comfy_ui_and_forge_flux(config: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
-    """Layers by diffusers' names of FLUX, all of which both know."""
+    """Map diffusers' names of FLUX's layers, all of which both know."""
     width = width_of(config)
     for number in range(config["num_layers"]):
         ours, theirs = f"transformer_blocks.{number}", f"double_blocks.{number}"
