@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
@@ -43,8 +44,8 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24)
 
 
-def build_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """Write a Stable Diffusion pipeline of about 20 thousand parameters; return its folder."""
+def build_stable_diffusion(folder: Path, prediction_type: str = "epsilon", vae: AutoencoderKL | None = None) -> Path:
+    """Write a Stable Diffusion pipeline of about 20 thousand parameters, by default with a tiny autoencoder."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "vocabulary")
     text_config = CLIPTextConfig(
@@ -71,7 +72,7 @@ def build_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Pa
         attention_head_dim=2,
         norm_num_groups=4,
     )
-    vae = AutoencoderTiny(
+    vae = vae or AutoencoderTiny(
         encoder_block_out_channels=(8, 8, 8, 8),
         decoder_block_out_channels=(8, 8, 8, 8),
         num_encoder_blocks=(0, 1, 1, 1),

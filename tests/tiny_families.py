@@ -39,18 +39,18 @@ def build_t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[*special, *letters], extra_ids=0, model_max_length=TOKENS)
 
 
-def t5_encoder() -> T5EncoderModel:
+def t5_encoder(width: int = 2 * WIDTH) -> T5EncoderModel:
     return T5EncoderModel(
-        T5Config(vocab_size=30, d_model=2 * WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+        T5Config(vocab_size=30, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
     )
 
 
-def clip_config(vocabulary: int) -> CLIPTextConfig:
+def clip_config(vocabulary: int, width: int = WIDTH) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=vocabulary,
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=32,
-        projection_dim=WIDTH,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=TOKENS,
@@ -75,8 +75,8 @@ def autoencoder(channels: int, shift: float | None) -> AutoencoderKL:
     )
 
 
-def build_sdxl(folder: Path) -> Path:
-    """Write a Stable Diffusion XL pipeline; return its folder."""
+def build_sdxl(folder: Path, second: int = WIDTH) -> Path:
+    """Write a Stable Diffusion XL pipeline whose second text encoder has some width; return its folder."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "vocabulary")
     unet = UNet2DConditionModel(
@@ -85,18 +85,18 @@ def build_sdxl(folder: Path) -> Path:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=2 * WIDTH,
+        cross_attention_dim=WIDTH + second,
         attention_head_dim=(1, 2),
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + WIDTH,
+        projection_class_embeddings_input_dim=6 * 4 + second,
         norm_num_groups=4,
     )
     pipeline = StableDiffusionXLPipeline(
         vae=autoencoder(4, None),
         text_encoder=CLIPTextModel(clip_config(len(tokenizer))),
-        text_encoder_2=CLIPTextModelWithProjection(clip_config(len(tokenizer))),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(len(tokenizer), second)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
@@ -112,8 +112,8 @@ def build_sdxl(folder: Path) -> Path:
     return folder / "model"
 
 
-def build_sd3(folder: Path) -> Path:
-    """Write a Stable Diffusion 3 pipeline; return its folder."""
+def build_sd3(folder: Path, second: int = WIDTH) -> Path:
+    """Write a Stable Diffusion 3 pipeline whose second text encoder has some width; return its folder."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "vocabulary")
     transformer = SD3Transformer2DModel(
@@ -124,9 +124,9 @@ def build_sd3(folder: Path) -> Path:
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
-        joint_attention_dim=2 * WIDTH,
+        joint_attention_dim=WIDTH + second,
         caption_projection_dim=16,
-        pooled_projection_dim=2 * WIDTH,
+        pooled_projection_dim=WIDTH + second,
         pos_embed_max_size=8,
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
@@ -134,8 +134,8 @@ def build_sd3(folder: Path) -> Path:
     pipeline = StableDiffusion3Pipeline(
         vae=autoencoder(4, 0.1),
         text_encoder=CLIPTextModelWithProjection(clip_config(len(tokenizer))),
-        text_encoder_2=CLIPTextModelWithProjection(clip_config(len(tokenizer))),
-        text_encoder_3=t5_encoder(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(len(tokenizer), second)),
+        text_encoder_3=t5_encoder(WIDTH + second),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         tokenizer_3=build_t5_tokenizer(),

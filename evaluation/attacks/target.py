@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from safemax_sd.core.errors import OptionError
 from safemax_sd.families import Conditioning, load_family
 from safemax_sd.families.latent import LatentFamily
+from safemax_sd.families.single_file import is_single_file
 from safemax_sd.results.erasure import ErasureRecord
-from safemax_sd.results.export import Source, fuse, read_lora
+from safemax_sd.results.export import fuse, read_lora
+from safemax_sd.results.export_base import Source
 from safemax_sd.results.loading import load_result
 
 Role = Literal["erased", "base", "never_known", "untaught"]
@@ -216,13 +218,14 @@ def load_control(name_or_path: str, like: LatentFamily) -> LatentFamily:
     """Load a model that never knew the erased concepts.
 
     Args:
-        name_or_path: Folder in diffusers' format or hub id.
+        name_or_path: Folder in diffusers' format, hub id or single file with the base model's configuration.
         like: Base model of the erasure.
 
     Raises:
         OptionError: The model cannot be loaded, or its latents differ from the base model's in shape.
     """
-    options = replace(like.options, name_or_path=name_or_path, revision=None, variant=None)
+    config = like.options.single_file_config if is_single_file(name_or_path) else None
+    options = replace(like.options, name_or_path=name_or_path, revision=None, variant=None, single_file_config=config)
     try:
         family = _latent(load_family(options), "--never_known", name_or_path)
     except OptionError as error:

@@ -33,6 +33,7 @@ GIVEN = (
     "retain_prompts",
     "output_dir",
     "pretrained_model_name_or_path",
+    "single_file_config",
     "revision",
     "variant",
     "cache_dir",

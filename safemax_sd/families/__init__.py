@@ -9,8 +9,8 @@ from safemax_sd.families.base import (
     LoadOptions,
     ModelFamily,
     TrajectoryPoint,
-    load_family,
 )
+from safemax_sd.families.loading import load_family
 
 __all__ = [
     "TOKEN_STATES",

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.assets import resolve_model
-from safemax_sd.core.errors import OptionError
 from safemax_sd.core.registry import Registry
 from safemax_sd.diffusion.process import DiffusionProcess
+from safemax_sd.families.original_checkpoint import Convert
 from safemax_sd.families.original_names import KohyaLayer
 
 LoraTargets = Literal["all", "attention", "cross_attention"]
@@ -81,9 +81,11 @@ class LoadOptions:
     """Settings that load a base model.
 
     Attributes:
-        name_or_path: Folder in diffusers' format, hub id, or the name of an embedded model.
+        name_or_path: Folder in diffusers' format, hub id, name of an embedded model, or single-file checkpoint.
         dtype: Type of the frozen weights; parameters that train are always float32.
         prediction_type: `epsilon` or `v_prediction` to override the scheduler's prediction type; None keeps it.
+        single_file_config: Folder in diffusers' format or hub id with a single file's configuration; None for that
+            which diffusers infers from the file.
         revision: Revision on the hub.
         variant: Variant of the weight files, such as `fp16`.
         cache_dir: Folder of hub downloads.
@@ -97,6 +99,7 @@ class LoadOptions:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     prediction_type: str | None = None
+    single_file_config: str | None = None
 
 
 class ModelFamily(ABC):
@@ -113,6 +116,7 @@ class ModelFamily(ABC):
         classifier_free: True if guidance mixes the predictions with and without the prompt. Otherwise the guidance
             scale is an input of the network (see `with_guidance`) and a sampler follows its one prediction.
         denoiser_part: Name of the denoiser in the pipeline (`unet`, `transformer`).
+        original_parts: Conversions of the parts of a single-file checkpoint; empty if none can be written.
         tokenizer: Tokenizer of the prompts, to find those that are too long; None if the model has none.
         options: Settings that `load_family` loaded the model with.
     """
@@ -124,6 +128,7 @@ class ModelFamily(ABC):
     kohya_alphas: ClassVar[bool] = True
     classifier_free: bool = True
     denoiser_part: ClassVar[str] = "unet"
+    original_parts: ClassVar[Mapping[str, Convert]] = MappingProxyType({})
     process: DiffusionProcess
     empty: Conditioning
     tokenizer: Any = None
@@ -392,36 +397,3 @@ def tuner_layers(network: nn.Module) -> list[Any]:
 
 
 FAMILIES: Registry[ModelFamily] = Registry("model family", ModelFamily, "safemax_sd.families")  # type: ignore[type-abstract]
-
-
-def load_family(options: LoadOptions) -> ModelFamily:
-    """Load a model with the family for the pipeline class in its `model_index.json`.
-
-    Raises:
-        OptionError: The model does not exist or cannot be loaded, or no family has its pipeline class.
-    """
-    from diffusers import DiffusionPipeline
-
-    path = resolve_model(options.name_or_path)
-    try:
-        config = DiffusionPipeline.load_config(path, revision=options.revision, cache_dir=options.cache_dir)
-        class_name = config.get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise OptionError(
-            "--pretrained_model_name_or_path",
-            options.name_or_path,
-            "must be a diffusers model folder, a hub id or an embedded model's name (emoji)",
-        ) from error
-    if isinstance(class_name, list):  # a custom class, after the file that defines it
-        class_name = class_name[-1] if class_name else None
-    supported: list[str] = []
-    for name in FAMILIES.names():
-        family = FAMILIES.get(name)
-        if class_name in family.pipeline_classes:
-            loaded = family.load(options)
-            loaded.options = options
-            return loaded
-        supported += sorted(family.pipeline_classes)
-    raise OptionError(
-        "--pretrained_model_name_or_path", options.name_or_path, f"is a {class_name}; supported: {', '.join(supported)}"
-    )

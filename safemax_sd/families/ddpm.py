@@ -17,6 +17,7 @@ from safemax_sd.diffusion.process import check_variance_preserving, from_schedul
 from safemax_sd.diffusion.schedulers import as_scheduler, settings_of
 from safemax_sd.families.base import Conditioning, LoadOptions, LoraTargets, ModelFamily
 from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, load_part, own_side
+from safemax_sd.families.single_file import CONFIG_OPTION, is_single_file
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
@@ -61,6 +62,8 @@ class ClassConditionalDDPM(ModelFamily):
     def load(cls, options: LoadOptions) -> ClassConditionalDDPM:
         from diffusers import DiffusionPipeline
 
+        if is_single_file(options.name_or_path):
+            raise OptionError(CONFIG_OPTION, options.single_file_config, "is a DDPM's, which needs its own folder")
         where = {"revision": options.revision, "cache_dir": options.cache_dir}
         try:
             with quiet():

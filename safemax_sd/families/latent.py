@@ -20,6 +20,7 @@ from safemax_sd.diffusion.process import DiffusionProcess, from_scheduler
 from safemax_sd.diffusion.schedulers import settings_of
 from safemax_sd.families.base import Conditioning, LoadOptions, ModelFamily
 from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, check_tokenizers, load_folder, own_side
+from safemax_sd.families.single_file import is_single_file, load_single_file
 from safemax_sd.prompts import without_cut_text
 
 POOLED = "pooled"
@@ -58,10 +59,28 @@ class LatentFamily(ModelFamily):
 
     @classmethod
     def load(cls, options: LoadOptions) -> Self:
+        return cls(cls.load_pipeline(options), options)
+
+    @classmethod
+    def load_pipeline(cls, options: LoadOptions) -> Any:
+        """Load a model as the family's stock pipeline.
+
+        Raises:
+            OptionError: A part of the model is missing or cannot be used.
+        """
+        if is_single_file(options.name_or_path):
+            pipeline = load_single_file(cls._pipeline_class(), options)
+        else:
+            pipeline = cls._load_folder(options)
+        check_tokenizers(pipeline, options.name_or_path)
+        return pipeline
+
+    @classmethod
+    def _load_folder(cls, options: LoadOptions) -> Any:
         parts = load_folder(options)
         try:
             with quiet():
-                pipeline = cls._pipeline_class().from_pretrained(
+                return cls._pipeline_class().from_pretrained(
                     resolve_model(options.name_or_path),
                     revision=options.revision,
                     variant=options.variant,
@@ -72,8 +91,6 @@ class LatentFamily(ModelFamily):
                 )
         except LOAD_ERRORS as error:
             raise cannot_be_loaded(options.name_or_path, error) from error
-        check_tokenizers(pipeline, options.name_or_path)
-        return cls(pipeline, options)
 
     @classmethod
     def _pipeline_class(cls) -> Any:
@@ -213,10 +230,13 @@ class LatentFamily(ModelFamily):
         cls, base: str, folder: str, prompt: str, *, options: LoadOptions, full: bool, resolution: int | None
     ) -> list[str]:
         part = cls.denoiser_part
-        given = {name: value for name in ("revision", "variant") if (value := getattr(options, name)) is not None}
+        single = is_single_file(options.name_or_path)
+        loader = f"{cls._pipeline_class().__name__}.from_single_file" if single else "DiffusionPipeline.from_pretrained"
+        named = {"config": options.single_file_config, "revision": options.revision, "variant": options.variant}
+        given = {name: value for name, value in named.items() if value is not None}
         arguments = f", {part}={part}" if full else ""
         arguments += "".join(f", {name}={value!r}" for name, value in {**given, **cls.pipeline_arguments}.items())
-        lines = [f"pipe = DiffusionPipeline.from_pretrained({base}{arguments})"]
+        lines = [f"pipe = {loader}({base}{arguments})"]
         if options.prediction_type is not None:
             changed = f"pipe.scheduler.config, prediction_type={options.prediction_type!r}"
             lines.append(f"pipe.scheduler = pipe.scheduler.from_config({changed})")
@@ -226,7 +246,7 @@ class LatentFamily(ModelFamily):
             lines.append(f"pipe.load_lora_weights({folder!r})")
         size = "" if resolution is None else f", height={resolution}, width={resolution}"
         return [
-            f"from diffusers import {'AutoModel, ' if full else ''}DiffusionPipeline",
+            f"from diffusers import {'AutoModel, ' if full else ''}{loader.partition('.')[0]}",
             *lines,
             f'pipe({prompt!r}{size}).images[0].save("erased.png")',
         ]

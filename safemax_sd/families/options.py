@@ -20,7 +20,12 @@ class LoadingOptions(Options):
     group: ClassVar[str] = "Base model"
 
     pretrained_model_name_or_path: str = option(
-        "emoji", "Diffusers folder, hub id or embedded model (emoji).", path=True
+        "emoji", "Diffusers folder, single .safetensors file, hub id or embedded model (emoji).", path=True
+    )
+    single_file_config: str | None = option(
+        None,
+        "Diffusers folder or hub id with a single file's configuration, as where the hub is out of reach.",
+        path=True,
     )
     revision: str | None = option(None, "Revision on the hub.")
     variant: str | None = option(None, "Variant of the weight files, such as fp16.")
@@ -42,6 +47,7 @@ class LoadingOptions(Options):
             dtype=dtype,
             device=device,
             prediction_type=self.prediction_type,
+            single_file_config=self.single_file_config,
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from safemax_sd.families.base import TOKEN_STATES, Conditioning
+from safemax_sd.families.original_checkpoint import STABLE_DIFFUSION, Convert
 from safemax_sd.families.unet import UNetFamily
 
 
@@ -12,6 +14,7 @@ class StableDiffusion(UNetFamily):
     """The family of `StableDiffusionPipeline` folders: Stable Diffusion 1.x, 2.x and the embedded emoji model."""
 
     name: ClassVar[str] = "stable_diffusion"
+    original_parts: ClassVar[Mapping[str, Convert]] = STABLE_DIFFUSION
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
     pipeline_arguments: ClassVar[dict[str, Any]] = {"safety_checker": None}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from safemax_sd.families.base import TOKEN_STATES, Conditioning
 from safemax_sd.families.latent import POOLED
+from safemax_sd.families.original_checkpoint import STABLE_DIFFUSION_XL, Convert
 from safemax_sd.families.original_names import KohyaLayer, original_unet_names
 from safemax_sd.families.unet import UNetFamily
 
@@ -21,6 +22,7 @@ class StableDiffusionXL(UNetFamily):
     """
 
     name: ClassVar[str] = "stable_diffusion_xl"
+    original_parts: ClassVar[Mapping[str, Convert]] = STABLE_DIFFUSION_XL
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusionXLPipeline"})
     normalises_latents: ClassVar[bool] = True
 

@@ -34,8 +34,9 @@ class BaseModel:
     """The base model of an erasure and the settings that load it; see `LoadOptions` for the others.
 
     Attributes:
-        name_or_path: Folder, hub id or the name of an embedded model.
+        name_or_path: Folder, single file, hub id or the name of an embedded model.
         family: Name of the model's `ModelFamily`; None if it has not been loaded yet.
+        single_file_config: Folder or hub id with a single file's configuration; None in records of other models.
     """
 
     name_or_path: str
@@ -44,6 +45,7 @@ class BaseModel:
     cache_dir: str | None
     prediction_type: Literal["epsilon", "v_prediction"] | None
     family: str | None
+    single_file_config: str | None = None
 
     @classmethod
     def of(cls, options: LoadOptions, family: str | None) -> Self:
@@ -54,6 +56,7 @@ class BaseModel:
             cache_dir=options.cache_dir,
             prediction_type=options.prediction_type,  # type: ignore[arg-type]
             family=family,
+            single_file_config=options.single_file_config,
         )
 
     def options(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LoadOptions:
@@ -66,13 +69,23 @@ class BaseModel:
             dtype=dtype,
             device=torch.device(device),
             prediction_type=self.prediction_type,
+            single_file_config=self.single_file_config,
         )
 
     def public(self) -> Self:
         """Return a copy without this machine's folders; of an absolute path, only the last part is kept."""
-        path = Path(self.name_or_path)
-        shown = f"path/to/{path.name}" if path.is_absolute() else self.name_or_path
-        return replace(self, name_or_path=shown, cache_dir=None)
+        config = self.single_file_config
+        return replace(
+            self,
+            name_or_path=_without_folders(self.name_or_path),
+            cache_dir=None,
+            single_file_config=None if config is None else _without_folders(config),
+        )
+
+
+def _without_folders(name_or_path: str) -> str:
+    path = Path(name_or_path)
+    return f"path/to/{path.name}" if path.is_absolute() else name_or_path
 
 
 @dataclass(frozen=True)

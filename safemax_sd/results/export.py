@@ -1,82 +1,55 @@
-"""`safemax export`: the output of one or several runs as a pipeline folder or as one LoRA."""
+"""`safemax export`: the output of one or several runs as a whole model or as one LoRA."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoModel, DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import nn
 
-from safemax_sd.adapters.lora import KOHYA_NAME, WEIGHTS_NAME, check_fit, layer_alpha, read_weights, to_kohya
+from safemax_sd.adapters.lora import KOHYA_NAME, WEIGHTS_NAME, layer_alpha, read_weights, to_kohya
 from safemax_sd.adapters.low_rank import LowRank
-from safemax_sd.adapters.weights import FULL_WEIGHTS
-from safemax_sd.assets import resolve_model
-from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
+from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.provenance import provenance, public_path, sorted_metadata, write_json_atomic
 from safemax_sd.results.erasure import ErasureRecord
+from safemax_sd.results.export_base import ExportBase, Source
 from safemax_sd.results.folder import LOCK, claimed, listed_files, replacing
+from safemax_sd.results.single_file import SINGLE_FILE, check_single_file, write_single_file
 
 EXPORT_FILE = "export.json"
 FORMAT_VERSION = 1
-PLAIN_WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A run whose output is exported.
-
-    Attributes:
-        directory: Output folder of the run.
-        weight: Factor of the run's LoRA, finite.
-        record: Record of the run.
-    """
-
-    directory: Path
-    weight: float
-    record: ErasureRecord
-
-    @property
-    def base(self) -> str:
-        """Base model as text, which is equal for runs that can be combined."""
-        base = self.record.base_model
-        folder = Path(resolve_model(base.name_or_path))
-        name = str(folder.resolve()) if folder.is_dir() else base.name_or_path
-        details = (base.revision, base.variant, base.prediction_type)
-        return " ".join([name, *(f"({detail})" for detail in details if detail is not None)])
-
-    @property
-    def part(self) -> str:
-        """Name of the denoiser in the pipeline."""
-        return self.record.family.denoiser_part
-
-
-def export_pipeline(
-    adapters: Sequence[Path], weights: Sequence[float], output_dir: Path, *, overwrite: bool = False
+def export_model(
+    adapters: Sequence[Path],
+    weights: Sequence[float],
+    output_dir: Path,
+    *,
+    single_file: bool = False,
+    overwrite: bool = False,
 ) -> None:
-    """Write a pipeline folder of the base model, with the runs' outputs merged into the denoiser's weights.
+    """Write the base model with the runs' outputs merged into the denoiser's weights.
 
     Args:
         adapters: Output folders of runs: LoRAs on one base model, or a single run with full weights.
         weights: Factor of each LoRA; if empty, all are 1.
         output_dir: Folder to write, whole or not at all.
+        single_file: True for one file under the original code's names instead of a pipeline folder.
         overwrite: True if an earlier export in it may be replaced.
 
     Raises:
-        OptionError: A folder cannot be read or written, as on a full disk; the runs cannot be combined; or the base
-            model cannot be loaded.
+        OptionError: A folder cannot be read or written, as on a full disk; the runs cannot be combined; the base model
+            cannot be loaded; or the model cannot be written as a single file.
         SafemaxError: The weights of a run cannot be read or do not fit the base model.
     """
     sources = read_sources(adapters, weights)
@@ -84,15 +57,19 @@ def export_pipeline(
     if full is not None and (len(sources) > 1 or full.weight != 1):
         text = "holds all weights of the denoiser: it can only be exported alone and with weight 1"
         raise OptionError("--adapter", full.directory, text)
+    if single_file:
+        check_single_file(sources[0].record.family)
     with _claimed_for_export(output_dir, overwrite=overwrite):
-        base = _base_folder(sources[0])
-        denoiser, variant = _load_denoiser(sources[0], base)
+        base = ExportBase.of(sources[0])
+        denoiser = base.denoiser()
         if full is None:
             fuse(denoiser, weighted_sum(sources), sources[0].base)
         with replacing(output_dir, EXPORT_FILE) as folder:
-            _copy_other_parts(sources[0], base, folder)
-            denoiser.save_pretrained(folder / sources[0].part, variant=variant)  # type: ignore[operator]
-            write_json_atomic(folder / EXPORT_FILE, _record(sources, "pipeline"))
+            if single_file:
+                write_single_file(folder / SINGLE_FILE, base, denoiser)
+            else:
+                base.write_pipeline(denoiser, folder)
+            write_json_atomic(folder / EXPORT_FILE, _record(sources, "single_file" if single_file else "pipeline"))
 
 
 def export_lora(
@@ -103,7 +80,7 @@ def export_lora(
     kohya: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write one LoRA with the weighted sum of the runs' LoRAs; see `export_pipeline` for the other arguments.
+    """Write one LoRA with the weighted sum of the runs' LoRAs; see `export_model` for the other arguments.
 
     Args:
         kohya: True to write the file for A1111, Forge and ComfyUI as well.
@@ -261,85 +238,6 @@ def _metadata(changes: dict[str, LowRank]) -> dict[str, Any]:
         "use_rslora": False,
         "lora_bias": False,
     }
-
-
-def _base_folder(source: Source) -> Path:
-    """Return the base model's folder; a model on the hub is downloaded unless it is in the cache.
-
-    Raises:
-        OptionError: The model cannot be downloaded, or its folder is no pipeline's.
-    """
-    base = source.record.base_model
-    folder = Path(resolve_model(base.name_or_path))
-    try:
-        if not folder.is_dir():
-            where = {"revision": base.revision, "variant": base.variant, "cache_dir": base.cache_dir}
-            folder = Path(DiffusionPipeline.download(base.name_or_path, **where))
-    except (OSError, ValueError) as error:
-        raise _lost_base(source, reason_of(error)) from error
-    if not (folder / "model_index.json").is_file():
-        raise _lost_base(source, "it holds no model_index.json")
-    return folder
-
-
-def _lost_base(source: Source, reason: str) -> OptionError:
-    return OptionError("--adapter", source.directory, f"its base model {source.base} cannot be loaded: {reason}")
-
-
-def _load_denoiser(source: Source, base: Path) -> tuple[nn.Module, str | None]:
-    """Load the denoiser, in the type of the base model's files.
-
-    Returns:
-        Denoiser of a run with full weights, otherwise the base model's; and the variant of the base model's files.
-
-    Raises:
-        OptionError: The denoiser cannot be loaded.
-        SafemaxError: Full weights cannot be read or do not fit the run's own configuration.
-    """
-    files = sorted((base / source.part).glob("*.safetensors"))
-    variant = source.record.base_model.variant
-    chosen = [file for file in files if variant is not None and f".{variant}" in file.name]
-    if not chosen:  # like diffusers, take plain files if a part of the model has no such variant
-        variant, chosen = None, [file for file in files if PLAIN_WEIGHTS.fullmatch(file.name)]
-    if not chosen:
-        raise _lost_base(source, f"{source.part} holds no safetensors file of its weights")
-    where, own = (source.directory, None) if source.record.full else (base, variant)
-    try:
-        dtype = _dtype(chosen[0])
-        model = AutoModel.from_pretrained(str(where), subfolder=source.part, variant=own, torch_dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = reason_of(error)
-        if source.record.full:
-            raise OptionError("--adapter", source.directory, f"its {source.part} cannot be loaded: {reason}") from error
-        raise _lost_base(source, reason) from error
-    if source.record.full:
-        path = source.directory / source.part / FULL_WEIGHTS
-        check_fit(path, read_weights(path), model.state_dict(), "its own configuration")
-    return model, variant
-
-
-def _dtype(path: Path) -> torch.dtype:
-    """Return the type of most tensors in a file."""
-    with safe_open(path, "pt") as file:
-        kinds = Counter(file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118
-    return kinds.most_common(1)[0][0]
-
-
-def _copy_other_parts(source: Source, base: Path, folder: Path) -> None:
-    """Copy the files of all parts but the denoiser, and apply the run's prediction type.
-
-    Loading and saving a text encoder with one version of transformers can make files that other versions misread.
-    """
-    index = json.loads((base / "model_index.json").read_text(encoding="utf8"))
-    shutil.copyfile(base / "model_index.json", folder / "model_index.json")
-    for name in index:
-        if name != source.part and (base / name).is_dir():
-            shutil.copytree(base / name, folder / name)
-    prediction_type = source.record.base_model.prediction_type
-    if prediction_type is not None:  # --prediction_type of the run overrides the base model's
-        path = folder / "scheduler" / "scheduler_config.json"
-        config = json.loads(path.read_text(encoding="utf8"))
-        write_json_atomic(path, {**config, "prediction_type": prediction_type})
 
 
 def _record(sources: Sequence[Source], kind: str) -> dict[str, Any]:

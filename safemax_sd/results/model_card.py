@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.escaping import markdown_code, markdown_text
 from safemax_sd.core.provenance import atomic_write_text
+from safemax_sd.families.single_file import is_single_file
 from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.samples import own_samples
 
@@ -125,8 +126,8 @@ def describe(record: ErasureRecord, picture: Picture | None, measured: str = "")
 
 
 def hub_id(name_or_path: str) -> str | None:
-    """Return a base model's id on the hub; None for a folder or an embedded model, whose name the hub would refuse."""
-    if resolve_model(name_or_path) != name_or_path or Path(name_or_path).exists():
+    """Return a base model's id on the hub; None for a model that has none."""
+    if resolve_model(name_or_path) != name_or_path or Path(name_or_path).is_dir() or is_single_file(name_or_path):
         return None
     try:
         validate_repo_id(name_or_path)

@@ -34,7 +34,7 @@ def conditions(config: TrainConfig, forget: PromptSet, retain: PromptSet, accele
     """Return all settings that a run's steps depend on, as JSON values; prompt files by their hash."""
     base = Path(resolve_model(config.pretrained_model_name_or_path))
     found = {
-        "pretrained_model_name_or_path": str(base.resolve()) if base.is_dir() else str(base),
+        "pretrained_model_name_or_path": str(base.resolve()) if base.exists() else str(base),
         "forget_prompts": forget.sha256,
         "retain_prompts": retain.sha256,
         **{name: value for name, value in config.record().items() if name not in FREE},

@@ -19,7 +19,7 @@ from safemax_sd.cli import app
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.erasing.edits.halting_marks import HaltingMarks, HaltingMarksConfig
 from safemax_sd.results.erasure import ErasureRecord
-from safemax_sd.results.export import EXPORT_FILE, export_lora, export_pipeline
+from safemax_sd.results.export import EXPORT_FILE, export_lora, export_model
 from safemax_sd.results.folder import claimed, finish
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
@@ -144,14 +144,14 @@ def test_files_of_others_are_refused_and_kept(
 
 def test_an_export_is_overwritten_without_what_is_not_its_own(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    export_pipeline([run], [], output)
+    export_model([run], [], output)
     theirs = ("notes.txt", "unet/notes.txt", "mine/novel.txt")
     for name in theirs:
         (output / name).parent.mkdir(exist_ok=True)
         (output / name).write_text("theirs")
     export_lora([run], [], output, overwrite=True)
     assert set(files(output)) == {*theirs, EXPORT_FILE, adapter.WEIGHTS_NAME}
-    export_pipeline([run], [], output, overwrite=True)
+    export_model([run], [], output, overwrite=True)
     assert {name for name, content in files(output).items() if content == b"theirs"} == set(theirs)
 
 

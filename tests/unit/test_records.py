@@ -24,7 +24,7 @@ from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.provenance import public_path
 from safemax_sd.prompts import load_prompts
 from safemax_sd.results.erasure import RECORD, ErasureRecord
-from safemax_sd.results.export import export_pipeline
+from safemax_sd.results.export import export_model
 from safemax_sd.results.loading import load_result
 from safemax_sd.results.model_card import describe, usage
 from safemax_sd.train import train
@@ -96,7 +96,7 @@ def test_nothing_reads_the_flags_of_a_record(run: Path, tmp_path: Path) -> None:
     found = load_result(run).denoiser.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert Adapter(run).load(CPU).fingerprint
-    export_pipeline([run], [], tmp_path / "merged")
+    export_model([run], [], tmp_path / "merged")
     assert "LoRA of rank 2, all layers" in describe(ErasureRecord.read(run), None)
 
 
@@ -252,7 +252,7 @@ def test_full_weights_that_would_do_something_else(
     uses = (
         lambda: Adapter(output).load(CPU),
         lambda: load_result(output),
-        lambda: export_pipeline([output], [], tmp_path / "merged"),
+        lambda: export_model([output], [], tmp_path / "merged"),
     )
     for use in uses:
         with pytest.raises(SafemaxError, match=reason):
