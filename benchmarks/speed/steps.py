@@ -6,6 +6,7 @@ ESD (arXiv 2303.07345). They differ only in the computation of a step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -90,7 +91,9 @@ class Bench:
         assert isinstance(self.run.objective, Safemax)
         assert isinstance(config, SafemaxConfig)
         still = replace(config, halt_rollout=0.0)
-        self.still = replace(self.run, config=still, objective=Safemax(still, self.run.objective.data))
+        without_rollouts = copy.copy(self.run.objective)
+        without_rollouts.config = still
+        self.still = replace(self.run, config=still, objective=without_rollouts)
         self.conditioning = self.run.objective.data.retain.to(self.device)
         self.schedule = DDPMScheduler.from_config(self.family.sampler().config)
 

@@ -55,9 +55,12 @@ class SafemaxConfig(ObjectiveOptions):
     halt_rollout: float = option(0.5, "Fraction of halted pairs produced by the student's own rollout.", SHARE)
     halt_restoring: float = option(1.0, "Rate at which the target shrinks a rollout's drift; 0 keeps it.", NOT_NEGATIVE)
     retain_empty_share: float = option(0.25, "Fraction of retain samples with the empty prompt.", SHARE)
-    retain_noise: float = option(
-        0.0, "Fraction of retain samples on noise, where only the empty prompt should halt.", SHARE
-    )
+    retain_noise: float = option(0.02, "Fraction of retain samples on noise, where only the empty prompt halts.", SHARE)
+
+    @property
+    def noise_draws(self) -> float:
+        """Mean number of retain samples on noise in a run of single micro-batches."""
+        return self.retain_noise * self.retain_samples * self.max_train_steps
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,7 @@ class Safemax(Objective):
         pairs = config.halt_unconditional * config.train_batch_size
         rollouts = 2 * ROLLOUT_STEPS * config.halt_rollout * pairs
         batch = config.train_batch_size + pairs + rollouts + config.retain_samples
-        prior = NOISE_BATCH * noise_batches(config.max_train_steps) if config.retain_noise else 0
-        return ExpectedCalls(batch, prepare=prior)
+        return ExpectedCalls(batch, prepare=NOISE_BATCH * noise_batches(config.noise_draws))
 
     def extend(self, data: ErasureData) -> None:
         super().extend(data)
@@ -118,7 +120,7 @@ class Safemax(Objective):
 
     def prepare(self, student: Student) -> int:
         """Record the base model's predictions for retain prompts on pure noise, which no trajectory passes."""
-        count = noise_batches(self.config.max_train_steps) if self.config.retain_noise else 0
+        count = noise_batches(self.config.noise_draws)
         generators = [prior_generator(self.config.seed, NOISE, number) for number in range(count)]
         below = self.config.halt_below
         self.on_noise = predictions_on_noise(self.data, student.predict, student.device, below, generators)
