@@ -11,6 +11,7 @@ import typer
 from safemax_sd.commands.attack import attack
 from safemax_sd.commands.compare import compare
 from safemax_sd.commands.console import OWN_FLAGS
+from safemax_sd.commands.doctor import doctor
 from safemax_sd.commands.erase import erase
 from safemax_sd.commands.evaluate import evaluate
 from safemax_sd.commands.export import export
@@ -23,7 +24,7 @@ UsageError: Any = typer.BadParameter.__base__
 """Typer's error for a command line that it cannot parse; Typer does not export it."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for command in (quickstart, train, erase, evaluate, attack, compare, export, report, suites):
+for command in (quickstart, doctor, train, erase, evaluate, attack, compare, export, report, suites):
     app.command(context_settings=OWN_FLAGS if command in (train, erase) else None)(command)
 
 

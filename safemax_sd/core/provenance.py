@@ -31,14 +31,15 @@ SECRET_FLAGS = ("--hub_token", "--hub-token")
 """Flags whose values are never recorded."""
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the commit of the source tree that this package runs from; None for an installed copy."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
@@ -108,9 +109,9 @@ def provenance(seed: int | None, device: torch.device) -> Provenance:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return Provenance(
-        versions={package: _version(package) for package in PACKAGES},
+        versions={package: version_of(package) for package in PACKAGES},
         python=platform.python_version(),
-        commit=_commit(),
+        commit=commit(),
         device=f"{device.type} ({name})",
         threads=torch.get_num_threads(),
         command=_command(),
