@@ -1,4 +1,4 @@
-"""What a machine offers a training: packages, devices, memory, disk, the hub and xformers, each with its problem."""
+"""Examination of a machine: packages, devices, memory, disk, the hub and xformers, each with its problem."""
 
 from __future__ import annotations
 
@@ -151,8 +151,7 @@ def _folder(subject: str, folder: Path, least: int, remedy: str, *, blocks: bool
 
 def hub() -> Iterator[Finding]:
     """Ask the hub, or the server that stands for it in HF_ENDPOINT, for an answer."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     server = "huggingface.co" if constants.ENDPOINT == "https://huggingface.co" else "the server in HF_ENDPOINT"
     remedy = "give models as local folders; or see to the network, a proxy (HTTPS_PROXY), or a mirror (HF_ENDPOINT)"
