@@ -26,7 +26,7 @@ USER, HOST, TOKEN = "jane.doe", "workstation-17", "hf_abcdefghijklmnop"
 
 @pytest.fixture
 def of_jane(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A home folder, user name, host name and token that must not be told; returns the home folder."""
+    """Set a home folder, user name, host name and token that must not be told; return the home folder."""
     home = tmp_path / USER
     home.mkdir()
     for name in ("HOME", "USERPROFILE"):
@@ -41,7 +41,7 @@ def of_jane(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @contextmanager
 def served(status: int, seconds: float = 0.0) -> Iterator[str]:
-    """A server that answers HEAD with a status after some seconds; yields its address."""
+    """Serve answers to HEAD with a status after some seconds; yield the address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
