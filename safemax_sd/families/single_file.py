@@ -49,10 +49,15 @@ def config_folder(options: LoadOptions) -> Path:
     named = options.single_file_config or _usual_config(options, header)
     folder = Path(named)
     if not folder.is_dir():
-        where = {"revision": options.revision, "cache_dir": options.cache_dir}
         try:
             with quiet():
-                folder = Path(snapshot_download(named, allow_patterns=list(CONFIG_FILES), **where))
+                found = snapshot_download(
+                    named,
+                    revision=options.revision,
+                    cache_dir=options.cache_dir,
+                    allow_patterns=list(CONFIG_FILES),
+                )
+                folder = Path(found)
         except (OSError, ValueError) as error:
             raise _without_config(options, named) from error
     if not _index(folder):
