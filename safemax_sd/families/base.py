@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.quiet import quiet
 from safemax_sd.core.registry import Registry
 from safemax_sd.diffusion.process import DiffusionProcess
+from safemax_sd.families.quantization import Quantization
 
 LoraTargets = Literal["all", "attention", "cross_attention"]
 
@@ -87,6 +89,7 @@ class LoadOptions:
         variant: Variant of the weight files, such as `fp16`.
         cache_dir: Folder of hub downloads.
         device: Device of all networks.
+        quantize: Quantization of the denoiser; None for none.
     """
 
     name_or_path: str
@@ -96,6 +99,7 @@ class LoadOptions:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     prediction_type: str | None = None
+    quantize: Quantization | None = None
 
 
 class ModelFamily(ABC):
@@ -397,7 +401,8 @@ def load_family(options: LoadOptions) -> ModelFamily:
     Raises:
         OptionError: The model does not exist or cannot be loaded, or no family has its pipeline class.
     """
-    from diffusers import DiffusionPipeline
+    with quiet():  # diffusers imports torchao, where that is installed, and both have something to say
+        from diffusers import DiffusionPipeline
 
     path = resolve_model(options.name_or_path)
     try:

@@ -61,6 +61,8 @@ class ClassConditionalDDPM(ModelFamily):
     def load(cls, options: LoadOptions) -> ClassConditionalDDPM:
         from diffusers import DiffusionPipeline
 
+        if options.quantize is not None:
+            raise OptionError("--quantize", options.quantize, f"is for latent models, not {cls.name}: leave it out")
         where = {"revision": options.revision, "cache_dir": options.cache_dir}
         try:
             with quiet():

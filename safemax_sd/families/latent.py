@@ -19,7 +19,15 @@ from safemax_sd.core.quiet import quiet
 from safemax_sd.diffusion.process import DiffusionProcess, from_scheduler
 from safemax_sd.diffusion.schedulers import settings_of
 from safemax_sd.families.base import Conditioning, LoadOptions, ModelFamily
-from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, check_tokenizers, load_folder, own_side
+from safemax_sd.families.folders import (
+    LOAD_ERRORS,
+    cannot_be_loaded,
+    check_tokenizers,
+    check_unquantized,
+    load_folder,
+    own_side,
+)
+from safemax_sd.families.quantization import quantization_config
 from safemax_sd.prompts import without_cut_text
 
 POOLED = "pooled"
@@ -58,7 +66,12 @@ class LatentFamily(ModelFamily):
 
     @classmethod
     def load(cls, options: LoadOptions) -> Self:
-        parts = load_folder(options)
+        from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+
+        quantization = {}
+        if options.quantize is not None:
+            quantization[cls.denoiser_part] = quantization_config(options.quantize, options.device, options.dtype)
+        parts = load_folder(options, quantization)
         try:
             with quiet():
                 pipeline = cls._pipeline_class().from_pretrained(
@@ -67,12 +80,16 @@ class LatentFamily(ModelFamily):
                     variant=options.variant,
                     cache_dir=options.cache_dir,
                     dtype=options.dtype,
+                    quantization_config=PipelineQuantizationConfig(quant_mapping=quantization)
+                    if quantization
+                    else None,
                     **parts,
                     **cls.pipeline_arguments,
                 )
         except LOAD_ERRORS as error:
             raise cannot_be_loaded(options.name_or_path, error) from error
         check_tokenizers(pipeline, options.name_or_path)
+        check_unquantized(getattr(pipeline, cls.denoiser_part), options.name_or_path)
         return cls(pipeline, options)
 
     @classmethod
