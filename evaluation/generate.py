@@ -137,7 +137,8 @@ class Generator:
         self._models: dict[str, Sampler] = {"base": models.base, "erased": models.erased}
         self._caches = {"base": base_cache_dir or cache_dir, "erased": cache_dir}
         self.batch_size, self._state = batch_size, state
-        self._base, self._settings = asdict(replace(self.record.base_model, family="")), models.scheduler_settings
+        self._base = asdict(replace(self.record.base_model, family="", quantize=subject.quantize))
+        self._settings = models.scheduler_settings
         for folder in self._caches.values():
             with path_errors("--output_dir", folder):
                 folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import Options, Range, option
 from safemax_sd.core.registry import closest
+from safemax_sd.families.quantization import Quantization
 from safemax_sd.prompts import GUIDANCE_BOUND
 
 SAMPLER_NAMES = ("ddim", "euler", "dpm++")
@@ -60,6 +61,7 @@ class EvaluateOptions(MeasuringOptions):
     suite: str | None = option(None, "Prompt suite, by name or folder.", path=True)
     output_dir: str | None = option(None, "Folder of the report; ADAPTER/evaluation if not given.", path=True)
     seed: int = option(0, "Seed of the start noise.", SEED)
+    quantize: Quantization | None = option(None, "Quantization of the denoiser; not quantized if not given.")
     sweep_guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 7.5, 12.0)
     sweep_samplers: tuple[str, ...] | None = None
 

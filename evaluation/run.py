@@ -68,7 +68,7 @@ class Evaluation(EvaluationPlan):
     ) -> None:
         options.validate()
         self.state = process_state()
-        self.subject = Adapter(Path(options.adapter)) if subject is None else subject
+        self.subject = Adapter(Path(options.adapter), options.quantize) if subject is None else subject
         record = self.subject.record
         suite = suite or find_suite(options.suite, record)
         self.output_dir = Path(options.output_dir or Path(options.adapter) / "evaluation")
@@ -167,7 +167,7 @@ def evaluate(options: EvaluateOptions) -> Path:
     """
     clock = Stopwatch()
     options.validate()
-    subject = Adapter(Path(options.adapter))
+    subject = Adapter(Path(options.adapter), options.quantize)
     with evaluation_folder(options) as folder:
         with clock.phase("load"):
             evaluation = Evaluation(options, subject)

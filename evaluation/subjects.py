@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safemax_sd.core.quiet import quiet
 from safemax_sd.families import load_family
 from safemax_sd.families.folders import LOAD_ERRORS
 from safemax_sd.families.latent import LatentFamily
+from safemax_sd.families.quantization import Quantization
 from safemax_sd.results.erasure import ErasureRecord
 
 ADAPTER_NAME = "safemax_erasure"
@@ -56,10 +57,12 @@ class Subject(ABC):
     Attributes:
         record: Record of the erasure.
         folder: Output folder of the run; None if there is none.
+        quantize: Quantization of the denoiser that draws; None for none, however it was trained.
     """
 
     record: ErasureRecord
     folder: Path | None
+    quantize: Quantization | None = None
 
     @abstractmethod
     def load(self, device: torch.device) -> Models:
@@ -78,19 +81,22 @@ class Adapter(Subject):
     """A LoRA or full weights in the output folder of a training or an edit.
 
     Raises:
-        OptionError: The folder is not that of a finished run.
+        OptionError: The folder is not that of a finished run, or holds full weights, which are not quantized.
     """
 
     folder: Path
 
-    def __init__(self, folder: Path) -> None:
-        self.record, self.folder = ErasureRecord.read(folder), folder
+    def __init__(self, folder: Path, quantize: Quantization | None = None) -> None:
+        self.record, self.folder, self.quantize = ErasureRecord.read(folder), folder, quantize
+        if quantize is not None and self.record.lora is None:
+            raise OptionError("--quantize", quantize, f"goes with a LoRA, and {folder} holds all weights: leave it out")
 
     def load(self, device: torch.device) -> Models:
         if not issubclass(self.record.family, LatentFamily):
             text = f"is a {self.record.family.name} model, which no pipeline draws from; see docs/class_unlearning.md"
             raise OptionError("--adapter", self.folder, text)
-        family = load_family(self.record.base_model.options(device, dtype_on(device)))
+        options = self.record.base_model.options(device, dtype_on(device))
+        family = load_family(replace(options, quantize=self.quantize))
         assert isinstance(family, LatentFamily)
         try:
             with quiet():

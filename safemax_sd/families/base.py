@@ -18,6 +18,7 @@ from safemax_sd.core.registry import Registry
 from safemax_sd.diffusion.process import DiffusionProcess
 from safemax_sd.families.original_checkpoint import Convert
 from safemax_sd.families.original_names import KohyaLayer
+from safemax_sd.families.quantization import Quantization
 
 LoraTargets = Literal["all", "attention", "cross_attention"]
 
@@ -90,6 +91,7 @@ class LoadOptions:
         variant: Variant of the weight files, such as `fp16`.
         cache_dir: Folder of hub downloads.
         device: Device of all networks.
+        quantize: Quantization of the denoiser; None for none.
     """
 
     name_or_path: str
@@ -100,6 +102,7 @@ class LoadOptions:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     prediction_type: str | None = None
     single_file_config: str | None = None
+    quantize: Quantization | None = None
 
 
 class ModelFamily(ABC):

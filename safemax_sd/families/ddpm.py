@@ -64,6 +64,8 @@ class ClassConditionalDDPM(ModelFamily):
 
         if is_single_file(options.name_or_path):
             raise OptionError(CONFIG_OPTION, options.single_file_config, "is a DDPM's, which needs its own folder")
+        if options.quantize is not None:
+            raise OptionError("--quantize", options.quantize, f"is for latent models, not {cls.name}: leave it out")
         where = {"revision": options.revision, "cache_dir": options.cache_dir}
         try:
             with quiet():

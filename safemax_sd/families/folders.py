@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
@@ -40,8 +41,12 @@ def cannot_be_loaded(name_or_path: str, error: Exception, part: str = "") -> Opt
     return OptionError(OPTION, name_or_path, f"{part} cannot be loaded: {reason_of(error)}".strip())
 
 
-def load_folder(options: LoadOptions) -> dict[str, Any]:
+def load_folder(options: LoadOptions, quantization: Mapping[str, Any]) -> dict[str, Any]:
     """Load all parts that a local folder's `model_index.json` names.
+
+    Args:
+        options: Settings that load the model.
+        quantization: Diffusers' quantization configurations, by the parts that get one.
 
     Returns:
         Parts by name; none for a model on the hub, which diffusers loads.
@@ -57,17 +62,18 @@ def load_folder(options: LoadOptions) -> dict[str, Any]:
     for name, entry in index.items():
         if name.startswith("_") or name in NOT_NEEDED or not isinstance(entry, list) or entry[:1] == [None]:
             continue
-        parts[name] = load_part(options, name, entry)
+        parts[name] = load_part(options, name, entry, quantization.get(name))
     return parts
 
 
-def load_part(options: LoadOptions, name: str, entry: Any) -> Any:
+def load_part(options: LoadOptions, name: str, entry: Any, quantization: Any = None) -> Any:
     """Load a part of a model with the class that its `model_index.json` names.
 
     Args:
         options: Settings that load the model.
         name: Name of the part, and of its folder.
         entry: Library and class, as in the index.
+        quantization: Diffusers' quantization configuration of the part, if any.
 
     Raises:
         OptionError: Neither library has the class, or the part is missing, damaged or lacks weights.
@@ -89,6 +95,8 @@ def load_part(options: LoadOptions, name: str, entry: Any) -> Any:
         theirs = {"dtype": options.dtype, "ignore_mismatched_sizes": True}
         arguments |= theirs if entry[0] == "transformers" else {"torch_dtype": options.dtype}
         arguments |= {"variant": options.variant, "output_loading_info": True}
+        if quantization is not None:
+            arguments["quantization_config"] = quantization
         if path.is_dir():
             arguments |= _weights(options, path / name)
     try:
@@ -179,6 +187,18 @@ def check_tokenizers(pipeline: Any, name_or_path: str) -> None:
             first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
             if first == second:
                 raise OptionError(OPTION, name_or_path, f"{name} has no vocabulary: its files are missing")
+
+
+def check_unquantized(denoiser: Any, name_or_path: str) -> None:
+    """Check that a model's folder stores the denoiser's weights as they were trained.
+
+    Raises:
+        OptionError: They are stored quantized: no adapter could be merged into them, and no edit solved from them.
+    """
+    if getattr(getattr(denoiser, "hf_quantizer", None), "pre_quantized", False):
+        raise OptionError(
+            OPTION, name_or_path, "is stored quantized: give the unquantized model, and --quantize if need be"
+        )
 
 
 def own_side(config: Any) -> int:

@@ -19,7 +19,16 @@ from safemax_sd.core.quiet import quiet
 from safemax_sd.diffusion.process import DiffusionProcess, from_scheduler
 from safemax_sd.diffusion.schedulers import settings_of
 from safemax_sd.families.base import Conditioning, LoadOptions, ModelFamily
-from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, check_tokenizers, load_folder, own_side
+from safemax_sd.families.folders import (
+    LOAD_ERRORS,
+    cannot_be_loaded,
+    check_tokenizers,
+    check_unquantized,
+    load_folder,
+    own_side,
+)
+from safemax_sd.families.quantization import OPTION as QUANTIZE
+from safemax_sd.families.quantization import quantization_config
 from safemax_sd.families.single_file import is_single_file, load_single_file
 from safemax_sd.prompts import without_cut_text
 
@@ -69,15 +78,24 @@ class LatentFamily(ModelFamily):
             OptionError: A part of the model is missing or cannot be used.
         """
         if is_single_file(options.name_or_path):
+            if options.quantize is not None:
+                text = "is for folders and models on the hub: leave it out, or save the single file as a folder"
+                raise OptionError(QUANTIZE, options.quantize, text)
             pipeline = load_single_file(cls._pipeline_class(), options)
         else:
             pipeline = cls._load_folder(options)
         check_tokenizers(pipeline, options.name_or_path)
+        check_unquantized(getattr(pipeline, cls.denoiser_part), options.name_or_path)
         return pipeline
 
     @classmethod
     def _load_folder(cls, options: LoadOptions) -> Any:
-        parts = load_folder(options)
+        from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+
+        quantization = {}
+        if options.quantize is not None:
+            quantization[cls.denoiser_part] = quantization_config(options.quantize, options.device, options.dtype)
+        parts = load_folder(options, quantization)
         try:
             with quiet():
                 return cls._pipeline_class().from_pretrained(
@@ -86,6 +104,9 @@ class LatentFamily(ModelFamily):
                     variant=options.variant,
                     cache_dir=options.cache_dir,
                     dtype=options.dtype,
+                    quantization_config=PipelineQuantizationConfig(quant_mapping=quantization)
+                    if quantization
+                    else None,
                     **parts,
                     **cls.pipeline_arguments,
                 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 
 from safemax_sd.core.options import Options, Range, option
 from safemax_sd.families.base import LoadOptions
+from safemax_sd.families.quantization import Quantization
 
 CPU = torch.device("cpu")
 
@@ -60,3 +61,9 @@ class BaseModelOptions(LoadingOptions):
         "Side of pictures in pixels; the model's own if not given.",
         Range("must be a multiple of 8, 16,384 at most", lambda value: 0 < value <= 16_384 and value % 8 == 0),
     )
+    quantize: Quantization | None = option(
+        None, "Quantization of the frozen denoiser: int8 (torchao), or nf4 (bitsandbytes, on CUDA alone)."
+    )
+
+    def load_options(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> LoadOptions:
+        return replace(super().load_options(device, dtype), quantize=self.quantize)

@@ -21,6 +21,7 @@ from safemax_sd.core.provenance import Cost, Provenance, peak_memory_bytes, publ
 from safemax_sd.core.records import EntryError, decode
 from safemax_sd.families import LoadOptions, ModelFamily
 from safemax_sd.families.base import FAMILIES
+from safemax_sd.families.quantization import Quantization
 from safemax_sd.prompts import PromptSet
 from safemax_sd.results.folder import finish
 from safemax_sd.results.version1 import from_version_1
@@ -37,6 +38,7 @@ class BaseModel:
         name_or_path: Folder, single file, hub id or the name of an embedded model.
         family: Name of the model's `ModelFamily`; None if it has not been loaded yet.
         single_file_config: Folder or hub id with a single file's configuration; None in records of other models.
+        quantize: Quantization of the denoiser while the LoRA was trained; `options` loads it unquantized.
     """
 
     name_or_path: str
@@ -46,6 +48,7 @@ class BaseModel:
     prediction_type: Literal["epsilon", "v_prediction"] | None
     family: str | None
     single_file_config: str | None = None
+    quantize: Quantization | None = None
 
     @classmethod
     def of(cls, options: LoadOptions, family: str | None) -> Self:
@@ -57,6 +60,7 @@ class BaseModel:
             prediction_type=options.prediction_type,  # type: ignore[arg-type]
             family=family,
             single_file_config=options.single_file_config,
+            quantize=options.quantize,
         )
 
     def options(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LoadOptions:

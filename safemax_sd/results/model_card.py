@@ -70,7 +70,8 @@ def _plain(name: str) -> str:
 
 def _trained(record: ErasureRecord) -> str:
     if record.lora is not None:
-        return f"LoRA of rank {record.lora.rank}, {record.lora.targets} layers"
+        quantized = f", on a base quantized to {kind}" if (kind := record.base_model.quantize) else ""
+        return f"LoRA of rank {record.lora.rank}, {record.lora.targets} layers{quantized}"
     pruned = record.config.get("prune")
     return (
         f"LoRA, merged into weights pruned by {pruned:.1%}" if isinstance(pruned, float) and pruned else "all weights"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from safemax_sd.core.errors import OptionError
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts
@@ -9,6 +11,8 @@ from safemax_sd.results import hub
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.optimizers import check_optimizer
 from safemax_sd.training.output import check_tracker
+
+logger = logging.getLogger("safemax_sd")
 
 
 def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
@@ -37,6 +41,7 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
         text = f"does not go with --objective {config.objective}: use {' or '.join(sorted(allowed))}"
         raise OptionError("--trainable", config.trainable, text)
     check_pruning(config)
+    check_quantization(config)
     return forget, retain
 
 
@@ -57,3 +62,20 @@ def check_pruning(config: TrainConfig) -> None:
     if config.output_kohya_format:
         text = "does not go with --prune, whose result is the whole denoiser"
         raise OptionError("--output_kohya_format", True, text)
+
+
+def check_quantization(config: TrainConfig) -> None:
+    """Check that `--quantize` goes with the other flags, and warn if it saves no memory.
+
+    Raises:
+        OptionError: It does not.
+    """
+    if config.quantize is None:
+        return
+    if config.trainable != "lora":
+        raise OptionError("--quantize", config.quantize, "goes with --trainable lora: quantized weights do not train")
+    if config.prune:
+        raise OptionError("--prune", config.prune, "does not go with --quantize, whose rounded weights are not stored")
+    if config.quantize == "int8" and not config.gradient_checkpointing:
+        # torchao's layers compute with a copy in the input's type, which autograd keeps for the backward pass.
+        logger.warning("--quantize int8 saves memory during training only with --gradient_checkpointing")

@@ -26,6 +26,7 @@ from safemax_sd.training import checkpoints
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.optimizers import make_optimizer
 from safemax_sd.training.probe import UnlearningProbe
+from safemax_sd.training.workers import send_no_frozen_weights
 
 logger = logging.getLogger("safemax_sd")
 
@@ -109,6 +110,8 @@ def build_run(
         num_cycles=config.lr_num_cycles,
     )
     checkpoints.register(accelerator, weights)
+    if config.quantize is not None:
+        send_no_frozen_weights(family.denoiser)
     denoiser, optimizer, scheduler = accelerator.prepare(family.denoiser, optimizer, scheduler)
     if config.torch_compile is not None:  # a wrapper: `family.denoiser`, which is saved and samples, stays as it is
         denoiser = torch.compile(denoiser, backend=config.torch_compile)

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, parse_flag_from_env
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import COUNT, RunOptions, option
@@ -78,6 +80,15 @@ def make_accelerator(config: TrackerOptions) -> Accelerator:
     check_distribution(accelerator.distributed_type)
     check_precision(accelerator)
     return accelerator
+
+
+def send_no_frozen_weights(network: nn.Module) -> None:
+    """Keep data parallelism from sending weights that do not train, which every process has loaded.
+
+    Quantized ones cannot be sent as they are.
+    """
+    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, frozen)
 
 
 def check_precision(accelerator: Accelerator) -> None:
