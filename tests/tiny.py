@@ -23,6 +23,7 @@ from safemax_sd.families.ddpm import ClassConditionalDDPM
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.objectives.base import Batch, Draw, Objective, Predict
+from safemax_sd.recording.prompt_encoding import PromptEncoder
 from safemax_sd.recording.schedule import Recording
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
@@ -177,7 +178,8 @@ def train_arguments(model: Path, folder: Path, output_dir: Path, *more: str) -> 
 def recording(config: TrainConfig, family: ModelFamily) -> Recording:
     """Return the recording of a training with these flags, before its first step."""
     forget, retain = read_input(config)
-    return Recording(config, OBJECTIVES.get(config.objective).needs(config, forget), family, forget, retain)
+    needs = OBJECTIVES.get(config.objective).needs(config, forget, retain)
+    return Recording(config, needs, PromptEncoder(family), forget, retain)
 
 
 def reached(objective: Objective, predict: Predict, draw: Draw) -> Batch:

@@ -147,7 +147,8 @@ class Bench:
 
     def _inputs(self, count: int, encoders: ModelFamily | None) -> Callable[[], tuple[Tensor, Conditioning]]:
         """Return a function that gives a step its clean latents and token states."""
-        rows = torch.arange(count) % len(self.run.retain)
+        shown = self.run.objective.data.retain_bank.prompt
+        rows = shown[torch.arange(count) % len(shown)]
         if encoders is None:
             latents = torch.randn(count, *self.family.latent_shape(self.run.config.resolution), device=self.device)
             conditioning = self.conditioning.select(rows)

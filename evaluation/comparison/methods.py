@@ -178,7 +178,7 @@ class TrainedMethod(Method):
 
     def expected_calls(self, erasure: Erasure) -> float:
         config = config_class(self.name)(**self._all_flags(erasure))
-        return sum(expected_calls(config, read_input(config)[0]).values())
+        return sum(expected_calls(config, *read_input(config)).values())
 
     def erase(self, erasure: Erasure) -> None:
         path = erasure.folder / FLAGS

@@ -241,7 +241,7 @@ class ModelFamily(ABC):
         if skipped and hasattr(scheduler, "set_begin_index"):  # a sampler that counts its steps itself
             scheduler.set_begin_index(skipped)
         ancestral = {} if step_noise is None else {"eta": 1.0, "generator": step_noise}
-        conditioning = self.with_guidance(conditioning, guidance_scale)
+        conditioning = self.with_guidance(conditioning.to(x_T.device), guidance_scale)
         x = x_T
         for time in scheduler.timesteps[skipped:]:
             t = time.expand(len(x))

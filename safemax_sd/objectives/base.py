@@ -321,8 +321,8 @@ class Objective(ABC):
     anchor: MarkStrengths | None = None
 
     @classmethod
-    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
-        """Return the trajectories that the objective needs, and its prompts beyond the two prompt files."""
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
+        """Return the trajectories that the objective needs, and the prompts that it uses beyond theirs."""
         return ReplayNeeds()
 
     @abstractmethod

@@ -65,7 +65,7 @@ class ConceptAblation(Relabelling):
         self.config, self.data, self.anchors = config, data, data.extra
 
     @classmethod
-    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
         assert isinstance(config, ConceptAblationConfig)
         return ReplayNeeds("nothing", anchor_prompts(forget, config.anchor_concept), config.anchor_trajectories)
 

@@ -83,7 +83,7 @@ class EraseDiff(Objective):
         self.weight = config.lambda_rate
 
     @classmethod
-    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
         return ReplayNeeds("samples")
 
     @classmethod

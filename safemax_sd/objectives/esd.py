@@ -88,7 +88,7 @@ class Esd(Objective):
         self.config, self.data = config, data
 
     @classmethod
-    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
         assert isinstance(config, EsdConfig)
         return ReplayNeeds("steps" if config.esd_states == "replayed" else "nothing")
 

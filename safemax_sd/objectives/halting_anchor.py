@@ -24,12 +24,10 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import POSITIVE, SHARE, Range, option
 from safemax_sd.core.provenance import write_tensors_atomic
 from safemax_sd.families import TOKEN_STATES, Conditioning
-from safemax_sd.objectives.base import (
-    Student,
-)
+from safemax_sd.objectives.base import ObjectiveOptions, Student
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
-from safemax_sd.prompts import PromptOptions
-from safemax_sd.recording.data import ErasureData
+from safemax_sd.prompts import PromptOptions, PromptSet
+from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
 MOST_PRACTISED_SHARE = 0.5
 """Largest fraction of the concepts that one practice edit erases."""
@@ -89,6 +87,10 @@ class HaltingAnchor(Safemax):
         states = data.retain.tensors[TOKEN_STATES].cpu()
         self.marks = config.mark_length * choose_marks(states, config.marks, config.seed)
         self.anchor = MarkStrengths(halts_from=config.mark_least, harmless_to=config.mark_kept)
+
+    @classmethod
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
+        return ReplayNeeds(retain_rows=range(len(retain)))
 
     def prepare(self, student: Student) -> int:
         """Solve the practice edits, and initialise the LoRA of keys and values with rows that read the marks.

@@ -72,8 +72,8 @@ class Salun(Relabelling):
         return replace(super().expected_calls(config), prepare=config.forget_trajectories)
 
     @classmethod
-    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
-        return ReplayNeeds("samples")
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
+        return ReplayNeeds("samples", retain_rows=[row % len(retain) for row in range(len(forget))])
 
     def draw(self, positions: Positions) -> RelabelledDraw:
         data, process = self.data, self.data.process

@@ -77,7 +77,7 @@ class SelectiveAmnesia(Objective):
         return calls
 
     @classmethod
-    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
         return ReplayNeeds("samples")
 
     def draw(self, positions: Positions) -> Batch:

@@ -92,7 +92,7 @@ class SfrOn(Objective):
         self.mean_coefficients: list[Tensor] = []
 
     @classmethod
-    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
         return ReplayNeeds("samples")
 
     @classmethod

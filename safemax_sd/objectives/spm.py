@@ -102,8 +102,9 @@ class Spm(Objective):
         self._weights: dict[int, Tensor] = {}
 
     @classmethod
-    def needs(cls, config: ObjectiveOptions, forget: PromptSet) -> ReplayNeeds:
-        return ReplayNeeds("nothing")
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
+        assert isinstance(config, SpmConfig)
+        return ReplayNeeds("nothing", retain_rows=range(len(retain)) if config.spm_anchors == "prompts" else ())
 
     @classmethod
     def expected_calls(cls, config: ObjectiveOptions) -> ExpectedCalls:

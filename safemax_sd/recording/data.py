@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,11 +19,13 @@ class ReplayNeeds:
         stored: Content of the replay banks: all steps, final samples, or nothing.
         extra_prompts: Prompts that the objective uses beyond the two prompt files, such as anchors.
         extra_trajectories: Number of samples that the frozen model generates for the extra prompts.
+        retain_rows: Rows of retain prompts that the objective uses beside those of recorded trajectories and pictures.
     """
 
     stored: Literal["steps", "samples", "nothing"] = "steps"
     extra_prompts: tuple[str, ...] = ()
     extra_trajectories: int = 0
+    retain_rows: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class ErasureData:
         latent_shape: Shape of one sample.
         classifier_free: True if a guided sampler mixes the predictions with and without the prompt.
         forget: Conditioning of the forget prompts, one row each.
-        retain: Conditioning of the retain prompts, one row each.
+        retain: Conditioning of the retain prompts, one row each; rows that are not drawn cannot be selected.
         retain_concepts: Concept of each retain prompt, or the prompt's text if its file names none.
         empty: Conditioning of the empty prompt, one row.
         forget_bank: Trajectories of the frozen model for the forget prompts.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -33,25 +33,38 @@ def likeness(first: Conditioning, second: Conditioning, origin: Tensor | None = 
         return normalize((states if origin is None else states - origin).flatten(1))
 
     one = directions(first)
-    return torch.cat([one @ directions(block).T for block in _blocks(second)], dim=1)
+    return torch.cat([one @ directions(block).T for block in blocks(second)], dim=1)
 
 
-def nearest(prompts: Conditioning, others: Conditioning) -> Tensor:
+def nearest(prompts: Callable[[], Iterable[Conditioning]], others: Conditioning) -> Tensor:
     """Sort prompts by their largest similarity to any of `others`.
 
     The mean token states of the prompts are subtracted first, so that what they have in common does not count.
 
+    Args:
+        prompts: Function that returns the prompts in blocks. It is called twice, and no block is kept.
+        others: Conditioning of the other prompts.
+
     Returns:
-        Rows of `prompts`, int64 [N], the most similar first.
+        Rows of the prompts, int64 [N], the most similar first.
     """
-    mean = prompts.tensors[TOKEN_STATES].float().mean(0)
+    total, count = torch.zeros(()), 0
+    for block in prompts():
+        total = total + block.tensors[TOKEN_STATES].float().sum(0)
+        count += len(block)
+    mean = total / count
     most = [
-        torch.stack([likeness(block, other, mean).amax(1) for other in _blocks(others)]).amax(0)
-        for block in _blocks(prompts)
+        torch.stack([likeness(block, other.to(mean.device), mean).amax(1) for other in blocks(others)]).amax(0)
+        for block in prompts()
     ]
     return torch.cat(most).argsort(descending=True).cpu()
 
 
-def _blocks(rows: Conditioning) -> Iterator[Conditioning]:
-    size = max(1, min(BLOCK, ELEMENTS // rows.tensors[TOKEN_STATES][0].numel()))
-    return (rows.select(block) for block in torch.arange(len(rows)).split(size))
+def block_size(rows: Conditioning) -> int:
+    """Return the most prompts in one block, from the token states of at least one."""
+    return max(1, min(BLOCK, ELEMENTS // rows.tensors[TOKEN_STATES][0].numel()))
+
+
+def blocks(rows: Conditioning) -> Iterator[Conditioning]:
+    """Split prompts into blocks."""
+    return (rows.select(block) for block in torch.arange(len(rows)).split(block_size(rows)))

@@ -38,6 +38,12 @@ def noise_batches(draws: float) -> int:
     return math.ceil(min(MOST, draws) / NOISE_BATCH)
 
 
+def draw_prompts(count: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw rows of prompts, int64 [N], for one batch from each generator; a batch draws them first."""
+    rows = [torch.randint(count, (NOISE_BATCH,), generator=generator) for generator in generators]
+    return torch.cat([torch.zeros(0, dtype=torch.long), *rows])
+
+
 @torch.no_grad()
 def predictions_on_noise(
     data: ErasureData,
@@ -58,9 +64,9 @@ def predictions_on_noise(
     empty, schedule = torch.zeros(0, *data.latent_shape), data.process.schedule
     batches = [OnNoise(empty, schedule.all_times()[:0], torch.zeros(0, dtype=torch.long), empty)]
     for generator in tqdm(generators, desc="noise to keep", unit="batch", disable=not generators):
+        prompt = draw_prompts(len(data.retain), [generator])
         t = torch.cat([schedule.sample_time_below(below, generator) for _ in range(NOISE_BATCH)])
         x_t = data.process.x_t(torch.randn((NOISE_BATCH, *data.latent_shape), generator=generator), t)
-        prompt = torch.randint(len(data.retain), (NOISE_BATCH,), generator=generator)
         asked = (x_t.to(device), t.to(device), data.retain.select(prompt).to(device))
         batches.append(OnNoise(x_t, t, prompt, predict(*asked).cpu()))
     return OnNoise(*(torch.cat(column) for column in zip(*batches, strict=True)))

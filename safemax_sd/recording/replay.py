@@ -182,7 +182,7 @@ class Recorder:
 
     Attributes:
         family: Model; an attached adapter is switched off while recording.
-        conditioning: Conditioning of the prompts, one row each.
+        conditioning: Conditioning of the prompts, one row each, in main memory.
         prompts: Row of each trajectory's prompt, int64 [trajectories].
         guidance_scale: Guidance scale of the trajectories.
         num_inference_steps: Steps of each trajectory.
@@ -287,7 +287,7 @@ class Recorder:
         generators = [torch.Generator().manual_seed(seed + PERTURBATION_SEED) for seed in seeds]
         unguided = ((indices + 1) * self.unguided_share).floor() > (indices * self.unguided_share).floor()
         scale = torch.where(unguided, 1.0, self.guidance_scale).to(end).view(-1, *[1] * (end.dim() - 1))
-        conditioning = self.family.with_guidance(self.conditioning.select(prompts), scale)
+        conditioning = self.family.with_guidance(self.conditioning.select(prompts).to(device), scale)
         calls = 2 * len(seeds) * self.num_inference_steps
         rows = []
         for point in self.family.trajectory(

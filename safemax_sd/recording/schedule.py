@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, Extra, ReplayNeeds
 from safemax_sd.recording.likeness import nearest
 from safemax_sd.recording.picture_folder import encode_samples
+from safemax_sd.recording.prompt_encoding import CPU, PromptEncoder
 from safemax_sd.recording.replay import (
     MEMORY,
     PERTURBED_SHARE,
@@ -83,7 +85,7 @@ class Recording:
     Args:
         config: Flags.
         needs: The objective's request.
-        family: Model to record.
+        encoder: Encoder of the model to record.
         forget: Forget prompts.
         retain: Retain prompts.
 
@@ -92,8 +94,9 @@ class Recording:
     """
 
     def __init__(
-        self, config: ReplayOptions, needs: ReplayNeeds, family: ModelFamily, forget: PromptSet, retain: PromptSet
+        self, config: ReplayOptions, needs: ReplayNeeds, encoder: PromptEncoder, forget: PromptSet, retain: PromptSet
     ) -> None:
+        family = encoder.family
         if config.replay_unguided_share > 0 and not family.classifier_free:
             text = f"needs predictions without guidance, which {family.name} models with a guidance input do not make"
             raise OptionError("--replay_unguided_share", config.replay_unguided_share, text)
@@ -102,38 +105,41 @@ class Recording:
         keep_steps = needs.stored == "steps"
         gradual = keep_steps and config.trainable == "lora"
         self._last_step = config.replay_span * config.max_train_steps if gradual else 0.0
-        prompts = {"forget": forget, "retain": retain}
-        conditioning = {
-            name: family.with_guidance(family.encode_prompts(part.texts), config.replay_guidance_scale)
-            for name, part in prompts.items()
-        }
         folder, resolution = config.train_data_dir, config.resolution
         self._pictures: dict[str, Samples] = {
             name: encode_samples(family, part, folder, resolution=resolution, option="--train_data_dir")
-            for name, part in prompts.items()
+            for name, part in {"forget": forget, "retain": retain}.items()
             if folder is not None
         }
-        self._recorders: dict[str, Recorder] = {}
+        forbidden = encoder.encode_drawn(forget.texts, range(len(forget)), config.replay_guidance_scale)
+        trajectories: dict[str, Tensor] = {}
         # Real pictures replace recorded samples.
         if keep_steps or (needs.stored == "samples" and not self._pictures):
-            for name, rows in trajectory_prompts(config, conditioning, near=keep_steps).items():
-                # With gradual recording, even the first trajectories should cover the whole file.
-                shown = rows[dispersed(len(rows))] if self._last_step else rows
-                self._recorders[name] = recorder(config, family, name, conditioning[name], shown, keep_steps=keep_steps)
+            trajectories = trajectory_prompts(config, encoder, forbidden, retain, near=keep_steps)
+        used = [trajectories["retain"]] if trajectories else []
+        used += [self._pictures["retain"].prompt] if self._pictures else []
+        drawn = [*needs.retain_rows, *(row for rows in used for row in rows.tolist())]
+        kept = encoder.encode_drawn(retain.texts, drawn, config.replay_guidance_scale)
+        self._recorders: dict[str, Recorder] = {}
+        for name, rows in trajectories.items():
+            # With gradual recording, even the first trajectories should cover the whole file.
+            shown = rows[dispersed(len(rows))] if self._last_step else rows
+            conditioning = kept if name == "retain" else forbidden
+            self._recorders[name] = recorder(config, family, name, conditioning, shown, keep_steps=keep_steps)
         nothing = ReplayBank.empty(family.latent_shape(config.resolution))
         self._data = ErasureData(
             process=family.process,
             latent_shape=family.latent_shape(config.resolution),
             classifier_free=family.classifier_free,
-            forget=_on_cpu(conditioning["forget"]),
-            retain=_on_cpu(conditioning["retain"]),
+            forget=forbidden,
+            retain=kept,
             retain_concepts=tuple(prompt.shows for prompt in retain.prompts),
-            empty=_on_cpu(family.with_guidance(family.empty, config.replay_guidance_scale)),
+            empty=family.with_guidance(family.empty, config.replay_guidance_scale).to(CPU),
             forget_bank=nothing,
             retain_bank=nothing,
             forget_samples=self._pictures.get("forget", nothing.samples),
             retain_samples=self._pictures.get("retain", nothing.samples),
-            extra=record_extra(config, family, needs),
+            extra=record_extra(config, encoder, needs),
         )
 
     @property
@@ -174,23 +180,29 @@ def expected_calls(config: ReplayOptions, needs: ReplayNeeds) -> float:
 
 
 def trajectory_prompts(
-    config: ReplayOptions, conditioning: Mapping[str, Conditioning], *, near: bool
+    config: ReplayOptions, encoder: PromptEncoder, forbidden: Conditioning, retain: PromptSet, *, near: bool
 ) -> dict[str, Tensor]:
     """Assign a prompt to each trajectory.
 
     Args:
         config: Flags.
-        conditioning: Conditioning of the `forget` and `retain` prompts.
+        encoder: Encoder of the retain prompts.
+        forbidden: Conditioning of the forget prompts.
+        retain: Retain prompts.
         near: True to apply `--retain_near_share`.
 
     Returns:
         Row of each trajectory's prompt, int64, for `forget` and `retain`.
     """
-    kept, forbidden = conditioning["retain"], conditioning["forget"]
-    near_share = config.retain_near_share if near else 0.0
+    alike = near and TOKEN_STATES in forbidden.tensors  # class numbers have no similarity
+    share = config.retain_near_share if alike else 0.0
+
+    def order() -> Tensor:
+        return nearest(partial(encoder.blocks, retain.texts), forbidden)
+
     return {
         "forget": spread(config.forget_trajectories, len(forbidden)),
-        "retain": with_nearest(kept, forbidden, config.retain_trajectories, near_share),
+        "retain": with_nearest(len(retain), config.retain_trajectories, share, order),
     }
 
 
@@ -222,12 +234,12 @@ def recorder(
     )
 
 
-def record_extra(config: ReplayOptions, family: ModelFamily, needs: ReplayNeeds) -> Extra | None:
+def record_extra(config: ReplayOptions, encoder: PromptEncoder, needs: ReplayNeeds) -> Extra | None:
     """Encode an objective's extra prompts and sample the frozen model for them; None if there are no such prompts."""
-    prompts = needs.extra_prompts
+    prompts, family = needs.extra_prompts, encoder.family
     if not prompts:
         return None
-    rows = family.with_guidance(family.encode_prompts(prompts), config.replay_guidance_scale)
+    rows = family.with_guidance(encoder.encode(prompts), config.replay_guidance_scale)
     bank = ReplayBank.empty(family.latent_shape(config.resolution))
     if needs.extra_trajectories:
         bank = Recorder(
@@ -243,28 +255,28 @@ def record_extra(config: ReplayOptions, family: ModelFamily, needs: ReplayNeeds)
             keep_steps=False,
             storage=bank_storage(config, "extra", family.latent_shape(config.resolution), 0),
         ).record()
-    return Extra(_on_cpu(rows), bank.samples, bank.model_calls)
+    return Extra(rows, bank.samples, bank.model_calls)
 
 
-def with_nearest(kept: Conditioning, forbidden: Conditioning, trajectories: int, share: float) -> Tensor:
+def with_nearest(prompts: int, trajectories: int, share: float, order: Callable[[], Tensor]) -> Tensor:
     """Assign a retain prompt to each trajectory: evenly chosen ones, then those most similar to forget prompts.
 
     A network that halts for a prompt also halts, to some degree, for prompts with similar token states.
 
     Args:
-        kept: Conditioning of the retain prompts.
-        forbidden: Conditioning of the forget prompts.
+        prompts: Number of retain prompts.
         trajectories: Number of trajectories.
         share: Fraction of trajectories for the most similar prompts, 0 to 1.
+        order: Function that returns the rows of the retain prompts, the most similar first; called only if needed.
 
     Returns:
         Row of each trajectory's prompt, int64 [trajectories].
     """
-    near = round(share * trajectories) if TOKEN_STATES in kept.tensors else 0  # class numbers have no similarity
-    evenly = spread(trajectories - near, len(kept))
+    near = round(share * trajectories)
+    evenly = spread(trajectories - near, prompts)
     if near == 0:
         return evenly
-    return torch.cat([evenly, nearest(kept, forbidden)[torch.arange(near) % len(kept)]])
+    return torch.cat([evenly, order()[torch.arange(near) % prompts]])
 
 
 def bank_storage(config: ReplayOptions, name: str, latent_shape: tuple[int, ...], trajectories: int) -> Storage:
@@ -273,7 +285,3 @@ def bank_storage(config: ReplayOptions, name: str, latent_shape: tuple[int, ...]
     if PartialState().num_processes == 1 and size <= config.replay_memory_gib * 2**30:
         return MEMORY
     return Storage(Path(config.output_dir) / f".replay-{name}")
-
-
-def _on_cpu(conditioning: Conditioning) -> Conditioning:
-    return conditioning.to(torch.device("cpu"))

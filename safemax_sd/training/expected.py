@@ -11,7 +11,7 @@ from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.probe import PROBE_PICTURES
 
 
-def expected_calls(config: TrainConfig, forget: PromptSet) -> dict[str, float]:
+def expected_calls(config: TrainConfig, forget: PromptSet, retain: PromptSet) -> dict[str, float]:
     """Return the network evaluations to expect by phase, counted per sample, as a record's cost counts them.
 
     What is drawn at random counts with its mean, real pictures as many as the trajectories that they replace, and a
@@ -20,10 +20,11 @@ def expected_calls(config: TrainConfig, forget: PromptSet) -> dict[str, float]:
     Args:
         config: Flags.
         forget: Forget prompts, as `read_input` returns them.
+        retain: Retain prompts.
     """
     objective = OBJECTIVES.get(config.objective)
     own = objective.expected_calls(config)  # type: ignore[arg-type]
-    needs = objective.needs(config, forget)  # type: ignore[arg-type]
+    needs = objective.needs(config, forget, retain)  # type: ignore[arg-type]
     probes = config.max_train_steps // config.probe_steps if config.stop_at_unlearning_accuracy is not None else 0
     return {
         "prune": _pruning_calls(config) if config.prune else 0,

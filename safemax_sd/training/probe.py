@@ -12,6 +12,7 @@ from safemax_sd.core.judge import Judge, load_judge
 from safemax_sd.core.options import PERCENTAGE, STEPS, option
 from safemax_sd.families import Conditioning, ModelFamily
 from safemax_sd.prompts import PromptSet, pick
+from safemax_sd.recording.prompt_encoding import PromptEncoder
 from safemax_sd.recording.replay import start_noise
 from safemax_sd.recording.schedule import ReplayOptions
 
@@ -58,7 +59,7 @@ class UnlearningProbe:
 
     @staticmethod
     def build(
-        config: ProbeOptions, family: ModelFamily, forget: PromptSet, retain: PromptSet
+        config: ProbeOptions, encoder: PromptEncoder, forget: PromptSet, retain: PromptSet
     ) -> UnlearningProbe | None:
         """Build the probe that the flags ask for, or return None.
 
@@ -76,7 +77,7 @@ class UnlearningProbe:
         judge = load_judge(config.clip_model, config.clip_pretrained)
         return UnlearningProbe(
             judge=judge,
-            conditioning=family.encode_prompts([prompt.text for prompt in chosen]),
+            conditioning=encoder.encode([prompt.text for prompt in chosen]),
             truth=torch.tensor([concepts.index(prompt.concept or "") for prompt in chosen]),
             captions=[*judge.captions(concepts, forget.artists + retain.artists), judge.templates["nothing"]],
             threshold=config.stop_at_unlearning_accuracy,

@@ -20,6 +20,7 @@ from safemax_sd.families import Conditioning, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.prompts import PromptSet, warn_over_long
 from safemax_sd.recording.data import ReplayNeeds
+from safemax_sd.recording.prompt_encoding import PromptEncoder
 from safemax_sd.recording.pruning import prune
 from safemax_sd.recording.schedule import Recording
 from safemax_sd.training import checkpoints
@@ -86,12 +87,13 @@ def build_run(
             logger.warning(message)
         warn_over_long(forget, family.tokenizer, option="--forget_prompts")
         warn_over_long(retain, family.tokenizer, option="--retain_prompts")
-        validation = family.encode_prompts(config.validation_prompt) if config.validation_prompt else None
-        probe = UnlearningProbe.build(config, family, forget, retain)
-    pruning_calls = pruned(config, family, forget, retain, clock)
+        encoder = PromptEncoder(family)
+        validation = encoder.encode(config.validation_prompt) if config.validation_prompt else None
+        probe = UnlearningProbe.build(config, encoder, forget, retain)
+    pruning_calls = pruned(config, encoder, forget, retain, clock)
     with clock.phase("replay"):
-        needs = OBJECTIVES.get(config.objective).needs(config, forget)
-        recording = Recording(config, needs, family, forget, retain)
+        needs = OBJECTIVES.get(config.objective).needs(config, forget, retain)
+        recording = Recording(config, needs, encoder, forget, retain)
         data = recording.before(0)
     family.free_encoders(decoder=validation is None and probe is None)
     objective = OBJECTIVES.get(config.objective)(config, data)  # type: ignore[arg-type]
@@ -135,7 +137,7 @@ def build_run(
 
 
 def pruned(
-    config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet, clock: Stopwatch
+    config: TrainConfig, encoder: PromptEncoder, forget: PromptSet, retain: PromptSet, clock: Stopwatch
 ) -> dict[str, int]:
     """Prune the frozen model if `--prune` asks for it; return the network evaluations of that phase, if it was run."""
     if not config.prune:
@@ -143,8 +145,8 @@ def pruned(
     # The objective's own trajectories are recorded after this: a LoRA that sees those of the unpruned model learns back
     # what has been removed.
     with clock.phase("prune"):
-        recording = Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), family, forget, retain)
-        calls = prune(family, recording.before(0), config.prune, seed=config.seed)
+        recording = Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), encoder, forget, retain)
+        calls = prune(encoder.family, recording.before(0), config.prune, seed=config.seed)
     return {"prune": calls + recording.model_calls}
 
 

@@ -30,7 +30,7 @@ def test_calls_are_those_expected(objective: str, more: tuple[str, ...], tiny_mo
     config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *flags, *weights))
     if "--prune" in more:
         config.trainable = "lora"
-    expected = expected_calls(config, read_input(config)[0])
+    expected = expected_calls(config, *read_input(config))
     train(config)
     counted = ErasureRecord.read(tmp_path / "out").cost.model_calls
     drawn = set() if "replayed" in more else DRAWN.get(objective, set())

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from safemax_sd.erasing.edits import EditConfig
 from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_family
 from safemax_sd.prompts import load_prompts
-from safemax_sd.recording.likeness import likeness, nearest
+from safemax_sd.recording.likeness import blocks, likeness, nearest
 from safemax_sd.recording.replay import spread
 from safemax_sd.recording.schedule import Recording, with_nearest
 from safemax_sd.training.command_line import parse_config
@@ -29,6 +29,14 @@ def states(*rows: list[float]) -> Conditioning:
 KEPT = states([1, 0], [0, 1], [-1, 0], [0, -1])
 
 
+def order(kept: Conditioning, forbidden: Conditioning) -> torch.Tensor:
+    return nearest(lambda: blocks(kept), forbidden)
+
+
+def shown(kept: Conditioning, forbidden: Conditioning, trajectories: int, share: float) -> list[int]:
+    return with_nearest(len(kept), trajectories, share, lambda: order(kept, forbidden)).tolist()
+
+
 def test_likeness_is_the_cosine_of_whole_prompts() -> None:
     kept = states([2, 0], [3, 4], [0, 5])
     assert torch.allclose(likeness(states([1, 0]), kept), torch.tensor([[1.0, 0.6, 0.0]]))
@@ -36,28 +44,29 @@ def test_likeness_is_the_cosine_of_whole_prompts() -> None:
 
 
 def test_some_trajectories_go_to_the_prompts_most_like_forbidden_ones() -> None:
-    rows = with_nearest(KEPT, states([-3, 0.5], [0.2, 2]), 6, 1 / 3)
-    assert rows[:4].tolist() == [0, 1, 2, 3]
-    assert set(rows[4:].tolist()) == {1, 2}
-    assert with_nearest(KEPT, KEPT, 6, 0.0).tolist() == [0, 1, 2, 3, 0, 1]
+    rows = shown(KEPT, states([-3, 0.5], [0.2, 2]), 6, 1 / 3)
+    assert rows[:4] == [0, 1, 2, 3]
+    assert set(rows[4:]) == {1, 2}
+    assert shown(KEPT, KEPT, 6, 0.0) == [0, 1, 2, 3, 0, 1]
 
 
 def test_more_than_there_are_prompts_take_them_in_turn() -> None:
-    assert sorted(with_nearest(KEPT, states([1, 1]), 8, 1.0).tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(shown(KEPT, states([1, 1]), 8, 1.0)) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_what_all_prompts_share_makes_none_alike() -> None:
-    shared = torch.full((1, 1, 2), 100.0)
-    far, kept = (Conditioning({TOKEN_STATES: c.tensors[TOKEN_STATES] + shared}) for c in (states([0, -5]), KEPT))
-    assert with_nearest(kept, far, 4, 0.25)[-1] == 3
+    common = torch.full((1, 1, 2), 100.0)
+    far, kept = (Conditioning({TOKEN_STATES: c.tensors[TOKEN_STATES] + common}) for c in (states([0, -5]), KEPT))
+    assert shown(kept, far, 4, 0.25)[-1] == 3
 
 
 def test_a_prompt_alone_is_as_alike_as_any() -> None:
-    assert with_nearest(states([1, 2]), states([3, 4]), 4, 0.5).tolist() == [0, 0, 0, 0]
+    assert shown(states([1, 2]), states([3, 4]), 4, 0.5) == [0, 0, 0, 0]
 
 
-def test_class_numbers_are_not_alike() -> None:
-    assert with_nearest(CLASSES, CLASSES, 4, 0.5).tolist() == [0, 1, 2, 3]
+def test_class_numbers_are_not_alike(tiny_ddpm: Path, tmp_path: Path) -> None:
+    data = recording(tiny_ddpm, tmp_path, "--retain_near_share", "0.5", "--replay_span", "0").before(0)
+    assert data.retain_samples.prompt.tolist() == [0, 1] * 4 + [0]
 
 
 def test_trajectories_are_spread_over_a_whole_file() -> None:
@@ -138,13 +147,13 @@ def test_prompts_that_differ_by_seed_alone_are_trained_on_once(tiny_model: Path,
 def test_prompts_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     many, few = (Conditioning({TOKEN_STATES: torch.randn(n, 3, 4, generator=generator)}) for n in (11, 7))
-    whole, order = likeness(many, few), nearest(many, few)
+    whole, sorted_rows = likeness(many, few), order(many, few)
     moved = [rows.tensors[TOKEN_STATES] - many.tensors[TOKEN_STATES].mean(0) for rows in (many, few)]
     cosines = torch.nn.functional.cosine_similarity(*(moved[0].flatten(1)[:, None], moved[1].flatten(1)[None]), dim=2)
-    assert torch.equal(order, cosines.amax(1).argsort(descending=True))
+    assert torch.equal(sorted_rows, cosines.amax(1).argsort(descending=True))
     for bound, value in (("BLOCK", 2), ("ELEMENTS", 3 * 3 * 4), ("ELEMENTS", 1)):
         monkeypatch.setattr(f"safemax_sd.recording.likeness.{bound}", value)
-        assert torch.allclose(likeness(many, few), whole) and torch.equal(nearest(many, few), order)
+        assert torch.allclose(likeness(many, few), whole) and torch.equal(order(many, few), sorted_rows)
 
 
 class Largest(TorchDispatchMode):
@@ -163,5 +172,5 @@ def test_what_is_held_to_compare_prompts_grows_with_their_number_alone() -> None
     count = 10_000
     many = Conditioning({TOKEN_STATES: torch.randn(count, 1, 2, generator=torch.Generator().manual_seed(0))})
     with Largest() as largest:
-        assert len(nearest(many, many)) == count
+        assert len(order(many, many)) == count
     assert 0 < largest.count <= 2**24  # one matrix of all pairs would have 100 million

@@ -71,7 +71,7 @@ def halt(process: DiffusionProcess, predict: Predict, pairs: Pairs, empty: Condi
 def roll_out(
     process: DiffusionProcess, predict: Predict, y: Tensor, end: Tensor, both: Conditioning, guidance: Tensor
 ) -> Tensor:
-    """Roll the student out from pure noise in `ROLLOUT_STEPS` guided Euler steps of dy/dφ = v.
+    """Return y, [N, *latent], where the student gets from pure noise in guided Euler steps of dy/dφ = v.
 
     Args:
         process: Noise process of the model.
@@ -80,9 +80,6 @@ def roll_out(
         end: Native time at which each rollout ends, [N].
         both: Conditioning of the forget prompts, then of the empty prompt, 2N rows.
         guidance: Guidance scales, [N].
-
-    Returns:
-        y at the end, [N, *latent].
     """
     grid = process.schedule.all_times().to(end)
     last = torch.searchsorted(grid, end).clamp(max=len(grid) - 1)

@@ -26,8 +26,9 @@ from safemax_sd.objectives.base import (
     prior_generator,
 )
 from safemax_sd.objectives.safemax.halting import ROLLOUT_GUIDANCE, ROLLOUT_STEPS, Pairs, halt
-from safemax_sd.recording.data import ErasureData
-from safemax_sd.recording.noise import NOISE_BATCH, noise_batches, predictions_on_noise
+from safemax_sd.prompts import PromptSet
+from safemax_sd.recording.data import ErasureData, ReplayNeeds
+from safemax_sd.recording.noise import NOISE_BATCH, draw_prompts, noise_batches, predictions_on_noise
 
 FORGET, RETAIN, NOISE = 0, 1, 2
 
@@ -57,10 +58,10 @@ class SafemaxConfig(ObjectiveOptions):
     retain_empty_share: float = option(0.25, "Fraction of retain samples with the empty prompt.", SHARE)
     retain_noise: float = option(0.02, "Fraction of retain samples on noise, where only the empty prompt halts.", SHARE)
 
-    @property
-    def noise_draws(self) -> float:
-        """Mean number of retain samples on noise in a run of single micro-batches."""
-        return self.retain_noise * self.retain_samples * self.max_train_steps
+    def noise_generators(self) -> list[torch.Generator]:
+        """Return the generators of the batches of pure noise for about as many retain samples as a run draws there."""
+        draws = self.retain_noise * self.retain_samples * self.max_train_steps
+        return [prior_generator(self.seed, NOISE, number) for number in range(noise_batches(draws))]
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,13 @@ class Safemax(Objective):
     def expected_calls(cls, config: ObjectiveOptions) -> ExpectedCalls:
         assert isinstance(config, SafemaxConfig)
         pairs = config.halt_unconditional * config.train_batch_size
-        rollouts = 2 * ROLLOUT_STEPS * config.halt_rollout * pairs
-        batch = config.train_batch_size + pairs + rollouts + config.retain_samples
-        return ExpectedCalls(batch, prepare=NOISE_BATCH * noise_batches(config.noise_draws))
+        batch = super().expected_calls(config).batch + pairs * (1 + 2 * ROLLOUT_STEPS * config.halt_rollout)
+        return ExpectedCalls(batch, prepare=NOISE_BATCH * len(config.noise_generators()))
+
+    @classmethod
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
+        assert isinstance(config, SafemaxConfig)
+        return ReplayNeeds(retain_rows=draw_prompts(len(retain), config.noise_generators()).tolist())
 
     def extend(self, data: ErasureData) -> None:
         super().extend(data)
@@ -120,9 +125,7 @@ class Safemax(Objective):
 
     def prepare(self, student: Student) -> int:
         """Record the base model's predictions for retain prompts on pure noise, which no trajectory passes."""
-        count = noise_batches(self.config.noise_draws)
-        generators = [prior_generator(self.config.seed, NOISE, number) for number in range(count)]
-        below = self.config.halt_below
+        generators, below = self.config.noise_generators(), self.config.halt_below
         self.on_noise = predictions_on_noise(self.data, student.predict, student.device, below, generators)
         return len(self.on_noise.t)
 
