@@ -55,8 +55,7 @@ def erasure_data(process: DiffusionProcess | None = None, *, classifier_free: bo
 
 
 def safemax(data: ErasureData | None = None, **flags: object) -> Safemax:
-    """Build the objective, by default without retain samples on noise, which `prepare` records."""
-    return Safemax(SafemaxConfig(**{"retain_noise": 0.0, **flags}), data or erasure_data())  # type: ignore[arg-type]
+    return Safemax(SafemaxConfig(**flags), data or erasure_data())  # type: ignore[arg-type]
 
 
 def drawn(built: Safemax, forget: int, retain: int = 1) -> SafemaxDraw:

@@ -56,7 +56,7 @@ class SafemaxConfig(ObjectiveOptions):
     halt_rollout: float = option(0.5, "Fraction of halted pairs produced by the student's own rollout.", SHARE)
     halt_restoring: float = option(1.0, "Rate at which the target shrinks a rollout's drift; 0 keeps it.", NOT_NEGATIVE)
     retain_empty_share: float = option(0.25, "Fraction of retain samples with the empty prompt.", SHARE)
-    retain_noise: float = option(0.02, "Fraction of retain samples on noise, where only the empty prompt halts.", SHARE)
+    retain_noise: float = option(0.0, "Fraction of retain samples on noise, where only the empty prompt halts.", SHARE)
 
     def noise_generators(self) -> list[torch.Generator]:
         """Return the generators of the batches of pure noise for about as many retain samples as a run draws there."""
