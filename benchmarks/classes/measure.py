@@ -1,16 +1,13 @@
-"""What a run forgets and keeps, in the published tables' terms, and the memory that a training step takes."""
+"""What a run forgets and keeps, in the published tables' terms."""
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safemax_sd.evaluation.metrics.base import wilson
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
@@ -101,38 +98,3 @@ def retention(
         "retained_accuracy_interval": accuracy.interval,
         "num_retain": len(made),
     }
-
-
-class TensorMemory(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make inside, as long as they live.
-
-    Attributes:
-        peak: Most bytes alive at once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive, self.peak = 0, 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor):
-                self.count(leaf)
-        return made
-
-    def count(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, once, until it is freed."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.alive -= size

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.classes.measure import TensorMemory
 from benchmarks.speed.steps import Bench, Candidate, Counter, phases
+from safemax_sd.core.memory import TensorMemory
 from safemax_sd.train import optimizer_step
 from safemax_sd.training.run import Run
 

@@ -87,6 +87,8 @@ class LoadOptions:
         variant: Variant of the weight files, such as `fp16`.
         cache_dir: Folder of hub downloads.
         device: Device of all networks.
+        without_weights: True to build the networks of a local folder from their configurations alone, on the meta
+            device; its tokenizers may lack their vocabularies.
     """
 
     name_or_path: str
@@ -96,6 +98,7 @@ class LoadOptions:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     prediction_type: str | None = None
+    without_weights: bool = False
 
 
 class ModelFamily(ABC):
@@ -301,6 +304,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """Encode pictures [B, 3, H, W] in 0 to 1 as clean latents, float32 [B, *latent]; the inverse of `decode`."""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the model's networks in memory, by the names of their parts."""
+        return {self.denoiser_part: self.denoiser}
 
     @abstractmethod
     def free_encoders(self, *, decoder: bool) -> None:
