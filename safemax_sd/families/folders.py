@@ -202,9 +202,8 @@ def check_tokenizers(pipeline: Any, name_or_path: str) -> None:
         OptionError: A tokenizer has no vocabulary.
     """
     for name, tokenizer in pipeline.components.items():
-        if name.startswith("tokenizer") and tokenizer is not None:
-            if not has_vocabulary(tokenizer):
-                raise OptionError(OPTION, name_or_path, f"{name} has no vocabulary: its files are missing")
+        if name.startswith("tokenizer") and tokenizer is not None and not has_vocabulary(tokenizer):
+            raise OptionError(OPTION, name_or_path, f"{name} has no vocabulary: its files are missing")
 
 
 def has_vocabulary(tokenizer: Any) -> bool:

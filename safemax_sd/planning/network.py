@@ -8,7 +8,7 @@ autocast runs in which precision, and attention without a matrix of scores.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -54,11 +54,13 @@ class Kernels(TorchFunctionMode):
             args, kwargs = tree_map(lambda value: _cast(value, dtype), (args, kwargs))
         return attention(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
 
-
     def checkpoint(self, module: nn.Module, *args: Any) -> Any:
         """Run a block of a network as diffusers does with gradient checkpointing."""
-        # A backward pass leaves the mode, so that recomputed operations need one of their own.
-        contexts = lambda: (nullcontext(), Kernels(self.device, self.autocast))  # noqa: E731
+
+        def contexts() -> tuple[AbstractContextManager[Any], Kernels]:
+            # A backward pass leaves the mode, so that recomputed operations need one of their own.
+            return nullcontext(), Kernels(self.device, self.autocast)
+
         return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
 
 

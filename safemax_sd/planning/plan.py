@@ -110,7 +110,7 @@ def describe(plan: Plan) -> Iterator[str]:
     config, rehearsal, trained = plan.config, plan.rehearsal, plan.memory.trained
     what = f"a LoRA of rank {config.rank} in" if config.trainable == "lora" else "the weights of"
     yield f"model: {config.pretrained_model_name_or_path} ({plan.family}), {plan.resolution} pixels"
-    yield f"trains: {what} {trained.layers} layers, {trained.parameters:,} parameters; the model has {plan.parameters:,}"
+    yield f"trains: {what} {trained.layers} layers, {trained.parameters:,} numbers; the model has {plan.parameters:,}"
     forget, retain = config.train_batch_size, config.retain_samples
     yield f"batch: {forget} forget and {retain} retain samples, at most {len(rehearsal.largest.t)} rows in a pass"
     yield f"memory of one {plan.device} device, planned: {in_bytes(plan.peak.total)}, in {plan.peak.name}"

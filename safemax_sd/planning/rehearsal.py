@@ -1,4 +1,4 @@
-"""A rehearsal: the run's own code with a network that predicts 0, to see which batches it draws and to count its calls."""
+"""A rehearsal: the run's own code with a network that predicts 0, to see its batches and to count its calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from safemax_sd.training.probe import probe_calls
 MOST_SAMPLES = 20_000
 """Training samples that are drawn at most; the calls of a longer training are those of its first steps, scaled up."""
 MOST_ELEMENTS = 2**28
-"""Numbers in the replay banks above which the rehearsal has smaller latents; its draws are others, not more or fewer."""
+"""Numbers in the replay banks above which the rehearsal has smaller latents, and so other draws."""
 SMALL_SIDE = 2
 WEIGHTS = 7
 """Weights of the network that predicts 0: no other tensor of an objective has as many elements."""

@@ -15,7 +15,8 @@ from safemax_sd.cli import app
 from safemax_sd.core.options import flags_of
 from safemax_sd.erasing.command_line import DEFAULT_EDIT
 from safemax_sd.erasing.edits import EDITS
-from safemax_sd.training.config import config_class
+from safemax_sd.planning.options import PlanOptions
+from safemax_sd.training.config import TrainConfig, config_class
 
 ROOT = Path(__file__).parents[2]
 README, LOG = ROOT / "README.md", ROOT / "docs" / "experiment_log.md"
@@ -59,6 +60,8 @@ def known_flags(words: list[str]) -> set[str] | None:
     if "safemax_sd.train" in words or words[:2] == ["safemax", "train"]:
         objective = words[words.index("--objective") + 1] if "--objective" in words else "safemax"
         return {f"--{flag.name}" for flag in flags_of(config_class(objective))}
+    if words[:2] == ["safemax", "plan"]:
+        return {f"--{flag.name}" for options in (PlanOptions, TrainConfig) for flag in flags_of(options)}
     if words[:2] == ["safemax", "erase"]:
         edit = words[words.index("--edit") + 1] if "--edit" in words else DEFAULT_EDIT
         return {"--edit", *(f"--{flag.name}" for flag in flags_of(EDITS.get(edit).Config))}

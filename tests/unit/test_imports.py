@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ORDER = (
-    *("cli", "commands", "planning", "evaluation", "train", "erasing", "training", "results", "objectives", "recording"),
-    *("adapters", "families", "diffusion", "prompts", "presets", "core", "assets"),
+    *("cli", "commands", "planning", "evaluation", "train", "erasing", "training", "results", "objectives"),
+    *("recording", "adapters", "families", "diffusion", "prompts", "presets", "core", "assets"),
 )
 """Every folder and file imports those that follow it."""
 MOST_ENTRIES = 20
