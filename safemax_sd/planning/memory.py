@@ -49,7 +49,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training changes.
+    """Size of the weights that train.
 
     Attributes:
         layers: Layers that get a LoRA; all of the denoiser's that have weights if these train.
@@ -233,7 +233,7 @@ def _layers(weights: TrainedWeights) -> int:
 
 def optimizer_bytes(config: TrainConfig) -> float:
     """Return the bytes of an optimizer's states for each trained number, measured on a parameter of its own."""
-    parameter = nn.Parameter(torch.zeros(SAMPLE_SIZE))
+    parameter = nn.Parameter(torch.ones(SAMPLE_SIZE))  # Prodigy keeps the start of what does not start at 0
     optimizer = make_optimizer(config, [parameter], processes=1)
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()

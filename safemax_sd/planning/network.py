@@ -30,7 +30,7 @@ SINGLE: dict[str, frozenset[Callable[..., Any]]] = {
         {F.group_norm, F.layer_norm, F.rms_norm, F.softmax, torch.softmax, torch.Tensor.softmax, F.interpolate}
         | {torch.Tensor.pow, torch.pow, torch.rsqrt, torch.exp, torch.Tensor.sum}
     ),
-    "cpu": frozenset({F.interpolate}),
+    "cpu": frozenset(),
 }
 """Operations that autocast runs in single precision, by device."""
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from safemax_sd.core.memory import tensors_of
 from safemax_sd.families.folders import has_vocabulary
 from safemax_sd.planning.measuring import Measured, measure
 from safemax_sd.planning.memory import DeviceType, MemoryPlan, Phase
@@ -77,7 +76,7 @@ def make_plan(config: TrainConfig) -> Plan:
     check_family(config, family)
     family.enable_memory_savings(gradient_checkpointing=config.gradient_checkpointing, xformers=False)
     warn_of_lengths(family.tokenizer, forget, retain)
-    parameters = sum(tensor.numel() for tensor in tensors_of(family.denoiser))
+    parameters = sum(weight.numel() for weight in family.denoiser.parameters())
     rehearsal = rehearse(config, family, forget, retain)
     memory = MemoryPlan(config, family, rehearsal, device)
     numbers = math.prod(family.latent_shape(config.resolution))
@@ -110,7 +109,8 @@ def describe(plan: Plan) -> Iterator[str]:
     config, rehearsal, trained = plan.config, plan.rehearsal, plan.memory.trained
     what = f"a LoRA of rank {config.rank} in" if config.trainable == "lora" else "the weights of"
     yield f"model: {config.pretrained_model_name_or_path} ({plan.family}), {plan.resolution} pixels"
-    yield f"trains: {what} {trained.layers} layers, {trained.parameters:,} numbers; the model has {plan.parameters:,}"
+    numbers = f"{trained.parameters:,} parameters; the model has {plan.parameters:,}"
+    yield f"trains: {what} {trained.layers} layers, {numbers}"
     forget, retain = config.train_batch_size, config.retain_samples
     yield f"batch: {forget} forget and {retain} retain samples, at most {len(rehearsal.largest.t)} rows in a pass"
     yield f"memory of one {plan.device} device, planned: {in_bytes(plan.peak.total)}, in {plan.peak.name}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from safemax_sd.core.memory import size_of
-from safemax_sd.families import Conditioning, ModelFamily
+from safemax_sd.families import TOKEN_STATES, Conditioning, ModelFamily
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.base import Batch, Positions
 from safemax_sd.prompts import PromptSet
@@ -36,7 +36,7 @@ WEIGHTS = 7
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a run with one process was seen to do.
+    """Observations of a rehearsed run with one process.
 
     Attributes:
         model_calls: Network evaluations by phase, counted per sample.
@@ -81,7 +81,8 @@ def without_network(family: ModelFamily, latent_shape: tuple[int, ...]) -> Model
     def encode(prompts: Any) -> Conditioning:
         rows = {}
         for name, tensor in family.empty.tensors.items():
-            shape = tensor.shape[1:]
+            # What is drawn does not depend on the number of tokens, and the states of T5's are megabytes.
+            shape = (1, *tensor.shape[2:]) if name == TOKEN_STATES else tensor.shape[1:]
             whole = not tensor.is_floating_point()
             row = torch.zeros(shape, dtype=tensor.dtype) if whole else torch.randn(shape, generator=generator)
             rows[name] = row.expand(len(prompts), *shape)
@@ -118,12 +119,22 @@ def rehearse(config: TrainConfig, family: ModelFamily, forget: PromptSet, retain
     twin = without_network(family, own if exact else (own[0], SMALL_SIDE, SMALL_SIDE))
     config = replace(config, replay_memory_gib=math.inf)  # nothing may be written
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars of what takes a moment here
-        return _rehearse(config, twin, forget, retain, own, exact)
+        found = _rehearse(config, twin, forget, retain)
+    return replace(found, exact=exact and found.exact, largest=_in_full(found.largest, own, family.empty))
 
 
-def _rehearse(
-    config: TrainConfig, twin: ModelFamily, forget: PromptSet, retain: PromptSet, own: tuple[int, ...], exact: bool
-) -> Rehearsal:
+def _in_full(batch: Batch, latent_shape: tuple[int, ...], empty: Conditioning) -> Batch:
+    """Return a batch with latents and encodings of the run's shapes."""
+    rows = len(batch.t)
+    latents = torch.zeros(rows, *latent_shape)
+    encodings = {
+        name: torch.zeros((), dtype=tensor.dtype).expand(rows, *tensor.shape[1:])
+        for name, tensor in empty.tensors.items()
+    }
+    return replace(batch, x_t=latents, target=latents, conditioning=Conditioning(encodings))
+
+
+def _rehearse(config: TrainConfig, twin: ModelFamily, forget: PromptSet, retain: PromptSet) -> Rehearsal:
     kind = OBJECTIVES.get(config.objective)
     needs = kind.needs(config, forget)
     calls = _pruning_calls(config, twin, forget, retain)
@@ -145,12 +156,11 @@ def _rehearse(
     calls["probe"] = 0 if config.stop_at_unlearning_accuracy is None else probes * probe_calls(config)
     leaves = (leaf for leaf in tree_leaves(vars(objective)) if isinstance(leaf, Tensor))
     kept = [leaf for leaf in leaves if leaf.shape == (WEIGHTS,) and not isinstance(leaf, nn.Parameter)]
-    rows = len(largest.t)
     return Rehearsal(
         model_calls=calls,
-        exact=exact and counted == config.max_train_steps,
+        exact=counted == config.max_train_steps,
         objective=objective,
-        largest=replace(largest, x_t=torch.zeros(rows, *own), target=torch.zeros(rows, *own)),
+        largest=largest,
         banks={"forget": _size(data.forget_bank), "retain": _size(data.retain_bank)},
         prompts=len(forget) + len(retain) + len(needs.extra_prompts),
         kept_each=size_of(kept) / WEIGHTS,
