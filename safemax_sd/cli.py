@@ -15,6 +15,8 @@ from safemax_sd.commands.doctor import doctor
 from safemax_sd.commands.erase import erase
 from safemax_sd.commands.evaluate import evaluate
 from safemax_sd.commands.export import export
+from safemax_sd.commands.plan import plan
+from safemax_sd.commands.presets import presets
 from safemax_sd.commands.quickstart import quickstart
 from safemax_sd.commands.report import report
 from safemax_sd.commands.suites import suites
@@ -24,8 +26,8 @@ UsageError: Any = typer.BadParameter.__base__
 """Typer's error for a command line that it cannot parse; Typer does not export it."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for command in (quickstart, doctor, train, erase, evaluate, attack, compare, export, report, suites):
-    app.command(context_settings=OWN_FLAGS if command in (train, erase) else None)(command)
+for command in (quickstart, doctor, train, plan, presets, erase, evaluate, attack, compare, export, report, suites):
+    app.command(context_settings=OWN_FLAGS if command in (train, plan, erase) else None)(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

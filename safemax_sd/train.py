@@ -257,13 +257,9 @@ def warn_if_diverged(run: Run) -> None:
 
 def positions(run: Run, micro: int) -> Positions:
     """Return the positions of one micro-batch of this process within the step."""
-    config, accelerator = run.config, run.accelerator
+    accelerator = run.accelerator
     part = micro * accelerator.num_processes + accelerator.process_index
-
-    def share(size: int) -> range:
-        return range(part * size, (part + 1) * size)
-
-    return Positions(config.seed, run.step, share(config.train_batch_size), share(config.retain_samples))
+    return Positions.of_part(run.config, run.step, part)
 
 
 @torch.no_grad()

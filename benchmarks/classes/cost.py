@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from benchmarks.classes.measure import TensorMemory
+from safemax_sd.core.memory import TensorMemory
 from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.objectives.salun import SalunConfig
 from safemax_sd.objectives.selective_amnesia import SelectiveAmnesiaConfig

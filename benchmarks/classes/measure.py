@@ -1,16 +1,13 @@
-"""Forgetting and retention of a run in the terms of the published tables, and the memory of a training step."""
+"""Forgetting and retention of a run in the terms of the published tables."""
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safemax_sd.evaluation.metrics.base import wilson
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
@@ -101,39 +98,3 @@ def retention(
         "retained_accuracy_interval": accuracy.interval,
         "num_retain": len(made),
     }
-
-
-class TensorMemory(TorchDispatchMode):
-    """A context that counts the bytes of storages which operations allocate inside it, until they are freed.
-
-    Attributes:
-        alive: Bytes that are allocated now.
-        peak: Most bytes that were allocated at once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive, self.peak = 0, 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor):
-                self.count(leaf)
-        return made
-
-    def count(self, tensor: Tensor) -> None:
-        """Count a tensor's storage until it is freed; a storage is counted once."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.alive -= size

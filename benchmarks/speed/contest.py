@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.classes.measure import TensorMemory
 from benchmarks.results import Row
 from benchmarks.speed.steps import Bench, Candidate, Counter, phases
+from safemax_sd.core.memory import TensorMemory
 from safemax_sd.train import optimizer_step
 from safemax_sd.training.run import Run
 

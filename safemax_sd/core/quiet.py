@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +15,6 @@ def quiet() -> Iterator[None]:
 
     libraries = (diffusers_logging, transformers_logging)
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    torch_trees = logging.getLogger("torch.utils._pytree")  # on newer PyTorch it warns of torchao's own code
-    level = torch_trees.level
-    torch_trees.setLevel(logging.ERROR)
     for library in libraries:
         library.set_verbosity_error()
         library.disable_progress_bar()
@@ -27,7 +23,6 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        torch_trees.setLevel(level)
         for library, (verbosity, bars) in zip(libraries, before, strict=True):
             library.set_verbosity(verbosity)
             if bars:

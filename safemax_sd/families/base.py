@@ -92,6 +92,8 @@ class LoadOptions:
         cache_dir: Folder of hub downloads.
         device: Device of all networks.
         quantize: Quantization of the denoiser; None for none.
+        without_weights: True to build the networks of a local folder from their configurations alone, on the meta
+            device; its tokenizers may lack their vocabularies.
     """
 
     name_or_path: str
@@ -103,6 +105,7 @@ class LoadOptions:
     prediction_type: str | None = None
     single_file_config: str | None = None
     quantize: Quantization | None = None
+    without_weights: bool = False
 
 
 class ModelFamily(ABC):
@@ -312,6 +315,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """Encode pictures [B, 3, H, W] in 0 to 1 as clean latents, float32 [B, *latent]; the inverse of `decode`."""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the model's networks in memory, by the names of their parts."""
+        return {self.denoiser_part: self.denoiser}
 
     @abstractmethod
     def free_encoders(self, *, decoder: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -86,6 +87,8 @@ def load_part(options: LoadOptions, name: str, entry: Any, quantization: Any = N
     if kind is None:
         raise OptionError(OPTION, options.name_or_path, f"{name} has the class {entry[1]}, which {entry[0]} lacks")
     network = issubclass(kind, nn.Module)
+    if network and options.without_weights:
+        return without_weights(options, name, kind)
     path = Path(resolve_model(options.name_or_path))
     arguments: dict[str, Any] = {"subfolder": name, "revision": options.revision, "cache_dir": options.cache_dir}
     if path.is_dir():
@@ -112,6 +115,30 @@ def load_part(options: LoadOptions, name: str, entry: Any, quantization: Any = N
     model, report = loaded
     _check_complete(options.name_or_path, name, report)
     return model
+
+
+def without_weights(options: LoadOptions, name: str, kind: Any) -> nn.Module:
+    """Build a network of a local folder on the meta device, from its configuration.
+
+    Args:
+        options: Settings that load the model.
+        name: Name of the part, and of its folder.
+        kind: Class of the network.
+
+    Raises:
+        OptionError: The part's configuration is missing or damaged.
+    """
+    folder = resolve_model(options.name_or_path)
+    _check_settings(options.name_or_path, Path(folder) / name)
+    try:
+        with quiet(), torch.device("meta"):
+            if hasattr(kind, "load_config"):  # diffusers
+                network = kind.from_config(kind.load_config(folder, subfolder=name))
+            else:
+                network = kind(kind.config_class.from_pretrained(folder, subfolder=name))
+            return network.to(options.dtype)  # type: ignore[no-any-return]
+    except LOAD_ERRORS as error:
+        raise cannot_be_loaded(options.name_or_path, error, name) from error
 
 
 def _check_complete(name_or_path: str, part: str, report: dict[str, Any]) -> None:
@@ -183,10 +210,14 @@ def check_tokenizers(pipeline: Any, name_or_path: str) -> None:
         OptionError: A tokenizer has no vocabulary.
     """
     for name, tokenizer in pipeline.components.items():
-        if name.startswith("tokenizer") and tokenizer is not None:
-            first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
-            if first == second:
-                raise OptionError(OPTION, name_or_path, f"{name} has no vocabulary: its files are missing")
+        if name.startswith("tokenizer") and tokenizer is not None and not has_vocabulary(tokenizer):
+            raise OptionError(OPTION, name_or_path, f"{name} has no vocabulary: its files are missing")
+
+
+def has_vocabulary(tokenizer: Any) -> bool:
+    """Tell whether a tokenizer tells words apart."""
+    first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
+    return bool(first != second)
 
 
 def check_unquantized(denoiser: Any, name_or_path: str) -> None:

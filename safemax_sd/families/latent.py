@@ -59,7 +59,7 @@ class LatentFamily(ModelFamily):
         self.tokenizer = pipeline.tokenizer
         self.process = self._noise_process()
         pipeline.set_progress_bar_config(disable=True)
-        for part in self._networks():
+        for part in self.networks().values():
             part.requires_grad_(False).eval().to(options.device)
         if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
             pipeline.vae.float()  # activations of such an autoencoder overflow in half precision: black pictures
@@ -84,7 +84,8 @@ class LatentFamily(ModelFamily):
             pipeline = load_single_file(cls._pipeline_class(), options)
         else:
             pipeline = cls._load_folder(options)
-        check_tokenizers(pipeline, options.name_or_path)
+        if not options.without_weights:
+            check_tokenizers(pipeline, options.name_or_path)
         check_unquantized(getattr(pipeline, cls.denoiser_part), options.name_or_path)
         return pipeline
 
@@ -130,8 +131,8 @@ class LatentFamily(ModelFamily):
     def _noise_process(self) -> DiffusionProcess:
         return from_scheduler(self.sampler())
 
-    def _networks(self) -> list[nn.Module]:
-        return [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
+    def networks(self) -> dict[str, nn.Module]:
+        return {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

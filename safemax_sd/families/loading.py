@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
-from safemax_sd.core.quiet import quiet
 from safemax_sd.families.base import FAMILIES, LoadOptions, ModelFamily
 from safemax_sd.families.folders import OPTION
 from safemax_sd.families.single_file import CONFIG_OPTION, config_folder, is_single_file
@@ -34,8 +33,7 @@ def _pipeline_class(options: LoadOptions) -> str | None:
     Raises:
         OptionError: The model or the configuration does not exist.
     """
-    with quiet():  # diffusers imports torchao, where that is installed, and both have something to say
-        from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     if is_single_file(options.name_or_path):
         path = str(config_folder(options))

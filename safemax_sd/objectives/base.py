@@ -219,6 +219,15 @@ class Positions:
     forget: range
     retain: range
 
+    @classmethod
+    def of_part(cls, config: ObjectiveOptions, step: int, part: int) -> Self:
+        """Return the positions of one micro-batch of one process, given its number among all parts of the step."""
+
+        def share(size: int) -> range:
+            return range(part * size, (part + 1) * size)
+
+        return cls(config.seed, step, share(config.train_batch_size), share(config.retain_samples))
+
     def generator(self, kind: int, number: int) -> torch.Generator:
         """Return the generator of one sample, a function of (seed, step, kind, number) alone."""
         mixed = 0x243F6A8885A308D3

@@ -12,18 +12,20 @@ import yaml
 from transformers import HfArgumentParser
 
 from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
-from safemax_sd.core.options import choices_of, flags_of, option
+from safemax_sd.core.options import Options, choices_of, flags_of, option
 from safemax_sd.core.registry import closest
+from safemax_sd.presets import preset_path
 from safemax_sd.training.config import TrainConfig, config_class
 
 MERGE = "tag:yaml.org,2002:merge"
 
 
-def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """Parse a command line; flags in a `--config` file become the defaults.
+def parse_config(arguments: Sequence[str] | None = None, *, own: type[Options] | None = None) -> TrainConfig:
+    """Parse a command line; flags in a `--config` file become the defaults, before those of a `--preset`.
 
     Args:
         arguments: Words of the command line; None for this process's own.
+        own: Flags of a command beside those of a training; they become fields of the result.
 
     Returns:
         Flags of the objective that `--objective` names.
@@ -33,11 +35,19 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     path = value_of(words, "--config")
-    defaults = {} if path is None else read_yaml(path)
-    objective = value_of(words, "--objective") or str(defaults.get("objective", TrainConfig.objective))
-    chosen = config_class(objective)
+    given = {} if path is None else read_yaml(path)
+    preset = value_of(words, "--preset") or given.get("preset")
+    files = {} if preset is None else {str(preset_path(str(preset))): read_yaml(str(preset_path(str(preset))))}
     if path is not None:
-        defaults = check_types(defaults, chosen, path)
+        files[path] = given
+    named = [content["objective"] for content in files.values() if "objective" in content]
+    objective = value_of(words, "--objective") or str([TrainConfig.objective, *named][-1])
+    chosen = config_class(objective)
+    if own is not None:
+        chosen = dataclasses.make_dataclass(f"{own.__name__}{chosen.__name__}", [], bases=(own, chosen))
+    defaults: dict[str, Any] = {}
+    for file, content in files.items():
+        defaults |= check_types(content, chosen, file)
     parser = flag_parser(chosen, prog="safemax train", description="Erase concepts; writes a LoRA.")
     parser.set_defaults(**defaults)
     known, unknown = parser.parse_known_args(words)

@@ -46,6 +46,7 @@ class TrainConfig(
 
     group: ClassVar[str] = RunOptions.group
 
+    preset: str | None = option(None, "Preset of flags (`safemax presets`); --config and the command line override it.")
     config: str | None = option(None, "YAML file of flags; the command line overrides it.", path=True)
 
 

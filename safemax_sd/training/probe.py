@@ -35,6 +35,11 @@ class ProbeOptions(ReplayOptions):
     probe_steps: int = option(50, "Steps between probes.", STEPS)
 
 
+def probe_calls(config: ReplayOptions) -> int:
+    """Return the network evaluations that one probe takes, counted per sample."""
+    return 2 * PROBE_PICTURES * config.replay_inference_steps
+
+
 @dataclass
 class UnlearningProbe:
     """A probe of the unlearning accuracy on a few forget prompts.
@@ -82,7 +87,7 @@ class UnlearningProbe:
             captions=[*judge.captions(concepts, forget.artists + retain.artists), judge.templates["nothing"]],
             threshold=config.stop_at_unlearning_accuracy,
             config=config,
-            model_calls=2 * PROBE_PICTURES * config.replay_inference_steps,
+            model_calls=probe_calls(config),
         )
 
     @torch.no_grad()

@@ -22,10 +22,10 @@ FREE = frozenset(
         *("validation_prompt", "num_validation_images", "validation_steps", "gradient_checkpointing"),
         *("stop_at_unlearning_accuracy", "probe_steps", "clip_model", "clip_pretrained"),
         *("push_to_hub", "hub_model_id", "hub_private", "hub_token"),
-        *("forget_prompts", "retain_prompts", "pretrained_model_name_or_path"),
+        *("preset", "forget_prompts", "retain_prompts", "pretrained_model_name_or_path"),
     }
 )
-"""Flags that change no step of a run, and flags of files, which are compared by their content instead."""
+"""Flags that change no step of a run, and flags of files and presets, whose content is compared instead."""
 STEADY = ("constant", "constant_with_warmup")
 """Learning-rate schedules that do not depend on the number of steps."""
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from benchmarks.class_unlearning import VARIANTS, Variant
 from benchmarks.classes.classifier import Classifier
 from benchmarks.classes.data import Dataset, read_sheets, write_folder
-from benchmarks.classes.measure import Sampling, TensorMemory, forgetting, retention
+from benchmarks.classes.measure import Sampling, forgetting, retention
+from safemax_sd.core.memory import TensorMemory
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.recording.picture_folder import load_picture_folder
 from safemax_sd.training.config import config_class

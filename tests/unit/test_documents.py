@@ -7,15 +7,19 @@ import pkgutil
 import re
 import shlex
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import pytest
 import typer
+from safemax_sd.evaluation.metrics.base import wilson
 
 from safemax_sd.cli import app
 from safemax_sd.core.options import flags_of
 from safemax_sd.erasing.command_line import DEFAULT_EDIT
 from safemax_sd.erasing.edits import EDITS
-from safemax_sd.training.config import config_class
+from safemax_sd.planning.options import PlanOptions
+from safemax_sd.training.config import TrainConfig, config_class
 
 ROOT = Path(__file__).parents[2]
 README, LOG = ROOT / "README.md", ROOT / "docs" / "experiment_log.md"
@@ -32,6 +36,9 @@ ROWS = {
     "neighbours recognised: the concepts most like the forbidden ones": ("clip_accuracy", "neighbours"),
 }
 """Metric and subset of a report for each rate in README's table of results."""
+RESULT = ROOT / "docs" / "results" / "2026-11-28-safemax-before-and-now.json"
+TASKS = ("emoji/bomb", "emoji/weapons", "emoji/style_blob")
+"""Result file and tasks of that table, by column."""
 
 
 def in_backticks(text: str) -> list[str]:
@@ -59,6 +66,8 @@ def known_flags(words: list[str]) -> set[str] | None:
     if "safemax_sd.train" in words or words[:2] == ["safemax", "train"]:
         objective = words[words.index("--objective") + 1] if "--objective" in words else "safemax"
         return {f"--{flag.name}" for flag in flags_of(config_class(objective))}
+    if words[:2] == ["safemax", "plan"]:
+        return {f"--{flag.name}" for options in (PlanOptions, TrainConfig) for flag in flags_of(options)}
     if words[:2] == ["safemax", "erase"]:
         edit = words[words.index("--edit") + 1] if "--edit" in words else DEFAULT_EDIT
         return {"--edit", *(f"--{flag.name}" for flag in flags_of(EDITS.get(edit).Config))}
@@ -100,22 +109,32 @@ def test_readme_is_short_and_its_commands_stand_alone() -> None:
     assert '```bash\npip install -e ".[test]" && pytest\n```' in text
 
 
-def test_readme_gives_the_figures_of_its_result_files() -> None:
+def test_readme_gives_the_figures_of_its_result_file() -> None:
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in README.read_text(encoding="utf8").splitlines()
     ]
     table = {line[0]: line[1:] for line in lines if len(line) == 4}
-    files = [in_backticks(cell)[0] for cell in table["pictures of each prompt set"]]
-    for column, report in enumerate(json.loads((ROOT / name).read_text(encoding="utf8")) for name in files):
-        measured = {(row["metric"], row["subset"], row["model"]): row for row in report["metrics"]}
+    rows = [row for row in json.loads(RESULT.read_text(encoding="utf8"))["rows"] if row["code"] == "now"]
+    for column, task in enumerate(TASKS):
+        runs = [row for row in rows if row["task"] == task]
         for label, place in ROWS.items():
-            erased, base = measured[*place, "erased"], measured[*place, "base"]
-            low, high = (round(end, 1) for end in erased["interval"])
+            name = "/".join(place)
+            results = [row["metrics"][name] for row in runs]
+            n = sum(result["n"] for result in results)
+            pooled = wilson(sum(round(result["n"] * result["value"] / 100) for result in results), n)
+            low, high = (round(end, 1) for end in pooled.interval or ())
             shown, _, before = table[label][column].partition(", base ")
-            assert shown == f"{round(erased['value'], 1):g} % [{low:g}, {high:g}]"
-            assert before in ("", f"{round(base['value'], 1):g} %")
-            assert table["pictures of each prompt set"][column].startswith(f"{erased['n']} ")
-        fids = [f"{measured['fid', 'retain', model]['value']:.4f}" for model in ("erased", "base")]
-        assert table["FID of retained pictures"][column] == ", base ".join(fids)
-        seconds = report["adapter"]["cost"]["seconds"]
-        assert table["seconds: replay, training"][column] == f"{seconds['replay']:.0f}, {seconds['train']:.0f}"
+            assert shown == f"{round(pooled.value, 1):g} % [{low:g}, {high:g}]"
+            assert before in ("", f"{round(mean(row['base'][name] for row in runs), 1):g} %")
+            assert table["pictures of each prompt set"][column] == str(n)
+        fids = [", ".join(f"{value:.4f}" for value in own) for own in zip(*(fid_of(row) for row in runs), strict=True)]
+        assert table["FID of retained pictures, by seed"][column] == ", base ".join(fids)
+        stds = ", ".join(f"{row['metrics']['latent_std/forget']['value']:.2f}" for row in runs)
+        assert table["standard deviation of forbidden outputs (noise: 1), by seed"][column] == stds
+        calls = runs[0]["model_calls"]
+        assert table["network evaluations: replay, training"][column] == f"{calls['replay']:,}, {calls['train']:,}"
+
+
+def fid_of(row: dict[str, Any]) -> tuple[float, float]:
+    """Return the FID of retained pictures of a run and of the base model."""
+    return row["metrics"]["fid/retain"]["value"], row["base"]["fid/retain"]

@@ -1,0 +1,57 @@
+"""Memory of tensors, counted where operations make them: on every device, the meta device included."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class TensorMemory(TorchDispatchMode):
+    """Count of the bytes of all storages that operations inside make, for as long as they live.
+
+    Attributes:
+        alive: Bytes alive now.
+        peak: Most bytes alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak = 0, 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
+        return made
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+
+def tensors_of(network: nn.Module) -> list[Tensor]:
+    """Return a network's parameters and buffers."""
+    return [*network.parameters(), *network.buffers()]
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors that share no storage."""
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,242 @@
+"""Peak memory of a run's phases, measured on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from safemax_sd.adapters.weights import TrainedWeights, attach
+from safemax_sd.core.memory import TensorMemory, size_of, tensors_of
+from safemax_sd.families import Conditioning, ModelFamily
+from safemax_sd.families.latent import PICTURES_AT_ONCE, PROMPTS_AT_ONCE
+from safemax_sd.objectives import Student
+from safemax_sd.planning.network import META, Kernels, OnMeta
+from safemax_sd.planning.rehearsal import Rehearsal
+from safemax_sd.recording.pruning import BATCH_SIZE
+from safemax_sd.training.config import TrainConfig
+from safemax_sd.training.optimizers import make_optimizer
+from safemax_sd.training.run import DTYPES
+
+DeviceType = Literal["cuda", "cpu"]
+TEXT_ENCODER, AUTOENCODER = "text_encoder", "vae"
+SAMPLE_SIZE = 2**16
+"""Elements of the parameter on which an optimizer's states are measured."""
+PRUNING_COPIES = 4
+"""Float32 copies of all weights that pruning holds at once: two importances, their ratio, and all ratios in a row."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Memory of the training device in one phase of a run.
+
+    Attributes:
+        name: Name of the phase.
+        parts: Bytes by part; all parts are in memory together.
+    """
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Peak of the phase in bytes."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Size of the weights that train.
+
+    Attributes:
+        layers: Layers that get a LoRA; all of the denoiser's that have weights if these train.
+        parameters: Trained numbers.
+    """
+
+    layers: int
+    parameters: int
+
+
+class MemoryPlan:
+    """The phases of a run and the weights that it trains.
+
+    Args:
+        config: Flags.
+        family: Model without weights, on the meta device; its LoRA is attached here.
+        rehearsal: Rehearsal of the run.
+        device: Training device.
+    """
+
+    def __init__(self, config: TrainConfig, family: ModelFamily, rehearsal: Rehearsal, device: DeviceType) -> None:
+        self.config, self.family, self.rehearsal, self.device = config, family, rehearsal, device
+        precision = config.mixed_precision or "no"
+        self.autocast = Kernels(device, None if precision == "no" else DTYPES[precision])
+        self.plain = Kernels(device, None)
+        self.networks = _by_part(family)
+        self.token_states = rehearsal.prompts * size_of(row[0] for row in family.empty.tensors.values())
+        self.phases = [self._start()]
+        if config.prune:
+            self.phases.append(self._pruning())
+        weights = attach(family, config, merged=config.prune > 0)
+        family.denoiser.to(META)  # peft makes a LoRA's matrices on the CPU
+        weights.restrict(self._trained(weights))
+        self.trained = Trained(_layers(weights), sum(parameter.numel() for parameter in weights.parameters))
+        self.phases += self._training(weights)
+
+    @property
+    def peak(self) -> Phase:
+        """Phase with the largest peak."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    def _start(self) -> Phase:
+        """Measure encoding and recording: all networks are in memory."""
+        config, family = self.config, self.family
+        calls: list[Callable[[], object]] = [
+            lambda: family.encode_prompts([""] * min(PROMPTS_AT_ONCE, self.rehearsal.prompts)),
+            lambda: family.predict_both(*self._inputs(config.replay_batch_size)),
+        ]
+        if config.train_data_dir is not None:
+            pictures = torch.zeros(PICTURES_AT_ONCE, 3, *[family.picture_size(config.resolution)] * 2, device=META)
+            calls.append(lambda: family.encode_pictures(pictures))
+        held = [tensor for network in family.networks().values() for tensor in tensors_of(network)]
+        activations = max(self._without_gradients(call, held) for call in calls)
+        return Phase("encoding and replay", {**self.networks, **self._prompts(), "activations": activations})
+
+    def _pruning(self) -> Phase:
+        """Measure a gradient of all weights, and the choice among them."""
+        denoiser = self.family.denoiser.requires_grad_(True)
+        weights = list(denoiser.parameters())
+        inputs = self._inputs(BATCH_SIZE)
+
+        def gradient() -> None:
+            torch.autograd.grad(self.family.predict(*inputs).sum(), weights, allow_unused=True)
+
+        copies = 4 * sum(weight.numel() for weight in weights)
+        self._checkpointing(self.plain)
+        activations = transient(gradient, tensors_of(denoiser), self.plain)
+        denoiser.requires_grad_(False)
+        working = max(2 * copies + activations, PRUNING_COPIES * copies)
+        return Phase("pruning", {**self.networks, **self._prompts(), "importance": working})
+
+    def _trained(self, weights: TrainedWeights) -> list[nn.Parameter]:
+        """Return the parameters that the objective trains."""
+        return list(self.rehearsal.objective.trained(Student.of(self.family, weights.parameters)))
+
+    def _training(self, weights: TrainedWeights) -> list[Phase]:
+        """Measure a training step, and the pictures that are drawn during training."""
+        config, family = self.config, self.family
+        pictures = bool(config.validation_prompt) or config.stop_at_unlearning_accuracy is not None
+        parameters = sum(parameter.numel() for parameter in weights.parameters)
+        trained, base = size_of(weights.parameters), size_of(tensors_of(family.denoiser))
+        if config.trainable == "lora":
+            own = {f"{family.denoiser_part} weights": base - trained, "LoRA": trained}
+        else:
+            own = {f"{family.denoiser_part} weights": base}
+        if pictures and AUTOENCODER in self.networks:
+            own[AUTOENCODER] = self.networks[AUTOENCODER]
+        if self.rehearsal.frozen_copy:
+            own["frozen copy"] = base
+        held = {
+            **own,
+            **self._prompts(),
+            "the objective's own": round(self.rehearsal.kept_each * parameters),
+            "optimizer states": round(optimizer_bytes(config) * parameters),
+        }
+        activations = self._step(weights)
+        gradients = trained
+        step = {**held, "gradients": gradients, "activations": max(0, activations - gradients)}
+        phases = [Phase("training step", {name: size for name, size in step.items() if size})]
+        if pictures:
+            phases.append(Phase("pictures", {**held, "activations": self._pictures()}))
+        return phases
+
+    def _step(self, weights: TrainedWeights) -> int:
+        """Return the bytes that the largest forward and backward pass takes, gradients included."""
+        network = OnMeta(self.family.denoiser)
+        batch, objective = self.rehearsal.largest, self.rehearsal.objective
+
+        def predict(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+            return self.family.predict(x_t, t, conditioning, network)
+
+        def step() -> None:
+            torch.autograd.backward(objective.loss(predict, batch).total, inputs=weights.parameters)
+
+        self._checkpointing(self.autocast)
+        if self.config.gradient_accumulation_steps > 1:
+            with self.autocast:
+                step()  # the gradients of earlier micro-batches are in memory
+        gradients = [parameter.grad for parameter in weights.parameters if parameter.grad is not None]
+        held = [*tensors_of(self.family.denoiser), *gradients]
+        taken = transient(step, held, self.autocast) + size_of(gradients)
+        for parameter in weights.parameters:
+            parameter.grad = None
+        return taken
+
+    def _pictures(self) -> int:
+        """Return the bytes that sampling and decoding validation pictures takes."""
+        count = self.config.num_validation_images * max(1, len(self.config.validation_prompt))
+        held = [tensor for network in self.family.networks().values() for tensor in tensors_of(network)]
+        x_t, t, conditioning = self._inputs(count)
+        sampled = self._without_gradients(lambda: self.family.predict_both(x_t, t, conditioning), held)
+        return max(sampled, self._without_gradients(lambda: self.family.decode(x_t), held))
+
+    def _checkpointing(self, kernels: Kernels) -> None:
+        if self.config.gradient_checkpointing:
+            self.family.denoiser.enable_gradient_checkpointing(kernels.checkpoint)  # type: ignore[operator]
+
+    def _inputs(self, rows: int) -> tuple[Tensor, Tensor, Conditioning]:
+        """Return latents, times and prompts for a network on the meta device."""
+        x_t = torch.zeros(rows, *self.family.latent_shape(self.config.resolution), device=META)
+        t = torch.zeros(rows, dtype=self.family.process.schedule.all_times().dtype, device=META)
+        return x_t, t, self.family.empty.select(torch.zeros(rows, dtype=torch.long))
+
+    def _prompts(self) -> dict[str, int]:
+        """Return the token states, which lie in main memory on a GPU too."""
+        return {"token states": self.token_states} if self.device == "cpu" else {}
+
+    def _without_gradients(self, call: Callable[[], object], held: Iterable[Tensor]) -> int:
+        with torch.no_grad():
+            return transient(call, held, self.plain)
+
+
+def transient(call: Callable[[], object], held: Iterable[Tensor], kernels: Kernels) -> int:
+    """Return the most bytes that a call has in memory beyond those of tensors that were there before."""
+    with TensorMemory() as memory, kernels:
+        for tensor in held:
+            memory.count(tensor)
+        before = memory.alive
+        call()
+    return memory.peak - before
+
+
+def _by_part(family: ModelFamily) -> dict[str, int]:
+    """Return the bytes of the denoiser, of all text encoders, and of the autoencoder."""
+    sizes: dict[str, int] = {}
+    for name, network in family.networks().items():
+        encoder = name.startswith(TEXT_ENCODER)
+        part = f"{name} weights" if name == family.denoiser_part else "text encoders" if encoder else name
+        sizes[part] = sizes.get(part, 0) + size_of(tensors_of(network))
+    return sizes
+
+
+def _layers(weights: TrainedWeights) -> int:
+    """Return the number of layers with trained weights."""
+    trained = {id(parameter) for parameter in weights.parameters}
+    layers = set()
+    for name, parameter in weights.family.denoiser.named_parameters():  # type: ignore[attr-defined]
+        if id(parameter) in trained:
+            layers.add(name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0])
+    return len(layers)
+
+
+def optimizer_bytes(config: TrainConfig) -> float:
+    """Return the bytes of an optimizer's states for each trained number, measured on a parameter of its own."""
+    parameter = nn.Parameter(torch.ones(SAMPLE_SIZE))  # Prodigy keeps the start of what does not start at 0
+    optimizer = make_optimizer(config, [parameter], processes=1)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
+    return size_of(states) / SAMPLE_SIZE

@@ -1,0 +1,83 @@
+"""The configurations of a base model, without its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from safemax_sd.assets import resolve_model
+from safemax_sd.families import ModelFamily, load_family
+from safemax_sd.families.folders import NOT_NEEDED, cannot_be_loaded
+from safemax_sd.planning.network import META
+from safemax_sd.presets import architecture
+from safemax_sd.training.config import TrainConfig
+
+CONFIGURATIONS = ["*.json", "*.txt", "*.model"]
+"""Files on the hub that are no weights: configurations, and the vocabularies of tokenizers."""
+
+
+def load_configurations(config: TrainConfig, dtype: torch.dtype) -> ModelFamily:
+    """Build a model from its configurations on the meta device.
+
+    A model on the hub is looked for in the local cache, then among the shipped configurations, then on the hub.
+
+    Args:
+        config: Flags.
+        dtype: Type of the frozen weights.
+
+    Raises:
+        OptionError: The configurations cannot be found or loaded.
+    """
+    options = config.load_options(META, dtype)
+    family = load_family(replace(options, name_or_path=str(_folder(config)), without_weights=True))
+    family.options = options
+    return family
+
+
+def _folder(config: TrainConfig) -> Path:
+    """Return a folder of the model's configurations.
+
+    Raises:
+        OptionError: The hub cannot be reached, or has no such model.
+    """
+    name = config.pretrained_model_name_or_path
+    folder = Path(resolve_model(name))
+    if folder.is_dir():
+        return folder
+    try:
+        cached = _snapshot(config, local_files_only=True)
+    except (OSError, ValueError):  # not in the cache
+        cached = None
+    if cached is not None and _whole(cached):
+        return cached
+    shipped = architecture(name) if config.revision is None else None
+    if shipped is not None:
+        return shipped
+    try:
+        return _snapshot(config, local_files_only=False)
+    except (OSError, ValueError) as error:
+        raise cannot_be_loaded(name, error) from error
+
+
+def _snapshot(config: TrainConfig, *, local_files_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(
+        config.pretrained_model_name_or_path,
+        revision=config.revision,
+        cache_dir=config.cache_dir,
+        allow_patterns=CONFIGURATIONS,
+        local_files_only=local_files_only,
+    )
+    return Path(folder)
+
+
+def _whole(folder: Path) -> bool:
+    """Tell whether a folder has all parts that its index names; a cache may hold some of them only."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+    parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[:1] != [None]]
+    return bool(parts) and all((folder / name).is_dir() for name in parts if name not in NOT_NEEDED)
