@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class TimedRun:
         self.ema, self.ema_decay = copy.deepcopy(network).eval().requires_grad_(False), ema_decay
         self.learning_rate = float(optimizer.param_groups[0]["lr"])
         self.step, self.spent, self.budget = 0, 0.0, 60.0 * minutes
-        self._state = {"model": network, "ema": self.ema, "optimizer": optimizer}
+        self._state: dict[str, Any] = {"model": network, "ema": self.ema, "optimizer": optimizer}
         if path.exists():
             stored = torch.load(path, weights_only=True)
             self.step, self.spent = stored["step"], stored["spent"]
