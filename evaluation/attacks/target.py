@@ -64,7 +64,7 @@ class Target:
         sampling: Settings of the pictures.
 
     Attributes:
-        model_calls: Network evaluations so far, counted per sample; passes back are not counted.
+        model_calls: Network evaluations so far, counted per sample; backward passes are not counted.
         on_calls: Function called with the number of samples of each evaluation, for progress.
     """
 
