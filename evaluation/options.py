@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from safemax_sd.core.errors import OptionError
-from safemax_sd.core.options import Options, Range, option
+from safemax_sd.core.options import Options, Quantization, Range, option
 from safemax_sd.core.registry import closest
-from safemax_sd.families.quantization import Quantization
 from safemax_sd.prompts import GUIDANCE_BOUND
 
 SAMPLER_NAMES = ("ddim", "euler", "dpm++")

@@ -17,11 +17,11 @@ from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Sampler, Sto
 from safemax_sd.adapters.lora import WEIGHTS_NAME, check_fit, lora_layers, read_weights
 from safemax_sd.adapters.weights import FULL_WEIGHTS
 from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
+from safemax_sd.core.options import Quantization
 from safemax_sd.core.quiet import quiet
 from safemax_sd.families import load_family
 from safemax_sd.families.folders import LOAD_ERRORS
 from safemax_sd.families.latent import LatentFamily
-from safemax_sd.families.quantization import Quantization
 from safemax_sd.results.erasure import ErasureRecord
 
 ADAPTER_NAME = "safemax_erasure"

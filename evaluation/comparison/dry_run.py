@@ -35,8 +35,8 @@ NO_HOURS = (
     "seconds and the model calls of its trainings."
 )
 HOURS = (
-    "{hours:,.1f} hours at {seconds:g} seconds a model call (--seconds_per_call) for the network alone: backward passes, "
-    "text encoders, the autoencoder and the judge come on top."
+    "{hours:,.1f} hours at {seconds:g} seconds a model call (--seconds_per_call) for the network alone: "
+    "backward passes, text encoders, the autoencoder and the judge come on top."
 )
 
 

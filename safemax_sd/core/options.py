@@ -46,6 +46,9 @@ COUNT = Range("must be in 1 to 100,000", lambda value: 1 <= value <= 100_000)
 RANK = Range("must be in 1 to 4,096", lambda value: 1 <= value <= 4096)
 STEPS = Range("must be in 1 to 1,000,000,000", lambda value: 1 <= value <= 1_000_000_000)
 
+Quantization = Literal["int8", "nf4"]
+"""Values of `--quantize`, a flag of trainings and of evaluations."""
+
 
 def option(
     default: Any,

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from safemax_sd.core.options import Quantization
 from safemax_sd.core.registry import Registry
 from safemax_sd.diffusion.process import DiffusionProcess
 from safemax_sd.families.original_checkpoint import Convert
 from safemax_sd.families.original_names import KohyaLayer
-from safemax_sd.families.quantization import Quantization
 
 LoraTargets = Literal["all", "attention", "cross_attention"]
 

@@ -7,9 +7,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from safemax_sd.core.options import Options, Range, option
+from safemax_sd.core.options import Options, Quantization, Range, option
 from safemax_sd.families.base import LoadOptions
-from safemax_sd.families.quantization import Quantization
 
 CPU = torch.device("cpu")
 

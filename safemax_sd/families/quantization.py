@@ -7,13 +7,13 @@ Linear layers alone are quantized, to int8 with one scale for each output channe
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import Quantization
 
-Quantization = Literal["int8", "nf4"]
 OPTION = "--quantize"
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 

@@ -17,11 +17,11 @@ import torch
 from safemax_sd.adapters.halting_marks import MarkStrengths
 from safemax_sd.adapters.lora import WEIGHTS_NAME, LoraSettings
 from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.options import Quantization
 from safemax_sd.core.provenance import Cost, Provenance, peak_memory_bytes, public_path, write_json_atomic
 from safemax_sd.core.records import EntryError, decode
 from safemax_sd.families import LoadOptions, ModelFamily
 from safemax_sd.families.base import FAMILIES
-from safemax_sd.families.quantization import Quantization
 from safemax_sd.prompts import PromptSet
 from safemax_sd.results.folder import finish
 from safemax_sd.results.version1 import from_version_1

@@ -22,6 +22,7 @@ from safemax_sd.evaluation.run import Evaluation
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.prompts import Prompt, load_prompts, load_suite
 from safemax_sd.prompts.length import LIBRARIES
+from safemax_sd.recording.prompt_encoding import PromptEncoder
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.input import read_input
 from safemax_sd.training.probe import UnlearningProbe
@@ -152,7 +153,8 @@ def test_the_probe_asks_for_artists_by_their_style(tiny_model: Path, tmp_path: P
     flags = ("--probe_steps", "1", "--stop_at_unlearning_accuracy", "100")
     config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *flags))
     (tmp_path / "forget.csv").write_text("prompt,artist\nred apple,Monet\n")
-    probe = UnlearningProbe.build(config, load_family(LoadOptions(str(tiny_model))), *read_input(config))
+    encoder = PromptEncoder(load_family(LoadOptions(str(tiny_model))))
+    probe = UnlearningProbe.build(config, encoder, *read_input(config))
     assert probe is not None
     assert probe.captions == [
         "a painting in the style of Monet",
