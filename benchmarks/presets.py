@@ -10,7 +10,7 @@ from safemax_sd.planning.presets import planned
 from safemax_sd.presets import card_gib, preset_names
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "what_fits_where.md"
-TABLE = re.compile(r"(<!-- presets -->\n\|.*\n\| ---.*\n)(.*?)(<!-- end of presets -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- presets -->\n\|[^\n]*\n\| ---[^\n]*\n)(.*?)(<!-- end of presets -->)", re.DOTALL)
 
 
 def row(name: str, plan: Plan) -> str:
