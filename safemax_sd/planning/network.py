@@ -7,7 +7,6 @@ autocast runs in which precision, and attention without a matrix of scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -20,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 META = torch.device("meta")
 
-LOWER: frozenset[Callable[..., Any]] = frozenset(
+LOWER: frozenset[Any] = frozenset(
     {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
     | {torch.bmm, torch.baddbmm, torch.einsum}
 )
 """Operations that autocast runs in lower precision."""
-SINGLE: dict[str, frozenset[Callable[..., Any]]] = {
+SINGLE: dict[str, frozenset[Any]] = {
     "cuda": frozenset(
         {F.group_norm, F.layer_norm, F.rms_norm, F.softmax, torch.softmax, torch.Tensor.softmax, F.interpolate}
         | {torch.Tensor.pow, torch.pow, torch.rsqrt, torch.exp, torch.Tensor.sum}

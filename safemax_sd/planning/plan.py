@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -74,7 +75,8 @@ def make_plan(config: TrainConfig) -> Plan:
     config = replace(config, output_dir=config.output_dir or "erased")  # nothing is written
     forget, retain = read_input(config)
     device = own.device or ("cuda" if config.preset or torch.cuda.is_available() else "cpu")
-    config = replace(config, mixed_precision=config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    precision: Any = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    config = replace(config, mixed_precision=precision)
     family = load_configurations(config, frozen_dtype(config, torch.device(device)))
     check_family(config, family)
     family.enable_memory_savings(gradient_checkpointing=config.gradient_checkpointing, xformers=False)
