@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,8 +12,8 @@ from tqdm import tqdm
 from safemax_sd.families import Conditioning
 from safemax_sd.recording.data import ErasureData
 
-NOISE_BATCH, MOST = 64, 2048
-"""Predictions in a batch, and the most of a run."""
+NOISE_BATCH, MOST, A_STEP = 64, 2048, 16
+"""Predictions in a batch, the most of a run, and those for each step of a short run."""
 
 
 class OnNoise(NamedTuple):
@@ -33,9 +32,9 @@ class OnNoise(NamedTuple):
     prediction: Tensor
 
 
-def noise_batches(draws: float) -> int:
-    """Return the number of batches to record for a training that draws so many of their predictions."""
-    return math.ceil(min(MOST, draws) / NOISE_BATCH)
+def noise_batches(steps: int) -> int:
+    """Return the number of batches to record for a training of so many steps."""
+    return -(-min(MOST, A_STEP * steps) // NOISE_BATCH)
 
 
 def draw_prompts(count: int, generators: Sequence[torch.Generator]) -> Tensor:

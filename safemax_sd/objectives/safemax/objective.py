@@ -59,9 +59,9 @@ class SafemaxConfig(ObjectiveOptions):
     retain_noise: float = option(0.0, "Fraction of retain samples on noise, where only the empty prompt halts.", SHARE)
 
     def noise_generators(self) -> list[torch.Generator]:
-        """Return the generators of the batches of pure noise for about as many retain samples as a run draws there."""
-        draws = self.retain_noise * self.retain_samples * self.max_train_steps
-        return [prior_generator(self.seed, NOISE, number) for number in range(noise_batches(draws))]
+        """Return the generators of the batches of pure noise on which retain prompts keep their prediction."""
+        count = noise_batches(self.max_train_steps) if self.retain_noise else 0
+        return [prior_generator(self.seed, NOISE, number) for number in range(count)]
 
 
 @dataclass(frozen=True)
