@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -15,10 +16,13 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from safemax_sd.adapters import lora as adapter
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
+from safemax_sd.families.base import LoraTargets
 from safemax_sd.families.ddpm import ClassConditionalDDPM
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.objectives import OBJECTIVES
@@ -186,3 +190,26 @@ def reached(objective: Objective, predict: Predict, draw: Draw) -> Batch:
     """Return the batch of a draw as a training step gets it."""
     with torch.no_grad():
         return objective.reach(predict, draw)
+
+
+def attach_random_lora(
+    family: ModelFamily, targets: LoraTargets, *, alpha: int, ranks: dict[str, int], alphas: dict[str, int]
+) -> Any:
+    """Attach a LoRA of rank 4 with random matrices, as no training makes it; return the denoiser.
+
+    Args:
+        family: Model.
+        targets: Layers that get a LoRA.
+        alpha: Alpha of the layers that `alphas` does not match.
+        ranks: Other ranks, by patterns of layer names.
+        alphas: Other alphas, by patterns of layer names.
+    """
+    config = LoraConfig(
+        r=4,
+        lora_alpha=alpha,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        init_lora_weights=False,
+        target_modules=family.lora_target_modules(targets),
+    )
+    return inject_adapter_in_model(config, family.denoiser, adapter_name=adapter.ADAPTER)

@@ -14,7 +14,7 @@ from safemax_sd.prompts import Prompt
 
 OPTION = "--untaught_dir"
 KNOWN = 0.5
-"""Share of a concept's given pictures that the judge must recognise; else no attack's success could be seen."""
+"""Fraction of a concept's pictures that the judge must recognise; below it no attack's success could be seen."""
 
 
 def prompts_for(concepts: Sequence[str], prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:

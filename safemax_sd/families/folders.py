@@ -25,6 +25,8 @@ LOAD_ERRORS = (
 """Errors of diffusers and transformers for folders that they cannot load."""
 OPTION = "--pretrained_model_name_or_path"
 LIBRARIES = ("diffusers", "transformers")
+CONFIG_FILES = ("*.json", "*.txt", "*.model")
+"""Patterns of a pipeline's files without its weights; `*` stands for folders too."""
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of pipelines that this project does not use."""
 SETTINGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
@@ -40,6 +42,30 @@ def cannot_be_loaded(name_or_path: str, error: Exception, part: str = "") -> Opt
         part: Part of the model at fault, if known.
     """
     return OptionError(OPTION, name_or_path, f"{part} cannot be loaded: {reason_of(error)}".strip())
+
+
+def download_configuration(
+    hub_id: str, *, revision: str | None, cache_dir: str | None, local_files_only: bool = False
+) -> Path:
+    """Return the local folder of a hub model's files without its weights, downloaded unless they are in the cache.
+
+    Args:
+        hub_id: Id of the model.
+        revision: Revision on the hub.
+        cache_dir: Folder of hub downloads.
+        local_files_only: True to look in the cache alone.
+
+    Raises:
+        OSError: The hub cannot be reached or has no such model, or the files are not in the cache.
+        ValueError: The id is none.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = list(CONFIG_FILES)
+    folder = snapshot_download(
+        hub_id, revision=revision, cache_dir=cache_dir, allow_patterns=patterns, local_files_only=local_files_only
+    )
+    return Path(folder)
 
 
 def load_folder(options: LoadOptions, quantization: Mapping[str, Any]) -> dict[str, Any]:

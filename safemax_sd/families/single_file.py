@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from safemax_sd.core.errors import OptionError, reason_of
 from safemax_sd.core.quiet import quiet
 from safemax_sd.families.base import LoadOptions
-from safemax_sd.families.folders import LOAD_ERRORS, NOT_NEEDED, OPTION
+from safemax_sd.families.folders import LOAD_ERRORS, NOT_NEEDED, OPTION, download_configuration
 from safemax_sd.families.original_checkpoint import DENOISER
 
 CONFIG_OPTION = "--single_file_config"
 MISSING = "it has layers that the file has not"
 SAFE, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
-CONFIG_FILES = ("*.json", "*.txt", "*.model")
-"""Patterns of a pipeline's files without its weights; `*` stands for folders too."""
 FIRST_LAYERS = (
     "input_blocks.0.0.weight",
     "joint_blocks.0.x_block.attn.qkv.weight",
@@ -51,13 +48,7 @@ def config_folder(options: LoadOptions) -> Path:
     if not folder.is_dir():
         try:
             with quiet():
-                found = snapshot_download(
-                    named,
-                    revision=options.revision,
-                    cache_dir=options.cache_dir,
-                    allow_patterns=list(CONFIG_FILES),
-                )
-                folder = Path(found)
+                folder = download_configuration(named, revision=options.revision, cache_dir=options.cache_dir)
         except (OSError, ValueError) as error:
             raise _without_config(options, named) from error
     if not _index(folder):

@@ -10,13 +10,10 @@ import torch
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.families import ModelFamily, load_family
-from safemax_sd.families.folders import NOT_NEEDED, cannot_be_loaded
+from safemax_sd.families.folders import NOT_NEEDED, cannot_be_loaded, download_configuration
 from safemax_sd.planning.network import META
 from safemax_sd.presets import architecture
 from safemax_sd.training.config import TrainConfig
-
-CONFIGURATIONS = ["*.json", "*.txt", "*.model"]
-"""Files on the hub that are no weights: configurations, and the vocabularies of tokenizers."""
 
 
 def load_configurations(config: TrainConfig, dtype: torch.dtype) -> ModelFamily:
@@ -43,36 +40,23 @@ def _folder(config: TrainConfig) -> Path:
     Raises:
         OptionError: The hub cannot be reached, or has no such model.
     """
-    name = config.pretrained_model_name_or_path
+    name, revision, cache_dir = config.pretrained_model_name_or_path, config.revision, config.cache_dir
     folder = Path(resolve_model(name))
     if folder.is_dir():
         return folder
     try:
-        cached = _snapshot(config, local_files_only=True)
+        cached = download_configuration(name, revision=revision, cache_dir=cache_dir, local_files_only=True)
     except (OSError, ValueError):  # not in the cache
         cached = None
     if cached is not None and _whole(cached):
         return cached
-    shipped = architecture(name) if config.revision is None else None
+    shipped = architecture(name) if revision is None else None
     if shipped is not None:
         return shipped
     try:
-        return _snapshot(config, local_files_only=False)
+        return download_configuration(name, revision=revision, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
         raise cannot_be_loaded(name, error) from error
-
-
-def _snapshot(config: TrainConfig, *, local_files_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    folder = snapshot_download(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        cache_dir=config.cache_dir,
-        allow_patterns=CONFIGURATIONS,
-        local_files_only=local_files_only,
-    )
-    return Path(folder)
 
 
 def _whole(folder: Path) -> bool:

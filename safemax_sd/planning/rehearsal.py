@@ -198,7 +198,7 @@ def _pruning_calls(config: TrainConfig, encoder: PromptEncoder, forget: PromptSe
         return {}
     recording = Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), encoder, forget, retain)
     data = recording.before(0)
-    return {"prune": pruning_calls(data) + recording.model_calls}
+    return {"prune": pruning_calls(len(data.forget_bank), len(data.retain_bank)) + recording.model_calls}
 
 
 def _size(bank: ReplayBank) -> tuple[int, int]:

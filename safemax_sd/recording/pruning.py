@@ -65,12 +65,12 @@ def prune(family: ModelFamily, data: ErasureData, fraction: float, *, seed: int)
     with torch.no_grad():
         for weight, own in zip(family.denoiser.parameters(), ratio, strict=True):
             weight[(own > threshold).view_as(weight)] = 0
-    return pruning_calls(data)
+    return pruning_calls(len(data.forget_bank), len(data.retain_bank))
 
 
-def pruning_calls(data: ErasureData) -> int:
-    """Return the network evaluations that pruning takes, counted per sample."""
-    return sum(passes(len(bank)) * len(bank) for bank in (data.forget_bank, data.retain_bank))
+def pruning_calls(*rows: int) -> int:
+    """Return the network evaluations that pruning takes for banks of so many rows, counted per sample."""
+    return sum(passes(count) * count for count in rows)
 
 
 def passes(rows: int) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ReplayNeeds
-from safemax_sd.recording.pruning import passes
+from safemax_sd.recording.pruning import pruning_calls
 from safemax_sd.recording.schedule import expected_calls as recording_calls
 from safemax_sd.training.config import TrainConfig
-from safemax_sd.training.probe import PROBE_PICTURES
+from safemax_sd.training.probe import probe_calls
 
 
 def expected_calls(config: TrainConfig, forget: PromptSet, retain: PromptSet) -> dict[str, float]:
@@ -31,11 +31,11 @@ def expected_calls(config: TrainConfig, forget: PromptSet, retain: PromptSet) ->
         "replay": recording_calls(config, needs),
         "prepare": own.prepare,
         "train": config.max_train_steps * config.gradient_accumulation_steps * own.batch,
-        "probe": probes * 2 * PROBE_PICTURES * config.replay_inference_steps,
+        "probe": probes * probe_calls(config),
     }
 
 
 def _pruning_calls(config: TrainConfig) -> float:
     banks = (config.forget_trajectories, config.retain_trajectories)
     rows = [trajectories * config.replay_inference_steps for trajectories in banks]
-    return recording_calls(config, ReplayNeeds("steps")) + sum(passes(count) * count for count in rows)
+    return recording_calls(config, ReplayNeeds("steps")) + pruning_calls(*rows)

@@ -294,15 +294,7 @@ def test_kohya_files_are_exact(
 ) -> None:
     folder = request.getfixturevalue(model)
     family = load_family(LoadOptions(str(folder)))
-    config = LoraConfig(
-        r=4,
-        lora_alpha=alpha,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        init_lora_weights=False,
-        target_modules=family.lora_target_modules("all"),
-    )
-    inject_adapter_in_model(config, family.denoiser, adapter_name=adapter.ADAPTER)
+    tiny.attach_random_lora(family, "all", alpha=alpha, ranks=ranks, alphas=alphas)
     adapter.save_adapter(family, tmp_path, kohya=True)
     ours = deltas(family.denoiser, adapter.ADAPTER)
     for name in (adapter.WEIGHTS_NAME, adapter.KOHYA_NAME):

@@ -14,17 +14,18 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor
 
 from safemax_sd.adapters import lora as adapter
 from safemax_sd.families import LoadOptions, load_family
+from safemax_sd.families.base import LoraTargets
 from safemax_sd.families.flux import SINGLE_BLOCKS
 from safemax_sd.families.original_names import original_sd3_layers
 from safemax_sd.families.sd3 import StableDiffusion3
 from safemax_sd.families.transformer import ATTENTION, FEED_FORWARD, TEXT_ATTENTION
+from tests import tiny
 from tests.original_mmdit import as_diffusers, flux_layers, products, sd3_changes, sd3_layers, width_of
 
 SD3 = {
@@ -221,18 +222,10 @@ RANKS = {"add_k_proj": 5, "0.attn.add_v_proj": 2}
 @pytest.mark.parametrize(("alpha", "ranks", "alphas"), [(4, {}, {}), (6, RANKS, {}), (4, RANKS, RANKS)])
 @pytest.mark.parametrize("targets", TARGETS)
 def test_a_kohya_file_of_sd3_changes_the_original_weights_as_diffusers_changes_its_own(
-    tiny_sd3: Path, tmp_path: Path, targets: str, alpha: int, ranks: dict[str, int], alphas: dict[str, int]
+    tiny_sd3: Path, tmp_path: Path, targets: LoraTargets, alpha: int, ranks: dict[str, int], alphas: dict[str, int]
 ) -> None:
     family = load_family(LoadOptions(str(tiny_sd3)))
-    config = LoraConfig(
-        r=4,
-        lora_alpha=alpha,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        init_lora_weights=False,
-        target_modules=family.lora_target_modules(targets),
-    )
-    network: Any = inject_adapter_in_model(config, family.denoiser, adapter_name=adapter.ADAPTER)
+    network = tiny.attach_random_lora(family, targets, alpha=alpha, ranks=ranks, alphas=alphas)
     adapter.save_adapter(family, tmp_path, kohya=True)
     changes = sd3_changes(tmp_path / adapter.KOHYA_NAME, network.config)
     layers = {layer: module for layer, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
