@@ -20,15 +20,16 @@ from safemax_sd.evaluation.planning import EvaluationPlan
 from safemax_sd.evaluation.resistance.plan import chosen
 from safemax_sd.evaluation.resistance.run import EXAMPLES_EACH
 from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS
+from tqdm import tqdm
 
-from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
+from safemax_sd.planning.models import configuration_folder
 from safemax_sd.prompts import Suite, pick
 
 TASKS_NOTE = "Prompts that methods are trained on and that are measured, and pictures of each model and seed."
 CALLS_NOTE = (
-    "Evaluations of the network, counted for each sample; what is drawn at random counts with its mean, an attack with "
-    "the most that it may take. {base}: the pictures and attacks that all methods share."
+    "Evaluations of the network, counted for each sample. Trainings are rehearsed on the first task; "
+    "an attack counts with the most that it may take. {base}: the pictures and attacks that all methods share."
 )
 NO_HOURS = (
     "Hours are not known: give --seconds_per_call, measured on your card. A finished comparison's compare.json has the "
@@ -119,10 +120,13 @@ def _calls(comparison: Comparison) -> dict[str, Calls]:
     samplers = _samplers(settings.base_model)
     attacked = {name: _attack_calls(comparison, suite) for name, suite in comparison.tasks.items()}
     begun = set[tuple[str, int]]()
-    for cell in make_cells(comparison):
+    erasing: dict[str, float] = {}
+    for cell in tqdm(make_cells(comparison), desc="dry run", unit="cell", leave=False):
+        if cell.label not in erasing:
+            erasing[cell.label] = cell.method.rehearse(cell.erasure)
         drawn = _evaluation_calls(cell, samplers)
         attacks = 0 if cell.method.not_attacked else attacked[cell.task]
-        lines[cell.label].add(Calls(1, cell.method.expected_calls(cell.erasure), drawn["erased"], attacks))
+        lines[cell.label].add(Calls(1, erasing[cell.label], drawn["erased"], attacks))
         if (cell.task, cell.erasure.seed) not in begun:
             begun.add((cell.task, cell.erasure.seed))
             lines[BASE].evaluation += drawn[BASE]
@@ -133,7 +137,7 @@ def _calls(comparison: Comparison) -> dict[str, Calls]:
 
 def _samplers(base_model: str) -> Sequence[str]:
     """Return the names of a model's samplers, the default first."""
-    index: Any = DiffusionPipeline.load_config(resolve_model(base_model))
+    index: Any = DiffusionPipeline.load_config(configuration_folder(base_model))
     return tuple(FLOW_SAMPLERS if "transformer" in index else SAMPLERS)
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
+import torch
 import yaml
 from safemax_sd.evaluation.baselines import BASELINES
 from safemax_sd.evaluation.subjects import Adapter, Subject
@@ -19,11 +20,12 @@ from safemax_sd.core.options import check_values, choices_of, flags_of
 from safemax_sd.core.registry import closest
 from safemax_sd.erasing.edits import EDITS, ClosedFormEdit
 from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.planning.models import load_configurations
+from safemax_sd.planning.rehearsal import rehearse
 from safemax_sd.prompts import Suite
 from safemax_sd.training.children import run_child
 from safemax_sd.training.command_line import check_types
 from safemax_sd.training.config import config_class
-from safemax_sd.training.expected import expected_calls
 from safemax_sd.training.input import read_input
 
 OUTPUT = "output.txt"
@@ -116,8 +118,8 @@ class Method(ABC):
             OptionError: The model or the guidance scale is not supported.
         """
 
-    def expected_calls(self, erasure: Erasure) -> float:
-        """Return the network evaluations to expect of an erasure, counted per sample; most take none."""
+    def rehearse(self, erasure: Erasure) -> float:
+        """Return the network evaluations that an erasure would take, counted per sample; most take none."""
         return 0
 
     @abstractmethod
@@ -176,9 +178,10 @@ class TrainedMethod(Method):
     def check(self, erasure: Erasure) -> None:
         read_input(config_class(self.name)(**self._all_flags(erasure)))
 
-    def expected_calls(self, erasure: Erasure) -> float:
+    def rehearse(self, erasure: Erasure) -> float:
         config = config_class(self.name)(**self._all_flags(erasure))
-        return sum(expected_calls(config, *read_input(config)).values())
+        family = load_configurations(config, torch.float32)
+        return sum(rehearse(config, family, *read_input(config), brief=True).model_calls.values())
 
     def erase(self, erasure: Erasure) -> None:
         path = erasure.folder / FLAGS

@@ -191,19 +191,6 @@ def forget_and_retain_loss(predict: Predict, batch: Batch, retain_weight: float)
 
 
 @dataclass(frozen=True)
-class ExpectedCalls:
-    """The mean network evaluations of an objective, counted per sample.
-
-    Attributes:
-        batch: Evaluations for one micro-batch of a step, with those before the step.
-        prepare: Evaluations in `Objective.prepare`.
-    """
-
-    batch: float
-    prepare: float = 0
-
-
-@dataclass(frozen=True)
 class Positions:
     """Numbers of a batch's samples within a step, by which micro-batches and processes split the step exactly.
 
@@ -337,11 +324,6 @@ class Objective(ABC):
     @abstractmethod
     def __init__(self, config: ObjectiveOptions, data: ErasureData) -> None:
         """Store the flags and the data; expensive work belongs in `prepare`."""
-
-    @classmethod
-    def expected_calls(cls, config: ObjectiveOptions) -> ExpectedCalls:
-        """Return the network evaluations to expect, before anything is loaded: one for each sample of a batch."""
-        return ExpectedCalls(config.train_batch_size + config.retain_samples)
 
     def prepare(self, student: Student) -> int:
         """Compute priors once, before the first step.

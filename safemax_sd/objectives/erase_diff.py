@@ -24,7 +24,6 @@ from safemax_sd.objectives.base import (
     AuthorsAdamW,
     Batch,
     Draw,
-    ExpectedCalls,
     LossTerms,
     Mean,
     Objective,
@@ -85,13 +84,6 @@ class EraseDiff(Objective):
     @classmethod
     def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
         return ReplayNeeds("samples")
-
-    @classmethod
-    def expected_calls(cls, config: ObjectiveOptions) -> ExpectedCalls:
-        assert isinstance(config, EraseDiffConfig)
-        batch = config.train_batch_size + config.retain_samples
-        inner = config.inner_steps * config.train_batch_size if config.lambda_rule == "gap" else 0
-        return ExpectedCalls(batch if config.lambda_rule == "fixed" else 2 * batch + inner)
 
     def prepare(self, student: Student) -> int:
         self.student = student

@@ -22,7 +22,6 @@ from safemax_sd.objectives.base import (
     AuthorsAdamW,
     Batch,
     Draw,
-    ExpectedCalls,
     LossTerms,
     Objective,
     ObjectiveOptions,
@@ -91,13 +90,6 @@ class Esd(Objective):
     def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
         assert isinstance(config, EsdConfig)
         return ReplayNeeds("steps" if config.esd_states == "replayed" else "nothing")
-
-    @classmethod
-    def expected_calls(cls, config: ObjectiveOptions) -> ExpectedCalls:
-        assert isinstance(config, EsdConfig)
-        steps = (config.esd_inference_steps - 1) / 2  # on average
-        sampled = 2 * steps + 2 if config.esd_states == "sampled" else 0
-        return ExpectedCalls(config.train_batch_size * (1 + sampled))
 
     def prepare(self, student: Student) -> int:
         self.student = student

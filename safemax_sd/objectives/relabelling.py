@@ -11,7 +11,6 @@ from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
     Batch,
     Draw,
-    ExpectedCalls,
     LossTerms,
     Objective,
     ObjectiveOptions,
@@ -43,10 +42,6 @@ class Relabelling(Objective):
     """Mean squared error to the student's prediction for the other prompt and, weighted, to the retain targets."""
 
     config: ObjectiveOptions
-
-    @classmethod
-    def expected_calls(cls, config: ObjectiveOptions) -> ExpectedCalls:
-        return ExpectedCalls(2 * config.train_batch_size + config.retain_samples)
 
     def reach(self, predict: Predict, draw: Draw) -> Batch:
         assert isinstance(draw, RelabelledDraw)

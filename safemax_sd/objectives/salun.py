@@ -7,7 +7,7 @@ OPTML-Group/Unlearn-Saliency. There the forget loss is a mean over an image's el
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,6 @@ from tqdm import tqdm
 from safemax_sd.core.options import NONZERO_SHARE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
-    ExpectedCalls,
     FullWeightsConfig,
     ObjectiveOptions,
     Positions,
@@ -65,11 +64,6 @@ class Salun(Relabelling):
         self.parameters = list(student.parameters)
         self.mask = salient(self._forget_gradients(student), self.config.saliency_share)
         return len(self.data.forget_samples)
-
-    @classmethod
-    def expected_calls(cls, config: ObjectiveOptions) -> ExpectedCalls:
-        assert isinstance(config, SalunConfig)
-        return replace(super().expected_calls(config), prepare=config.forget_trajectories)
 
     @classmethod
     def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:

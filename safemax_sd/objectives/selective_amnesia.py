@@ -7,7 +7,7 @@ loss, becomes λ·D·Σ F·(θ − θ*)² with F of the mean loss, which has the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,6 @@ from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
     Batch,
-    ExpectedCalls,
     FullWeightsConfig,
     LossTerms,
     Objective,
@@ -63,12 +62,6 @@ class SelectiveAmnesia(Objective):
         self.parameters: list[nn.Parameter] = []
         self.start: list[Tensor] = []
         self.fisher: list[Tensor] = []
-
-    @classmethod
-    def expected_calls(cls, config: ObjectiveOptions) -> ExpectedCalls:
-        assert isinstance(config, SelectiveAmnesiaConfig)
-        samples = min(config.fisher_samples, config.forget_trajectories + config.retain_trajectories)
-        return replace(super().expected_calls(config), prepare=samples * config.fisher_timesteps)
 
     def prepare(self, student: Student) -> int:
         self.parameters = list(student.parameters)

@@ -21,7 +21,6 @@ from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
     Batch,
-    ExpectedCalls,
     FullWeightsConfig,
     LossTerms,
     Objective,
@@ -94,12 +93,6 @@ class SfrOn(Objective):
     @classmethod
     def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
         return ReplayNeeds("samples")
-
-    @classmethod
-    def expected_calls(cls, config: ObjectiveOptions) -> ExpectedCalls:
-        assert isinstance(config, SfrOnConfig)
-        batch = (config.train_batch_size + config.retain_samples) / STEPS
-        return ExpectedCalls(batch, prepare=config.forget_trajectories + config.retain_trajectories)
 
     def prepare(self, student: Student) -> int:
         data = self.data

@@ -21,7 +21,6 @@ from safemax_sd.families import TOKEN_STATES, Conditioning
 from safemax_sd.objectives.base import (
     Batch,
     Draw,
-    ExpectedCalls,
     LearningRateSchedule,
     LossTerms,
     Objective,
@@ -105,12 +104,6 @@ class Spm(Objective):
     def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
         assert isinstance(config, SpmConfig)
         return ReplayNeeds("nothing", retain_rows=range(len(retain)) if config.spm_anchors == "prompts" else ())
-
-    @classmethod
-    def expected_calls(cls, config: ObjectiveOptions) -> ExpectedCalls:
-        assert isinstance(config, SpmConfig)
-        forget, steps = config.train_batch_size, config.spm_inference_steps / 2  # on average
-        return ExpectedCalls(2 * (forget + config.retain_samples) + forget * (1 + 2 * steps))
 
     def prepare(self, student: Student) -> int:
         if self.config.spm_anchors == "latent" and TOKEN_STATES not in self.data.forget.tensors:

@@ -29,18 +29,24 @@ def load_configurations(config: TrainConfig, dtype: torch.dtype) -> ModelFamily:
         OptionError: The configurations cannot be found or loaded.
     """
     options = config.load_options(META, dtype)
-    family = load_family(replace(options, name_or_path=str(_folder(config)), without_weights=True))
+    name, revision, cache_dir = config.pretrained_model_name_or_path, config.revision, config.cache_dir
+    folder = configuration_folder(name, revision=revision, cache_dir=cache_dir)
+    family = load_family(replace(options, name_or_path=str(folder), without_weights=True))
     family.options = options
     return family
 
 
-def _folder(config: TrainConfig) -> Path:
-    """Return a folder of the model's configurations.
+def configuration_folder(name: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """Return a folder of a model's configurations: its own, the hub's cache, the shipped ones, or a download.
+
+    Args:
+        name: Folder, name of an embedded model, or hub id.
+        revision: Revision on the hub; None for the newest.
+        cache_dir: Folder of the hub's cache; None for the default.
 
     Raises:
         OptionError: The hub cannot be reached, or has no such model.
     """
-    name, revision, cache_dir = config.pretrained_model_name_or_path, config.revision, config.cache_dir
     folder = Path(resolve_model(name))
     if folder.is_dir():
         return folder

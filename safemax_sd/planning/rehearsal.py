@@ -26,7 +26,7 @@ from safemax_sd.recording.schedule import Recording
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.probe import probe_calls
 
-MOST_SAMPLES = 20_000
+MOST_SAMPLES, MOST_IN_BRIEF = 20_000, 1_000
 """Training samples that are drawn at most; the calls of a longer training are those of its first steps, scaled up."""
 MOST_ELEMENTS = 2**28
 """Numbers in the replay banks above which the rehearsal has smaller latents, and so other draws."""
@@ -101,7 +101,9 @@ def without_network(family: ModelFamily, latent_shape: tuple[int, ...]) -> Model
     return twin
 
 
-def rehearse(config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet) -> Rehearsal:
+def rehearse(
+    config: TrainConfig, family: ModelFamily, forget: PromptSet, retain: PromptSet, *, brief: bool = False
+) -> Rehearsal:
     """Rehearse a run without its network.
 
     Args:
@@ -109,6 +111,7 @@ def rehearse(config: TrainConfig, family: ModelFamily, forget: PromptSet, retain
         family: Model without weights.
         forget: Forget prompts.
         retain: Retain prompts.
+        brief: True for a few steps with small latents.
 
     Raises:
         OptionError: The flags do not go with the model or the prompts.
@@ -116,11 +119,11 @@ def rehearse(config: TrainConfig, family: ModelFamily, forget: PromptSet, retain
     own = family.latent_shape(config.resolution)
     steps = config.replay_inference_steps
     elements = math.prod(own) * (3 * steps + 1) * (config.forget_trajectories + config.retain_trajectories)
-    exact = elements <= MOST_ELEMENTS
+    exact = elements <= MOST_ELEMENTS and not brief
     twin = without_network(family, own if exact else (own[0], SMALL_SIDE, SMALL_SIDE))
     config = replace(config, replay_memory_gib=math.inf)  # nothing may be written
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars of what takes a moment here
-        found = _rehearse(config, twin, forget, retain)
+        found = _rehearse(config, twin, forget, retain, MOST_IN_BRIEF if brief else MOST_SAMPLES)
     return replace(found, exact=exact and found.exact, largest=_in_full(found.largest, own, family.empty))
 
 
@@ -135,7 +138,9 @@ def _in_full(batch: Batch, latent_shape: tuple[int, ...], empty: Conditioning) -
     return replace(batch, x_t=latents, target=latents, conditioning=Conditioning(encodings))
 
 
-def _rehearse(config: TrainConfig, twin: ModelFamily, forget: PromptSet, retain: PromptSet) -> Rehearsal:
+def _rehearse(
+    config: TrainConfig, twin: ModelFamily, forget: PromptSet, retain: PromptSet, most_samples: int
+) -> Rehearsal:
     kind = OBJECTIVES.get(config.objective)
     needs = kind.needs(config, forget, retain)
     encoder = PromptEncoder(twin)
@@ -149,7 +154,7 @@ def _rehearse(config: TrainConfig, twin: ModelFamily, forget: PromptSet, retain:
         return student.freeze()
 
     calls["prepare"] = objective.prepare(replace(student, freeze=freeze))
-    counted = max(1, min(config.max_train_steps, MOST_SAMPLES // (config.train_batch_size + config.retain_samples)))
+    counted = max(1, min(config.max_train_steps, most_samples // (config.train_batch_size + config.retain_samples)))
     largest, trained = _train(config, objective, recording, student, counted)
     calls["train"] = round(trained * config.max_train_steps / counted)
     data = recording.before(config.max_train_steps)

@@ -13,6 +13,7 @@ from safemax_sd.core.registry import closest
 FOLDER = Path(__file__).parent
 ARCHITECTURES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "stable-diffusion-v1-5",
+    "CompVis/stable-diffusion-v1-4": "stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-xl-base-1.0": "stable-diffusion-xl-base-1.0",
     "stabilityai/stable-diffusion-3.5-medium": "stable-diffusion-3.5-medium",
     "black-forest-labs/FLUX.1-dev": "FLUX.1-dev",

@@ -25,7 +25,6 @@ from safemax_sd.recording.picture_folder import encode_samples
 from safemax_sd.recording.prompt_encoding import CPU, PromptEncoder
 from safemax_sd.recording.replay import (
     MEMORY,
-    PERTURBED_SHARE,
     Recorder,
     ReplayBank,
     Samples,
@@ -167,16 +166,6 @@ class Recording:
         """Return the number of trajectories that a step needs: all of them once the span is over."""
         share = min(1.0, (step + 1) / self._last_step) if self._last_step else 1.0
         return math.ceil(share * len(recorder.prompts))
-
-
-def expected_calls(config: ReplayOptions, needs: ReplayNeeds) -> float:
-    """Return the mean network evaluations of a recording, counted per sample; see `Recording`."""
-    each = 2 * config.replay_inference_steps
-    extra = each * needs.extra_trajectories if needs.extra_prompts else 0
-    if needs.stored == "nothing" or (needs.stored == "samples" and config.train_data_dir is not None):
-        return extra
-    mixed = PERTURBED_SHARE if needs.stored == "steps" and config.retain_perturbation > 0 else 0
-    return extra + each * (config.forget_trajectories + (1 + mixed) * config.retain_trajectories)
 
 
 def trajectory_prompts(

@@ -14,7 +14,7 @@ from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import Positions, Rows, Student
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
 from safemax_sd.objectives.safemax.halting import ROLLOUT_STEPS, Pairs
-from safemax_sd.objectives.safemax.objective import SafemaxBatch, SafemaxDraw
+from safemax_sd.objectives.safemax.objective import OnNoise, SafemaxBatch, SafemaxDraw
 from safemax_sd.recording.data import ErasureData
 from safemax_sd.recording.replay import ReplayBank, Samples
 
@@ -114,7 +114,9 @@ def test_the_effective_weight_of_a_forget_sample_is_d() -> None:
     single = Rows(x, t, Conditioning({"states": torch.zeros(2, 1)}), x + 1)
     kept = Rows(x[:1], t[:1], conditioning(KEPT), x[:1] + 2)
     none = Pairs(x[:0], t[:0], Conditioning({"states": torch.zeros(0, 1)}), torch.zeros(0))
-    batch = built.reach(zero, SafemaxDraw(single, none, kept))
+    batch = built.reach(
+        zero, SafemaxDraw(single, none, kept, OnNoise(x[:0], t[:0], none.conditioning, none.conditioning))
+    )
     terms = built.loss(zero, batch)
     assert float(terms.parts["forget"]) == pytest.approx((1 + math.exp(-1)) / 2)
     assert float(terms.parts["retain"]) == 4
@@ -233,15 +235,20 @@ def test_prompts_to_keep_stay_on_noise_where_the_empty_prompt_halts() -> None:
     def plus_prompt(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         return x + conditioning.tensors["states"].view(-1, 1, 1, 1)
 
-    student = Student(plus_prompt, network, list(network.parameters()), {}, lambda: plus_prompt, no_sampler)
-    assert built.prepare(student) == 2048
-    kept = drawn(built, 1, 400).kept
-    noise = ~(kept.x_t == 1.0).flatten(1).all(1)
-    assert 150 < int(noise.sum()) < 250
-    assert set(kept.t[noise].tolist()) == {0}  # of the noise levels 0, 1/2 and 1 one lies below
-    assert set(kept.conditioning.tensors["states"][noise, 0].tolist()) == {KEPT}
-    assert torch.equal(kept.target[noise], kept.x_t[noise] + 2.0)
-    assert 0.8 < float(kept.x_t[noise].std()) < 1.2
+    assert built.prepare(Student(zero, network, list(network.parameters()), {}, lambda: plus_prompt, no_sampler)) == 0
+    draw = drawn(built, 1, 400)
+    count = len(draw.noise.t)
+    assert 150 < count < 250 and len(draw.kept.t) == 400 - count
+    assert set(draw.noise.t.tolist()) == {0}  # of the noise levels 0, 1/2 and 1 one lies below
+    assert set(draw.noise.plain.tensors["states"].flatten().tolist()) == {KEPT}
+    assert 0.8 < float(draw.noise.x_t.std()) < 1.2
+    batch = built.reach(zero, draw)
+    assert batch.reach_calls == draw.pairs.rollout_calls + count
+    assert batch.sizes[-1] == 400
+    assert torch.equal(batch.x_t[-count:], draw.noise.x_t)
+    assert torch.equal(batch.target[-count:], draw.noise.x_t + KEPT)  # the frozen model's, not the student's
+    assert set(batch.conditioning.tensors["states"][-count:].flatten().tolist()) == {KEPT}
+    assert not batch.is_forget[-400:].any()
 
 
 def test_more_trajectories_are_drawn_from_once_they_are_there() -> None:

@@ -14,7 +14,6 @@ from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
     Batch,
     Draw,
-    ExpectedCalls,
     LossTerms,
     Objective,
     ObjectiveOptions,
@@ -23,14 +22,11 @@ from safemax_sd.objectives.base import (
     Rows,
     Student,
     mean_square,
-    prior_generator,
 )
-from safemax_sd.objectives.safemax.halting import ROLLOUT_GUIDANCE, ROLLOUT_STEPS, Pairs, halt
-from safemax_sd.prompts import PromptSet
-from safemax_sd.recording.data import ErasureData, ReplayNeeds
-from safemax_sd.recording.noise import NOISE_BATCH, draw_prompts, noise_batches, predictions_on_noise
+from safemax_sd.objectives.safemax.halting import ROLLOUT_GUIDANCE, Pairs, halt
+from safemax_sd.recording.data import ErasureData
 
-FORGET, RETAIN, NOISE = 0, 1, 2
+FORGET, RETAIN = 0, 1
 
 
 @dataclass
@@ -48,9 +44,7 @@ class SafemaxConfig(ObjectiveOptions):
 
     decay_lambda: float = option(1.0, "λ in D(t) = exp(-λ·t/T), the weight of a noise level.", NOT_NEGATIVE)
     target_guidance: float = option(4.0, "Guidance scale up to which outputs are trained to be noise.", POSITIVE)
-    forget_trajectory_share: float = option(
-        0.5, "Fraction of single forget samples below --halt_below that lie on trajectories.", SHARE
-    )
+    forget_trajectory_share: float = option(0.5, "Fraction of single forget samples on trajectories.", SHARE)
     halt_unconditional: float = option(0.33, "Fraction of forget samples that are halted pairs.", SHARE)
     halt_below: float = option(0.6, "Upper bound of t/T for halted pairs.", NONZERO_SHARE)
     halt_rollout: float = option(0.5, "Fraction of halted pairs produced by the student's own rollout.", SHARE)
@@ -58,19 +52,25 @@ class SafemaxConfig(ObjectiveOptions):
     retain_empty_share: float = option(0.25, "Fraction of retain samples with the empty prompt.", SHARE)
     retain_noise: float = option(0.0, "Fraction of retain samples on noise, where only the empty prompt halts.", SHARE)
 
-    def noise_generators(self) -> list[torch.Generator]:
-        """Return the generators of the batches of pure noise on which retain prompts keep their prediction."""
-        count = noise_batches(self.max_train_steps) if self.retain_noise else 0
-        return [prior_generator(self.seed, NOISE, number) for number in range(count)]
+
+@dataclass(frozen=True)
+class OnNoise(Draw):
+    """Retain prompts on pure noise [N, *latent]: as the student gets them, and plain, for the frozen model's target."""
+
+    x_t: Tensor
+    t: Tensor
+    conditioning: Conditioning
+    plain: Conditioning
 
 
 @dataclass(frozen=True)
 class SafemaxDraw(Draw):
-    """Blocks of a batch before the student's rollouts: single forget samples, halted pairs, retain samples."""
+    """Blocks of a batch before its predictions: single forget samples, halted pairs, retain samples, those on noise."""
 
     single: Rows
     pairs: Pairs
     kept: Rows
+    noise: OnNoise
 
 
 @dataclass(frozen=True)
@@ -105,18 +105,6 @@ class Safemax(Objective):
         self.guided_from = math.inf if self.target_guidance == 1 else stays
         self.extend(data)
 
-    @classmethod
-    def expected_calls(cls, config: ObjectiveOptions) -> ExpectedCalls:
-        assert isinstance(config, SafemaxConfig)
-        pairs = config.halt_unconditional * config.train_batch_size
-        batch = super().expected_calls(config).batch + pairs * (1 + 2 * ROLLOUT_STEPS * config.halt_rollout)
-        return ExpectedCalls(batch, prepare=NOISE_BATCH * len(config.noise_generators()))
-
-    @classmethod
-    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
-        assert isinstance(config, SafemaxConfig)
-        return ReplayNeeds(retain_rows=draw_prompts(len(retain), config.noise_generators()).tolist())
-
     def extend(self, data: ErasureData) -> None:
         super().extend(data)
         guided = data.process.schedule.noise_level(data.forget_bank.t) >= self.guided_from
@@ -124,10 +112,9 @@ class Safemax(Objective):
         self.steps = [torch.nonzero(kind | ~kind.any()).flatten() for kind in (~guided, guided)]
 
     def prepare(self, student: Student) -> int:
-        """Record the base model's predictions for retain prompts on pure noise, which no trajectory passes."""
-        generators, below = self.config.noise_generators(), self.config.halt_below
-        self.on_noise = predictions_on_noise(self.data, student.predict, student.device, below, generators)
-        return len(self.on_noise.t)
+        if self.config.retain_noise:  # a copy of the network, if full weights are trained
+            self.frozen = student.freeze()
+        return 0
 
     def draw(self, positions: Positions) -> SafemaxDraw:
         data = self.data
@@ -135,14 +122,20 @@ class Safemax(Objective):
         x, t, weight = torch.zeros(0, *data.latent_shape), data.process.schedule.all_times()[:0], torch.zeros(0)
         prompts = data.empty.select(weight.long())
         single, pairs = [Rows(x, t, prompts, x)], [Pairs(x, t, prompts, weight)]
+        kept, noise = [Rows(x, t, prompts, x)], [OnNoise(x, t, prompts, prompts)]
         for number in positions.forget:
             generator = positions.generator(FORGET, number)
             if torch.rand((), generator=generator) < self.config.halt_unconditional:
                 pairs.append(self._halted_pair(generator))
             else:
                 single.append(self._single(generator))
-        kept = [self._kept(positions.generator(RETAIN, number)) for number in positions.retain]
-        return SafemaxDraw(Rows.cat(single), Pairs.cat(pairs), Rows.cat(kept))
+        for number in positions.retain:
+            generator = positions.generator(RETAIN, number)
+            if torch.rand((), generator=generator) < self.config.retain_noise:
+                noise.append(self._on_noise(generator))
+            else:
+                kept.append(self._kept(generator))
+        return SafemaxDraw(Rows.cat(single), Pairs.cat(pairs), Rows.cat(kept), OnNoise.cat(noise))
 
     def _single(self, generator: torch.Generator) -> Rows:
         """Draw a forget prompt at a noise level drawn as in the model's training: on a trajectory, or on noise."""
@@ -184,16 +177,19 @@ class Safemax(Objective):
         return Pairs(noise, t, self.forbidden(row, generator), torch.tensor([guidance]))
 
     def _kept(self, generator: torch.Generator) -> Rows:
-        """Draw a frozen prediction: of a retain prompt, on its trajectory or on noise, or of the empty prompt."""
-        if self.config.retain_noise and torch.rand((), generator=generator) < self.config.retain_noise:
-            row = torch.randint(len(self.on_noise.t), (1,), generator=generator)
-            x_t, t, prompt, target = (column[row] for column in self.on_noise)
-            return Rows(x_t, t, self.retained(prompt, generator), target)
+        """Draw a recorded step of a retain prompt's trajectory, with that prompt or with the empty one."""
         bank = self.data.retain_bank
         row = torch.randint(len(bank), (1,), generator=generator)
         if torch.rand((), generator=generator) < self.config.retain_empty_share:
             return Rows(bank.x_t[row], bank.t[row], self.data.empty, bank.unconditional[row])
         return Rows(bank.x_t[row], bank.t[row], self.retained(bank.prompt[row], generator), bank.conditional[row])
+
+    def _on_noise(self, generator: torch.Generator) -> OnNoise:
+        """Draw pure noise as in halted pairs with a retain prompt, for which the prediction stays."""
+        noise = torch.randn((1, *self.data.latent_shape), generator=generator)
+        t = self.data.process.schedule.sample_time_below(self.config.halt_below, generator)
+        row = self.data.retain_bank.prompt[torch.randint(len(self.data.retain_bank), (1,), generator=generator)]
+        return OnNoise(self.data.process.x_t(noise, t), t, self.retained(row, generator), self.data.retain.select(row))
 
     def forbidden(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
         """Return the conditioning of forget prompts by their rows."""
@@ -205,13 +201,17 @@ class Safemax(Objective):
 
     def reach(self, predict: Predict, draw: Draw) -> SafemaxBatch:
         assert isinstance(draw, SafemaxDraw)
-        process, empty = self.data.process, self.data.empty.to(draw.kept.t.device)
-        rows = Rows.cat([draw.single, halt(process, predict, draw.pairs, empty, self.config.halt_restoring), draw.kept])
-        sizes = (len(draw.single.t), len(draw.pairs.t), len(draw.pairs.t), len(draw.kept.t))
+        process, noise, single = self.data.process, draw.noise, draw.single
+        empty = self.data.empty.to(single.t.device)
+        pairs = halt(process, predict, draw.pairs, empty, self.config.halt_restoring)
+        stays = self.frozen(noise.x_t, noise.t, noise.plain) if len(noise.t) else noise.x_t
+        kept = Rows.cat([draw.kept, Rows(noise.x_t, noise.t, noise.conditioning, stays)])
+        rows = Rows.cat([single, pairs, kept])
+        sizes = (len(single.t), len(draw.pairs.t), len(draw.pairs.t), len(kept.t))
         is_forget = torch.arange(len(rows.t), device=rows.t.device) < sum(sizes[:3])
-        decay = torch.exp(-self.config.decay_lambda * process.schedule.noise_level(draw.single.t))  # D(t)
+        decay = torch.exp(-self.config.decay_lambda * process.schedule.noise_level(single.t))  # D(t)
         asked = (rows.x_t, rows.t, rows.conditioning, rows.target)
-        return SafemaxBatch(*asked, is_forget, decay, sizes, reach_calls=draw.pairs.rollout_calls)
+        return SafemaxBatch(*asked, is_forget, decay, sizes, reach_calls=draw.pairs.rollout_calls + len(noise.t))
 
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
         assert isinstance(batch, SafemaxBatch)
