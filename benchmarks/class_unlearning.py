@@ -57,6 +57,7 @@ SAFEMAX: dict[str, Any] = {
     "retain_trajectories": 512,
     "replay_inference_steps": 20,
     "replay_span": 0.0,
+    "retain_noise": 0.0,  # with full weights it would take a copy of the network
 }
 """Settings of the study, fixed here so that later defaults do not change it."""
 REPLAYED: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "replay_inference_steps": 20, "replay_batch_size": 250}

@@ -114,17 +114,22 @@ class Flag:
         """True if the value may be None."""
         return NoneType in get_args(self.hint)
 
+    @property
+    def word(self) -> str | None:
+        """Word that may stand for the number, such as `auto`; None if there is none."""
+        return choices_of(self.hint)[0] if float in get_args(self.hint) and choices_of(self.hint) else None
+
     def check(self, value: Any) -> None:
         """Check a value; None passes.
 
         Raises:
             OptionError: The value is out of range or not one of the choices.
         """
-        if value is None:
+        if value is None or (self.word is not None and value == self.word):
             return
         if self.allowed is not None and not self.allowed.allows(value):
             raise OptionError(f"--{self.name}", value, self.allowed.text)
-        choices = choices_of(self.hint)
+        choices = () if self.word is not None else choices_of(self.hint)
         if choices and value not in choices:
             text = f"must be one of {', '.join(choices)}{closest(str(value), choices)}"
             raise OptionError(f"--{self.name}", value, text)

@@ -249,6 +249,10 @@ def prior_generator(seed: int, kind: int, number: int) -> torch.Generator:
     return Positions(seed, PRIOR_STEP, range(0), range(0)).generator(kind, number)
 
 
+AUTO: Literal["auto"] = "auto"
+LearningRate = float | Literal["auto"]
+"""Type of `--learning_rate`: a number, or that of `training.learning_rate`."""
+
 LearningRateSchedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
 ]

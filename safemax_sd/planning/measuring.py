@@ -8,8 +8,10 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.memory import TensorMemory, tensors_of
 from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.families import TOKEN_STATES, Conditioning
 from safemax_sd.prompts import PromptSet
@@ -32,13 +34,13 @@ class Measured:
     Attributes:
         seconds_each_replay_call: Seconds of one network evaluation of the replay.
         seconds_each_step: Median seconds of `TIMED_STEPS` training steps after a first one.
-        peak_bytes: Most bytes that tensors took on the GPU; None on the CPU.
+        peak_bytes: Most bytes that tensors took: on a GPU since the start, on the CPU in a training step.
         nearest: Retain prompts with the token states most like those of forget prompts, the most similar first.
     """
 
     seconds_each_replay_call: float
     seconds_each_step: float
-    peak_bytes: int | None
+    peak_bytes: int
     nearest: tuple[str, ...]
 
 
@@ -75,7 +77,7 @@ def measure(config: TrainConfig, forget: PromptSet, retain: PromptSet, device: s
         return Measured(
             seconds_each_replay_call=clock.seconds["replay"] / max(1, run.model_calls["replay"]),
             seconds_each_step=statistics.median(seconds[1:]),
-            peak_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else None,
+            peak_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else _peak_of_step(run),
             nearest=_nearest(run),
         )
 
@@ -89,6 +91,18 @@ def _steps(run: Run) -> list[float]:
         run.step += 1
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def _peak_of_step(run: Run) -> int:
+    """Return the most bytes of tensors in one more step, those that are there before it included."""
+    data = run.recording.before(run.step)
+    states = (leaf for leaf in tree_leaves(run.optimizer.state_dict()) if isinstance(leaf, torch.Tensor))
+    prompts = (tensor for part in (data.forget, data.retain) for tensor in part.tensors.values())
+    with TensorMemory() as memory:
+        for tensor in (*tensors_of(run.family.denoiser), *states, *prompts):
+            memory.count(tensor)
+        optimizer_step(run)
+    return memory.peak
 
 
 def _nearest(run: Run) -> tuple[str, ...]:

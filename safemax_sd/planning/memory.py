@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -235,7 +235,7 @@ def _layers(weights: TrainedWeights) -> int:
 def optimizer_bytes(config: TrainConfig) -> float:
     """Return the bytes of an optimizer's states for each trained number, measured on a parameter of its own."""
     parameter = nn.Parameter(torch.ones(SAMPLE_SIZE))  # Prodigy keeps the start of what does not start at 0
-    optimizer = make_optimizer(config, [parameter], processes=1)
+    optimizer = make_optimizer(replace(config, learning_rate=1.0), [parameter], processes=1)
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     states = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]

@@ -153,8 +153,8 @@ def _describe_measured(plan: Plan) -> Iterator[str]:
     replay = measured.seconds_each_replay_call * calls["replay"]
     training = measured.seconds_each_step * plan.config.max_train_steps
     yield f"seconds, measured: {measured.seconds_each_step:.3g} a step; replay {replay:.0f}, training {training:.0f}"
-    if measured.peak_bytes is not None:
-        yield f"peak of tensors, measured: {in_bytes(measured.peak_bytes)}"
+    where = "" if plan.device == "cuda" else " in a training step"
+    yield f"peak of tensors{where}, measured: {in_bytes(measured.peak_bytes)}"
     if measured.nearest:
         names = "; ".join(measured.nearest)
         yield f"retain prompts most like the forbidden ones: {names}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -66,7 +68,19 @@ def flag_parser(config: type[Any], *, prog: str, description: str) -> Any:
         allow_abbrev=False,
     )
     parser.error = _raise
+    for flag in flags_of(config):
+        if flag.word is not None:
+            (action,) = (action for action in parser._actions if action.dest == flag.name)
+            action.type = partial(_number_or, flag.word)
     return parser
+
+
+def _number_or(word: str, text: str) -> float | str:
+    """Convert the words of a flag that takes a number or one word."""
+    try:
+        return word if text == word else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number or {word}, not {text!r}") from error
 
 
 def option_groups(config: type[Any]) -> list[type[Any]]:
@@ -74,9 +88,10 @@ def option_groups(config: type[Any]) -> list[type[Any]]:
     groups: dict[str, list[tuple[str, Any, Any]]] = {}
     for flag in flags_of(config):
         entry: Any = option(flag.default, flag.help)
+        hint = flag.hint if flag.word is None else float
         if flag.repeated:
             entry.metadata = {**entry.metadata, "action": "extend"}
-        groups.setdefault(flag.group, []).append((flag.name, flag.hint, entry))
+        groups.setdefault(flag.group, []).append((flag.name, hint, entry))
     return [
         dataclasses.make_dataclass(group, fields, namespace={"_argument_group_name": group})
         for group, fields in groups.items()
@@ -156,6 +171,8 @@ def _checked(path: str, key: str, value: Any, hint: Any) -> Any:
     kinds = {hint, *get_args(hint)}
     if value is None and type(None) in kinds:
         return None
+    if float in kinds and value in choices_of(hint):
+        return value
     try:
         if float in kinds and not isinstance(value, bool):
             return float(value)

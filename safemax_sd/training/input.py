@@ -6,6 +6,7 @@ import logging
 
 from safemax_sd.core.errors import OptionError
 from safemax_sd.objectives import OBJECTIVES
+from safemax_sd.objectives.base import AUTO
 from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts
 from safemax_sd.results import hub
 from safemax_sd.training.config import TrainConfig
@@ -40,6 +41,8 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
     if config.trainable not in allowed:
         text = f"does not go with --objective {config.objective}: use {' or '.join(sorted(allowed))}"
         raise OptionError("--trainable", config.trainable, text)
+    if config.learning_rate == AUTO and config.trainable == "full":
+        raise OptionError("--learning_rate", AUTO, "is for a LoRA: give a number with --trainable full, such as 1e-5")
     check_pruning(config)
     check_quantization(config)
     return forget, retain

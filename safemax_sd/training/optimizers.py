@@ -13,7 +13,7 @@ from torch import nn
 
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import COUNT, MOMENT, NOT_NEGATIVE, POSITIVE, Range, option
-from safemax_sd.objectives.base import LearningRateSchedule, ObjectiveOptions
+from safemax_sd.objectives.base import AUTO, LearningRate, LearningRateSchedule, ObjectiveOptions
 from safemax_sd.training.workers import AcceleratorOptions
 
 logger = logging.getLogger("safemax_sd")
@@ -28,7 +28,9 @@ class OptimizerOptions(AcceleratorOptions, ObjectiveOptions):
 
     group: ClassVar[str] = "Optimizer"
 
-    learning_rate: float = option(1e-4, "Learning rate of AdamW; for prodigy about 1.", POSITIVE)
+    learning_rate: LearningRate = option(
+        1e-4, "Learning rate, for prodigy about 1; auto: a LoRA's, from its layers' widths.", POSITIVE
+    )
     scale_lr: bool = option(False, "Multiply the learning rate by batch size, accumulation steps and processes.")
     lr_scheduler: LearningRateSchedule = option("cosine", "Learning-rate schedule of diffusers.optimization.")
     lr_warmup_steps: int = option(
@@ -55,7 +57,7 @@ def check_optimizer(config: OptimizerOptions) -> None:
     """
     if config.use_8bit_adam and config.optimizer != "adamw":
         raise OptionError("--use_8bit_adam", True, f"does not go with --optimizer {config.optimizer}")
-    if config.optimizer == "prodigy" and config.learning_rate <= LOW_PRODIGY_RATE:
+    if config.optimizer == "prodigy" and config.learning_rate != AUTO and config.learning_rate <= LOW_PRODIGY_RATE:
         text = "--learning_rate %g: Prodigy finds the size of its steps itself and this multiplies it: 1 is usual"
         logger.warning(text, config.learning_rate)
     if config.lr_warmup_steps > config.max_train_steps:
@@ -96,6 +98,7 @@ def make_optimizer(
         SafemaxError: The optimizer's package is missing.
     """
     learning_rate = config.learning_rate
+    assert learning_rate != AUTO, "the rate is chosen before the optimizer is made"
     if config.scale_lr:
         learning_rate *= config.gradient_accumulation_steps * config.train_batch_size * processes
     optimizer: torch.optim.Optimizer = optimizer_class(config)(

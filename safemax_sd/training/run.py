@@ -25,6 +25,7 @@ from safemax_sd.recording.pruning import prune
 from safemax_sd.recording.schedule import Recording
 from safemax_sd.training import checkpoints
 from safemax_sd.training.config import TrainConfig
+from safemax_sd.training.learning_rate import choose_rate
 from safemax_sd.training.optimizers import make_optimizer
 from safemax_sd.training.probe import UnlearningProbe
 from safemax_sd.training.workers import send_no_frozen_weights
@@ -102,6 +103,10 @@ def build_run(
     with clock.phase("prepare"):
         prior_calls = objective.prepare(student)
     weights.restrict(objective.trained(student))
+    rate, reason = choose_rate(config, family.denoiser)
+    if reason and accelerator.is_main_process:
+        print(f"--learning_rate auto is {rate:.3g}: {reason}")
+    config = replace(config, learning_rate=rate)
     optimizer = make_optimizer(config, weights.parameters, accelerator.num_processes)
     scheduler = get_scheduler(
         config.lr_scheduler,

@@ -55,7 +55,8 @@ def erasure_data(process: DiffusionProcess | None = None, *, classifier_free: bo
 
 
 def safemax(data: ErasureData | None = None, **flags: object) -> Safemax:
-    return Safemax(SafemaxConfig(**flags), data or erasure_data())  # type: ignore[arg-type]
+    """Build the objective without retain samples on noise, unless flags say otherwise."""
+    return Safemax(SafemaxConfig(**{"retain_noise": 0.0, **flags}), data or erasure_data())  # type: ignore[arg-type]
 
 
 def drawn(built: Safemax, forget: int, retain: int = 1) -> SafemaxDraw:

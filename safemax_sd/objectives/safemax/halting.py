@@ -44,17 +44,10 @@ class Pairs(Draw):
 
 
 def halt(process: DiffusionProcess, predict: Predict, pairs: Pairs, empty: Conditioning, restoring: float) -> Rows:
-    """Return the samples of pairs: 2P rows, first all with the forget prompts, then all with the empty prompt.
+    """Return the samples of P pairs, P ≥ 0: 2P rows, first all with the forget prompts, then all with the empty prompt.
 
-    The target's velocity k·d shrinks a rollout's drift d from its start noise at the rate k. Noise without a rollout
-    has d = 0 and the maximum-entropy prediction as its target.
-
-    Args:
-        process: Noise process of the model.
-        predict: Prediction of the student, without gradients.
-        pairs: P pairs; P may be 0.
-        empty: Conditioning of the empty prompt, one row.
-        restoring: Rate k, 0 or more.
+    The target's velocity k·d shrinks a rollout's drift d from its start noise at the rate k, `restoring`. Noise without
+    a rollout has d = 0 and the maximum-entropy prediction as its target. `predict` makes no gradients.
     """
     both = Conditioning.cat([pairs.conditioning, empty.select(torch.zeros(len(pairs.t), dtype=torch.long))])
     drift = torch.zeros_like(pairs.noise)
@@ -71,15 +64,9 @@ def halt(process: DiffusionProcess, predict: Predict, pairs: Pairs, empty: Condi
 def roll_out(
     process: DiffusionProcess, predict: Predict, y: Tensor, end: Tensor, both: Conditioning, guidance: Tensor
 ) -> Tensor:
-    """Return y, [N, *latent], where the student gets from pure noise in guided Euler steps of dy/dφ = v.
+    """Return y at the native times `end`, [N, *latent], where guided Euler steps of dy/dφ = v lead from pure noise y.
 
-    Args:
-        process: Noise process of the model.
-        predict: Prediction of the student.
-        y: Start noise, [N, *latent].
-        end: Native time at which each rollout ends, [N].
-        both: Conditioning of the forget prompts, then of the empty prompt, 2N rows.
-        guidance: Guidance scales, [N].
+    `both` holds the conditioning of the forget prompts, then of the empty prompt, 2N rows.
     """
     grid = process.schedule.all_times().to(end)
     last = torch.searchsorted(grid, end).clamp(max=len(grid) - 1)

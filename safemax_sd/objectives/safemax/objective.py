@@ -12,8 +12,10 @@ from torch import Tensor
 from safemax_sd.core.options import NONZERO_SHARE, NOT_NEGATIVE, POSITIVE, SHARE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import (
+    AUTO,
     Batch,
     Draw,
+    LearningRate,
     LossTerms,
     Objective,
     ObjectiveOptions,
@@ -35,7 +37,7 @@ class SafemaxConfig(ObjectiveOptions):
 
     train_batch_size: int = option(6)
     max_train_steps: int = option(350)
-    learning_rate: float = option(2e-3)
+    learning_rate: LearningRate = option(AUTO)
     forget_trajectories: int = option(32)
     retain_trajectories: int = option(256)
     replay_inference_steps: int = option(6)
@@ -50,12 +52,19 @@ class SafemaxConfig(ObjectiveOptions):
     halt_rollout: float = option(0.5, "Fraction of halted pairs produced by the student's own rollout.", SHARE)
     halt_restoring: float = option(1.0, "Rate at which the target shrinks a rollout's drift; 0 keeps it.", NOT_NEGATIVE)
     retain_empty_share: float = option(0.25, "Fraction of retain samples with the empty prompt.", SHARE)
-    retain_noise: float = option(0.0, "Fraction of retain samples on noise, where only the empty prompt halts.", SHARE)
+    retain_noise: float = option(0.02, "Fraction of retain samples on noise, where only the empty prompt halts.", SHARE)
 
 
 @dataclass(frozen=True)
 class OnNoise(Draw):
-    """Retain prompts on pure noise [N, *latent]: as the student gets them, and plain, for the frozen model's target."""
+    """Retain prompts on pure noise, which no trajectory passes at low noise levels.
+
+    Attributes:
+        x_t: Noise, [N, *latent].
+        t: Native time, [N].
+        conditioning: Conditioning that the student gets.
+        plain: Conditioning that the frozen model gets, whose prediction is the target.
+    """
 
     x_t: Tensor
     t: Tensor

@@ -1,0 +1,81 @@
+"""`--learning_rate auto`: the rate follows the widths of the layers that get a LoRA, and a number overrides it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from safemax_sd.adapters.weights import attach
+from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.families import LoadOptions, load_family
+from safemax_sd.families.base import tuner_layers
+from safemax_sd.results.erasure import ErasureRecord
+from safemax_sd.train import train
+from safemax_sd.training.command_line import check_types, parse_config
+from safemax_sd.training.config import config_class
+from safemax_sd.training.input import read_input
+from safemax_sd.training.learning_rate import RATE_TIMES_WIDTH, choose_rate, width_of
+from tests import tiny
+
+FILES = ("--forget_prompts", "f.csv", "--retain_prompts", "r.csv", "--output_dir", "out")
+
+
+class Layer(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base
+
+
+def test_a_width_is_the_geometric_mean_of_what_an_output_reads() -> None:
+    layers = [Layer(nn.Linear(8, 100)), Layer(nn.Conv2d(2, 100, 1)), Layer(nn.Conv2d(4, 7, 3)), Layer(nn.Linear(36, 1))]
+    assert width_of(layers) == pytest.approx((8 * 2 * 36 * 36) ** 0.25)
+
+
+def test_the_embedded_models_rate_is_the_measured_one() -> None:
+    family = load_family(LoadOptions("emoji", torch.device("cpu")))
+    config = parse_config(FILES)
+    attach(family, config)
+    rate, reason = choose_rate(config, family.denoiser)
+    assert rate == 2e-3
+    assert f"{RATE_TIMES_WIDTH:g} over {width_of(tuner_layers(family.denoiser)):.0f}" in reason
+
+
+def test_numbers_and_prodigy_have_rates_of_their_own() -> None:
+    config = parse_config(FILES)
+    assert config.learning_rate == "auto"
+    assert choose_rate(replace(config, learning_rate=0.5), nn.Linear(1, 1)) == (0.5, "")
+    assert choose_rate(replace(config, optimizer="prodigy"), nn.Linear(1, 1))[0] == 1.0
+    assert parse_config([*FILES, "--learning_rate", "3e-4"]).learning_rate == 3e-4
+
+
+def test_a_number_or_auto_on_the_command_line_and_in_yaml() -> None:
+    assert parse_config([*FILES, "--learning_rate", "auto"]).learning_rate == "auto"
+    assert check_types({"learning_rate": "auto"}, config_class("safemax"), "x.yaml") == {"learning_rate": "auto"}
+    assert check_types({"learning_rate": "1e-4"}, config_class("safemax"), "x.yaml") == {"learning_rate": 1e-4}
+    with pytest.raises(SafemaxError, match=r"--learning_rate.*must be a number or auto, not 'fast'"):
+        parse_config([*FILES, "--learning_rate", "fast"])
+    with pytest.raises(OptionError, match="learning_rate must be a number"):
+        check_types({"learning_rate": "fast"}, config_class("safemax"), "x.yaml")
+
+
+def test_a_run_prints_and_records_its_rate(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", "--learning_rate", "auto"))
+    rate = ErasureRecord.read(train(config)).config["learning_rate"]
+    assert f"--learning_rate auto is {rate:g}: " in capsys.readouterr().out
+
+
+def test_full_weights_need_a_number(tiny_model: Path, tmp_path: Path) -> None:
+    words = tiny.train_arguments(
+        tiny_model, tmp_path, tmp_path / "out", "--trainable", "full", "--learning_rate", "auto"
+    )
+    with pytest.raises(OptionError, match="--learning_rate auto: is for a LoRA"):
+        read_input(parse_config(words))
