@@ -25,7 +25,7 @@ from safemax_sd.evaluation.comparison.grid import compare
 from benchmarks.emoji.methods import SEARCH, trained_methods
 from benchmarks.results import Row, append_rows, is_measured, markdown_table, read_rows
 from safemax_sd.core.errors import SafemaxError
-from safemax_sd.train import LOSS_NOT_FINITE
+from safemax_sd.train import DIVERGES, LOSS_NOT_FINITE
 from safemax_sd.training.config import config_class
 
 RATES, LONGER = (1, 5, 25), 2
@@ -63,7 +63,7 @@ class Trial:
         folder, failed = compare(str(config), str(work_dir / self.method))
         found = json.loads((folder / "compare.json").read_text(encoding="utf8"))
         lines = [line["values"] for line in found["summary"] if line["label"] == self.name]
-        if failed and LOSS_NOT_FINITE not in failed[0]:
+        if failed and not any(beginning in failed[0] for beginning in (LOSS_NOT_FINITE, DIVERGES)):
             raise SafemaxError(failed[0])
         if not lines and not failed:
             raise SafemaxError(f"{self.name} is being run by another process")

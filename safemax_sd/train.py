@@ -58,7 +58,12 @@ logger = logging.getLogger("safemax_sd")
 
 DIVERGED = 1.0
 """Ratio of the mean squared error to the targets' mean square for a network that predicts 0."""
-LOSS_NOT_FINITE = "the loss became"
+NEARLY_DIVERGED = 0.9
+"""Ratio from which a run is stopped, if prompts to forget and prompts to keep both reach it."""
+GUARDED_STEPS = (25, 50, 100, 200)
+"""Steps after which a run is checked: one that diverges does so in its first 25 steps (docs/learning_rate.md)."""
+LOSS_NOT_FINITE, DIVERGES = "the loss became", "the run diverges"
+"""Beginnings of the errors of a learning rate that is too high."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -151,6 +156,8 @@ def loop(run: Run) -> None:
             run.model_calls["replay"] = run.recording.model_calls
         terms = optimizer_step(run)
         run.step += 1
+        if run.step in GUARDED_STEPS and run.step < config.max_train_steps:
+            stop_if_diverged(run)
         row = {**terms, "lr": run.scheduler.get_last_lr()[0]}
         bar.update(1)
         bar.set_postfix({name: f"{row[name]:.4f}" for name in ("forget", "retain") if name in row})
@@ -237,22 +244,41 @@ def check_weights(run: Run) -> None:
         raise not_finite(run, f"the weights are not finite after step {run.step}")
 
 
-@torch.no_grad()
-def warn_if_diverged(run: Run) -> None:
-    """Warn if the mean squared error on retain samples exceeds their targets' mean square."""
+def stop_if_diverged(run: Run) -> None:
+    """Stop a run that has lost what is to be kept without forgetting: at such a rate it does not recover.
+
+    Raises:
+        SafemaxError: It has; earlier results stay.
+    """
     if not run.objective.retains:
         return
+    forget, kept = (mean_over_processes(run.accelerator, error) for error in relative_errors(run))
+    if forget >= NEARLY_DIVERGED and kept >= NEARLY_DIVERGED:
+        text = (
+            f"{DIVERGES}: after {run.step} steps the errors are {forget:.2g} (forget) and {kept:.2g} (keep) of targets"
+        )
+        raise SafemaxError(f"{text}: lower --learning_rate {run.config.learning_rate:g}, to a quarter or less")
+
+
+def warn_if_diverged(run: Run) -> None:
+    """Warn if the mean squared error on retain samples exceeds their targets' mean square."""
+    _, kept = relative_errors(run) if run.objective.retains else (0.0, 0.0)
+    if not kept < DIVERGED:
+        text = "the model's error on what is to be kept is %.3g times the size of the target: lower --learning_rate"
+        logger.warning(text, kept)
+
+
+@torch.no_grad()
+def relative_errors(run: Run) -> tuple[float, float]:
+    """Return the mean squared errors on forget and retain samples by their targets' mean squares, 0 without samples."""
     with run.accelerator.autocast(), run.family.evaluating():
         batch = reach(run, run.objective.draw(positions(run, 0)))
-        rows = torch.nonzero(~batch.is_forget).flatten()
-        if not len(rows):
-            return
-        predicted = run.family.predict(batch.x_t[rows], batch.t[rows], batch.conditioning.select(rows))
-    target = batch.target[rows]
-    ratio = float((predicted - target).square().mean() / target.square().mean().clamp(min=1e-12))
-    if not ratio < DIVERGED:
-        text = "the model's error on what is to be kept is %.3g times the size of the target: lower --learning_rate"
-        logger.warning(text, ratio)
+        predicted = run.family.predict(batch.x_t, batch.t, batch.conditioning)
+    found = []
+    for chosen in (batch.is_forget, ~batch.is_forget):
+        error, target = (predicted - batch.target)[chosen], batch.target[chosen]
+        found.append(float(error.square().sum() / target.square().sum().clamp(min=1e-12)))
+    return found[0], found[1]
 
 
 def positions(run: Run, micro: int) -> Positions:

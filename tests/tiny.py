@@ -175,6 +175,8 @@ def train_arguments(model: Path, folder: Path, output_dir: Path, *more: str) -> 
             "--replay_span",
             "0.75",
         ),  # one more before each of the first three steps
+        # `auto` would give such a narrow network a rate of its own, and full weights need a number.
+        *(("--learning_rate", "2e-3") if objective == "safemax" else ()),
         *("--lr_warmup_steps", "1", *more),
     ]
 

@@ -79,3 +79,15 @@ def test_full_weights_need_a_number(tiny_model: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(OptionError, match="--learning_rate auto: is for a LoRA"):
         read_input(parse_config(words))
+
+
+@pytest.mark.parametrize(("rate", "diverges"), [("0.2", True), ("2e-3", False)])
+def test_a_run_that_diverges_stops_after_25_steps(rate: str, diverges: bool, tiny_model: Path, tmp_path: Path) -> None:
+    more = ("--learning_rate", rate, "--max_train_steps", "60")
+    config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *more))
+    if not diverges:
+        assert ErasureRecord.read(train(config)).cost.steps == 60
+        return
+    with pytest.raises(SafemaxError, match=r"diverges: after 25 steps .* lower --learning_rate 0.2, to a quarter"):
+        train(config)
+    assert not (tmp_path / "out" / "erasure.json").exists()
