@@ -53,7 +53,8 @@ class ErasureData:
         classifier_free: True if a guided sampler mixes the predictions with and without the prompt.
         forget: Conditioning of the forget prompts, one row each.
         retain: Conditioning of the retain prompts, one row each; rows that are not drawn cannot be selected.
-        retain_concepts: Concept of each retain prompt, or the prompt's text if its file names none.
+        forget_concepts: Concept of each forget prompt, or the prompt's text if its file names none.
+        retain_concepts: Concept of each retain prompt, likewise.
         empty: Conditioning of the empty prompt, one row.
         forget_bank: Trajectories of the frozen model for the forget prompts.
         retain_bank: Trajectories of the frozen model for the retain prompts.
@@ -67,6 +68,7 @@ class ErasureData:
     classifier_free: bool
     forget: Conditioning
     retain: Conditioning
+    forget_concepts: tuple[str, ...]
     retain_concepts: tuple[str, ...]
     empty: Conditioning
     forget_bank: ReplayBank

@@ -132,6 +132,7 @@ class Recording:
             classifier_free=family.classifier_free,
             forget=forbidden,
             retain=kept,
+            forget_concepts=tuple(prompt.shows for prompt in forget.prompts),
             retain_concepts=tuple(prompt.shows for prompt in retain.prompts),
             empty=family.with_guidance(family.empty, config.replay_guidance_scale).to(CPU),
             forget_bank=nothing,

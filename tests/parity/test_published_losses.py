@@ -40,6 +40,7 @@ def data() -> ErasureData:
         classifier_free=True,
         forget=conditioning(1.0, 2.0),
         retain=conditioning(3.0, 4.0, 5.0),
+        forget_concepts=("1", "2"),
         retain_concepts=("3", "4", "5"),
         empty=conditioning(0.0),
         forget_bank=banks[0],

@@ -45,6 +45,7 @@ def erasure_data(process: DiffusionProcess | None = None, *, classifier_free: bo
         classifier_free=classifier_free,
         forget=conditioning(FORBIDDEN),
         retain=conditioning(KEPT),
+        forget_concepts=("1",),
         retain_concepts=("2",),
         empty=conditioning(EMPTY),
         forget_bank=forget,
@@ -229,8 +230,12 @@ def test_samples_depend_on_their_number_alone() -> None:
     assert torch.equal(whole.kept.target[2:4], part.kept.target)
 
 
-def test_prompts_to_keep_stay_on_noise_where_the_empty_prompt_halts() -> None:
-    built = safemax(retain_noise=0.5, halt_below=0.4)
+@pytest.mark.parametrize(("share", "concepts", "expected"), [(0.05, 2, 0.1), (0.5, 1, 0.2)])  # a fifth at most
+def test_prompts_to_keep_stay_on_noise_where_the_empty_prompt_halts(
+    share: float, concepts: int, expected: float
+) -> None:
+    named = tuple(str(number) for number in range(concepts)) * 2
+    built = safemax(replace(erasure_data(), forget_concepts=named), retain_noise=share, halt_below=0.4)
     network = nn.Linear(1, 1)
 
     def plus_prompt(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -239,7 +244,7 @@ def test_prompts_to_keep_stay_on_noise_where_the_empty_prompt_halts() -> None:
     assert built.prepare(Student(zero, network, list(network.parameters()), {}, lambda: plus_prompt, no_sampler)) == 0
     draw = drawn(built, 1, 400)
     count = len(draw.noise.t)
-    assert 150 < count < 250 and len(draw.kept.t) == 400 - count
+    assert 0.7 * expected < count / 400 < 1.3 * expected and len(draw.kept.t) == 400 - count
     assert set(draw.noise.t.tolist()) == {0}  # of the noise levels 0, 1/2 and 1 one lies below
     assert set(draw.noise.plain.tensors["states"].flatten().tolist()) == {KEPT}
     assert 0.8 < float(draw.noise.x_t.std()) < 1.2

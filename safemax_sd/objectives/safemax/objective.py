@@ -29,6 +29,8 @@ from safemax_sd.objectives.safemax.halting import ROLLOUT_GUIDANCE, Pairs, halt
 from safemax_sd.recording.data import ErasureData
 
 FORGET, RETAIN = 0, 1
+MOST_ON_NOISE = 0.2
+"""Largest fraction of retain samples on noise; more leaves traces in the forbidden prompts' noise."""
 
 
 @dataclass
@@ -52,7 +54,7 @@ class SafemaxConfig(ObjectiveOptions):
     halt_rollout: float = option(0.5, "Fraction of halted pairs produced by the student's own rollout.", SHARE)
     halt_restoring: float = option(1.0, "Rate at which the target shrinks a rollout's drift; 0 keeps it.", NOT_NEGATIVE)
     retain_empty_share: float = option(0.25, "Fraction of retain samples with the empty prompt.", SHARE)
-    retain_noise: float = option(0.02, "Fraction of retain samples on noise, where only the empty prompt halts.", SHARE)
+    retain_noise: float = option(0.0035, "Fraction of retain samples on noise, for each forbidden concept.", SHARE)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class Safemax(Objective):
         # From this t/T on, the empty prompt is not halted, so a forget prompt's target depends on guidance.
         stays = config.halt_below if config.halt_unconditional else 0.0
         self.guided_from = math.inf if self.target_guidance == 1 else stays
+        # The more concepts halt on noise, the more of their neighbours would halt with them.
+        self.on_noise = min(MOST_ON_NOISE, config.retain_noise * len(set(data.forget_concepts)))
         self.extend(data)
 
     def extend(self, data: ErasureData) -> None:
@@ -140,7 +144,7 @@ class Safemax(Objective):
                 single.append(self._single(generator))
         for number in positions.retain:
             generator = positions.generator(RETAIN, number)
-            if torch.rand((), generator=generator) < self.config.retain_noise:
+            if torch.rand((), generator=generator) < self.on_noise:
                 noise.append(self._on_noise(generator))
             else:
                 kept.append(self._kept(generator))
