@@ -50,14 +50,19 @@ def importing(module: Path, work: Callable[[list[str]], int]) -> Callable[[list[
     return run
 
 
-def in_two_processes(work: Callable[[list[str]], int], arguments: list[str]) -> None:
-    """Run a command in two gloo processes on the CPU, connected as by torchrun."""
+def in_two_processes(
+    work: Callable[[list[str]], int],
+    arguments: list[str],
+    environment: Mapping[str, str] | None = None,
+    exit_code: int = 0,
+) -> None:
+    """Run a command in two gloo processes on the CPU, connected as by torchrun; both must exit with a code."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared["ACCELERATE_USE_CPU"] = "true"
+    shared |= {"ACCELERATE_USE_CPU": "true", **(environment or {})}
     started = [forked(work, arguments, {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
     for process in started:
         process.join(SECONDS)
-    assert [process.exitcode for process in started] == [0, 0]
+    assert [process.exitcode for process in started] == [exit_code, exit_code]

@@ -11,6 +11,7 @@ from safemax_sd.results import hub
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.optimizers import check_optimizer
 from safemax_sd.training.output import check_tracker
+from safemax_sd.training.sharding import check_sharding
 
 logger = logging.getLogger("safemax_sd")
 
@@ -42,6 +43,7 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
         raise OptionError("--trainable", config.trainable, text)
     check_pruning(config)
     check_quantization(config)
+    check_sharding(config)
     return forget, retain
 
 
