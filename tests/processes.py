@@ -11,7 +11,9 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 SECONDS = 300
 """Time limit for a process to end."""
@@ -48,6 +50,18 @@ def importing(module: Path, work: Callable[[list[str]], int]) -> Callable[[list[
         return work(arguments)
 
     return run
+
+
+def launched(*flags: str) -> dict[str, str]:
+    """Return the environment variables in which `accelerate launch` passes on how it splits a model."""
+    words = ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1", *flags, "script"]
+    environment = prepare_multi_gpu_env(launch_command_parser().parse_args(words))
+    return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_USE_FSDP", "FSDP_"))}
+
+
+def fsdp(*flags: str) -> dict[str, str]:
+    """Return the environment variables of a model that is sharded by FSDP2."""
+    return launched("--use_fsdp", "--fsdp_version", "2", *flags)
 
 
 def in_two_processes(

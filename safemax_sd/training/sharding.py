@@ -56,9 +56,11 @@ class Sharding:
                 raise SafemaxError(f"accelerate launch {option}: {text}")
         if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
             return None
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise SafemaxError("accelerate launch --fsdp_version 1 is not supported: use --fsdp_version 2")
         try:
             plugin = FullyShardedDataParallelPlugin()
-        except ValueError as error:
+        except (ImportError, KeyError, ValueError) as error:  # an older PyTorch, or an unknown value
             raise SafemaxError(f"accelerate launch --use_fsdp: {reason_of(error)}") from error
         _check(plugin)
         return cls(plugin.transformer_cls_names_to_wrap, plugin.cpu_ram_efficient_loading)
@@ -99,7 +101,6 @@ def _check(plugin: FullyShardedDataParallelPlugin) -> None:
     """
     wrap = os.environ.get("FSDP_AUTO_WRAP_POLICY", WRAPS_BLOCKS)
     refused = (
-        (plugin.fsdp_version != 2, "--fsdp_version 1", "use --fsdp_version 2"),
         (not plugin.reshard_after_forward, "--fsdp_reshard_after_forward false", "leave it out, or use --multi_gpu"),
         (wrap.upper() != WRAPS_BLOCKS, f"--fsdp_auto_wrap_policy {wrap}", f"use {WRAPS_BLOCKS}"),
         (parse_flag_from_env("FSDP_OFFLOAD_PARAMS"), "--fsdp_offload_params true", "leave it out"),
