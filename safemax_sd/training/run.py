@@ -118,7 +118,7 @@ def build_run(
     checkpoints.register(accelerator, weights)
     if config.quantize is not None:
         send_no_frozen_weights(family.denoiser)
-    # A sharded denoiser is not wrapped for data parallelism: `average_gradients` does for the LoRA.
+    # A sharded denoiser is not wrapped for data parallelism: `average_gradients` takes the means that this would take.
     denoiser = accelerator.prepare_model(family.denoiser, evaluation_mode=sharding is not None)
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     if config.torch_compile is not None:  # a wrapper: `family.denoiser`, which is saved and samples, stays as it is

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from safemax_sd.adapters.lora import WEIGHTS_NAME
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.train import main, optimizer_step
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.input import read_input
 from safemax_sd.training.run import build_run
-from safemax_sd.training.workers import make_accelerator
+from safemax_sd.training.workers import make_accelerator, process_state
 from tests import tiny
 from tests.processes import fsdp, in_two_processes, launched
 
@@ -149,3 +150,9 @@ def test_what_cannot_be_sharded_is_refused(
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
     assert dict(os.environ) == before
+
+
+def test_an_evaluation_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(SafemaxError, match="use --multi_gpu here"):
+        process_state()
