@@ -46,6 +46,7 @@ from safemax_sd.training.input import read_input
 from safemax_sd.training.output import RunLog, clear, run_folder
 from safemax_sd.training.resume import check_conditions, conditions
 from safemax_sd.training.run import Run, build_run
+from safemax_sd.training.sharding import average_gradients
 from safemax_sd.training.workers import (
     PROCESS_LOST,
     lost_a_process,
@@ -181,7 +182,9 @@ def loop(run: Run) -> None:
                 limit=config.checkpoints_total_limit,
             )
         if run.validation is not None and (done or run.step % config.validation_steps in (0, config.max_train_steps)):
-            sample_validation(run)
+            with run.family.uneven_calls():
+                if accelerator.is_main_process:
+                    sample_validation(run)
         if done:
             break
     bar.close()
@@ -203,6 +206,8 @@ def optimizer_step(run: Run) -> dict[str, float]:
             terms = run.objective.loss(run.predict, batch)
             accelerator.backward(terms.total)
             if accelerator.sync_gradients:
+                if run.sharded:
+                    average_gradients(accelerator, run.weights.parameters)
                 run.objective.before_clipping()
                 accelerator.clip_grad_norm_(run.weights.parameters, config.max_grad_norm)
                 run.objective.adjust_gradients()
@@ -221,7 +226,8 @@ def optimizer_step(run: Run) -> dict[str, float]:
 @torch.no_grad()
 def reach(run: Run, draw: Draw) -> Batch:
     """Return the batch of a draw on the run's device, for which some objectives sample from the student."""
-    batch = run.objective.reach(run.predict, draw.to(run.accelerator.device))
+    with run.family.uneven_calls():
+        batch = run.objective.reach(run.predict, draw.to(run.accelerator.device))
     # Older PyTorch would use autocast's copies of the weights again, and those made here pass on no gradients.
     torch.clear_autocast_cache()
     return batch
@@ -291,8 +297,7 @@ def positions(run: Run, micro: int) -> Positions:
 @torch.no_grad()
 def sample_validation(run: Run) -> None:
     """Sample the validation prompts with the current weights, and write and log the pictures."""
-    if not run.accelerator.is_main_process or run.validation is None:
-        return
+    assert run.validation is not None
     config, family = run.config, run.family
     count = config.num_validation_images
     rows = torch.arange(len(run.validation)).repeat_interleave(count)

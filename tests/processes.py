@@ -11,7 +11,9 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 SECONDS = 300
 """Time limit for a process to end."""
@@ -50,14 +52,31 @@ def importing(module: Path, work: Callable[[list[str]], int]) -> Callable[[list[
     return run
 
 
-def in_two_processes(work: Callable[[list[str]], int], arguments: list[str]) -> None:
-    """Run a command in two gloo processes on the CPU, connected as by torchrun."""
+def launched(*flags: str) -> dict[str, str]:
+    """Return the environment variables in which `accelerate launch` passes on how it splits a model."""
+    words = ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1", *flags, "script"]
+    environment = prepare_multi_gpu_env(launch_command_parser().parse_args(words))
+    return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_USE_FSDP", "FSDP_"))}
+
+
+def fsdp(*flags: str) -> dict[str, str]:
+    """Return the environment variables of a model that is sharded by FSDP2."""
+    return launched("--use_fsdp", "--fsdp_version", "2", *flags)
+
+
+def in_two_processes(
+    work: Callable[[list[str]], int],
+    arguments: list[str],
+    environment: Mapping[str, str] | None = None,
+    exit_code: int = 0,
+) -> None:
+    """Run a command in two gloo processes on the CPU, connected as by torchrun; both must exit with a code."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared["ACCELERATE_USE_CPU"] = "true"
+    shared |= {"ACCELERATE_USE_CPU": "true", **(environment or {})}
     started = [forked(work, arguments, {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
     for process in started:
         process.join(SECONDS)
-    assert [process.exitcode for process in started] == [0, 0]
+    assert [process.exitcode for process in started] == [exit_code, exit_code]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -92,6 +92,7 @@ class LoadOptions:
         cache_dir: Folder of hub downloads.
         device: Device of all networks.
         quantize: Quantization of the denoiser; None for none.
+        sharded: True to leave the denoiser in main memory, for `families.sharding.shard`.
         without_weights: True to build the networks of a local folder from their configurations alone, on the meta
             device; its tokenizers may lack their vocabularies.
     """
@@ -105,6 +106,7 @@ class LoadOptions:
     prediction_type: str | None = None
     single_file_config: str | None = None
     quantize: Quantization | None = None
+    sharded: bool = False
     without_weights: bool = False
 
 
@@ -125,6 +127,8 @@ class ModelFamily(ABC):
         original_parts: Conversions of the parts of a single-file checkpoint; empty if none can be written.
         tokenizer: Tokenizer of the prompts, to find those that are too long; None if the model has none.
         options: Settings that `load_family` loaded the model with.
+        uneven_calls: Context manager inside which the processes of a run may call the denoiser without gradients as
+            often as each likes. Everywhere else, if it is sharded, all must make the same calls.
     """
 
     name: ClassVar[str]
@@ -139,6 +143,7 @@ class ModelFamily(ABC):
     empty: Conditioning
     tokenizer: Any = None
     options: LoadOptions
+    uneven_calls: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @classmethod
     @abstractmethod

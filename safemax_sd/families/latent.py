@@ -59,8 +59,10 @@ class LatentFamily(ModelFamily):
         self.tokenizer = pipeline.tokenizer
         self.process = self._noise_process()
         pipeline.set_progress_bar_config(disable=True)
-        for part in self.networks().values():
-            part.requires_grad_(False).eval().to(options.device)
+        for name, part in self.networks().items():
+            part.requires_grad_(False).eval()
+            if not (options.sharded and name == self.denoiser_part):
+                part.to(options.device)
         if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
             pipeline.vae.float()  # activations of such an autoencoder overflow in half precision: black pictures
         self.denoiser: nn.Module = getattr(pipeline, self.denoiser_part)

@@ -264,6 +264,7 @@ class Recorder:
         silent = self._recorded > 0 or not self._state.is_local_main_process
         calls = 0
         with (
+            self.family.uneven_calls(),
             self.family.base_only(),
             self.family.evaluating(),
             torch.no_grad(),

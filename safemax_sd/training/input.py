@@ -12,6 +12,7 @@ from safemax_sd.results import hub
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.optimizers import check_optimizer
 from safemax_sd.training.output import check_tracker
+from safemax_sd.training.sharding import check_sharding
 
 logger = logging.getLogger("safemax_sd")
 
@@ -45,6 +46,7 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
         raise OptionError("--learning_rate", AUTO, "is for a LoRA: give a number with --trainable full, such as 1e-5")
     check_pruning(config)
     check_quantization(config)
+    check_sharding(config)
     return forget, retain
 
 

@@ -13,6 +13,7 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.prompts import PromptSet
 from safemax_sd.training.checkpoints import CONDITIONS
 from safemax_sd.training.config import TrainConfig
+from safemax_sd.training.sharding import Sharding
 
 OPTION = "--resume_from_checkpoint"
 FREE = frozenset(
@@ -41,6 +42,8 @@ def conditions(config: TrainConfig, forget: PromptSet, retain: PromptSet, accele
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,  # the effective one, from a flag or Accelerate's settings
     }
+    if Sharding.asked() is not None:  # its sums over processes are rounded in another order
+        found["use_fsdp"] = True
     if config.train_data_dir is not None:
         found["train_data_dir"] = str(Path(config.train_data_dir).resolve())
     if config.lr_scheduler in STEADY and not config.replay_span:

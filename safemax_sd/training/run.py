@@ -28,6 +28,7 @@ from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.learning_rate import choose_rate
 from safemax_sd.training.optimizers import make_optimizer
 from safemax_sd.training.probe import UnlearningProbe
+from safemax_sd.training.sharding import Sharding
 from safemax_sd.training.workers import send_no_frozen_weights
 
 logger = logging.getLogger("safemax_sd")
@@ -53,6 +54,7 @@ class Run:
     clock: Stopwatch
     validation: Conditioning | None
     probe: UnlearningProbe | None
+    sharded: bool = False
     step: int = 0
     model_calls: dict[str, int] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)
@@ -77,8 +79,10 @@ def build_run(
     config: TrainConfig, accelerator: Accelerator, forget: PromptSet, retain: PromptSet, clock: Stopwatch
 ) -> Run:
     """Load the model, record the replay banks and set up everything that steps."""
+    sharding = Sharding.asked()
     with clock.phase("load"):
-        family = load_family(config.load_options(accelerator.device, frozen_dtype(config, accelerator.device)))
+        options = config.load_options(accelerator.device, frozen_dtype(config, accelerator.device))
+        family = load_family(options) if sharding is None else sharding.load(options, accelerator, config.resolution)
         check_family(config, family)
         messages = family.enable_memory_savings(
             gradient_checkpointing=config.gradient_checkpointing,
@@ -119,7 +123,9 @@ def build_run(
     checkpoints.register(accelerator, weights)
     if config.quantize is not None:
         send_no_frozen_weights(family.denoiser)
-    denoiser, optimizer, scheduler = accelerator.prepare(family.denoiser, optimizer, scheduler)
+    # A sharded denoiser is not wrapped for data parallelism: `average_gradients` takes the means that this would take.
+    denoiser = accelerator.prepare_model(family.denoiser, evaluation_mode=sharding is not None)
+    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     if config.torch_compile is not None:  # a wrapper: `family.denoiser`, which is saved and samples, stays as it is
         denoiser = torch.compile(denoiser, backend=config.torch_compile)
     return Run(
@@ -137,6 +143,7 @@ def build_run(
         clock=clock,
         validation=validation,
         probe=probe,
+        sharded=sharding is not None,
         model_calls={**pruning_calls, "replay": recording.model_calls, "prepare": prior_calls, "train": 0, "probe": 0},
     )
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env, patch_environment
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,7 +23,6 @@ from safemax_sd.results.folder import claimed
 
 T = TypeVar("T")
 
-SPLITS_THE_MODEL = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """Texts in a backend's error for a process that is gone; gloo has no exception class of its own."""
 PROCESS_LOST = (
@@ -68,16 +67,16 @@ def make_accelerator(config: TrackerOptions) -> Accelerator:
     """Build Accelerate's `Accelerator` from the flags.
 
     Raises:
-        SafemaxError: Accelerate is configured to split the model, or with a precision that is not supported.
+        SafemaxError: Accelerate is configured with a precision that is not supported.
     """
     logging_dir = str(Path(config.output_dir) / config.logging_dir)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=config.mixed_precision,
-        log_with=config.tracker,
-        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logging_dir),
-    )
-    check_distribution(accelerator.distributed_type)
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # see `training.sharding`
+        accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            log_with=config.tracker,
+            project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logging_dir),
+        )
     check_precision(accelerator)
     return accelerator
 
@@ -102,22 +101,17 @@ def check_precision(accelerator: Accelerator) -> None:
         raise OptionError("--mixed_precision", precision, "is not supported here: use bf16 or no")
 
 
-def check_distribution(kind: DistributedType) -> None:
-    """Check that the base model's weights are not split; predictions, checkpoints and the adapter need them whole.
-
-    Raises:
-        SafemaxError: Accelerate is configured for FSDP, DeepSpeed or Megatron-LM.
-    """
-    if kind in SPLITS_THE_MODEL:
-        raise SafemaxError(f"accelerate launch: {kind.value} is not supported; use --multi_gpu (data parallelism)")
-
-
 def process_state() -> PartialState:
-    """Return Accelerate's state of this run's processes.
+    """Return Accelerate's state of the processes of a command that trains nothing.
 
     Unlike `Accelerator`, `PartialState` ignores the environment variable that selects the CPU, and each of several
     processes there would take itself for the only one.
+
+    Raises:
+        SafemaxError: Accelerate is configured to shard the model.
     """
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise SafemaxError("accelerate launch --use_fsdp is for safemax_sd.train: use --multi_gpu here")
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
@@ -140,6 +134,26 @@ def from_main(state: PartialState, call: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise SafemaxError(outcome[1])
     return outcome[0]  # type: ignore[no-any-return]
+
+
+def one_after_another(state: PartialState, call: Callable[[], T]) -> T:
+    """Call a function in one process of each machine after another, and return its result.
+
+    Raises:
+        SafemaxError: The function raised it in this process; the others have been called nevertheless.
+    """
+    result: list[T] = []
+    failed: SafemaxError | None = None
+    for turn in range(state.num_processes):  # enough for every machine
+        if turn == state.local_process_index:
+            try:
+                result.append(call())
+            except SafemaxError as error:
+                failed = error
+        state.wait_for_everyone()
+    if failed is not None:
+        raise failed
+    return result[0]
 
 
 @contextmanager

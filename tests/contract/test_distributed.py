@@ -14,19 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from safemax_sd.evaluation.options import EvaluateOptions
 from safemax_sd.evaluation.run import evaluate
 from safetensors.torch import load_file
 
 from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.cli import main as command
-from safemax_sd.core.errors import SafemaxError
 from safemax_sd.train import main, train
 from safemax_sd.training.command_line import parse_config
-from safemax_sd.training.workers import check_distribution
 from tests import tiny
-from tests.processes import in_two_processes
+from tests.processes import fsdp, in_two_processes
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -34,13 +31,13 @@ STEADY = ("--lr_scheduler", "constant", "--replay_span", "0")
 """Flags that allow a run to be resumed with another number of steps."""
 
 
-def launch(arguments: list[str]) -> subprocess.Popen[str]:
+def launch(arguments: list[str], split: dict[str, str]) -> subprocess.Popen[str]:
     """Launch a training in two gloo processes on the CPU by torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **split, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, "-m", "safemax_sd.train", *arguments],
         env=environment,
@@ -110,11 +107,17 @@ def test_two_processes_evaluate_what_one_does(two: tuple[list[str], Path]) -> No
     assert {path.name for path in (shared / "cache").iterdir()} == {path.name for path in (alone / "cache").iterdir()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["dies", "is_told_to_end"])
-def test_a_killed_process_ends_the_run_with_a_message(number: int, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "split"),
+    [(signal.SIGKILL, {}), (signal.SIGTERM, {}), (signal.SIGKILL, fsdp())],
+    ids=["dies", "is_told_to_end", "dies_with_its_shard"],
+)
+def test_a_killed_process_ends_the_run_with_a_message(
+    number: int, split: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     arguments = tiny.train_arguments(tiny_model, tmp_path, output, "--max_train_steps", "100000", *STEADY)
-    process = launch(arguments)
+    process = launch(arguments, split)
     deadline = time.monotonic() + 120
     while not (output / "checkpoint-4").exists():
         assert process.poll() is None
@@ -128,12 +131,6 @@ def test_a_killed_process_ends_the_run_with_a_message(number: int, tiny_model: P
     assert "error: another process of this run has ended" in printed
     checkpoints = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     steps = int(checkpoints[-1].name.split("-")[1])
-    in_two_processes(main, [*arguments, "--resume_from_checkpoint", "latest", "--max_train_steps", str(steps + 2)])
+    last = ("--max_train_steps", str(steps + 2))
+    in_two_processes(main, [*arguments, "--resume_from_checkpoint", "latest", *last], split)
     assert (output / WEIGHTS_NAME).exists()
-
-
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_what_splits_the_model_is_refused(kind: str) -> None:
-    with pytest.raises(SafemaxError, match="use --multi_gpu"):
-        check_distribution(DistributedType[kind])
-    check_distribution(DistributedType.MULTI_GPU)
