@@ -81,15 +81,7 @@ def build_run(
     """Load the model, record the replay banks and set up everything that steps."""
     sharding = Sharding.asked()
     with clock.phase("load"):
-        options = config.load_options(accelerator.device, frozen_dtype(config, accelerator.device))
-        family = load_family(options) if sharding is None else sharding.load(options, accelerator, config.resolution)
-        check_family(config, family)
-        messages = family.enable_memory_savings(
-            gradient_checkpointing=config.gradient_checkpointing,
-            xformers=config.enable_xformers_memory_efficient_attention,
-        )
-        for message in messages:
-            logger.warning(message)
+        family = load(config, accelerator, sharding)
         warn_over_long(forget, family.tokenizer, option="--forget_prompts")
         warn_over_long(retain, family.tokenizer, option="--retain_prompts")
         encoder = PromptEncoder(family)
@@ -107,19 +99,8 @@ def build_run(
     with clock.phase("prepare"):
         prior_calls = objective.prepare(student)
     weights.restrict(objective.trained(student))
-    rate, reason = choose_rate(config, family.denoiser)
-    if reason and accelerator.is_main_process:
-        print(f"--learning_rate auto is {rate:.3g}: {reason}")
-    config = replace(config, learning_rate=rate)
-    optimizer = make_optimizer(config, weights.parameters, accelerator.num_processes)
-    scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer=optimizer,
-        # Accelerate steps the schedule once for every process.
-        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=config.max_train_steps * accelerator.num_processes,
-        num_cycles=config.lr_num_cycles,
-    )
+    config = with_rate(config, accelerator, family)
+    optimizer, scheduler = stepping(config, accelerator, weights)
     checkpoints.register(accelerator, weights)
     if config.quantize is not None:
         send_no_frozen_weights(family.denoiser)
@@ -146,6 +127,46 @@ def build_run(
         sharded=sharding is not None,
         model_calls={**pruning_calls, "replay": recording.model_calls, "prepare": prior_calls, "train": 0, "probe": 0},
     )
+
+
+def load(config: TrainConfig, accelerator: Accelerator, sharding: Sharding | None) -> ModelFamily:
+    """Load the model and apply the flags that save memory.
+
+    Raises:
+        OptionError: The model cannot be loaded, or does not support a flag's value.
+    """
+    options = config.load_options(accelerator.device, frozen_dtype(config, accelerator.device))
+    family = load_family(options) if sharding is None else sharding.load(options, accelerator, config.resolution)
+    check_family(config, family)
+    messages = family.enable_memory_savings(
+        gradient_checkpointing=config.gradient_checkpointing,
+        xformers=config.enable_xformers_memory_efficient_attention,
+    )
+    for message in messages:
+        logger.warning(message)
+    return family
+
+
+def with_rate(config: TrainConfig, accelerator: Accelerator, family: ModelFamily) -> TrainConfig:
+    """Return the flags with the learning rate as a number, and print it if `auto` was to choose it."""
+    rate, reason = choose_rate(config, family.denoiser)
+    if reason and accelerator.is_main_process:
+        print(f"--learning_rate auto is {rate:.3g}: {reason}")
+    return replace(config, learning_rate=rate)
+
+
+def stepping(config: TrainConfig, accelerator: Accelerator, weights: TrainedWeights) -> tuple[Any, Any]:
+    """Return the optimizer and the learning-rate schedule that the flags name."""
+    optimizer = make_optimizer(config, weights.parameters, accelerator.num_processes)
+    scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        # Accelerate steps the schedule once for every process.
+        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=config.max_train_steps * accelerator.num_processes,
+        num_cycles=config.lr_num_cycles,
+    )
+    return optimizer, scheduler
 
 
 def pruned(
