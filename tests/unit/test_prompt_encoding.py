@@ -56,7 +56,7 @@ def encoded(family: Any) -> Iterator[Counter[tuple[int, ...]]]:
 
 
 def test_only_rows_that_are_drawn_are_encoded(tiny_model: Path, tmp_path: Path) -> None:
-    config, family = settings(tiny_model, tmp_path), tiny.load_latent(tiny_model)
+    config, family = settings(tiny_model, tmp_path, "--retain_noise", "0"), tiny.load_latent(tiny_model)
     with encoded(family) as seen:
         data = tiny.recording(config, family).before(0)
     assert seen.total() == len(seen) == FORGET + 8
@@ -107,7 +107,8 @@ def test_a_whole_run_encodes_each_prompt_once(tiny_model: Path, tmp_path: Path) 
 def test_the_most_similar_are_found_without_holding_all(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path
 ) -> None:
-    config, family = settings(tiny_model, tmp_path, "--retain_near_share", "0.5"), tiny.load_latent(tiny_model)
+    near = ("--retain_near_share", "0.5", "--retain_noise", "0")
+    config, family = settings(tiny_model, tmp_path, *near), tiny.load_latent(tiny_model)
     monkeypatch.setattr("safemax_sd.recording.likeness.BLOCK", 32)
     with encoded(family) as seen:
         once = tiny.recording(config, family).before(0)
@@ -128,7 +129,7 @@ def test_no_tensor_grows_with_the_file(monkeypatch: pytest.MonkeyPatch, tiny_mod
     sizes = []
     for rows in (200, 800):
         folder = tmp_path / str(rows)
-        config = settings(tiny_model, folder, "--retain_near_share", "0.5", rows=rows)
+        config = settings(tiny_model, folder, "--retain_near_share", "0.5", "--retain_noise", "0", rows=rows)
         family = tiny.load_latent(tiny_model)
         with Largest() as largest:
             tiny.recording(config, family)

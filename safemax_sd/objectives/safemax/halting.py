@@ -66,7 +66,7 @@ def roll_out(
 ) -> Tensor:
     """Return y at the native times `end`, [N, *latent], where guided Euler steps of dy/dφ = v lead from pure noise y.
 
-    `both` holds the conditioning of the forget prompts, then of the empty prompt, 2N rows.
+    `both` holds 2N rows: forget prompts, then the empty prompt.
     """
     grid = process.schedule.all_times().to(end)
     last = torch.searchsorted(grid, end).clamp(max=len(grid) - 1)

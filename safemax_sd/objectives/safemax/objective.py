@@ -26,11 +26,13 @@ from safemax_sd.objectives.base import (
     mean_square,
 )
 from safemax_sd.objectives.safemax.halting import ROLLOUT_GUIDANCE, Pairs, halt
-from safemax_sd.recording.data import ErasureData
+from safemax_sd.prompts import PromptSet
+from safemax_sd.recording.data import ErasureData, ReplayNeeds
+from safemax_sd.recording.replay import dispersed
 
 FORGET, RETAIN = 0, 1
-MOST_ON_NOISE = 0.2
-"""Largest fraction of retain samples on noise; more leaves traces in the forbidden prompts' noise."""
+MOST_ON_NOISE, PROMPTS_ON_NOISE = 0.2, 1024
+"""Largest fraction of retain samples on noise, as more leaves traces in forbidden prompts' noise, and their prompts."""
 
 
 @dataclass
@@ -59,14 +61,7 @@ class SafemaxConfig(ObjectiveOptions):
 
 @dataclass(frozen=True)
 class OnNoise(Draw):
-    """Retain prompts on pure noise, which no trajectory passes at low noise levels.
-
-    Attributes:
-        x_t: Noise, [N, *latent].
-        t: Native time, [N].
-        conditioning: Conditioning that the student gets.
-        plain: Conditioning that the frozen model gets, whose prediction is the target.
-    """
+    """Retain prompts on pure noise [N, *latent]: as the student gets them, and plain, for the frozen model's target."""
 
     x_t: Tensor
     t: Tensor
@@ -118,10 +113,17 @@ class Safemax(Objective):
         self.on_noise = min(MOST_ON_NOISE, config.retain_noise * len(set(data.forget_concepts)))
         self.extend(data)
 
+    @classmethod
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
+        assert isinstance(config, SafemaxConfig)
+        rows = dispersed(len(retain))[:PROMPTS_ON_NOISE].tolist() if config.retain_noise else []
+        return ReplayNeeds(retain_rows=rows)
+
     def extend(self, data: ErasureData) -> None:
         super().extend(data)
+        self.shown = dispersed(len(data.retain))[:PROMPTS_ON_NOISE]
         guided = data.process.schedule.noise_level(data.forget_bank.t) >= self.guided_from
-        # A bank of very few steps may hold none of a kind: then any step does, each with the target of its level.
+        # A bank of few steps may hold none of a kind: then any step does, each with the target of its level.
         self.steps = [torch.nonzero(kind | ~kind.any()).flatten() for kind in (~guided, guided)]
 
     def prepare(self, student: Student) -> int:
@@ -136,14 +138,12 @@ class Safemax(Objective):
         prompts = data.empty.select(weight.long())
         single, pairs = [Rows(x, t, prompts, x)], [Pairs(x, t, prompts, weight)]
         kept, noise = [Rows(x, t, prompts, x)], [OnNoise(x, t, prompts, prompts)]
-        for number in positions.forget:
-            generator = positions.generator(FORGET, number)
+        for generator in (positions.generator(FORGET, number) for number in positions.forget):
             if torch.rand((), generator=generator) < self.config.halt_unconditional:
                 pairs.append(self._halted_pair(generator))
             else:
                 single.append(self._single(generator))
-        for number in positions.retain:
-            generator = positions.generator(RETAIN, number)
+        for generator in (positions.generator(RETAIN, number) for number in positions.retain):
             if torch.rand((), generator=generator) < self.on_noise:
                 noise.append(self._on_noise(generator))
             else:
@@ -201,7 +201,7 @@ class Safemax(Objective):
         """Draw pure noise as in halted pairs with a retain prompt, for which the prediction stays."""
         noise = torch.randn((1, *self.data.latent_shape), generator=generator)
         t = self.data.process.schedule.sample_time_below(self.config.halt_below, generator)
-        row = self.data.retain_bank.prompt[torch.randint(len(self.data.retain_bank), (1,), generator=generator)]
+        row = self.shown[torch.randint(len(self.shown), (1,), generator=generator)]
         return OnNoise(self.data.process.x_t(noise, t), t, self.retained(row, generator), self.data.retain.select(row))
 
     def forbidden(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
