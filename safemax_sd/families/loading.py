@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
 from safemax_sd.families.base import FAMILIES, LoadOptions, ModelFamily
@@ -15,28 +18,33 @@ def load_family(options: LoadOptions) -> ModelFamily:
     Raises:
         OptionError: The model does not exist or cannot be loaded, or no family has its pipeline class.
     """
-    class_name = _pipeline_class(options)
+    folder = config_folder(options) if is_single_file(options.name_or_path) else None
+    class_name = _pipeline_class(options, folder)
     supported: list[str] = []
     for name in FAMILIES.names():
         family = FAMILIES.get(name)
         if class_name in family.pipeline_classes:
-            loaded = family.load(options)
+            loaded = family.load(replace(options, single_file_folder=folder))
             loaded.options = options
             return loaded
         supported += sorted(family.pipeline_classes)
     raise OptionError(OPTION, options.name_or_path, f"is a {class_name}; supported: {', '.join(supported)}")
 
 
-def _pipeline_class(options: LoadOptions) -> str | None:
-    """Return the pipeline class in the `model_index.json` of a model, or of a single file's configuration.
+def _pipeline_class(options: LoadOptions, folder: Path | None) -> str | None:
+    """Return the pipeline class in the `model_index.json` of a model.
+
+    Args:
+        options: Settings that load the model.
+        folder: Folder with a single file's configuration; None if the model is none.
 
     Raises:
-        OptionError: The model or the configuration does not exist.
+        OptionError: The model does not exist.
     """
     from diffusers import DiffusionPipeline
 
-    if is_single_file(options.name_or_path):
-        path = str(config_folder(options))
+    if folder is not None:
+        path = str(folder)
     elif options.single_file_config is None:
         path = resolve_model(options.name_or_path)
     else:

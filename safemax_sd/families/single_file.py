@@ -68,7 +68,8 @@ def load_single_file(pipeline_class: Any, options: LoadOptions) -> Any:
     """
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    folder = config_folder(options)
+    folder = options.single_file_folder
+    assert folder is not None
     try:
         with quiet():
             pipeline = pipeline_class.from_single_file(

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
+from safemax_sd.planning import quantized
+
 META = torch.device("meta")
 
 LOWER: frozenset[Any] = frozenset(
@@ -49,6 +51,8 @@ class Kernels(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.linear and not args[1].is_floating_point():
+            return quantized.linear(*args, dtype=self.autocast or args[0].dtype)
         if self.autocast is not None and (func in LOWER or func in SINGLE[self.device]):
             dtype = self.autocast if func in LOWER else torch.float32
             args, kwargs = _cast(args, dtype), {name: _cast(value, dtype) for name, value in kwargs.items()}
