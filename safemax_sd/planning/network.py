@@ -98,15 +98,16 @@ def attention(
 
 
 class Layout(NamedTuple):
-    """Shape, strides and type of a tensor."""
+    """Shape, strides, type and device of a tensor."""
 
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
 
     def make(self) -> Tensor:
-        """Make such a tensor on the meta device."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=META)
+        """Make such a tensor."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
 class RememberedLayouts:
@@ -138,7 +139,7 @@ class RememberedLayouts:
 def _layouts(value: Any) -> Any:
     """Replace tensors by their layouts, and other values by pairs with their types, as 1, 1.0 and True are equal."""
     if isinstance(value, Tensor):
-        return Layout(value.shape, value.stride(), value.dtype)
+        return Layout(value.shape, value.stride(), value.dtype, value.device)
     return tuple(map(_layouts, value)) if isinstance(value, list | tuple) else (type(value), value)
 
 
