@@ -52,7 +52,7 @@ class Kernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.linear and not args[1].is_floating_point():
-            return quantized.linear(*args, dtype=self.autocast or args[0].dtype)
+            return quantized.linear(*args, **kwargs, dtype=self.autocast or args[0].dtype)
         if self.autocast is not None and (func in LOWER or func in SINGLE[self.device]):
             dtype = self.autocast if func in LOWER else torch.float32
             args, kwargs = _cast(args, dtype), {name: _cast(value, dtype) for name, value in kwargs.items()}

@@ -43,13 +43,13 @@ def quantize_on_meta(network: nn.Module, kind: Quantization) -> None:
             layer.register_buffer(name, tensor)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
     """Apply a layer with quantized weights.
 
     Args:
         x: Input, [..., in].
         weight: Weights of `quantize_on_meta`.
-        bias: Bias, [out].
+        bias: Bias, [out]; None for none.
         dtype: Type to multiply in.
     """
     if weight.dtype is torch.uint8:
