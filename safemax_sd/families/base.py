@@ -87,7 +87,7 @@ class LoadOptions:
         prediction_type: `epsilon` or `v_prediction` to override the scheduler's prediction type; None keeps it.
         single_file_config: Folder in diffusers' format or hub id with a single file's configuration; None for that
             which diffusers infers from the file.
-        single_file_folder: Local folder with that configuration, which `load_family` looks up.
+        single_file_folder: Local folder of that configuration, once it has been looked up.
         revision: Revision on the hub.
         variant: Variant of the weight files, such as `fp16`.
         cache_dir: Folder of hub downloads.

@@ -111,7 +111,7 @@ class Layout(NamedTuple):
 
 
 class RememberedLayouts:
-    """What operations make on the meta device, worked out once for all arguments of the same layouts.
+    """Results of operations on the meta device, worked out once for all arguments of the same layouts.
 
     PyTorch works it out in Python, which would take most of a plan's time; the blocks of a network repeat each other.
     """

@@ -77,7 +77,7 @@ def test_int8_takes_what_a_really_quantized_model_takes(model: Path, tmp_path: P
 def test_nf4_takes_half_a_byte_a_weight_and_a_scale_for_each_block() -> None:
     """Count the bytes of a layer with 480 weights.
 
-    bitsandbytes packs two weights a byte: 240. Of each 64 weights it stores the largest magnitude in float32, 8 numbers,
+    bitsandbytes packs two weights a byte: 240. Of each 64 weights it stores the largest magnitude, 8 float32 numbers,
     as the eighth block is half full: 32. A table holds the 16 values of the type in float32: 64. The bias stays: 40.
     Scales would be quantized a second time only with `bnb_4bit_use_double_quant`, which is not set.
     """
