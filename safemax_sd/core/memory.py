@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,19 +14,23 @@ from torch.utils._pytree import tree_leaves
 class TensorMemory(TorchDispatchMode):
     """Count of the bytes of all storages that operations inside make, for as long as they live.
 
+    Args:
+        run: Function that carries out an operation, of its arguments and keyword arguments.
+
     Attributes:
         alive: Bytes alive now.
         peak: Most bytes alive at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs)) -> None:
         super().__init__()
+        self._run = run
         self.alive, self.peak = 0, 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
+        made = self._run(func, args, kwargs or {})
+        for leaf in (made,) if isinstance(made, Tensor) else tree_leaves(made):
             if isinstance(leaf, Tensor):
                 self.count(leaf)
         return made

@@ -87,14 +87,15 @@ class LoadOptions:
         prediction_type: `epsilon` or `v_prediction` to override the scheduler's prediction type; None keeps it.
         single_file_config: Folder in diffusers' format or hub id with a single file's configuration; None for that
             which diffusers infers from the file.
+        single_file_folder: Local folder of that configuration, once it has been looked up.
         revision: Revision on the hub.
         variant: Variant of the weight files, such as `fp16`.
         cache_dir: Folder of hub downloads.
         device: Device of all networks.
         quantize: Quantization of the denoiser; None for none.
         sharded: True to leave the denoiser in main memory, for `families.sharding.shard`.
-        without_weights: True to build the networks of a local folder from their configurations alone, on the meta
-            device; its tokenizers may lack their vocabularies.
+        without_weights: True to build the networks of a local folder or a single file from their configurations alone,
+            on the meta device; its tokenizers may lack their vocabularies.
     """
 
     name_or_path: str
@@ -105,6 +106,7 @@ class LoadOptions:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     prediction_type: str | None = None
     single_file_config: str | None = None
+    single_file_folder: Path | None = None
     quantize: Quantization | None = None
     sharded: bool = False
     without_weights: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -83,7 +84,10 @@ class LatentFamily(ModelFamily):
             if options.quantize is not None:
                 text = "is for folders and models on the hub: leave it out, or save the single file as a folder"
                 raise OptionError(QUANTIZE, options.quantize, text)
-            pipeline = load_single_file(cls._pipeline_class(), options)
+            if options.without_weights:
+                pipeline = cls._load_folder(replace(options, name_or_path=str(options.single_file_folder)))
+            else:
+                pipeline = load_single_file(cls._pipeline_class(), options)
         else:
             pipeline = cls._load_folder(options)
         if not options.without_weights:
@@ -96,7 +100,7 @@ class LatentFamily(ModelFamily):
         from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
         quantization = {}
-        if options.quantize is not None:
+        if options.quantize is not None and not options.without_weights:
             quantization[cls.denoiser_part] = quantization_config(options.quantize, options.device, options.dtype)
         parts = load_folder(options, quantization)
         try:

@@ -6,7 +6,7 @@ from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
 from safemax_sd.families.base import FAMILIES, LoadOptions, ModelFamily
 from safemax_sd.families.folders import OPTION
-from safemax_sd.families.single_file import CONFIG_OPTION, config_folder, is_single_file
+from safemax_sd.families.single_file import CONFIG_OPTION, is_single_file, with_configuration
 
 
 def load_family(options: LoadOptions) -> ModelFamily:
@@ -15,12 +15,13 @@ def load_family(options: LoadOptions) -> ModelFamily:
     Raises:
         OptionError: The model does not exist or cannot be loaded, or no family has its pipeline class.
     """
-    class_name = _pipeline_class(options)
+    located = with_configuration(options) if is_single_file(options.name_or_path) else options
+    class_name = _pipeline_class(located)
     supported: list[str] = []
     for name in FAMILIES.names():
         family = FAMILIES.get(name)
         if class_name in family.pipeline_classes:
-            loaded = family.load(options)
+            loaded = family.load(located)
             loaded.options = options
             return loaded
         supported += sorted(family.pipeline_classes)
@@ -31,12 +32,12 @@ def _pipeline_class(options: LoadOptions) -> str | None:
     """Return the pipeline class in the `model_index.json` of a model, or of a single file's configuration.
 
     Raises:
-        OptionError: The model or the configuration does not exist.
+        OptionError: The model does not exist.
     """
     from diffusers import DiffusionPipeline
 
-    if is_single_file(options.name_or_path):
-        path = str(config_folder(options))
+    if options.single_file_folder is not None:
+        path = str(options.single_file_folder)
     elif options.single_file_config is None:
         path = resolve_model(options.name_or_path)
     else:

@@ -18,6 +18,16 @@ OPTION = "--quantize"
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 
+def check_device(kind: Quantization, device: torch.device) -> None:
+    """Check that a device supports a quantization.
+
+    Raises:
+        OptionError: It does not.
+    """
+    if kind == "nf4" and device.type != "cuda":
+        raise OptionError(OPTION, kind, f"needs a CUDA device and this is a {device.type} device: use int8")
+
+
 def quantization_config(kind: Quantization, device: torch.device, dtype: torch.dtype) -> Any:
     """Return diffusers' configuration of a quantization.
 
@@ -31,8 +41,7 @@ def quantization_config(kind: Quantization, device: torch.device, dtype: torch.d
     """
     from diffusers import BitsAndBytesConfig, TorchAoConfig
 
-    if kind == "nf4" and device.type != "cuda":
-        raise OptionError(OPTION, kind, f"needs a CUDA device and this is a {device.type} device: use int8")
+    check_device(kind, device)
     package = PACKAGES[kind]
     try:
         import_module(package)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def is_single_file(name_or_path: str) -> bool:
     return path.is_file() or (path.suffix in (SAFE, *PICKLES) and not path.is_dir())
 
 
-def config_folder(options: LoadOptions) -> Path:
-    """Return the folder with a single file's configuration; one on the hub is downloaded unless it is in the cache.
+def with_configuration(options: LoadOptions) -> LoadOptions:
+    """Look up the folder of a single file's configuration; one on the hub is downloaded unless it is in the cache.
 
     Raises:
         OptionError: The file is missing or no checkpoint of a known family, `--variant` is given, or the configuration
@@ -53,7 +54,7 @@ def config_folder(options: LoadOptions) -> Path:
             raise _without_config(options, named) from error
     if not _index(folder):
         raise _without_config(options, named)
-    return folder
+    return replace(options, single_file_folder=folder)
 
 
 def load_single_file(pipeline_class: Any, options: LoadOptions) -> Any:
@@ -61,14 +62,15 @@ def load_single_file(pipeline_class: Any, options: LoadOptions) -> Any:
 
     Args:
         pipeline_class: Class of the pipeline.
-        options: Settings that load the model.
+        options: Settings that load the model, of `with_configuration`.
 
     Raises:
         OptionError: The file or its configuration cannot be used, or they do not fit each other.
     """
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    folder = config_folder(options)
+    folder = options.single_file_folder
+    assert folder is not None
     try:
         with quiet():
             pipeline = pipeline_class.from_single_file(

@@ -165,12 +165,12 @@ class MemoryPlan:
             torch.autograd.backward(objective.loss(predict, batch).total, inputs=weights.parameters)
 
         self._checkpointing(self.autocast)
-        if self.config.gradient_accumulation_steps > 1:
-            with self.autocast:
-                step()  # the gradients of earlier micro-batches are in memory
+        if self.config.gradient_accumulation_steps > 1:  # the gradients of earlier micro-batches are in memory
+            for parameter in weights.parameters:
+                parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in weights.parameters if parameter.grad is not None]
-        held = [*tensors_of(self.family.denoiser), *gradients]
-        taken = transient(step, held, self.autocast) + size_of(gradients)
+        taken = transient(step, [*tensors_of(self.family.denoiser), *gradients], self.autocast)
+        taken += size_of(gradient for gradient in gradients if gradient._version)  # those that the loss adds to
         for parameter in weights.parameters:
             parameter.grad = None
         return taken
@@ -204,7 +204,7 @@ class MemoryPlan:
 
 def transient(call: Callable[[], object], held: Iterable[Tensor], kernels: Kernels) -> int:
     """Return the most bytes that a call has in memory beyond those of tensors that were there before."""
-    with TensorMemory() as memory, kernels:
+    with TensorMemory(kernels.layouts.run) as memory, kernels:
         for tensor in held:
             memory.count(tensor)
         before = memory.alive

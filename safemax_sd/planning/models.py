@@ -11,6 +11,7 @@ import torch
 from safemax_sd.assets import resolve_model
 from safemax_sd.families import ModelFamily, load_family
 from safemax_sd.families.folders import NOT_NEEDED, cannot_be_loaded, download_configuration
+from safemax_sd.families.single_file import is_single_file
 from safemax_sd.planning.network import META
 from safemax_sd.presets import architecture
 from safemax_sd.training.config import TrainConfig
@@ -30,8 +31,9 @@ def load_configurations(config: TrainConfig, dtype: torch.dtype) -> ModelFamily:
     """
     options = config.load_options(META, dtype)
     name, revision, cache_dir = config.pretrained_model_name_or_path, config.revision, config.cache_dir
-    folder = configuration_folder(name, revision=revision, cache_dir=cache_dir)
-    family = load_family(replace(options, name_or_path=str(folder), without_weights=True))
+    if not is_single_file(name):  # the configuration of a file is looked up as it is in training
+        name = str(configuration_folder(name, revision=revision, cache_dir=cache_dir))
+    family = load_family(replace(options, name_or_path=name, without_weights=True))
     family.options = options
     return family
 

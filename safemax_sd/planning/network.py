@@ -8,14 +8,16 @@ autocast runs in which precision, and attention without a matrix of scores.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
+
+from safemax_sd.planning import quantized
 
 META = torch.device("meta")
 
@@ -45,12 +47,15 @@ class Kernels(TorchFunctionMode):
     def __init__(self, device: Literal["cuda", "cpu"], autocast: torch.dtype | None) -> None:
         super().__init__()
         self.device, self.autocast = device, autocast
+        self.layouts = RememberedLayouts()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.linear and not args[1].is_floating_point():
+            return quantized.linear(*args, **kwargs, dtype=self.autocast or args[0].dtype)
         if self.autocast is not None and (func in LOWER or func in SINGLE[self.device]):
             dtype = self.autocast if func in LOWER else torch.float32
-            args, kwargs = tree_map(lambda value: _cast(value, dtype), (args, kwargs))
+            args, kwargs = _cast(args, dtype), {name: _cast(value, dtype) for name, value in kwargs.items()}
         return attention(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
 
     def checkpoint(self, module: nn.Module, *args: Any) -> Any:
@@ -64,7 +69,9 @@ class Kernels(TorchFunctionMode):
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return type(value)(_cast(part, dtype) for part in value) if isinstance(value, list | tuple) else value
 
 
 def attention(
@@ -88,6 +95,69 @@ def attention(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
     return attended
+
+
+class Layout(NamedTuple):
+    """Shape, strides, type and device of a tensor."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def make(self) -> Tensor:
+        """Make such a tensor."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+class RememberedLayouts:
+    """Results of operations on the meta device, worked out once for all arguments of the same layouts.
+
+    PyTorch works it out in Python, which would take most of a plan's time; the blocks of a network repeat each other.
+    """
+
+    def __init__(self) -> None:
+        self._views: dict[Any, bool] = {}
+        self._made: dict[Any, Any] = {}
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Carry out an operation, or make tensors like those that it has made before."""
+        if func not in self._views:
+            self._views[func] = any(result.alias_info is not None for result in func._schema.returns)
+        if self._views[func]:
+            return func(*args, **kwargs)
+        key = func, _layouts(args), _layouts(tuple(kwargs.items()))
+        known = self._made.get(key)
+        if known is not None:
+            return _like(known)
+        made = func(*args, **kwargs)
+        if _is_new(made, (args, kwargs)):
+            self._made[key] = _layouts(made)
+        return made
+
+
+def _layouts(value: Any) -> Any:
+    """Replace tensors by their layouts, and other values by pairs with their types, as 1, 1.0 and True are equal."""
+    if isinstance(value, Tensor):
+        return Layout(value.shape, value.stride(), value.dtype, value.device)
+    return tuple(map(_layouts, value)) if isinstance(value, list | tuple) else (type(value), value)
+
+
+def _like(made: Any) -> Any:
+    if isinstance(made, Layout):
+        return made.make()
+    return None if made[0] is type(None) else tuple(map(_like, made))
+
+
+def _is_new(made: Any, given: Any) -> bool:
+    """Tell whether an operation's results are on the meta device, each with a storage of its own of the usual size."""
+    results = [leaf for leaf in tree_leaves(made) if leaf is not None]
+    if not all(isinstance(leaf, Tensor) and leaf.device == META for leaf in results):
+        return False
+    known = {leaf.untyped_storage()._cdata for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+    own = {leaf.untyped_storage()._cdata for leaf in results}
+    usual = all(leaf.untyped_storage().nbytes() == _layouts(leaf).make().untyped_storage().nbytes() for leaf in results)
+    return usual and len(own) == len(results) and not own & known
 
 
 class OnMeta(nn.Module):

@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 
-from safemax_sd.core.errors import OptionError
 from safemax_sd.families.folders import has_vocabulary
+from safemax_sd.families.quantization import check_device
 from safemax_sd.planning.measuring import Measured, measure
 from safemax_sd.planning.memory import DeviceType, MemoryPlan, Phase
 from safemax_sd.planning.models import load_configurations
 from safemax_sd.planning.options import PlanOptions
+from safemax_sd.planning.quantized import quantize_on_meta
 from safemax_sd.planning.rehearsal import Rehearsal, rehearse
 from safemax_sd.prompts import PromptSet, warn_over_long
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
+from safemax_sd.training.learning_rate import choose_rate
 from safemax_sd.training.run import check_family, frozen_dtype
 
 logger = logging.getLogger("safemax_sd")
@@ -40,6 +42,7 @@ class Plan:
         parameters: Parameters of the denoiser.
         memory: Memory by phase.
         rehearsal: Rehearsal of the run.
+        learning_rate: Learning rate, and the reason if `auto` chose it.
         banks: Bytes of each replay bank.
         measured: Measurements; None without `--measure`.
     """
@@ -51,6 +54,7 @@ class Plan:
     parameters: int
     memory: MemoryPlan
     rehearsal: Rehearsal
+    learning_rate: tuple[float, str]
     banks: dict[str, int]
     measured: Measured | None = None
 
@@ -70,8 +74,6 @@ def make_plan(config: TrainConfig) -> Plan:
         OptionError: The flags, the prompt files or the model cannot be used; as in training.
     """
     own = config if isinstance(config, PlanOptions) else PlanOptions()
-    if config.quantize is not None:
-        raise OptionError("--quantize", config.quantize, "cannot be planned yet: leave it out")
     config = replace(config, output_dir=config.output_dir or "erased")  # nothing is written
     forget, retain = read_input(config)
     device = own.device or ("cuda" if config.preset or torch.cuda.is_available() else "cpu")
@@ -82,6 +84,9 @@ def make_plan(config: TrainConfig) -> Plan:
     family.enable_memory_savings(gradient_checkpointing=config.gradient_checkpointing, xformers=False)
     warn_of_lengths(family.tokenizer, forget, retain)
     parameters = sum(weight.numel() for weight in family.denoiser.parameters())
+    if config.quantize is not None:
+        check_device(config.quantize, torch.device(device))
+        quantize_on_meta(family.denoiser, config.quantize)
     rehearsal = rehearse(config, family, forget, retain)
     memory = MemoryPlan(config, family, rehearsal, device)
     numbers = math.prod(family.latent_shape(config.resolution))
@@ -93,6 +98,7 @@ def make_plan(config: TrainConfig) -> Plan:
         parameters=parameters,
         memory=memory,
         rehearsal=rehearsal,
+        learning_rate=choose_rate(config, family.denoiser),
         banks={name: 4 * numbers * (ends + 3 * rows) for name, (ends, rows) in rehearsal.banks.items()},
         measured=measure(config, forget, retain, device) if own.measure else None,
     )
@@ -113,9 +119,12 @@ def describe(plan: Plan) -> Iterator[str]:
     """Yield the lines of a plan."""
     config, rehearsal, trained = plan.config, plan.rehearsal, plan.memory.trained
     what = f"a LoRA of rank {config.rank} in" if config.trainable == "lora" else "the weights of"
-    yield f"model: {config.pretrained_model_name_or_path} ({plan.family}), {plan.resolution} pixels"
+    base = plan.family if config.quantize is None else f"{plan.family}, quantized to {config.quantize}"
+    yield f"model: {config.pretrained_model_name_or_path} ({base}), {plan.resolution} pixels"
     numbers = f"{trained.parameters:,} parameters; the model has {plan.parameters:,}"
     yield f"trains: {what} {trained.layers} layers, {numbers}"
+    rate, reason = plan.learning_rate
+    yield f"learning rate: {rate:.3g}{f' (auto: {reason})' if reason else ''}"
     forget, retain = config.train_batch_size, config.retain_samples
     yield f"batch: {forget} forget and {retain} retain samples, at most {len(rehearsal.largest.t)} rows in a pass"
     yield f"memory of one {plan.device} device, planned: {in_bytes(plan.peak.total)}, in {plan.peak.name}"

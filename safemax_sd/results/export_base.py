@@ -27,7 +27,7 @@ from safemax_sd.core.provenance import write_json_atomic
 from safemax_sd.core.quiet import quiet
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.families.original_checkpoint import DENOISER, whole_names
-from safemax_sd.families.single_file import is_single_file
+from safemax_sd.families.single_file import is_single_file, with_configuration
 from safemax_sd.results.erasure import ErasureRecord
 
 PLAIN_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
@@ -223,7 +223,7 @@ class FileBase(ExportBase):
         family, base = self.source.record.family, self.source.record.base_model
         assert issubclass(family, LatentFamily)
         try:
-            pipeline = family.load_pipeline(base.options(dtype=self.dtype))
+            pipeline = family.load_pipeline(with_configuration(base.options(dtype=self.dtype)))
         except OptionError as error:
             raise self.lost(f"{error.option} {error.value}: {error.allowed}") from error
         if base.prediction_type is not None:

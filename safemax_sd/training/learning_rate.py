@@ -18,8 +18,13 @@ PRODIGY_RATE = 1.0
 
 def width_of(layers: Iterable[nn.Module]) -> float:
     """Return the geometric mean of the layers' numbers of inputs: of a convolution, all that one output reads."""
-    inputs = [layer.get_base_layer().weight[0].numel() for layer in layers]  # type: ignore[operator]
+    inputs = [_inputs_of(layer.get_base_layer()) for layer in layers]  # type: ignore[operator]
     return math.exp(sum(map(math.log, inputs)) / len(inputs))
+
+
+def _inputs_of(layer: nn.Module) -> int:
+    # The weights of a quantized linear layer have another shape.
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.weight[0].numel()  # type: ignore[index,return-value]
 
 
 def choose_rate(config: OptimizerOptions, denoiser: nn.Module) -> tuple[float, str]:

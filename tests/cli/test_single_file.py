@@ -22,6 +22,7 @@ from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.cli import app, main
 from safemax_sd.core.errors import OptionError
 from safemax_sd.families import LoadOptions, load_family
+from safemax_sd.planning.plan import make_plan
 from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.export import EXPORT_FILE
 from safemax_sd.results.loading import load_result
@@ -320,7 +321,7 @@ def test_a_configuration_that_does_not_fit(
     assert message in str(raised.value)
 
 
-def test_without_a_configuration_the_hub_s_cache_is_asked(
+def test_without_a_configuration_the_hub_s_cache_is_asked_once(
     sd: Path, sd_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -334,8 +335,32 @@ def test_without_a_configuration_the_hub_s_cache_is_asked(
     shutil.copytree(sd, repository / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns("*.safetensors"))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
+    original, asked = huggingface_hub.snapshot_download, []
+
+    def counted(*arguments: Any, **more: Any) -> str:
+        asked.append(arguments)
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", counted)
     family = load_family(LoadOptions(str(sd_file), **options))  # type: ignore[arg-type]
+    assert asked == [(usual,)]
     assert_equal(family.denoiser.state_dict(), load_family(LoadOptions(str(sd))).denoiser.state_dict())
+
+
+def test_a_file_is_planned_as_its_configuration_s_folder(
+    sd: Path, sd_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(sd, tmp_path, "run")
+    file_words = on_file(words, sd_file, sd)
+    plans = [make_plan(parse_config(given)) for given in (words, file_words)]
+    assert plans[0].memory.phases == plans[1].memory.phases
+    assert plans[0].rehearsal.model_calls == plans[1].rehearsal.model_calls
+    assert main(["plan", *file_words[:-1], str(tmp_path)]) == 2
+    reason = f"error: --single_file_config {tmp_path}: must be a diffusers model folder"
+    assert main(["plan", *file_words, "--quantize", "int8"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors[0].startswith(reason)
+    assert errors[1].startswith("error: --quantize int8: is for folders and models on the hub")
 
 
 @pytest.mark.parametrize(
