@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from safemax_sd.cli import main
 from safemax_sd.core.memory import TensorMemory, size_of, tensors_of
 from safemax_sd.core.options import flags_of
 from safemax_sd.families import Conditioning, ModelFamily, load_family
+from safemax_sd.objectives.safemax.objective import PROMPTS_ON_NOISE
 from safemax_sd.planning.network import META, Kernels
 from safemax_sd.planning.options import PlanOptions
 from safemax_sd.planning.plan import Plan, make_plan
@@ -60,7 +62,7 @@ def test_weights_are_those_of_the_model(emoji: Plan) -> None:
     assert emoji.parameters == sum(weight.numel() for weight in family.denoiser.parameters())
     encoded = found["token states"] / size_of(family.empty.tensors.values())
     forget = len(SUITE.parts["forget"].each_text_once())
-    assert forget < encoded <= forget + emoji.config.retain_trajectories
+    assert forget < encoded <= forget + emoji.config.retain_trajectories + PROMPTS_ON_NOISE
 
 
 def test_lora_and_optimizer_states_are_those_of_a_run(emoji: Plan) -> None:
@@ -69,7 +71,7 @@ def test_lora_and_optimizer_states_are_those_of_a_run(emoji: Plan) -> None:
     assert emoji.memory.trained.parameters == sum(parameter.numel() for parameter in weights.parameters)
     assert 2 * emoji.memory.trained.layers == len(weights.parameters)
     assert found["LoRA"] == found["gradients"] == size_of(weights.parameters)
-    optimizer = make_optimizer(emoji.config, weights.parameters, 1)
+    optimizer = make_optimizer(replace(emoji.config, learning_rate=1e-3), weights.parameters, 1)
     for parameter in weights.parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
