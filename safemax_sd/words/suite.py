@@ -1,0 +1,204 @@
+"""A suite's prompts, composed from concepts, templates and lists."""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from safemax_sd.words.choosing import ModelWords
+from safemax_sd.words.lists import entries, holds, plain, scenes, templates, things, without_article
+from safemax_sd.words.meaning import Concept
+
+PromptRow = tuple[str, str]
+"""Prompt and its concept."""
+NEIGHBOURS, OTHERS_WORDS = 8, 8
+"""Most neighbours of a suite, and most other words for each of its concepts."""
+OTHER_TEMPLATES, FEW, FEWER = 6, 3, 2
+"""Templates for each other word, for each retained concept, and for each everyday thing beside a style."""
+SUBJECTS = 16
+"""Things that prompts of styles show."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Phrases that a suite is made of.
+
+    Attributes:
+        concepts: Concepts to forget.
+        neighbours: What lies near them, the nearest first.
+        others: Further entries of the kind, which retain prompts show.
+        broad: Everyday things that retain prompts show as well.
+        scenes: Everyday prompts, with the concept that each shows.
+        forms: Templates.
+    """
+
+    concepts: tuple[Concept, ...]
+    neighbours: tuple[str, ...]
+    others: tuple[str, ...]
+    broad: tuple[str, ...]
+    scenes: tuple[PromptRow, ...]
+    forms: tuple[str, ...]
+
+
+def choose(concepts: Sequence[Concept], kind: str, given: Sequence[str] | None, model: ModelWords | None) -> Chosen:
+    """Choose what lies near the concepts and what to retain; nothing of it holds a forbidden word.
+
+    Args:
+        concepts: Concepts to forget.
+        kind: Their kind.
+        given: Phrases of the kind that all neighbours and others come from; None for WordNet and this package's lists.
+        model: Base model, which knows some words only and ranks them; None for the order of the sources.
+    """
+    forbidden = {name for concept in concepts for name in concept.forbidden}
+
+    def allowed(phrases: Iterable[str]) -> list[str]:
+        return [phrase for phrase in dict.fromkeys(phrases) if not holds(phrase, forbidden)]
+
+    def known(phrases: list[str]) -> list[str]:
+        return phrases if model is None else model.known(phrases)
+
+    if given is None:
+        pool = known(allowed(entry.name for entry in entries(kind) if not entry.wordings))
+        near = known(allowed(_in_turn([concept.near for concept in concepts])))
+        rows = [row for row in scenes() if allowed([" ".join(row)])]
+    else:
+        pool, rows = allowed(given), []
+        near = pool
+    if model is not None:
+        asked = [phrase for concept in concepts for phrase in concept.wordings]
+        near = model.nearest(list(dict.fromkeys([*near, *pool])), asked)
+        rows = model.known(rows, lambda row: row[0])
+    near = _apart(near, ())[:NEIGHBOURS]
+    broad = known(allowed(things())) if given is None or kind == "style" else []
+    forms = [form for form in templates(kind) if kind != "style" or "by {}" not in form or _artists(concepts)]
+    if model is not None:
+        forms = model.known(forms, lambda form: form.replace("{subject}", "").replace("{}", ""))
+    others = _apart(pool, near)
+    return Chosen(
+        tuple(concepts), tuple(near), tuple(others), tuple(_apart(broad, [*near, *others])), tuple(rows), tuple(forms)
+    )
+
+
+def _artists(concepts: Sequence[Concept]) -> bool:
+    return any(concept.artist for concept in concepts)
+
+
+def _in_turn(lists: Sequence[Sequence[str]]) -> list[str]:
+    return [phrase for turn in zip_longest(*lists) for phrase in turn if phrase is not None]
+
+
+def _apart(phrases: Iterable[str], taken: Sequence[str]) -> list[str]:
+    """Return the phrases whose concepts are neither taken nor named twice."""
+    seen = {tuple(plain(without_article(phrase))) for phrase in taken}
+    found = []
+    for phrase in phrases:
+        concept = tuple(plain(without_article(phrase)))
+        if concept not in seen:
+            seen.add(concept)
+            found.append(phrase)
+    return found
+
+
+def compose(chosen: Chosen, kind: str, seed: int, model: ModelWords | None) -> dict[str, list[PromptRow]]:
+    """Write the prompts of each part; no prompt is in two parts, and empty parts are left out.
+
+    Args:
+        chosen: Phrases.
+        kind: Kind of the concepts.
+        seed: Seed of the order of each concept's templates.
+        model: Base model, whose tokenizer leaves out paraphrases with unknown words; None to keep all.
+    """
+    parts = _style_parts(chosen, seed, model) if kind == "style" else _thing_parts(chosen, seed, model)
+    seen: set[str] = set()
+    unique: dict[str, list[PromptRow]] = {}
+    for part in ("forget", "neighbours", "paraphrases", "retain"):
+        rows = [row for row in dict.fromkeys(parts[part]) if row[0].casefold() not in seen]
+        seen |= {text.casefold() for text, _ in rows}
+        if rows:
+            unique[part] = rows
+    return unique
+
+
+def _thing_parts(chosen: Chosen, seed: int, model: ModelWords | None) -> dict[str, list[PromptRow]]:
+    forms, half = chosen.forms, max(1, len(chosen.forms) // 2)
+    tested, kept = [], []
+    for phrase in chosen.neighbours:
+        order = _shuffled(forms, phrase, seed)
+        tested += _filled(order[:half], phrase, without_article(phrase))
+        kept += _filled(order[half:], phrase, without_article(phrase))
+    for phrase in (*chosen.others, *chosen.broad):
+        kept += _filled(_shuffled(forms, phrase, seed)[:FEW], phrase, without_article(phrase))
+    return {
+        "forget": [
+            row for one in chosen.concepts for phrase in one.wordings for row in _filled(forms, phrase, one.name)
+        ],
+        "retain": [*kept, *chosen.scenes],
+        "neighbours": tested,
+        "paraphrases": [
+            row
+            for one in chosen.concepts
+            for phrase in _other_words(one, model)
+            for row in _filled(_shuffled(forms, phrase, seed)[:OTHER_TEMPLATES], phrase, one.name)
+        ],
+    }
+
+
+def _style_parts(chosen: Chosen, seed: int, model: ModelWords | None) -> dict[str, list[PromptRow]]:
+    subjects = _shuffled(chosen.broad, "subjects", seed)[:SUBJECTS]
+    forms = chosen.forms
+    half = max(1, len(forms) // 2)
+
+    def shown(styles: Iterable[str], first: int) -> Iterator[PromptRow]:
+        for style in styles:
+            own = _shuffled(forms, style, seed)
+            for number, subject in enumerate(subjects):
+                yield own[(number + first) % len(own)].format(style, subject=subject), f"{style} style"
+
+    described = "a picture of {subject} {}"
+    return {
+        "forget": [
+            (form.format(name, subject=subject), one.name)
+            for one in chosen.concepts for name in one.wordings for form in forms for subject in subjects
+        ],
+        "retain": [
+            *shown(chosen.neighbours, half),
+            *shown(chosen.others, 0),
+            *(row for phrase in chosen.broad for row in _plain_pictures(phrase, seed, model)),
+            *chosen.scenes,
+        ],
+        "neighbours": list(shown(chosen.neighbours, 0)),
+        "paraphrases": [
+            (described.format(words, subject=subject), one.name)
+            for one in chosen.concepts for words in _other_words(one, model) for subject in subjects
+        ],
+    }  # fmt: skip
+
+
+def _plain_pictures(phrase: str, seed: int, model: ModelWords | None) -> list[PromptRow]:
+    forms = templates("object") if model is None else model.known(templates("object"))
+    return _filled(_shuffled(forms, phrase, seed)[:FEWER], phrase, without_article(phrase))
+
+
+def _other_words(concept: Concept, model: ModelWords | None) -> list[str]:
+    found = list(concept.others) if model is None else model.known(concept.others)
+    return found[:OTHERS_WORDS]
+
+
+def _filled(forms: Iterable[str], phrase: str, concept: str) -> list[PromptRow]:
+    return [(form.format(phrase), concept) for form in forms]
+
+
+def _shuffled(choices: Sequence[str], of: str, seed: int) -> list[str]:
+    """Shuffle by a name and the seed, so that no other name's order changes when a list is edited."""
+    return random.Random(f"{seed}/{of}").sample(list(choices), len(choices))
+
+
+def as_csv(rows: Iterable[PromptRow]) -> str:
+    """Return prompts as a CSV file's text, each row once."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("prompt", "concept"), *dict.fromkeys(rows)])
+    return text.getvalue()
