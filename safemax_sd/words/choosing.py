@@ -43,10 +43,8 @@ class ModelWords:
         return all(len(self._tokenizer.tokenize(word)) == 1 for word in re.findall(r"[^\W\d_]+", text))
 
     def known(self, choices: Sequence[T], text: Callable[[T], str] = str) -> list[T]:
-        """Return the choices whose words the tokenizer knows; all of them if it knows none or tells nothing."""
-        if not self.tells:
-            return list(choices)
-        return [choice for choice in choices if self._knows(text(choice))] or list(choices)
+        """Return the choices whose words the tokenizer knows, or all of them if it tells nothing."""
+        return [choice for choice in choices if not self.tells or self._knows(text(choice))]
 
     def nearest(self, phrases: Sequence[str], forbidden: Sequence[str]) -> list[str]:
         """Sort phrases by the similarity of their token states to those of forbidden phrases, as replay does."""

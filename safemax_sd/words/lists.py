@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
+ARTIST, STYLE = "artist", "style"
+"""Kinds of templates: those for artists alone, and those for all styles."""
+PAINTERS = ("painter", "printmaker")
+"""Ends of the groups of artists."""
 LISTED = {"style": "styles", "person": "persons", "brand": "brands", "nsfw": "nsfw"}
 """Kinds with a list of their own, and the names of its file."""
 ARTICLES = ("a", "an", "the")
+DETERMINERS = (*ARTICLES, "any", "one", "some", "several", "two")
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,11 @@ class Entry:
     wordings: tuple[str, ...] = ()
     descriptions: tuple[str, ...] = ()
 
+    @property
+    def artist(self) -> bool:
+        """True for an artist."""
+        return self.group.endswith(PAINTERS)
+
 
 def entries(kind: str) -> list[Entry]:
     """Read the list of a kind; that of objects are the everyday things."""
@@ -39,6 +49,11 @@ def entries(kind: str) -> list[Entry]:
         Entry(row["name"], row["group"], _split(row.get("wordings")), _split(row["descriptions"]))
         for row in _rows(LISTED[kind])
     ]
+
+
+def subjects() -> list[str]:
+    """Read what pictures in a style show."""
+    return (DATA / "subjects.txt").read_text(encoding="utf8").splitlines()
 
 
 def things() -> list[str]:
@@ -78,30 +93,39 @@ def same_or_end(name: str, word: str) -> bool:
     return bool(wanted) and own[-len(wanted) :] == wanted
 
 
-def holds(text: str, names: Iterable[Sequence[str]]) -> bool:
+def clashes(phrase: str, names: Iterable[tuple[str, ...]]) -> bool:
+    """Tell whether a phrase holds any of the names, or is the end of one and so means more: swords, crossed swords."""
+    known = list(names)
+    own = _singular(plain(without_article(phrase)))
+    return holds(phrase, known) or any(_singular(name)[-len(own) :] == own for name in known)
+
+
+def holds(text: str, names: Iterable[tuple[str, ...]]) -> bool:
     """Tell whether a text contains any of the names as whole words, in the singular or with an s.
 
     Args:
         text: Text.
         names: Names as `plain` returns them.
     """
-    words = plain(text)
-    stems = [word.removesuffix("s") for word in words]
+    stems = _singular(plain(text))
+    wanted = [_singular(name) for name in names if name]
+    return any(stems[i : i + len(name)] == name for name in wanted for i in range(len(stems) - len(name) + 1))
 
-    def contained(name: Sequence[str]) -> bool:
-        wanted = [word.removesuffix("s") for word in name]
-        return any(stems[i : i + len(wanted)] == wanted for i in range(len(stems) - len(wanted) + 1))
 
-    return any(contained(name) for name in names if name)
+def _singular(words: Iterable[str]) -> list[str]:
+    return [word.removesuffix("s") for word in words]
 
 
 def with_article(name: str) -> str:
-    """Return a name with its article, as in `an apple`; plurals and names with an article stay as they are."""
-    first, last = name.split()[0].casefold(), name.split()[-1]
-    plural = last.endswith("s") and not last.endswith(("ss", "us", "is"))
-    if first in ARTICLES or plural:
-        return name
-    return f"{'an' if first[0] in 'aeiou' else 'a'} {name}"
+    """Return a name with its article, as in `an apple`; one that begins with an article or `any` stays as it is."""
+    first = name.split()[0].casefold()
+    return name if first in DETERMINERS else f"{'an' if first[0] in 'aeiou' else 'a'} {name}"
+
+
+def noun_phrase(name: str) -> str:
+    """Return a noun with its article, which a plural has not."""
+    last = name.split()[-1]
+    return name if last.endswith("s") and not last.endswith(("ss", "us", "is")) else with_article(name)
 
 
 def without_article(phrase: str) -> str:

@@ -11,6 +11,7 @@ from safemax_sd.words.lists import (
     Entry,
     entries,
     holds,
+    noun_phrase,
     plain,
     same_or_end,
     things,
@@ -60,14 +61,16 @@ def kind_of(words: Sequence[str], wordnet: WordNet | None) -> str:
     fitting = [{kind for kind in KINDS if _fits(kind, word, wordnet)} for word in words]
     shared = [kind for kind in KINDS if all(kind in kinds for kinds in fitting)]
     if len(shared) != 1:
-        may = f"{' or '.join(shared)}: name one" if shared else f"none that is known: name one of {', '.join(KINDS)}"
-        raise OptionError("--kind", "(not given)", f"{', '.join(words)} may be {may}")
+        text = f"{', '.join(words)} may be {' or '.join(shared)}: name one"
+        if not shared:
+            text = f"nothing known is what {', '.join(words)} would all be: name one of {', '.join(KINDS)}"
+        raise OptionError("--kind", "(not given)", text)
     return shared[0]
 
 
 def _fits(kind: str, word: str, wordnet: WordNet | None) -> bool:
     if kind in LISTED:
-        return _listed(kind, word) is not None
+        return listed(kind, word) is not None
     common = [one for one in (wordnet.senses(word) if wordnet else []) if not one.related(INSTANCE_OF)]
     return bool(common) or any(same_or_end(thing, word) for thing in things())
 
@@ -84,23 +87,24 @@ def concept_of(word: str, kind: str, wordnet: WordNet | None, sense: int | None)
     Raises:
         OptionError: The word has no meaning of that number.
     """
-    entry = _listed(kind, word)
+    entry = listed(kind, word)
     if entry is not None and sense is None:
         return _from_list(word, kind, entry)
     senses = wordnet.senses(word) if wordnet and kind != "brand" else []
     if sense is not None and not 1 <= sense <= len(senses):
         raise OptionError("--sense", f"{word}={sense}", f"WordNet has {len(senses)} meanings of {word!r}")
-    if wordnet is None or not senses:
+    chosen = senses[sense - 1] if sense is not None else _drawable(senses, kind)
+    if wordnet is None or chosen is None:
         where = "WordNet" if kind not in LISTED else f"the list of {LISTED[kind]} or in WordNet"
         source = f"not in {where}: templates alone, no paraphrases" if wordnet else "templates alone, no paraphrases"
         return Concept(
             word, _judged(kind, word), (_phrase(kind, word),), (), (), frozenset({tuple(plain(word))}), source
         )
-    chosen = senses[sense - 1] if sense is not None else _drawable(senses, kind)
     return _from_wordnet(word, kind, wordnet, chosen, senses)
 
 
-def _listed(kind: str, word: str) -> Entry | None:
+def listed(kind: str, word: str) -> Entry | None:
+    """Return the entry of a word in the list of its kind; None if it has none."""
     found = entries(kind) if kind in LISTED else []
     topics = [entry for entry in found if kind != "nsfw" or entry.wordings]
     exact = [entry for entry in topics if plain(entry.name) == plain(word)]
@@ -112,7 +116,7 @@ def _judged(kind: str, name: str) -> str:
 
 
 def _phrase(kind: str, name: str) -> str:
-    return with_article(name) if kind == "object" else name
+    return noun_phrase(name) if kind == "object" else name
 
 
 def _from_list(word: str, kind: str, entry: Entry) -> Concept:
@@ -123,26 +127,28 @@ def _from_list(word: str, kind: str, entry: Entry) -> Concept:
     names = {tuple(plain(name)) for name in (word, entry.name, *(without_article(text) for text in entry.wordings))}
     judged = _judged(kind, entry.wordings[0] if entry.wordings else entry.name)
     source = f"{entry.name}, {entry.group}, from the list of {LISTED[kind]}"
-    artist = entry.group.endswith(("painter", "printmaker"))
-    return Concept(word, judged, wordings, entry.descriptions, alike, frozenset(names), source, artist)
+    return Concept(word, judged, wordings, entry.descriptions, alike, frozenset(names), source, entry.artist)
 
 
-def _drawable(senses: Sequence[Synset], kind: str) -> Synset:
-    """Return the most frequent meaning that a picture of the kind can show; the most frequent one if none can."""
+def _drawable(senses: Sequence[Synset], kind: str) -> Synset | None:
+    """Return the most frequent meaning that a picture of the kind can show.
+
+    Persons and styles are somebody of that name, or nothing; anything else is a thing, or else a person, or anything.
+    """
+    persons = [one for one in senses if one.file == PERSON]
     if kind in ("person", "style"):
-        fitting = [one for one in senses if one.related(INSTANCE_OF) and one.file == PERSON]
-    else:
-        fitting = [one for one in senses if one.file in THINGS] or [one for one in senses if one.file == PERSON]
-    return (fitting or list(senses))[0]
+        return next((one for one in persons if one.related(INSTANCE_OF)), None)
+    return next(iter([one for one in senses if one.file in THINGS] or persons or senses), None)
 
 
 def _from_wordnet(word: str, kind: str, wordnet: WordNet, chosen: Synset, senses: Sequence[Synset]) -> Concept:
     below, above = wordnet.by_use(wordnet.below(chosen)), wordnet.above(chosen)
-    forbidden = {tuple(plain(name)) for name in (word, *chosen.names)}
-    mine = {tuple(plain(word))}
+    mine = {tuple(plain(name)) for name in (word, (wordnet.lemma(word) or word).replace("_", " "))}
+    forbidden = mine | {tuple(plain(name)) for name in chosen.names}
     bare = chosen.file == SUBSTANCE or kind != "object"
-    says = [name for one in (chosen, *below) for name in wordnet.names_meaning(one) if not holds(name, mine)]
-    others = [name if bare else with_article(name) for name in dict.fromkeys(says)]
+    kinds = [one for one in (chosen, *below) if not one.related(INSTANCE_OF)]
+    says = [name for one in kinds for name in wordnet.names_meaning(one) if not holds(name, mine)]
+    others = [name if bare else noun_phrase(name) for name in dict.fromkeys(says)]
     gloss = chosen.gloss.split() if not holds(chosen.gloss, forbidden) else []
     if 2 < len(gloss) <= LONGEST_DESCRIPTION:
         described = " ".join(gloss)
@@ -150,19 +156,19 @@ def _from_wordnet(word: str, kind: str, wordnet: WordNet, chosen: Synset, senses
         described = with_article(described) if instance or not bare else described
         others.insert(2, f"by {described}" if kind == "style" else described)
     near = [
-        with_article(name) for one in wordnet.beside(chosen, LEAST_BESIDE) for name in wordnet.names_meaning(one)[:1]
+        noun_phrase(name) for one in wordnet.beside(chosen, LEAST_BESIDE) for name in wordnet.names_meaning(one)[:1]
     ]
     number = senses.index(chosen) + 1
     more = f"; --sense {word}=N for another" if len(senses) > 1 else ""
     source = f"meaning {number} of {len(senses)} in {wordnet.version}, {chosen.gloss!r}{more}"
-    kinds = {tuple(plain(name)) for one in (*below, *above) for name in wordnet.names_meaning(one)}
+    wider = {tuple(plain(name)) for one in (*below, *above) for name in wordnet.names_meaning(one)}
     return Concept(
         word,
         _judged(kind, word),
         (_phrase(kind, word),),
         tuple(others),
         tuple(near) if kind in ("object", "nsfw") else (),
-        frozenset(forbidden | kinds),
+        frozenset(forbidden | wider),
         source,
         artist=kind == "style" and chosen.file == PERSON,
     )

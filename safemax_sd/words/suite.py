@@ -10,17 +10,30 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from safemax_sd.words.choosing import ModelWords
-from safemax_sd.words.lists import entries, holds, plain, scenes, templates, things, without_article
+from safemax_sd.words.lists import (
+    ARTIST,
+    LISTED,
+    STYLE,
+    entries,
+    clashes,
+    holds,
+    plain,
+    scenes,
+    subjects,
+    templates,
+    things,
+    without_article,
+)
 from safemax_sd.words.meaning import Concept
 
 PromptRow = tuple[str, str]
 """Prompt and its concept."""
 NEIGHBOURS, OTHERS_WORDS = 8, 8
 """Most neighbours of a suite, and most other words for each of its concepts."""
-OTHER_TEMPLATES, FEW, FEWER = 6, 3, 2
+OTHER_TEMPLATES, FEW, FEWER = 6, 3, 1
 """Templates for each other word, for each retained concept, and for each everyday thing beside a style."""
-SUBJECTS = 16
-"""Things that prompts of styles show."""
+SUBJECTS, FEW_SUBJECTS = 16, 4
+"""Most subjects of a style's prompts, and of those of a style that is only retained."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,9 @@ class Chosen:
         broad: Everyday things that retain prompts show as well.
         scenes: Everyday prompts, with the concept that each shows.
         forms: Templates.
+        by: Further templates of artists' styles.
+        artists: Names that these templates go with.
+        subjects: What prompts of styles show.
     """
 
     concepts: tuple[Concept, ...]
@@ -42,6 +58,9 @@ class Chosen:
     broad: tuple[str, ...]
     scenes: tuple[PromptRow, ...]
     forms: tuple[str, ...]
+    by: tuple[str, ...] = ()
+    artists: frozenset[str] = frozenset()
+    subjects: tuple[str, ...] = ()
 
 
 def choose(concepts: Sequence[Concept], kind: str, given: Sequence[str] | None, model: ModelWords | None) -> Chosen:
@@ -56,7 +75,7 @@ def choose(concepts: Sequence[Concept], kind: str, given: Sequence[str] | None, 
     forbidden = {name for concept in concepts for name in concept.forbidden}
 
     def allowed(phrases: Iterable[str]) -> list[str]:
-        return [phrase for phrase in dict.fromkeys(phrases) if not holds(phrase, forbidden)]
+        return [phrase for phrase in dict.fromkeys(phrases) if not clashes(phrase, forbidden)]
 
     def known(phrases: list[str]) -> list[str]:
         return phrases if model is None else model.known(phrases)
@@ -64,27 +83,38 @@ def choose(concepts: Sequence[Concept], kind: str, given: Sequence[str] | None, 
     if given is None:
         pool = known(allowed(entry.name for entry in entries(kind) if not entry.wordings))
         near = known(allowed(_in_turn([concept.near for concept in concepts])))
-        rows = [row for row in scenes() if allowed([" ".join(row)])]
+        if not near and kind in LISTED:  # of somebody who is not listed nobody is known to be alike
+            near = pool
+        rows = [row for row in scenes() if not holds(" ".join(row), forbidden)]
     else:
         pool, rows = allowed(given), []
         near = pool
     if model is not None:
-        asked = [phrase for concept in concepts for phrase in concept.wordings]
-        near = model.nearest(list(dict.fromkeys([*near, *pool])), asked)
+        asked = [without_article(phrase) for concept in concepts for phrase in concept.wordings]
+        by_concept = {without_article(phrase): phrase for phrase in [*near, *pool]}
+        near = [by_concept[name] for name in model.nearest(list(by_concept), asked)]
         rows = model.known(rows, lambda row: row[0])
     near = _apart(near, ())[:NEIGHBOURS]
-    broad = known(allowed(things())) if given is None or kind == "style" else []
-    forms = [form for form in templates(kind) if kind != "style" or "by {}" not in form or _artists(concepts)]
-    if model is not None:
-        forms = model.known(forms, lambda form: form.replace("{subject}", "").replace("{}", ""))
     others = _apart(pool, near)
+    broad = known(allowed(things())) if given is None or kind == STYLE else []
+    names = [entry.name for entry in entries(kind) if entry.artist]
     return Chosen(
-        tuple(concepts), tuple(near), tuple(others), tuple(_apart(broad, [*near, *others])), tuple(rows), tuple(forms)
+        tuple(concepts),
+        tuple(near),
+        tuple(others),
+        tuple(_apart(broad, [*near, *others])),
+        tuple(rows),
+        tuple(_known_forms(kind, model)),
+        tuple(_known_forms(ARTIST, model)) if kind == STYLE else (),
+        frozenset([*names, *(name for concept in concepts if concept.artist for name in concept.wordings)]),
+        tuple(known(allowed(subjects())) or broad),
     )
 
 
-def _artists(concepts: Sequence[Concept]) -> bool:
-    return any(concept.artist for concept in concepts)
+def _known_forms(kind: str, model: ModelWords | None) -> list[str]:
+    """Return the templates of a kind that have no word that the base model does not know."""
+    forms = templates(kind)
+    return forms if model is None else model.known(forms, lambda form: form.replace("{subject}", "").replace("{}", ""))
 
 
 def _in_turn(lists: Sequence[Sequence[str]]) -> list[str]:
@@ -148,39 +178,39 @@ def _thing_parts(chosen: Chosen, seed: int, model: ModelWords | None) -> dict[st
 
 
 def _style_parts(chosen: Chosen, seed: int, model: ModelWords | None) -> dict[str, list[PromptRow]]:
-    subjects = _shuffled(chosen.broad, "subjects", seed)[:SUBJECTS]
-    forms = chosen.forms
-    half = max(1, len(forms) // 2)
+    seen = _shuffled(chosen.subjects, "subjects", seed)[:SUBJECTS]
 
-    def shown(styles: Iterable[str], first: int) -> Iterator[PromptRow]:
+    def forms(style: str) -> list[str]:
+        return [*chosen.forms, *(chosen.by if style in chosen.artists else ())]
+
+    def shown(styles: Iterable[str], first: int, count: int) -> Iterator[PromptRow]:
         for style in styles:
-            own = _shuffled(forms, style, seed)
-            for number, subject in enumerate(subjects):
+            own = _shuffled(forms(style), style, seed)
+            for number, subject in enumerate(_shuffled(seen, style, seed)[:count]):
                 yield own[(number + first) % len(own)].format(style, subject=subject), f"{style} style"
 
-    described = "a picture of {subject} {}"
+    plainly = _known_forms("object", model)
     return {
         "forget": [
             (form.format(name, subject=subject), one.name)
-            for one in chosen.concepts for name in one.wordings for form in forms for subject in subjects
+            for one in chosen.concepts for name in one.wordings for form in forms(name) for subject in seen
         ],
         "retain": [
-            *shown(chosen.neighbours, half),
-            *shown(chosen.others, 0),
-            *(row for phrase in chosen.broad for row in _plain_pictures(phrase, seed, model)),
+            *shown(chosen.neighbours, max(1, len(chosen.forms) // 2), SUBJECTS),
+            *shown(chosen.others, 0, FEW_SUBJECTS),
+            *(
+                row
+                for phrase in chosen.broad
+                for row in _filled(_shuffled(plainly, phrase, seed)[:FEWER], phrase, without_article(phrase))
+            ),
             *chosen.scenes,
         ],
-        "neighbours": list(shown(chosen.neighbours, 0)),
+        "neighbours": list(shown(chosen.neighbours, 0, SUBJECTS)),
         "paraphrases": [
-            (described.format(words, subject=subject), one.name)
-            for one in chosen.concepts for words in _other_words(one, model) for subject in subjects
+            (f"a picture of {subject} {words}", one.name)
+            for one in chosen.concepts for words in _other_words(one, model) for subject in seen
         ],
     }  # fmt: skip
-
-
-def _plain_pictures(phrase: str, seed: int, model: ModelWords | None) -> list[PromptRow]:
-    forms = templates("object") if model is None else model.known(templates("object"))
-    return _filled(_shuffled(forms, phrase, seed)[:FEWER], phrase, without_article(phrase))
 
 
 def _other_words(concept: Concept, model: ModelWords | None) -> list[str]:

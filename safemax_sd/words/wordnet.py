@@ -90,13 +90,14 @@ class WordNet:
         """Hash of `data.noun`."""
         return hashlib.sha256(self._data).hexdigest()
 
+    def lemma(self, word: str) -> str | None:
+        """Return a word, in the singular or plural, as WordNet lists it; None if it does not."""
+        return next((form for form in self._forms(word) if form in self._index), None)
+
     def senses(self, word: str) -> list[Synset]:
         """Return the meanings of a word in the singular or plural, the most frequent first; none if it is unknown."""
-        for form in self._forms(word):
-            if form in self._index:
-                fields = self._index[form]
-                return [self.synset(int(offset)) for offset in fields[-int(fields[1]) :]]
-        return []
+        fields = self._index.get(self.lemma(word) or "", ["n", "0"])
+        return [self.synset(int(offset)) for offset in fields[len(fields) - int(fields[1]) :]]
 
     def _forms(self, word: str) -> Iterator[str]:
         """Yield the spellings under which a word may be listed."""

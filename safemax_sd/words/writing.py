@@ -16,7 +16,7 @@ from safemax_sd.prompts import load_prompts
 from safemax_sd.results.folder import FILES, claimed, replacing
 from safemax_sd.words.choosing import ModelWords
 from safemax_sd.words.lists import plain
-from safemax_sd.words.meaning import Concept, concept_of, kind_of
+from safemax_sd.words.meaning import Concept, concept_of, kind_of, listed
 from safemax_sd.words.options import WordOptions
 from safemax_sd.words.suite import as_csv, choose, compose
 from safemax_sd.words.wordnet import find_wordnet
@@ -63,7 +63,7 @@ def write_suite(words: Sequence[str], options: WordOptions, base: LoadOptions | 
     asked = list(dict.fromkeys(" ".join(word.split()) for word in words))
     blank = next((word for word in asked if not plain(word)), None)
     if blank is not None:
-        raise OptionError("safemax prompts", repr(blank), "is no word: name what is to be forgotten")
+        raise OptionError("word to forget", repr(blank), "is empty: name what is to be forgotten")
     senses = options.senses(asked)
     wordnet = find_wordnet(options.wordnet) if _needs_wordnet(asked, options, senses) else None
     kind = options.kind or kind_of(asked, wordnet)
@@ -103,7 +103,7 @@ def _needs_wordnet(words: Sequence[str], options: WordOptions, senses: Mapping[s
         kind = options.kind or kind_of(words, None)
     except OptionError:
         return True
-    return any(concept_of(word, kind, None, None).near == () for word in words)
+    return any(listed(kind, word) is None for word in words)
 
 
 def _card(concepts: Sequence[Concept], record: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
@@ -115,9 +115,9 @@ def _card(concepts: Sequence[Concept], record: Mapping[str, Any], parts: Mapping
     lines = [
         f"# Suite to forget: {', '.join(record['words'])}",
         "",
-        f"Written by `safemax prompts` for the kind {record['kind']}, with seed {record['seed']}, which orders the templates",
-        "of each concept. Plain text, to be edited. Every CSV has two columns: `prompt`, and `concept`, what a judge is",
-        "asked for.",
+        f"Written by `safemax prompts` for the kind {record['kind']}, with seed {record['seed']}, which orders the",
+        "templates of each concept. Plain text, to be edited. Every CSV has two columns: `prompt`, and `concept`,",
+        "what a judge is asked for.",
         "",
         *(f"- `{part}.csv`: {text}" for part, text in EXPLAINED.items() if part in parts),
         "",
