@@ -121,9 +121,8 @@ def _phrase(kind: str, name: str) -> str:
 
 def _from_list(word: str, kind: str, entry: Entry) -> Concept:
     alike = tuple(one.name for one in entries(kind) if one.group == entry.group and one != entry)
-    wordings = entry.wordings or tuple(
-        dict.fromkeys((entry.name, entry.name if plain(entry.name) == plain(word) else word))
-    )
+    typed = () if plain(entry.name) == plain(word) else (word,)
+    wordings = entry.wordings or (entry.name, *typed)
     names = {tuple(plain(name)) for name in (word, entry.name, *(without_article(text) for text in entry.wordings))}
     judged = _judged(kind, entry.wordings[0] if entry.wordings else entry.name)
     source = f"{entry.name}, {entry.group}, from the list of {LISTED[kind]}"

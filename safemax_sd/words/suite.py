@@ -14,8 +14,8 @@ from safemax_sd.words.lists import (
     ARTIST,
     LISTED,
     STYLE,
-    entries,
     clashes,
+    entries,
     holds,
     plain,
     scenes,
@@ -58,9 +58,9 @@ class Chosen:
     broad: tuple[str, ...]
     scenes: tuple[PromptRow, ...]
     forms: tuple[str, ...]
-    by: tuple[str, ...] = ()
-    artists: frozenset[str] = frozenset()
-    subjects: tuple[str, ...] = ()
+    by: tuple[str, ...]
+    artists: frozenset[str]
+    subjects: tuple[str, ...]
 
 
 def choose(concepts: Sequence[Concept], kind: str, given: Sequence[str] | None, model: ModelWords | None) -> Chosen:
@@ -74,41 +74,39 @@ def choose(concepts: Sequence[Concept], kind: str, given: Sequence[str] | None, 
     """
     forbidden = {name for concept in concepts for name in concept.forbidden}
 
-    def allowed(phrases: Iterable[str]) -> list[str]:
-        return [phrase for phrase in dict.fromkeys(phrases) if not clashes(phrase, forbidden)]
+    def usable(phrases: Iterable[str]) -> list[str]:
+        allowed = [phrase for phrase in dict.fromkeys(phrases) if not clashes(phrase, forbidden)]
+        return allowed if model is None or phrases is given else model.known(allowed)
 
-    def known(phrases: list[str]) -> list[str]:
-        return phrases if model is None else model.known(phrases)
-
-    if given is None:
-        pool = known(allowed(entry.name for entry in entries(kind) if not entry.wordings))
-        near = known(allowed(_in_turn([concept.near for concept in concepts])))
-        if not near and kind in LISTED:  # of somebody who is not listed nobody is known to be alike
-            near = pool
-        rows = [row for row in scenes() if not holds(" ".join(row), forbidden)]
-    else:
-        pool, rows = allowed(given), []
+    pool = usable(given if given is not None else [entry.name for entry in entries(kind) if not entry.wordings])
+    near = [] if given is not None else usable(_in_turn([concept.near for concept in concepts]))
+    if not near and (given is not None or kind in LISTED):  # nobody is known to be most like somebody unlisted
         near = pool
     if model is not None:
-        asked = [without_article(phrase) for concept in concepts for phrase in concept.wordings]
-        by_concept = {without_article(phrase): phrase for phrase in [*near, *pool]}
-        near = [by_concept[name] for name in model.nearest(list(by_concept), asked)]
-        rows = model.known(rows, lambda row: row[0])
+        near = _ranked(model, [*near, *pool], concepts)
     near = _apart(near, ())[:NEIGHBOURS]
     others = _apart(pool, near)
-    broad = known(allowed(things())) if given is None or kind == STYLE else []
-    names = [entry.name for entry in entries(kind) if entry.artist]
+    broad = _apart(usable(things()), [*near, *others]) if given is None or kind == STYLE else []
+    rows = [row for row in scenes() if given is None and not holds(" ".join(row), forbidden)]
+    painters = [entry.name for entry in entries(kind) if entry.artist]
     return Chosen(
-        tuple(concepts),
-        tuple(near),
-        tuple(others),
-        tuple(_apart(broad, [*near, *others])),
-        tuple(rows),
-        tuple(_known_forms(kind, model)),
-        tuple(_known_forms(ARTIST, model)) if kind == STYLE else (),
-        frozenset([*names, *(name for concept in concepts if concept.artist for name in concept.wordings)]),
-        tuple(known(allowed(subjects())) or broad),
+        concepts=tuple(concepts),
+        neighbours=tuple(near),
+        others=tuple(others),
+        broad=tuple(broad),
+        scenes=tuple(rows if model is None else model.known(rows, lambda row: row[0])),
+        forms=tuple(_known_forms(kind, model)),
+        by=tuple(_known_forms(ARTIST, model)),
+        artists=frozenset([*painters, *(name for one in concepts if one.artist for name in one.wordings)]),
+        subjects=tuple(usable(subjects()) or broad),
     )
+
+
+def _ranked(model: ModelWords, phrases: Iterable[str], concepts: Iterable[Concept]) -> list[str]:
+    """Sort phrases by their nearness to the concepts, all without their articles."""
+    asked = [without_article(phrase) for concept in concepts for phrase in concept.wordings]
+    by_name = {without_article(phrase): phrase for phrase in phrases}
+    return [by_name[name] for name in model.nearest(list(by_name), asked)]
 
 
 def _known_forms(kind: str, model: ModelWords | None) -> list[str]:
@@ -143,6 +141,9 @@ def compose(chosen: Chosen, kind: str, seed: int, model: ModelWords | None) -> d
         model: Base model, whose tokenizer leaves out paraphrases with unknown words; None to keep all.
     """
     parts = _style_parts(chosen, seed, model) if kind == "style" else _thing_parts(chosen, seed, model)
+    forbidden = {name for concept in chosen.concepts for name in concept.forbidden}
+    for part in ("retain", "neighbours"):  # templates hold words too: a watercolour of a dog
+        parts[part] = [row for row in parts[part] if not holds(row[0], forbidden)]
     seen: set[str] = set()
     unique: dict[str, list[PromptRow]] = {}
     for part in ("forget", "neighbours", "paraphrases", "retain"):
