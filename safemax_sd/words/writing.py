@@ -15,7 +15,7 @@ from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.prompts import load_prompts
 from safemax_sd.results.folder import FILES, claimed, replacing
 from safemax_sd.words.choosing import ModelWords
-from safemax_sd.words.lists import plain
+from safemax_sd.words.lists import noun_phrase, plain
 from safemax_sd.words.meaning import Concept, concept_of, kind_of, listed
 from safemax_sd.words.options import WordOptions
 from safemax_sd.words.suite import as_csv, choose, compose
@@ -70,7 +70,8 @@ def write_suite(words: Sequence[str], options: WordOptions, base: LoadOptions | 
     concepts = [concept_of(word, kind, wordnet, senses.get(word)) for word in asked]
     given = load_prompts(options.concepts, option="--concepts") if options.concepts else None
     model = None if base is None else ModelWords(load_family(base))
-    phrases = None if given is None else list(dict.fromkeys(prompt.shows for prompt in given.prompts))
+    names = [] if given is None else dict.fromkeys(prompt.shows for prompt in given.prompts)
+    phrases = None if given is None else [noun_phrase(name) if kind == "object" else name for name in names]
     chosen = choose(concepts, kind, phrases, model)
     parts = compose(chosen, kind, seed, model)
     if "retain" not in parts:
@@ -87,6 +88,10 @@ def write_suite(words: Sequence[str], options: WordOptions, base: LoadOptions | 
         "safemax_sd": __version__,
     }
     notes = [f"{one.word}: {one.source}" for one in concepts]
+    unknown = [] if model is None else [word for word in asked if not model.known([word])]
+    notes += [
+        f"{word}: the base model's tokenizer has no word for it, and may never have learnt it" for word in unknown
+    ]
     notes.append(f"kind {kind}: " + ", ".join(f"{len(parts.get(part, ()))} {part}" for part in EXPLAINED))
     files = {f"{part}.csv": as_csv(rows) for part, rows in parts.items()}
     files[CARD] = _card(concepts, record, parts)
