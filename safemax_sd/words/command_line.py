@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import flags_of
 from safemax_sd.core.registry import closest
-from safemax_sd.training.command_line import flag_parser
+from safemax_sd.training.command_line import flag_parser, parse_config
 from safemax_sd.words.options import ForgetOptions, SuiteOptions
 
 DESCRIPTION = "Write a prompt suite from words: what to forget, what to retain, neighbours and paraphrases."
@@ -42,8 +42,9 @@ def split_forget(arguments: Sequence[str]) -> tuple[ForgetOptions, list[str]]:
         SafemaxError: A value is missing or of the wrong type, a flag goes with `--forget` alone, or `--forget` stands
             beside prompt files.
     """
-    parser = flag_parser(ForgetOptions, prog="safemax train", description="")
-    known, rest = parser.parse_known_args([word for word in arguments if word not in ("-h", "--help")])
+    if {"-h", "--help"} & set(arguments):
+        parse_config(arguments, own=ForgetOptions)  # prints the flags of both, and exits
+    known, rest = flag_parser(ForgetOptions, prog="safemax train", description="").parse_known_args(list(arguments))
     options = ForgetOptions(**vars(known))
     if not options.forget:
         lost = next((word for word in arguments if word.partition("=")[0] in _own_flags()), None)

@@ -25,8 +25,8 @@ class Entry:
 
     Attributes:
         name: Name, or a phrase with its article.
-        group: What it shares with the entries that are most like it.
-        wordings: What prompts ask for in place of the name; empty for the name itself.
+        group: Name of the group of entries that are alike.
+        wordings: Phrases that prompts ask for in place of the name; empty for the name itself.
         descriptions: Phrases that mean it without its name.
     """
 

@@ -1,4 +1,4 @@
-"""What the words of a suite mean: the names to forget, other words for them, and what lies near."""
+"""Meanings of a suite's words: the names to forget, other words for them, and what lies near."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Concept:
         name: Name that a judge is asked for.
         wordings: Phrases that fill the templates of forget prompts.
         others: Phrases that mean the same or a kind of it without the word; they fill those of paraphrases.
-        near: Phrases of what lies near, the nearest first.
+        near: Phrases near to it in meaning, the nearest first.
         forbidden: Names that no retained prompt may hold, as `lists.plain` returns them.
-        source: Where all this comes from, for the user and the suite's README.
+        source: Origin of all this, for the user and the suite's README.
         artist: True for a style that is an artist's.
     """
 

@@ -42,14 +42,14 @@ class Chosen:
 
     Attributes:
         concepts: Concepts to forget.
-        neighbours: What lies near them, the nearest first.
+        neighbours: Phrases near to them in meaning, the nearest first.
         others: Further entries of the kind, which retain prompts show.
         broad: Everyday things that retain prompts show as well.
         scenes: Everyday prompts, with the concept that each shows.
         forms: Templates.
         by: Further templates of artists' styles.
         artists: Names that these templates go with.
-        subjects: What prompts of styles show.
+        subjects: Things that prompts of styles show.
     """
 
     concepts: tuple[Concept, ...]

@@ -52,7 +52,7 @@ def write_suite(words: Sequence[str], options: WordOptions, base: LoadOptions | 
 
     Args:
         words: Words.
-        options: What they mean.
+        options: Flags that say what they mean.
         base: Base model that ranks what lies near; None for the order of the sources.
         seed: Seed of the order of each concept's templates.
 

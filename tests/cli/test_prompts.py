@@ -70,6 +70,17 @@ def test_bad_input_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_help_of_a_training_shows_words(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, flags in (
+        ("train", ("--forget ", "--sense", "--rank")),
+        ("prompts", ("--concepts", "--wordnet", "words")),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        shown = capsys.readouterr().out
+        assert ended.value.code == 0 and all(flag in shown for flag in flags)
+
+
 def training(model: Path, folder: Path, *more: str) -> list[str]:
     """Return the command line of a training of seconds, with more flags in place of prompt files."""
     words = tiny.train_arguments(model, folder, folder / "out")
