@@ -46,12 +46,18 @@ def write_beside(options: ForgetOptions, arguments: Sequence[str]) -> Beside:
     output_dir = Path(config.output_dir)
     with claimed(output_dir):
         checkpoint_to_resume(config)
-    folder = output_dir.with_name(f"{output_dir.name}_prompts")
+    folder = beside(output_dir)
     if holds_suite(folder, suite):
         kept = f"suite: {folder}, kept as it stands"
         return Beside([*arguments, *_files(folder)], (*suite.notes, kept))
     save_suite(suite, folder, overwrite=config.overwrite_output_dir)
     return Beside([*arguments, *_files(folder)], (*suite.notes, f"suite: {folder}"))
+
+
+def beside(output_dir: Path) -> Path:
+    """Return the folder of the suite of a run, next to the run's own."""
+    named = output_dir if output_dir.name not in ("", "..") else output_dir.resolve()
+    return named.with_name(f"{named.name}_prompts")
 
 
 def _files(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ from safemax_sd.prompts import load_suite
 from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.input import read_input
+from safemax_sd.words.training import beside
 from tests import tiny
 
 WORDNET = ("--wordnet", str(Path(__file__).parents[1] / "wordnet"))
@@ -131,6 +132,12 @@ def test_a_training_with_bad_words_or_flags_writes_nothing(
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_folder_beside_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert beside(Path("runs/out")) == Path("runs/out_prompts")
+    assert beside(Path()) == tmp_path.with_name(f"{tmp_path.name}_prompts")
 
 
 def test_the_suite_of_a_run_that_stands_is_not_touched(
