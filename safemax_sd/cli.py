@@ -17,6 +17,7 @@ from safemax_sd.commands.evaluate import evaluate
 from safemax_sd.commands.export import export
 from safemax_sd.commands.plan import plan
 from safemax_sd.commands.presets import presets
+from safemax_sd.commands.prompts import prompts
 from safemax_sd.commands.quickstart import quickstart
 from safemax_sd.commands.report import report
 from safemax_sd.commands.suites import suites
@@ -26,8 +27,12 @@ UsageError: Any = typer.BadParameter.__base__
 """Typer's error for a command line that it cannot parse; Typer does not export it."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for command in (quickstart, doctor, train, plan, presets, erase, evaluate, attack, compare, export, report, suites):
-    app.command(context_settings=OWN_FLAGS if command in (train, plan, erase) else None)(command)
+OWN = (prompts, train, plan, erase)
+"""Commands that parse their own flags."""
+for command in (
+    *(quickstart, doctor, prompts, train, plan, presets, erase, evaluate, attack, compare, export, report, suites),
+):
+    app.command(context_settings=OWN_FLAGS if command in OWN else None)(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

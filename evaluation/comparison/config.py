@@ -15,13 +15,13 @@ from safemax_sd.evaluation.comparison.published import Published
 from safemax_sd.evaluation.comparison.runs import BASE, NEVER_KNOWN
 from safemax_sd.evaluation.comparison.tasks import check_files, read_tasks
 from safemax_sd.evaluation.inputs import check_metrics, suite_concepts
-from safemax_sd.evaluation.options import IMAGES, SEED, EvaluateOptions, JudgingOptions, MeasuringOptions
+from safemax_sd.evaluation.options import IMAGES, EvaluateOptions, JudgingOptions, MeasuringOptions
 from safemax_sd.evaluation.resistance.options import ResistanceOptions
 from safemax_sd.evaluation.resistance.plan import chosen
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
-from safemax_sd.core.options import Options, option
+from safemax_sd.core.options import SEED, Options, option
 from safemax_sd.core.registry import closest
 from safemax_sd.prompts import Suite
 from safemax_sd.results.folder import MODEL_INDEX

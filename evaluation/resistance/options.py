@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from safemax_sd.evaluation.options import IMAGES, SEED, JudgingOptions
+from safemax_sd.evaluation.options import IMAGES, JudgingOptions
 
-from safemax_sd.core.options import option
+from safemax_sd.core.options import SEED, option
 
 ALL = "all"
 

@@ -8,19 +8,27 @@ from pathlib import Path
 
 import typer
 
-from safemax_sd.commands.console import one_line_errors
+from safemax_sd.commands.console import one_line_errors, say
 
 TRAINING = ("-m", "safemax_sd.train")
 
 
 def train(context: typer.Context) -> None:
-    """Erase concepts: the same flags as `accelerate launch -m safemax_sd.train` (see `safemax train --help`)."""
+    """Erase concepts: the flags of `accelerate launch -m safemax_sd.train`; --forget WORD writes the prompts first."""
     from safemax_sd.training.command_line import parse_config
     from safemax_sd.training.input import read_input
+    from safemax_sd.words.command_line import split_forget
+    from safemax_sd.words.training import write_beside
 
     with one_line_errors():
-        read_input(parse_config(context.args))  # before any process starts: the launcher would add a traceback
-        launch_training(context.args)
+        options, arguments = split_forget(context.args)
+        if options.forget:
+            written = write_beside(options, arguments)
+            for line in written.notes:
+                say(line)
+            arguments = written.arguments
+        read_input(parse_config(arguments))  # before any process starts: the launcher would add a traceback
+        launch_training(arguments)
 
 
 def launch_training(arguments: list[str]) -> None:

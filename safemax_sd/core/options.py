@@ -45,6 +45,7 @@ PERCENTAGE = Range("must be in 0 to 100", lambda value: 0 <= value <= 100)
 COUNT = Range("must be in 1 to 100,000", lambda value: 1 <= value <= 100_000)
 RANK = Range("must be in 1 to 4,096", lambda value: 1 <= value <= 4096)
 STEPS = Range("must be in 1 to 1,000,000,000", lambda value: 1 <= value <= 1_000_000_000)
+SEED = Range("must be in 0 to 4,294,967,295", lambda value: 0 <= value < 2**32)
 
 Quantization = Literal["int8", "nf4"]
 """Values of `--quantize`, a flag of trainings and of evaluations."""
@@ -206,6 +207,4 @@ class RunOptions(Options):
 
     output_dir: str = option("", "Folder for the adapter, its record and its checkpoints.", required=True, path=True)
     max_train_steps: int = option(1000, "Optimizer steps.", STEPS)
-    seed: int = option(
-        0, "Seed of every random draw.", Range("must be in 0 to 4,294,967,295", lambda value: 0 <= value < 2**32)
-    )
+    seed: int = option(0, "Seed of every random draw.", SEED)

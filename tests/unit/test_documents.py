@@ -20,6 +20,7 @@ from safemax_sd.erasing.command_line import DEFAULT_EDIT
 from safemax_sd.erasing.edits import EDITS
 from safemax_sd.planning.options import PlanOptions
 from safemax_sd.training.config import TrainConfig, config_class
+from safemax_sd.words.options import ForgetOptions, SuiteOptions
 
 ROOT = Path(__file__).parents[2]
 README, LOG = ROOT / "README.md", ROOT / "docs" / "experiment_log.md"
@@ -65,7 +66,10 @@ def known_flags(words: list[str]) -> set[str] | None:
     """Return the flags of a command of this package; None for other programs."""
     if "safemax_sd.train" in words or words[:2] == ["safemax", "train"]:
         objective = words[words.index("--objective") + 1] if "--objective" in words else "safemax"
-        return {f"--{flag.name}" for flag in flags_of(config_class(objective))}
+        own = [ForgetOptions] if words[:2] == ["safemax", "train"] else []
+        return {f"--{flag.name}" for options in (*own, config_class(objective)) for flag in flags_of(options)}
+    if words[:2] == ["safemax", "prompts"]:
+        return {f"--{flag.name}" for flag in flags_of(SuiteOptions)}
     if words[:2] == ["safemax", "plan"]:
         return {f"--{flag.name}" for options in (PlanOptions, TrainConfig) for flag in flags_of(options)}
     if words[:2] == ["safemax", "erase"]:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ORDER = (
-    *("cli", "commands", "evaluation", "planning", "train", "erasing", "training", "results", "objectives"),
+    *("cli", "commands", "evaluation", "planning", "train", "words", "erasing", "training", "results", "objectives"),
     *("recording", "adapters", "families", "diffusion", "prompts", "presets", "core", "assets"),
 )
 """Folders and files of the package; each may import only those after it."""

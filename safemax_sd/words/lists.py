@@ -1,0 +1,134 @@
+"""This package's own lists: entries of each kind, templates, and a broad spread of everyday prompts."""
+
+from __future__ import annotations
+
+import csv
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+DATA = Path(__file__).parent / "data"
+ARTIST, STYLE = "artist", "style"
+"""Kinds of templates: those for artists alone, and those for all styles."""
+PAINTERS = ("painter", "printmaker")
+"""Ends of the groups of artists."""
+LISTED = {"style": "styles", "person": "persons", "brand": "brands", "nsfw": "nsfw"}
+"""Kinds with a list of their own, and the names of its file."""
+ARTICLES = ("a", "an", "the")
+DETERMINERS = (*ARTICLES, "any", "one", "some", "several", "two")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a list.
+
+    Attributes:
+        name: Name, or a phrase with its article.
+        group: Name of the group of entries that are alike.
+        wordings: Phrases that prompts ask for in place of the name; empty for the name itself.
+        descriptions: Phrases that mean it without its name.
+    """
+
+    name: str
+    group: str = ""
+    wordings: tuple[str, ...] = ()
+    descriptions: tuple[str, ...] = ()
+
+    @property
+    def artist(self) -> bool:
+        """True for an artist."""
+        return self.group.endswith(PAINTERS)
+
+
+def entries(kind: str) -> list[Entry]:
+    """Read the list of a kind; that of objects are the everyday things."""
+    if kind not in LISTED:
+        return [Entry(phrase) for phrase in things()]
+    return [
+        Entry(row["name"], row["group"], _split(row.get("wordings")), _split(row["descriptions"]))
+        for row in _rows(LISTED[kind])
+    ]
+
+
+def subjects() -> list[str]:
+    """Read what pictures in a style show."""
+    return (DATA / "subjects.txt").read_text(encoding="utf8").splitlines()
+
+
+def things() -> list[str]:
+    """Read the everyday things, each with its article."""
+    return (DATA / "things.txt").read_text(encoding="utf8").splitlines()
+
+
+def scenes() -> list[tuple[str, str]]:
+    """Read the everyday prompts, each with the concept that it shows."""
+    return [(row["prompt"], row["concept"]) for row in _rows("scenes")]
+
+
+def templates(kind: str) -> list[str]:
+    """Read the templates of a kind."""
+    return [row["template"] for row in _rows("templates") if row["kind"] == kind]
+
+
+def _rows(name: str) -> Iterator[dict[str, str]]:
+    with (DATA / f"{name}.csv").open(encoding="utf8", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def _split(cell: str | None) -> tuple[str, ...]:
+    return tuple(part for part in (cell or "").split("|") if part)
+
+
+def plain(text: str) -> list[str]:
+    """Return a text's words without case, accents and punctuation, to compare names."""
+    letters = unicodedata.normalize("NFKD", text.casefold())
+    kept = "".join(" " if not (c.isalnum() or c in "'’") else c for c in letters if not unicodedata.combining(c))
+    return kept.replace("'", "").replace("’", "").split()
+
+
+def same_or_end(name: str, word: str) -> bool:
+    """Tell whether a word is a name, or its last part: `van gogh` is Vincent van Gogh."""
+    wanted, own = plain(word), plain(name)
+    return bool(wanted) and own[-len(wanted) :] == wanted
+
+
+def clashes(phrase: str, names: Iterable[tuple[str, ...]]) -> bool:
+    """Tell whether a phrase holds any of the names, or is the end of one and so means more: swords, crossed swords."""
+    known = list(names)
+    own = _singular(plain(without_article(phrase)))
+    return holds(phrase, known) or any(_singular(name)[-len(own) :] == own for name in known)
+
+
+def holds(text: str, names: Iterable[tuple[str, ...]]) -> bool:
+    """Tell whether a text contains any of the names as whole words, in the singular or with an s.
+
+    Args:
+        text: Text.
+        names: Names as `plain` returns them.
+    """
+    stems = _singular(plain(text))
+    wanted = [_singular(name) for name in names if name]
+    return any(stems[i : i + len(name)] == name for name in wanted for i in range(len(stems) - len(name) + 1))
+
+
+def _singular(words: Iterable[str]) -> list[str]:
+    return [word.removesuffix("s") for word in words]
+
+
+def with_article(name: str) -> str:
+    """Return a name with its article, as in `an apple`; one that begins with an article or `any` stays as it is."""
+    first = name.split()[0].casefold()
+    return name if first in DETERMINERS else f"{'an' if first[0] in 'aeiou' else 'a'} {name}"
+
+
+def noun_phrase(name: str) -> str:
+    """Return a noun with its article, which a plural has not."""
+    last = name.split()[-1]
+    return name if last.endswith("s") and not last.endswith(("ss", "us", "is")) else with_article(name)
+
+
+def without_article(phrase: str) -> str:
+    """Return the concept that a phrase shows: `apple` for `an apple`."""
+    first, _, rest = phrase.partition(" ")
+    return rest if first.casefold() in ARTICLES and rest else phrase

@@ -1,0 +1,166 @@
+"""The folder of a suite that is written from words: prompt files, README, and the record of where they come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safemax_sd import __version__
+from safemax_sd.core.errors import OptionError, path_errors
+from safemax_sd.core.provenance import atomic_write_text, public_path, write_json_atomic
+from safemax_sd.families import LoadOptions, load_family
+from safemax_sd.prompts import load_prompts
+from safemax_sd.results.folder import FILES, claimed, replacing
+from safemax_sd.words.choosing import ModelWords
+from safemax_sd.words.lists import noun_phrase, plain
+from safemax_sd.words.meaning import Concept, concept_of, kind_of, listed
+from safemax_sd.words.options import WordOptions
+from safemax_sd.words.suite import as_csv, choose, compose
+from safemax_sd.words.wordnet import find_wordnet
+
+RECORD, CARD = "suite.json", "README.md"
+EXPLAINED = {
+    "forget": "what is erased, in every template of the kind.",
+    "retain": "what is kept: neighbours in other words, others of the kind, everyday prompts. Training replays these.",
+    "neighbours": "what lies near. No training file holds these prompts.",
+    "paraphrases": "the forbidden concepts by synonyms, kinds and descriptions. No training file holds these prompts.",
+}
+
+
+@dataclass(frozen=True)
+class WrittenSuite:
+    """A suite, not yet in a folder.
+
+    Attributes:
+        kind: Kind of its words.
+        files: Texts by file name.
+        record: Content of `suite.json`.
+        notes: Lines for the user: the meaning of each word, and the number of prompts.
+    """
+
+    kind: str
+    files: Mapping[str, str]
+    record: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def write_suite(words: Sequence[str], options: WordOptions, base: LoadOptions | None, seed: int) -> WrittenSuite:
+    """Compose the suite of words to forget; nothing is written to the disk.
+
+    Args:
+        words: Words.
+        options: Flags that say what they mean.
+        base: Base model that ranks what lies near; None for the order of the sources.
+        seed: Seed of the order of each concept's templates.
+
+    Raises:
+        OptionError: A word is empty, or has no meaning of the wanted number; no kind or more than one fits; there is no
+            WordNet; or a file cannot be read.
+    """
+    asked = list(dict.fromkeys(" ".join(word.split()) for word in words))
+    blank = next((word for word in asked if not plain(word)), None)
+    if blank is not None:
+        raise OptionError("word to forget", repr(blank), "is empty: name what is to be forgotten")
+    senses = options.senses(asked)
+    wordnet = find_wordnet(options.wordnet) if _needs_wordnet(asked, options, senses) else None
+    kind = options.kind or kind_of(asked, wordnet)
+    concepts = [concept_of(word, kind, wordnet, senses.get(word)) for word in asked]
+    given = load_prompts(options.concepts, option="--concepts") if options.concepts else None
+    model = None if base is None else ModelWords(load_family(base))
+    names = [] if given is None else dict.fromkeys(prompt.shows for prompt in given.prompts)
+    phrases = None if given is None else [noun_phrase(name) if kind == "object" else name for name in names]
+    chosen = choose(concepts, kind, phrases, model)
+    parts = compose(chosen, kind, seed, model)
+    if "retain" not in parts:
+        raise OptionError("--concepts", options.concepts, "names nothing but what is to be forgotten")
+    record = {
+        "format": 1,
+        "words": asked,
+        "kind": kind,
+        "seed": seed,
+        "senses": senses,
+        "concepts": None if given is None else {"file": public_path(given.source), "sha256": given.sha256},
+        "wordnet": None if wordnet is None else {"version": wordnet.version, "sha256": wordnet.sha256},
+        "base_model": None if base is None else {"name": public_path(base.name_or_path), "revision": base.revision},
+        "safemax_sd": __version__,
+    }
+    notes = [f"{one.word}: {one.source}" for one in concepts]
+    unknown = [] if model is None else [word for word in asked if not model.known([word])]
+    notes += [
+        f"{word}: the base model's tokenizer has no word for it, and may never have learnt it" for word in unknown
+    ]
+    notes.append(f"kind {kind}: " + ", ".join(f"{len(parts.get(part, ()))} {part}" for part in EXPLAINED))
+    files = {f"{part}.csv": as_csv(rows) for part, rows in parts.items()}
+    files[CARD] = _card(concepts, record, parts)
+    return WrittenSuite(kind, files, record, tuple(notes))
+
+
+def _needs_wordnet(words: Sequence[str], options: WordOptions, senses: Mapping[str, int]) -> bool:
+    """Tell whether any word is to be looked up in WordNet, so that listed names need none."""
+    if options.wordnet is not None or senses or options.kind == "object":
+        return True
+    if options.kind == "brand":
+        return False
+    try:
+        kind = options.kind or kind_of(words, None)
+    except OptionError:
+        return True
+    return any(listed(kind, word) is None for word in words)
+
+
+def _card(concepts: Sequence[Concept], record: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
+    wordnet, base, given = record["wordnet"], record["base_model"], record["concepts"]
+    sources = [f"this package's lists (safemax_sd {record['safemax_sd']})"]
+    sources += [f"{wordnet['version']} (data.noun of SHA-256 {wordnet['sha256']})"] if wordnet else []
+    sources += [f"the file {given['file']} (SHA-256 {given['sha256']})"] if given else []
+    order = f"the text encoder of {base['name']}" if base else "the sources, none of them a model"
+    lines = [
+        f"# Suite to forget: {', '.join(record['words'])}",
+        "",
+        f"Written by `safemax prompts` for the kind {record['kind']}, with seed {record['seed']}, which orders the",
+        "templates of each concept. Plain text, to be edited. Every CSV has two columns: `prompt`, and `concept`,",
+        "what a judge is asked for.",
+        "",
+        *(f"- `{part}.csv`: {text}" for part, text in EXPLAINED.items() if part in parts),
+        "",
+        f"Sources: {', '.join(sources)}. What lies near is in the order of {order}.",
+        "",
+        *(f"- {one.word}: {one.source}" for one in concepts),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def save_suite(suite: WrittenSuite, folder: Path, *, overwrite: bool) -> None:
+    """Write a suite into its folder, all files or none.
+
+    Raises:
+        OptionError: The folder holds a suite already and it is not to be replaced, files of others are in the way, or
+            it cannot be written to.
+    """
+    with claimed(folder):
+        if not overwrite and any((folder / name).exists() for name in (RECORD, *(f"{part}.csv" for part in EXPLAINED))):
+            raise OptionError("--output_dir", folder, "holds a suite: add --overwrite_output_dir, or name a new folder")
+        with replacing(folder, RECORD) as staging:
+            write_files(suite, staging)
+
+
+def write_files(suite: WrittenSuite, folder: Path) -> None:
+    """Write a suite's files into an existing folder."""
+    for name, text in suite.files.items():
+        atomic_write_text(folder / name, text)
+    write_json_atomic(folder / RECORD, dict(suite.record))
+
+
+def holds_suite(folder: Path, suite: WrittenSuite) -> bool:
+    """Tell whether a folder has a suite that was written from the same words and sources, edited or not."""
+    with path_errors("--output_dir", folder):
+        if not (folder / RECORD).is_file():
+            return False
+        try:
+            found = json.loads((folder / RECORD).read_text(encoding="utf8"))
+        except ValueError:
+            return False
+    return isinstance(found, dict) and {k: v for k, v in found.items() if k != FILES} == dict(suite.record)
