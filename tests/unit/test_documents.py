@@ -37,7 +37,7 @@ ROWS = {
     "neighbours recognised: the concepts most like the forbidden ones": ("clip_accuracy", "neighbours"),
 }
 """Metric and subset of a report for each rate in README's table of results."""
-RESULT = ROOT / "docs" / "results" / "2026-11-28-safemax-before-and-now.json"
+RESULT = ROOT / "docs" / "results" / "2026-11-28-safemax-defaults.json"
 TASKS = ("emoji/bomb", "emoji/weapons", "emoji/style_blob")
 """Result file and tasks of that table, by column."""
 
