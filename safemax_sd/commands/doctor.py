@@ -21,6 +21,7 @@ from safemax_sd.core.machine import GIB, Finding, examine, without_names
 SUITE = "emoji/bomb"
 SMALLEST = (
     *("--max_train_steps", "1", "--train_batch_size", "1", "--retain_batch_size", "1", "--lr_warmup_steps", "0"),
+    *("--learning_rate", "1e-3"),
     *("--forget_trajectories", "1", "--retain_trajectories", "1", "--replay_inference_steps", "1"),
     *("--retain_near_share", "0", "--rank", "1"),
 )

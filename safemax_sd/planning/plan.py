@@ -90,6 +90,7 @@ def make_plan(config: TrainConfig) -> Plan:
     rehearsal = rehearse(config, family, forget, retain)
     memory = MemoryPlan(config, family, rehearsal, device)
     numbers = math.prod(family.latent_shape(config.resolution))
+    learning_rate = choose_rate(config, family.denoiser)
     return Plan(
         config=config,
         device=device,
@@ -98,9 +99,11 @@ def make_plan(config: TrainConfig) -> Plan:
         parameters=parameters,
         memory=memory,
         rehearsal=rehearsal,
-        learning_rate=choose_rate(config, family.denoiser),
+        learning_rate=learning_rate,
         banks={name: 4 * numbers * (ends + 3 * rows) for name, (ends, rows) in rehearsal.banks.items()},
-        measured=measure(config, forget, retain, device) if own.measure else None,
+        measured=measure(replace(config, learning_rate=learning_rate[0]), forget, retain, device)
+        if own.measure
+        else None,
     )
 
 
