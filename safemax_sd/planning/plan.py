@@ -42,7 +42,7 @@ class Plan:
         parameters: Parameters of the denoiser.
         memory: Memory by phase.
         rehearsal: Rehearsal of the run.
-        learning_rate: Learning rate, and the reason if `auto` chose it.
+        rate_reason: Reason for the learning rate if `auto` chose it, otherwise empty.
         banks: Bytes of each replay bank.
         measured: Measurements; None without `--measure`.
     """
@@ -54,7 +54,7 @@ class Plan:
     parameters: int
     memory: MemoryPlan
     rehearsal: Rehearsal
-    learning_rate: tuple[float, str]
+    rate_reason: str
     banks: dict[str, int]
     measured: Measured | None = None
 
@@ -90,7 +90,8 @@ def make_plan(config: TrainConfig) -> Plan:
     rehearsal = rehearse(config, family, forget, retain)
     memory = MemoryPlan(config, family, rehearsal, device)
     numbers = math.prod(family.latent_shape(config.resolution))
-    learning_rate = choose_rate(config, family.denoiser)
+    rate, rate_reason = choose_rate(config, family.denoiser)
+    config = replace(config, learning_rate=rate)
     return Plan(
         config=config,
         device=device,
@@ -99,11 +100,9 @@ def make_plan(config: TrainConfig) -> Plan:
         parameters=parameters,
         memory=memory,
         rehearsal=rehearsal,
-        learning_rate=learning_rate,
+        rate_reason=rate_reason,
         banks={name: 4 * numbers * (ends + 3 * rows) for name, (ends, rows) in rehearsal.banks.items()},
-        measured=measure(replace(config, learning_rate=learning_rate[0]), forget, retain, device)
-        if own.measure
-        else None,
+        measured=measure(config, forget, retain, device) if own.measure else None,
     )
 
 
@@ -126,8 +125,7 @@ def describe(plan: Plan) -> Iterator[str]:
     yield f"model: {config.pretrained_model_name_or_path} ({base}), {plan.resolution} pixels"
     numbers = f"{trained.parameters:,} parameters; the model has {plan.parameters:,}"
     yield f"trains: {what} {trained.layers} layers, {numbers}"
-    rate, reason = plan.learning_rate
-    yield f"learning rate: {rate:.3g}{f' (auto: {reason})' if reason else ''}"
+    yield f"learning rate: {config.learning_rate:g}{f' (auto: {plan.rate_reason})' if plan.rate_reason else ''}"
     forget, retain = config.train_batch_size, config.retain_samples
     yield f"batch: {forget} forget and {retain} retain samples, at most {len(rehearsal.largest.t)} rows in a pass"
     yield f"memory of one {plan.device} device, planned: {in_bytes(plan.peak.total)}, in {plan.peak.name}"
