@@ -260,9 +260,8 @@ def stop_if_diverged(run: Run) -> None:
         return
     forget, kept = (mean_over_processes(run.accelerator, error) for error in relative_errors(run))
     if forget >= NEARLY_DIVERGED and kept >= NEARLY_DIVERGED:
-        text = (
-            f"{DIVERGES}: after {run.step} steps the errors are {forget:.2g} (forget) and {kept:.2g} (keep) of targets"
-        )
+        errors = f"{forget:.2g} (to forget) and {kept:.2g} (to keep) of the targets' mean square"
+        text = f"{DIVERGES}: after {run.step} steps its errors are {errors}"
         raise SafemaxError(f"{text}: lower --learning_rate {run.config.learning_rate:g}, to a quarter or less")
 
 
