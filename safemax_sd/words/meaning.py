@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from safemax_sd.core.errors import OptionError
 from safemax_sd.words.lists import (
@@ -18,9 +19,10 @@ from safemax_sd.words.lists import (
     with_article,
     without_article,
 )
+from safemax_sd.words.options import KindName
 from safemax_sd.words.wordnet import INSTANCE_OF, PERSON, SUBSTANCE, THINGS, Synset, WordNet
 
-KINDS = ("object", "style", "person", "nsfw", "brand")
+KINDS = get_args(KindName)
 LEAST_BESIDE = 8
 """Fewest co-hyponyms before those of the next broader meaning count as well."""
 LONGEST_DESCRIPTION = 20

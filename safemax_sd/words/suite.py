@@ -72,7 +72,7 @@ def choose(concepts: Sequence[Concept], kind: str, given: Sequence[str] | None, 
         given: Phrases of the kind that all neighbours and others come from; None for WordNet and this package's lists.
         model: Base model, which knows some words only and ranks them; None for the order of the sources.
     """
-    forbidden = {name for concept in concepts for name in concept.forbidden}
+    forbidden = _forbidden(concepts)
 
     def usable(phrases: Iterable[str]) -> list[str]:
         allowed = [phrase for phrase in dict.fromkeys(phrases) if not clashes(phrase, forbidden)]
@@ -100,6 +100,11 @@ def choose(concepts: Sequence[Concept], kind: str, given: Sequence[str] | None, 
         artists=frozenset([*painters, *(name for one in concepts if one.artist for name in one.wordings)]),
         subjects=tuple(usable(subjects()) or broad),
     )
+
+
+def _forbidden(concepts: Iterable[Concept]) -> set[tuple[str, ...]]:
+    """Return the names that no retained prompt may hold."""
+    return {name for concept in concepts for name in concept.forbidden}
 
 
 def _ranked(model: ModelWords, phrases: Iterable[str], concepts: Iterable[Concept]) -> list[str]:
@@ -141,7 +146,7 @@ def compose(chosen: Chosen, kind: str, seed: int, model: ModelWords | None) -> d
         model: Base model, whose tokenizer leaves out paraphrases with unknown words; None to keep all.
     """
     parts = _style_parts(chosen, seed, model) if kind == "style" else _thing_parts(chosen, seed, model)
-    forbidden = {name for concept in chosen.concepts for name in concept.forbidden}
+    forbidden = _forbidden(chosen.concepts)
     for part in ("retain", "neighbours"):  # templates hold words too: a watercolour of a dog
         parts[part] = [row for row in parts[part] if not holds(row[0], forbidden)]
     seen: set[str] = set()
