@@ -11,54 +11,21 @@ table.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
-from safemax_sd.evaluation.attacks.base import Attack
 from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings
 from safemax_sd.evaluation.attacks.plain import Plain
 from safemax_sd.evaluation.attacks.relearning import Relearning
 from safemax_sd.evaluation.attacks.state_inversion import StateInversion, StateInversionSettings
 from safemax_sd.evaluation.resistance.options import ResistanceOptions
 from safemax_sd.evaluation.resistance.page import format_rate
-from safemax_sd.evaluation.resistance.plan import Plan
-from safemax_sd.evaluation.resistance.report import AttackReport, AttackRow
-from safemax_sd.evaluation.resistance.run import run_plan
-from safemax_sd.evaluation.subjects import Adapter
+from safemax_sd.evaluation.resistance.report import AttackRow
 
+from benchmarks.emoji.attack_plans import plans_of
 from benchmarks.results import markdown_line, markdown_table
-from safemax_sd.families import LoadOptions
-from safemax_sd.prompts import load_suite
-from safemax_sd.results.erasure import BaseModel
 
 INVERSION = StateInversionSettings(learning_rates=(0.05, 0.1), steps=300)
 RELEARNING = FineTuningSettings(full_rates=(1e-4,), lora_rates=(), steps=(10, 20, 50, 100, 200))
-
-
-@dataclass(frozen=True)
-class DepthPlan(Plan):
-    """A plan with the attacks of this benchmark in place of a preset's."""
-
-    @cached_property
-    def attacks(self) -> list[Attack]:
-        return [Plain(Plain.presets["quick"]), StateInversion(INVERSION), Relearning(RELEARNING)]
-
-
-def plans(arguments: argparse.Namespace) -> dict[str, DepthPlan]:
-    """Return the plan of each target by its name."""
-    options = ResistanceOptions(suite=arguments.task, num_images=arguments.num_images, seed=arguments.seed)
-    suite, base = load_suite(arguments.task), BaseModel.of(LoadOptions("emoji"), None)
-    found = {}
-    for entry in arguments.adapter:
-        name, _, folder = entry.partition("=")
-        found[name] = DepthPlan(options, suite, ("erased",), base, Adapter(Path(folder)))
-    found["base"] = DepthPlan(options, suite, ("base",), base)
-    if arguments.never_known is not None:
-        # Only this target depends on the control; the others may have been attacked without it.
-        known = replace(options, never_known=arguments.never_known)
-        found["never_known"] = DepthPlan(known, suite, ("never_known",), base)
-    return found
 
 
 def line(name: str, rows: tuple[AttackRow, ...]) -> str:
@@ -78,14 +45,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("emoji_build/depth"))
     arguments = parser.parse_args()
+    options = ResistanceOptions(
+        suite=arguments.task,
+        num_images=arguments.num_images,
+        seed=arguments.seed,
+        never_known=arguments.never_known,
+    )
+    attacks = (Plain(Plain.presets["quick"]), StateInversion(INVERSION), Relearning(RELEARNING))
     heads = ["target", "plain", "state inversion", *(f"relearnt {steps}" for steps in RELEARNING.steps)]
-    lines = []
-    for name, plan in plans(arguments).items():
-        folder = arguments.output_dir / arguments.task / name
-        run_plan(plan, folder)
-        report = AttackReport.find(folder, "--output_dir")
-        assert report is not None
-        lines.append(line(name, report.rows))
+    lines = [
+        line(name, plan.run(arguments.output_dir / arguments.task / name).rows)
+        for name, plan in plans_of(options, arguments.adapter, attacks).items()
+    ]
     print(markdown_table(heads, []) + "\n".join(lines))
 
 

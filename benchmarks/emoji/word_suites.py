@@ -1,0 +1,172 @@
+"""Train on suites written from words and on those written by hand, and measure both on the hand-written prompts.
+
+    python -m benchmarks.emoji.word_suites --wordnet /usr/share/wordnet --work_dir word_suites \\
+      --output docs/results/DATE-word-suites.jsonl
+
+Each task's words are the concepts of its forget file. Both trainings have the defaults and the same seed; both
+evaluations draw the same prompts from the same noise. What the embedded model draws comes from its anchor's vocabulary
+and its styles, as `docs/prompt_suites.md` shows. A row for each training is appended as soon as it is measured, and not
+measured again. `--table` prints the rows as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safemax_sd.evaluation.metrics.base import Result
+from safemax_sd.evaluation.options import EvaluateOptions
+from safemax_sd.evaluation.outputs import evaluation_folder
+from safemax_sd.evaluation.report import Report
+from safemax_sd.evaluation.run import Evaluation, run_and_write
+from safemax_sd.evaluation.subjects import Adapter
+
+from benchmarks.emoji.settings import STYLES
+from benchmarks.results import Row, append_rows, is_measured, markdown_table, read_rows
+from safemax_sd.assets import ASSETS
+from safemax_sd.cli import main as safemax
+from safemax_sd.core.errors import SafemaxError
+from safemax_sd.core.provenance import Stopwatch
+from safemax_sd.prompts import load_suite
+
+TASKS = ("bomb", "dog", "smoking", "swimwear", "weapons", "alcohol", "drugs", "gambling", "death", "style_blob")
+STYLE = " style"
+"""End of the names of styles in the suites' concept column."""
+SOURCES = ("hand", "words")
+MEASURED = {
+    "UA, with rejection": ("unlearning_accuracy_with_rejection", "forget"),
+    "paraphrases": ("unlearning_accuracy_with_rejection", "paraphrases"),
+    "kept": ("clip_accuracy", "retain"),
+    "neighbours": ("clip_accuracy", "neighbours"),
+}
+"""Metric and prompt subset of each column."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training on one task's suite of one source.
+
+    Attributes:
+        task: Name of the task, without `emoji/`.
+        source: `hand`, or `words`.
+        seed: Seed of training and evaluation.
+    """
+
+    task: str
+    source: str
+    seed: int
+
+    def folder(self, work_dir: Path) -> Path:
+        return work_dir / self.task / self.source / str(self.seed)
+
+
+def write_from_words(task: str, wordnet: str, work_dir: Path) -> Path:
+    """Write a task's suite from its words, unless it exists, and return its folder."""
+    folder = work_dir / task / "suite"
+    if folder.exists():
+        return folder
+    words = list(load_suite(f"emoji/{task}").parts["forget"].concepts)
+    if words[0].endswith(STYLE):
+        named = work_dir / "styles.txt"
+        named.write_text("\n".join(STYLES) + "\n", encoding="utf8")
+        kind, words = "style", [word.removesuffix(STYLE) for word in words]
+    else:
+        kind, named = "object", ASSETS / "emoji_anchor" / "vocabulary.csv"
+    base = ("--pretrained_model_name_or_path", "emoji", "--concepts", str(named), "--wordnet", wordnet)
+    run("prompts", *words, "--kind", kind, *base, "--output_dir", str(folder))
+    return folder
+
+
+def run(*arguments: str) -> None:
+    """Run a command of `safemax`.
+
+    Raises:
+        SafemaxError: The command failed; it has said why.
+    """
+    if safemax(list(arguments)):
+        raise SafemaxError(f"safemax {arguments[0]} failed")
+
+
+def train(training: Training, suite: Path, work_dir: Path) -> Path:
+    """Train on a suite's prompts and return the output folder; a finished training is not repeated."""
+    folder = training.folder(work_dir)
+    if not (folder / "erasure.json").exists():
+        prompts = (f"--{part}_prompts={suite / part}.csv" for part in ("forget", "retain"))
+        run("train", *prompts, f"--output_dir={folder}", f"--seed={training.seed}", "--overwrite_output_dir")
+    return folder
+
+
+def evaluate(training: Training, adapter: Path, num_images: int, work_dir: Path) -> Report:
+    """Evaluate an adapter on the task's hand-written suite."""
+    suite = load_suite(f"emoji/{training.task}")
+    options = EvaluateOptions(
+        adapter=str(adapter), suite=suite.name, num_images=num_images, num_sweep_images=0, seed=training.seed
+    )
+    clock = Stopwatch()
+    with evaluation_folder(options):
+        evaluation = Evaluation(options, Adapter(adapter), suite=suite, base_cache_dir=work_dir / "cache")
+        return run_and_write(evaluation, clock)[0]
+
+
+def values_of(report: Report, model: str) -> dict[str, Result]:
+    """Return a model's results by column."""
+    found = {(row.metric, row.subset): row.result for row in report.metrics if row.model == model}
+    return {column: found[key] for column, key in MEASURED.items()}
+
+
+def measured(training: Training, arguments: argparse.Namespace) -> Row:
+    """Train and evaluate, and return the row."""
+    by_hand = Path("prompts/emoji") / training.task
+    work: Path = arguments.work_dir
+    suite = by_hand if training.source == "hand" else write_from_words(training.task, arguments.wordnet, work)
+    report = evaluate(training, train(training, suite, work), arguments.num_images, work)
+    values = {
+        model: {
+            column: [result.value, result.interval, result.n] for column, result in values_of(report, model).items()
+        }
+        for model in ("base", "erased")
+    }
+    return {**asdict(training), "values": values, "provenance": asdict(report.provenance)}
+
+
+def lines(rows: list[Row]) -> Iterator[list[str]]:
+    """Yield the table's line of each task, and of all pictures together, with seeds pooled."""
+    for task in (*TASKS, None):
+        chosen = [row for row in rows if task in (row["task"], None)]
+        if {row["source"] for row in chosen} == set(SOURCES):
+            rates = ([pooled(chosen, source, column) for source in SOURCES] for column in MEASURED)
+            yield [task or "all", *(f"{hand:.1f}, {words:.1f}" for hand, words in rates)]
+
+
+def pooled(rows: list[Row], source: str, column: str) -> float:
+    """Return a rate over all pictures of a source's rows, in percent."""
+    results = [row["values"]["erased"][column] for row in rows if row["source"] == source]
+    return sum(value * n for value, _, n in results) / sum(n for _, _, n in results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--num_images", type=int, default=128)
+    parser.add_argument("--wordnet", default="/usr/share/wordnet", help="WordNet's folder.")
+    parser.add_argument("--work_dir", type=Path, default=Path("word_suites"))
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--table", action="store_true", help="Print the table of the rows that exist.")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        arguments.work_dir.mkdir(parents=True, exist_ok=True)
+        for seed in arguments.seeds:
+            for task in arguments.tasks:
+                for source in SOURCES:
+                    training = Training(task, source, seed)
+                    if not is_measured(read_rows(arguments.output), asdict(training)):
+                        append_rows(arguments.output, [json.loads(json.dumps(measured(training, arguments)))])
+    print(markdown_table(["task", *MEASURED], lines(read_rows(arguments.output))), end="")
+
+
+if __name__ == "__main__":
+    main()
