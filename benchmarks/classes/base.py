@@ -3,10 +3,10 @@
     nohup python -m benchmarks.classes.base --dataset cifar10_folded --data_file cifar10.npz \\
         --classifier_file resnet56.safetensors --minutes 600 &
 
-Writes `study/<dataset>/base/`, a DDPMPipeline folder, which `benchmarks.class_unlearning` takes. A killed training goes on
-where it was last saved. Minutes are processor time for each thread, so that other load does not shorten the training.
-Every `--every` of them 200 pictures are drawn and judged, in time that does not count: `progress.jsonl` gets a row with
-loss, images a second and class accuracy, and the pictures are written beside it.
+Writes `study/<dataset>/base/`, a DDPMPipeline folder, which `benchmarks.class_unlearning` takes. A killed training goes
+on where it was last saved. Minutes are processor time for each thread, so that other load does not shorten it. Every
+`--every` of them 200 pictures are drawn and judged, in time that does not count: `progress.jsonl` gets a row with loss,
+images a second and class accuracy, and the pictures are written beside it.
 """
 
 from __future__ import annotations
