@@ -140,10 +140,12 @@ class Study:
         self.folder: Path = arguments.work_dir / arguments.dataset
         self.results: Path = arguments.work_dir / f"class_unlearning_{arguments.dataset}"
         self.rows = read_rows(self.results.with_suffix(".jsonl"))
-        self.sampling = SAMPLINGS[arguments.dataset]
-        for name in ("num_forget", "num_retain"):
-            if getattr(arguments, name) is not None:
-                self.sampling = replace(self.sampling, **{name: getattr(arguments, name)})
+        own = SAMPLINGS[arguments.dataset]
+        self.sampling = replace(
+            own,
+            num_forget=arguments.num_forget or own.num_forget,
+            num_retain=arguments.num_retain or own.num_retain,
+        )
         self.counts = "reduced" if arguments.dataset in SMALL and not arguments.published_counts else "published"
         settings = BASES[arguments.dataset]
         if arguments.base_minutes is not None:
@@ -342,6 +344,13 @@ def classes(text: str) -> list[int]:
     return numbers
 
 
+def picture_count(text: str) -> int:
+    """Read a number of pictures; one of each kept class is the least that can be measured."""
+    if not text.isdecimal() or int(text) < 10:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 10, not {text}")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=list(BASES), default="digits")
@@ -353,8 +362,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="Repeats of --race and --rates.")
     parser.add_argument("--published_counts", action="store_true", help="Published counts of steps and priors.")
     parser.add_argument("--base_minutes", type=float, help="Minutes of the base model's training.")
-    parser.add_argument("--num_forget", type=int, help="Pictures of the forgotten class; default: the data set's own.")
-    parser.add_argument("--num_retain", type=int, help="Pictures of the kept classes; default: the data set's own.")
+    parser.add_argument("--num_forget", type=picture_count, help="Pictures drawn of the forgotten class.")
+    parser.add_argument("--num_retain", type=picture_count, help="Pictures drawn of all kept classes together.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work_dir", type=Path, default=Path("study"), help="Folder of models, runs and results.")
     parser.add_argument("--data_file", type=Path, help="CIFAR-10 as an .npz of sheets; default: download it.")
