@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.classes.base import BASES, train_base
+from benchmarks.classes.base import train_base
 from benchmarks.classes.classifier import Classifier, load_classifier
 from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
 from benchmarks.classes.data import Dataset, load_dataset, write_folder
-from benchmarks.classes.measure import Sampling, draw, forgetting, pictures, retention
+from benchmarks.classes.measure import Sampling, draw, forgetting, pictures, retention, verdict_on_noise
+from benchmarks.classes.settings import BASES
 from benchmarks.classes.summary import gallery, plot, summary
 from benchmarks.prompt_files import write_prompts
 from benchmarks.results import append_rows, is_measured, read_rows
@@ -43,7 +44,7 @@ FORGOTTEN_AT = 99.0
 GALLERY_ROWS, GALLERY_SEED = 3, 30_000_000
 PART_PICTURES = 128
 """Number of real pictures of each class in a measurement on part of a run."""
-TIMED_FRACTION = {"digits": 1.0, "cifar10": 0.25, "cifar10_small": 1.0}
+TIMED_FRACTION = {"digits": 1.0, "cifar10": 0.25, "cifar10_folded": 1.0}
 """Fraction of the batch in a timed step. A published CIFAR-10 batch needs over 24 GB; time is proportional to size."""
 GUIDANCE = 3.0
 SAFEMAX: dict[str, Any] = {
@@ -122,11 +123,11 @@ SMALL_CIFAR10 = {
     "selective_amnesia": {"max_train_steps": 300, "retain_trajectories": 225},
 }
 """Counts below the published ones, since a step with 256 pictures takes seconds on two cores."""
-SMALL = ("digits", "cifar10_small")
+SMALL = ("digits", "cifar10_folded")
 SAMPLINGS = {
     "digits": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=1800),
     "cifar10": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=4500),
-    "cifar10_small": Sampling(GUIDANCE, num_inference_steps=25, num_forget=200, num_retain=900),
+    "cifar10_folded": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=1800),
 }
 
 
@@ -139,7 +140,12 @@ class Study:
         self.folder: Path = arguments.work_dir / arguments.dataset
         self.results: Path = arguments.work_dir / f"class_unlearning_{arguments.dataset}"
         self.rows = read_rows(self.results.with_suffix(".jsonl"))
-        self.sampling = SAMPLINGS[arguments.dataset]
+        own = SAMPLINGS[arguments.dataset]
+        self.sampling = replace(
+            own,
+            num_forget=arguments.num_forget or own.num_forget,
+            num_retain=arguments.num_retain or own.num_retain,
+        )
         self.counts = "reduced" if arguments.dataset in SMALL and not arguments.published_counts else "published"
         settings = BASES[arguments.dataset]
         if arguments.base_minutes is not None:
@@ -165,7 +171,7 @@ class Study:
         settings = {**variant.settings, **(variant.small if self.dataset.name in SMALL else {})}
         if self.counts == "published":
             settings |= PUBLISHED.get(method, {})
-        elif self.dataset.name == "cifar10_small":
+        elif self.dataset.name == "cifar10_folded":
             settings |= SMALL_CIFAR10.get(method, {})
         if variant.real_data:
             settings["train_data_dir"] = str(write_folder(self.dataset, self.folder / "pictures"))
@@ -314,9 +320,12 @@ class Study:
                 family = self.model(None if method == "base" else self.run_folder(method, forgotten))
                 for offset, drawn in enumerate(asked):
                     label = names[(forgotten + offset) % len(names)]
-                    drawn.append(pictures(draw(family, label, GALLERY_ROWS, GALLERY_SEED, self.sampling)))
+                    drawn.append(self.pictures(family, label))
             blocks[method] = [torch.stack(drawn, 1).flatten(0, 1) for drawn in asked]
         gallery(blocks, len(self.arguments.classes)).savefig(f"{self.results}_pictures.png", dpi=110)
+
+    def pictures(self, family: ModelFamily, label: str) -> Tensor:
+        return pictures(family, self.dataset, draw(family, label, GALLERY_ROWS, GALLERY_SEED, self.sampling))
 
     def summarize(self) -> None:
         """Write the tables and the plot of all existing rows."""
@@ -335,6 +344,13 @@ def classes(text: str) -> list[int]:
     return numbers
 
 
+def picture_count(text: str) -> int:
+    """Read a number of pictures; one of each kept class is the least that can be measured."""
+    if not text.isdecimal() or int(text) < 10:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 10, not {text}")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=list(BASES), default="digits")
@@ -346,6 +362,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="Repeats of --race and --rates.")
     parser.add_argument("--published_counts", action="store_true", help="Published counts of steps and priors.")
     parser.add_argument("--base_minutes", type=float, help="Minutes of the base model's training.")
+    parser.add_argument("--num_forget", type=picture_count, help="Pictures drawn of the forgotten class.")
+    parser.add_argument("--num_retain", type=picture_count, help="Pictures drawn of all kept classes together.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work_dir", type=Path, default=Path("study"), help="Folder of models, runs and results.")
     parser.add_argument("--data_file", type=Path, help="CIFAR-10 as an .npz of sheets; default: download it.")
@@ -353,6 +371,7 @@ def main() -> None:
     arguments = parser.parse_args()
     study = Study(arguments)
     print(f"classifier: {100 * study.classifier.accuracy:.2f} % of {len(study.dataset.test)} test pictures")
+    print(f"classifier on {verdict_on_noise(study.model(None), study.dataset, study.classifier)}", flush=True)
     if arguments.race is not None:
         study.race(arguments.race)
     elif arguments.rates is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 import os
@@ -68,6 +69,10 @@ class TimedRun:
         """Fraction of the budget that is spent, 0 to 1."""
         return min(1.0, self.spent / self.budget)
 
+    def restart_clock(self) -> None:
+        """Leave the time since the last step out of the budget, after work that is not training."""
+        self._last = self.clock()
+
     def update(self, loss: Tensor, factor: float) -> None:
         """Take an optimizer step, with gradients clipped to norm 1, and save every two minutes and at the end.
 
@@ -84,8 +89,7 @@ class TimedRun:
         now = self.clock()
         self.spent, self._last, self.step = self.spent + now - self._last, now, self.step + 1
         if time.monotonic() - self._saved > SAVE_SECONDS or self.spent >= self.budget:
-            self._save()
-            self._saved = time.monotonic()
+            self.save()
         self.bar.update(round(self.spent) - self.bar.n)
 
     @torch.no_grad()
@@ -95,11 +99,29 @@ class TimedRun:
         averaged = list(self.ema.parameters())
         torch._foreach_lerp_(averaged, [p.detach() for p in self.network.parameters()], 1 - decay)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Save the run."""
         parts = {name: part.state_dict() for name, part in self._state.items()}
         temporary = self.path.with_suffix(".tmp")
         torch.save({"step": self.step, "spent": self.spent, **parts}, temporary)
         os.replace(temporary, self.path)
+        self._saved = time.monotonic()
+
+
+def processor_seconds() -> float:
+    """Return this process's processor time for each of torch's threads, to which other load adds nothing."""
+    return time.process_time() / torch.get_num_threads()
+
+
+def positive(text: str) -> float:
+    """Read a number above 0 from a command line."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return number
 
 
 def linear_factor(step: int, progress: float, *, warmup_steps: int, decay_fraction: float) -> float:
@@ -110,6 +132,16 @@ def linear_factor(step: int, progress: float, *, warmup_steps: int, decay_fracti
 def cosine_factor(step: int, progress: float, *, warmup_steps: int = 100) -> float:
     """Return a linear warm-up over steps, times half a cosine over the run."""
     return min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def min_snr_weights(signal: Tensor, gamma: float) -> Tensor:
+    """Return the weights of the ε-loss that bound its weight as an x0-loss by `gamma` (arXiv 2303.09556, eq. 5).
+
+    Args:
+        signal: Signal power a² of a variance-preserving process by timestep, [T].
+        gamma: Highest weight of the x0-loss.
+    """
+    return (gamma * (1 - signal) / signal).clamp(max=1.0)
 
 
 def mixed_precision() -> torch.autocast:

@@ -109,13 +109,13 @@ def build_stable_diffusion(folder: Path, prediction_type: str = "epsilon", vae: 
     return folder / "model"
 
 
-def build_ddpm(folder: Path) -> Path:
-    """Write a class-conditional DDPM of a few thousand parameters; return its folder."""
+def build_ddpm(folder: Path, patch_size: int = 1) -> Path:
+    """Write a class-conditional DDPM for 8x8 grey pictures, of a few thousand parameters; return its folder."""
     torch.manual_seed(0)
     unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
+        sample_size=8 // patch_size,
+        in_channels=patch_size**2,
+        out_channels=patch_size**2,
         block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
@@ -124,7 +124,7 @@ def build_ddpm(folder: Path) -> Path:
         norm_num_groups=4,
         num_class_embeds=len(CONCEPTS) + 1,
     )
-    family = ClassConditionalDDPM(unet, DDPMScheduler(), CONCEPTS, torch.device("cpu"))
+    family = ClassConditionalDDPM(unet, DDPMScheduler(), CONCEPTS, torch.device("cpu"), patch_size)
     family.save_base(folder)
     return folder
 

@@ -1,80 +1,134 @@
-"""The study's base model, a class-conditional DDPM with a null class, as in the papers on SA and SalUn."""
+"""Train the study's base model: a class-conditional DDPM with a null class, as in the papers on SA and SalUn.
+
+    nohup python -m benchmarks.classes.base --dataset cifar10_folded --data_file cifar10.npz \\
+        --classifier_file resnet56.safetensors --minutes 600 &
+
+Writes `study/<dataset>/base/`, a DDPMPipeline folder, which `benchmarks.class_unlearning` takes. A killed training goes
+on where it was last saved. Minutes are processor time for each thread, so that other load does not shorten it. Every
+`--every` of them 200 pictures are drawn and judged, in time that does not count: `progress.jsonl` gets a row with loss,
+images a second and class accuracy, and the pictures are written beside it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
+from torch import Tensor
 
-from benchmarks.classes.data import Dataset
-from benchmarks.training import TimedRun, linear_factor, mixed_precision
+from benchmarks.classes.classifier import load_classifier
+from benchmarks.classes.data import Dataset, load_dataset
+from benchmarks.classes.progress import ProgressLog
+from benchmarks.classes.settings import BASES, BaseSettings
+from benchmarks.training import TimedRun, linear_factor, min_snr_weights, mixed_precision, positive, processor_seconds
 from safemax_sd.families.ddpm import ClassConditionalDDPM
 
 SEED = 0
+BAR_STEPS = 10
+"""Steps between two updates of the progress bar's figures."""
 
 
-@dataclass(frozen=True)
-class BaseSettings:
-    """Settings of a base model's network and training.
+class BaseTraining:
+    """A base model's training.
+
+    Every step seeds all random numbers anew with its own number, so that a training that continues after it was killed
+    draws what it would have drawn.
+
+    Args:
+        dataset: Data set to train on.
+        folder: Folder of the training's file.
+        settings: Settings of the network and the training.
+        label: Label of the progress bar.
+        clock: Clock of the budget, as in `TimedRun`.
 
     Attributes:
-        network: Arguments of `UNet2DModel` except size and channels.
-        minutes: Minutes of training.
-        flip: True to mirror half of the pictures at random.
+        loss: Average loss of about the last hundred steps; NaN before the first.
     """
 
-    network: dict[str, Any]
-    minutes: float
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    ema_decay: float = 0.999
-    class_dropout: float = 0.1
-    flip: bool = False
+    def __init__(
+        self,
+        dataset: Dataset,
+        folder: Path,
+        settings: BaseSettings,
+        *,
+        label: str = "base model",
+        clock: Callable[[], float] = processor_seconds,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.dataset, self.settings, self.loss = dataset, settings, math.nan
+        torch.manual_seed(SEED)
+        channels = dataset.train.shape[1] * settings.patch_size**2
+        # channels_last is left out: in bfloat16 and at these sizes it is slower than the plain format.
+        self.network = UNet2DModel(
+            sample_size=dataset.train.shape[-1] // settings.patch_size,
+            in_channels=channels,
+            out_channels=channels,
+            num_class_embeds=len(dataset.class_names) + 1,
+            **settings.network,
+        )
+        self.scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+        signal = self.scheduler.alphas_cumprod
+        gamma = settings.snr_gamma
+        self.weights = torch.ones_like(signal) if gamma is None else min_snr_weights(signal, gamma)
+        self.run = TimedRun(
+            folder / "training.pt",
+            self.network,
+            torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate),
+            minutes=settings.minutes,
+            ema_decay=settings.ema_decay,
+            label=label,
+            clock=clock,
+        )
+        self._shown = self.run.step, self.run.spent
 
+    def family(self) -> ClassConditionalDDPM:
+        """Return the model with a copy of the averaged weights."""
+        unet, names = copy.deepcopy(self.run.ema), self.dataset.class_names
+        return ClassConditionalDDPM(unet, self.scheduler, names, torch.device("cpu"), self.settings.patch_size)
 
-BASES = {
-    "digits": BaseSettings(
-        network={
-            "block_out_channels": (32, 64),
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-            "layers_per_block": 1,
-            "attention_head_dim": 32,
-            "norm_num_groups": 8,
-        },
-        minutes=6.0,
-    ),
-    # The published network, with 38.6 M parameters; the minutes are meant for a GPU.
-    "cifar10": BaseSettings(
-        network={
-            "block_out_channels": (128, 256, 256, 256),
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            "layers_per_block": 2,
-            "attention_head_dim": 256,
-            "dropout": 0.1,
-        },
-        minutes=600.0,
-        learning_rate=2e-4,
-        ema_decay=0.9999,
-        flip=True,
-    ),
-    "cifar10_small": BaseSettings(
-        network={
-            "block_out_channels": (32, 64, 128),
-            "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-            "layers_per_block": 1,
-            "attention_head_dim": 32,
-            "norm_num_groups": 8,
-        },
-        minutes=40.0,
-        flip=True,
-    ),
-}
+    def train(self, until: float = 1.0) -> None:
+        """Train until this fraction of the budget is spent, and save."""
+        self.run.restart_clock()
+        while self.run.progress < until:
+            loss = self.batch_loss()
+            self.run.update(loss, linear_factor(self.run.step, self.run.progress, warmup_steps=100, decay_fraction=0.4))
+            value = loss.item()
+            self.loss = value if math.isnan(self.loss) else self.loss + 0.01 * (value - self.loss)
+            if self.run.step % BAR_STEPS == 0:
+                self.show()
+        self.run.save()
+
+    def batch_loss(self) -> Tensor:
+        """Return the loss of the step's own batch, which depends on nothing but weights and number of the step."""
+        data, settings = self.dataset, self.settings
+        generator = torch.manual_seed(SEED + self.run.step)  # the global one, which dropout draws from too
+        rows = torch.randint(len(data.train), (settings.batch_size,), generator=generator)
+        pictures, labels = 2 * data.train[rows] - 1, data.train_labels[rows].clone()
+        if settings.flip:
+            mirrored = torch.rand(len(rows), generator=generator) < 0.5
+            pictures[mirrored] = pictures[mirrored].flip(-1)
+        samples = F.pixel_unshuffle(pictures, settings.patch_size)
+        labels[torch.rand(len(rows), generator=generator) < settings.class_dropout] = len(data.class_names)
+        times = torch.randint(len(self.weights), (len(rows),), generator=generator)
+        noise = torch.randn(samples.shape, generator=generator)
+        noisy = self.scheduler.add_noise(samples, noise, times)
+        with mixed_precision():
+            output = self.network(noisy, times, class_labels=labels).sample
+        return ((output.float() - noise).square().mean((1, 2, 3)) * self.weights[times]).mean()
+
+    def show(self) -> None:
+        """Show the loss and the images a second since the last call in the progress bar."""
+        step, spent = self._shown
+        rate = self.settings.batch_size * (self.run.step - step) / max(self.run.spent - spent, 1e-9)
+        self._shown = self.run.step, self.run.spent
+        self.run.bar.set_postfix(step=self.run.step, loss=f"{self.loss:.4f}", images_per_s=f"{rate:.0f}")
 
 
 def train_base(dataset: Dataset, folder: Path, settings: BaseSettings) -> Path:
@@ -88,42 +142,37 @@ def train_base(dataset: Dataset, folder: Path, settings: BaseSettings) -> Path:
     Returns:
         The folder.
     """
-    if (folder / "model_index.json").exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(SEED)
-    channels, side = dataset.train.shape[1], dataset.train.shape[-1]
-    classes = len(dataset.class_names)
-    unet = UNet2DModel(
-        sample_size=side, in_channels=channels, out_channels=channels, num_class_embeds=classes + 1, **settings.network
-    )
-    network: torch.nn.Module = unet.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
-    run = TimedRun(
-        folder / "training.pt",
-        network,
-        optimizer,
-        minutes=settings.minutes,
-        ema_decay=settings.ema_decay,
-        label="base model",
-    )
-    generator = torch.Generator().manual_seed(SEED + run.step)
-    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-    while run.progress < 1:
-        rows = torch.randint(len(dataset.train), (settings.batch_size,), generator=generator)
-        pictures, labels = 2 * dataset.train[rows] - 1, dataset.train_labels[rows].clone()
-        if settings.flip:
-            mirrored = torch.rand(len(rows), generator=generator) < 0.5
-            pictures[mirrored] = pictures[mirrored].flip(-1)
-        labels[torch.rand(len(rows), generator=generator) < settings.class_dropout] = classes
-        times = torch.randint(len(scheduler.betas), (len(rows),), generator=generator)
-        noise = torch.randn(pictures.shape, generator=generator)
-        noisy = scheduler.add_noise(pictures, noise, times).contiguous(memory_format=torch.channels_last)
-        with mixed_precision():
-            output = network(noisy, times, class_labels=labels).sample
-        loss = (output.float() - noise).square().mean()
-        run.update(loss, linear_factor(run.step, run.progress, warmup_steps=100, decay_fraction=0.4))
-        if run.step % 50 == 0:
-            run.bar.set_postfix(step=run.step, loss=f"{loss.item():.4f}")
-    ClassConditionalDDPM(run.ema, scheduler, dataset.class_names, torch.device("cpu")).save_base(folder)
+    if not (folder / "model_index.json").exists():
+        training = BaseTraining(dataset, folder, settings)
+        training.train()
+        training.family().save_base(folder)
     return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=list(BASES), default="cifar10_folded")
+    parser.add_argument("--minutes", type=positive, help="Minutes of training; default: the data set's own.")
+    parser.add_argument("--every", type=positive, default=30.0, help="Minutes of training between two rows.")
+    parser.add_argument("--work_dir", type=Path, default=Path("study"), help="Folder of the data set's folder.")
+    parser.add_argument("--data_file", type=Path, help="CIFAR-10 as an .npz of sheets; default: download it.")
+    parser.add_argument("--classifier_file", type=Path, help="Weights of a CIFAR-10 ResNet-56.")
+    arguments = parser.parse_args()
+    dataset = load_dataset(arguments.dataset, arguments.data_file)
+    folder = arguments.work_dir / arguments.dataset
+    classifier = load_classifier(dataset, folder, arguments.classifier_file)
+    settings = BASES[arguments.dataset]
+    if arguments.minutes is not None:
+        settings = replace(settings, minutes=arguments.minutes)
+    training = BaseTraining(dataset, folder / "base", settings)
+    log = ProgressLog(training.run, settings.batch_size, folder / "base")
+    while training.run.progress < 1:
+        rows = math.floor(training.run.spent / (60 * arguments.every)) + 1
+        training.train(min(1.0, rows * arguments.every / settings.minutes))
+        log.append(training.family(), dataset, classifier, training.loss)
+    training.family().save_base(folder / "base")
+    print(f"base model: {folder / 'base'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -38,7 +38,11 @@ class Dataset:
 
     def of_classes(self, classes: list[int]) -> Tensor:
         """Return all training pictures of some classes."""
-        return self.train[torch.isin(self.train_labels, torch.tensor(classes))]
+        return self.train[self.rows_of(classes)]
+
+    def rows_of(self, classes: list[int]) -> Tensor:
+        """Return which training pictures are of some classes, bool [N]."""
+        return torch.isin(self.train_labels, torch.tensor(classes))
 
 
 def load_digits() -> Dataset:
@@ -101,7 +105,7 @@ def read_sheets(data: np.ndarray, offsets: np.ndarray, count: int) -> Tensor:
 
 
 def load_dataset(name: str, data_file: Path | None) -> Dataset:
-    """Load `digits`, `cifar10`, or `cifar10_small`: CIFAR-10 for a network small enough to train on a CPU."""
+    """Load `digits`, `cifar10`, or `cifar10_folded`: CIFAR-10 for a network small enough to train on a CPU."""
     return load_digits() if name == "digits" else replace(load_cifar10(data_file), name=name)
 
 

@@ -17,22 +17,31 @@ from safemax_sd.families import ModelFamily
 from safemax_sd.recording.replay import start_noise
 
 FORGET_SEED, RETAIN_SEED = 10_000_000, 20_000_000
+NOISE_DRAWS = 1000
 KID = {"kid_subsets": 50, "kid_degree": 3, "kid_gamma": None, "kid_coef0": 1, "rng_seed": 0, "verbose": False}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of deterministic DDIM sampling with guidance."""
+    """Settings of deterministic DDIM sampling with guidance.
+
+    Attributes:
+        guidance_scale: Guidance scale.
+        num_inference_steps: Number of DDIM steps.
+        num_forget: Number of pictures of the forgotten class in a measurement.
+        num_retain: Number of pictures of all kept classes together.
+        batch_size: Pictures drawn at once.
+    """
 
     guidance_scale: float
     num_inference_steps: int
-    num_forget: int
-    num_retain: int
+    num_forget: int = 0
+    num_retain: int = 0
     batch_size: int = 250
 
 
 def draw(family: ModelFamily, label: str, count: int, seed: int, sampling: Sampling) -> Tensor:
-    """Draw samples of one class, [count, C, H, W], unclipped; pictures lie in -1 to 1."""
+    """Draw samples of one class, [count, *latent], unclipped; pictures lie in -1 to 1."""
     parts = []
     for start in range(0, count, sampling.batch_size):
         seeds = list(range(seed + start, seed + min(start + sampling.batch_size, count)))
@@ -49,9 +58,34 @@ def draw(family: ModelFamily, label: str, count: int, seed: int, sampling: Sampl
     return torch.cat(parts)
 
 
-def pictures(samples: Tensor) -> Tensor:
-    """Turn samples into pictures in 0 to 1 by clipping; rescaling to their range would change noise."""
-    return (samples / 2 + 0.5).clamp(0, 1)
+def pictures(family: ModelFamily, dataset: Dataset, samples: Tensor) -> Tensor:
+    """Turn samples into pictures in 0 to 1 by clipping, since rescaling to their range would change noise.
+
+    Returns:
+        Pictures with as many channels as the data set's, [N, C, H, W].
+    """
+    return family.decode(samples)[:, : dataset.train.shape[1]]
+
+
+def verdict_on_noise(family: ModelFamily, dataset: Dataset, classifier: Classifier) -> str:
+    """Say what the classifier makes of N(0, I), which is what a forgotten class should look like."""
+    noise = start_noise(family.latent_shape(None), list(range(NOISE_DRAWS)), torch.device("cpu"))
+    shown = pictures(family, dataset, noise)
+    named, accepted = classifier.classify(shown)
+    counts = named.bincount(minlength=len(dataset.class_names))
+    parts = [
+        f"{int(counts[n])} {dataset.class_names[n]}" for n in counts.argsort(descending=True).tolist() if counts[n]
+    ]
+    return (
+        f"{NOISE_DRAWS} draws of N(0, I): {', '.join(parts)}; {int(accepted.sum())} accepted as a class, "
+        f"H {float(entropy(classifier.logits(shown)).mean()):.3f}"
+    )
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Return the Shannon entropy, in nats, of the classes' probabilities, [N], from logits [N, classes]."""
+    probabilities = logits.double().softmax(1)
+    return -torch.special.xlogy(probabilities, probabilities).sum(1)  # 0·log 0 = 0
 
 
 def forgetting(
@@ -59,13 +93,11 @@ def forgetting(
 ) -> dict[str, Any]:
     """Measure H (nats), UA (%), UA with rejection (%) and the outputs' standard deviation on the forgotten class."""
     samples = draw(family, dataset.class_names[forgotten], sampling.num_forget, FORGET_SEED, sampling)
-    shown = pictures(samples)
+    shown = pictures(family, dataset, samples)
     named, recognised = classifier.recognised(shown, forgotten)
-    probabilities = classifier.logits(shown).double().softmax(1)
-    entropy = -torch.special.xlogy(probabilities, probabilities).sum(1)  # 0·log 0 = 0
     plain, rejecting = (wilson(int((~seen).sum()), len(seen)) for seen in (named, recognised))
     return {
-        "entropy": float(entropy.mean()),
+        "entropy": float(entropy(classifier.logits(shown)).mean()),
         "unlearning_accuracy": plain.value,
         "unlearning_accuracy_interval": plain.interval,
         "unlearning_accuracy_with_rejection": rejecting.value,
@@ -84,10 +116,10 @@ def retention(
     features, right = [], 0
     for number in kept:
         seed = RETAIN_SEED + 100_000 * number
-        shown = pictures(draw(family, dataset.class_names[number], each, seed, sampling))
+        shown = pictures(family, dataset, draw(family, dataset.class_names[number], each, seed, sampling))
         features.append(classifier.features(shown))
         right += int(classifier.recognised(shown, number)[1].sum())
-    made, real = torch.cat(features), classifier.features(dataset.of_classes(kept))
+    made, real = torch.cat(features), classifier.train_features[dataset.rows_of(kept)]
     statistics = [fid_features_to_statistics(part.clone()) for part in (made, real)]
     kid = kid_features_to_metric(made.clone(), real.clone(), kid_subset_size=min(1000, len(made), len(real)), **KID)
     accuracy = wilson(right, len(made))
@@ -97,4 +129,5 @@ def retention(
         "retained_accuracy": accuracy.value,
         "retained_accuracy_interval": accuracy.interval,
         "num_retain": len(made),
+        "num_real": len(real),
     }

@@ -23,7 +23,7 @@ from benchmarks.emoji.autoencoder import encode
 from benchmarks.emoji.captions import Captioner, concept_synonyms
 from benchmarks.emoji.data import load_pictures, npm_folder
 from benchmarks.emoji.settings import SEED, DiffusionSettings
-from benchmarks.training import TimedRun, linear_factor, mixed_precision
+from benchmarks.training import TimedRun, linear_factor, min_snr_weights, mixed_precision
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -192,8 +192,7 @@ def train(
     )
     batches.generator = np.random.default_rng([SEED, run.step])
     generator = torch.Generator().manual_seed(SEED + run.step)
-    signal = scheduler.alphas_cumprod
-    weights = (options.snr_gamma * (1 - signal) / signal).clamp(max=1.0)  # min-SNR for ε (arXiv 2303.09556, eq. 5)
+    weights = min_snr_weights(scheduler.alphas_cumprod, options.snr_gamma)
     average = 1.0
     while run.progress < 1:
         latents, captions = batches.next()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,26 +29,37 @@ LABELS = "class_labels"
 """Name in `Conditioning` of the class numbers, int64 [B]."""
 CLASS_NAMES = "class_names"
 """Entry of `model_index.json` with the classes in the order of their embeddings."""
+PATCH_SIZE = "patch_size"
+"""Entry of `model_index.json` with the side of the squares of pixels that are folded into channels; 1 if missing."""
 
 
 class ClassConditionalDDPM(ModelFamily):
     """The family of `DDPMPipeline` folders whose UNet embeds a class.
 
     The last embedding is the empty prompt's; this null class makes classifier-free guidance possible (arXiv
-    2207.12598). `save_base` writes such a folder.
+    2207.12598). Samples may be pictures whose squares of `patch_size` pixels are folded into channels: this only
+    reorders numbers, so the noise process is that of pixels, while the network works on fewer places. `save_base`
+    writes such a folder.
     """
 
     name: ClassVar[str] = "ddpm"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"DDPMPipeline"})
     no_kohya_format: ClassVar[str | None] = "A1111, Forge and ComfyUI know no ddpm models"
 
-    def __init__(self, unet: Any, scheduler: Any, class_names: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, unet: Any, scheduler: Any, class_names: Sequence[str], device: torch.device, patch_size: int = 1
+    ) -> None:
         embeddings = unet.config.num_class_embeds
         if embeddings != len(class_names) + 1:
             text = (
                 f"must embed its {len(class_names)} classes and the empty prompt; its num_class_embeds is {embeddings}"
             )
             raise OptionError("--pretrained_model_name_or_path", "unet", text)
+        channels = unet.config.in_channels
+        if not isinstance(patch_size, int) or patch_size < 1 or channels % patch_size**2:
+            text = f"has the patch_size {patch_size}, whose square must divide the unet's in_channels, {channels}"
+            raise OptionError("--pretrained_model_name_or_path", "model_index.json", text)
+        self.patch_size = patch_size
         self.unet = unet.requires_grad_(False).eval().to(device)
         self.device = device
         check_variance_preserving(scheduler)
@@ -76,7 +88,8 @@ class ClassConditionalDDPM(ModelFamily):
         if options.prediction_type is not None:
             scheduler.register_to_config(prediction_type=options.prediction_type)
         numbered = [str(number) for number in range((unet.config.num_class_embeds or 1) - 1)]
-        return cls(unet, scheduler, config.get(CLASS_NAMES, numbered), options.device)
+        names, patch_size = config.get(CLASS_NAMES, numbered), config.get(PATCH_SIZE, 1)
+        return cls(unet, scheduler, names, options.device, patch_size)
 
     def save_base(self, directory: Path) -> None:
         """Write the model as a `DDPMPipeline` folder that `load` reads."""
@@ -89,6 +102,7 @@ class ClassConditionalDDPM(ModelFamily):
             "scheduler": ["diffusers", "DDPMScheduler"],
             "unet": ["diffusers", "UNet2DModel"],
             CLASS_NAMES: list(self.class_names),
+            PATCH_SIZE: self.patch_size,
         }
         write_json_atomic(directory / "model_index.json", index)
 
@@ -105,11 +119,15 @@ class ClassConditionalDDPM(ModelFamily):
         return Conditioning({LABELS: torch.tensor([numbers[prompt] for prompt in prompts], device=self.device)})
 
     def latent_shape(self, resolution: int | None) -> tuple[int, ...]:
-        side = resolution or own_side(self.unet.config)
+        side, rest = divmod(self.picture_size(resolution), self.patch_size)
+        if rest:
+            raise OptionError(
+                "--resolution", resolution, f"must be a multiple of {self.patch_size}, the model's patches"
+            )
         return (self.unet.config.in_channels, side, side)
 
     def picture_size(self, resolution: int | None) -> int:
-        return resolution or own_side(self.unet.config)
+        return resolution or self.patch_size * own_side(self.unet.config)
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None) -> Tensor:
         network = self.denoiser if denoiser is None else denoiser
@@ -124,12 +142,12 @@ class ClassConditionalDDPM(ModelFamily):
         return as_scheduler(DDIMScheduler, {**self.scheduler_settings, "clip_sample": False})
 
     def decode(self, latents: Tensor) -> Tensor:
-        return (latents.float() / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
+        return (F.pixel_shuffle(latents.float(), self.patch_size) / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        if self.unet.config.in_channels == 1:
+        if self.unet.config.in_channels == self.patch_size**2:
             pictures = pictures.mean(1, keepdim=True)
-        return 2 * pictures.float() - 1
+        return F.pixel_unshuffle(2 * pictures.float() - 1, self.patch_size)
 
     def free_encoders(self, *, decoder: bool) -> None:
         """Do nothing: this family has neither a text encoder nor an autoencoder."""

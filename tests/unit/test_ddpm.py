@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMPipeline
+from torch.nn.functional import pixel_shuffle
 
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.families import LoadOptions, load_family
@@ -83,3 +85,50 @@ def test_base_folder_is_read_back_bit_for_bit(family: ClassConditionalDDPM, tmp_
     x, t = torch.randn(1, *family.latent_shape(None)), torch.tensor([500])
     rows = family.encode_prompts([tiny.CONCEPTS[0]])
     assert torch.equal(family.predict(x, t, rows), again.predict(x, t, rows))
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory) -> ClassConditionalDDPM:
+    loaded = load_family(LoadOptions(str(tiny.build_ddpm(tmp_path_factory.mktemp("folded"), patch_size=2))))
+    assert isinstance(loaded, ClassConditionalDDPM)
+    return loaded
+
+
+def test_folding_only_reorders_numbers(folded: ClassConditionalDDPM) -> None:
+    assert folded.latent_shape(None) == (4, 4, 4)
+    assert folded.picture_size(None) == 8
+    pictures = torch.randint(256, (2, 1, 8, 8)) / 256
+    latents = folded.encode_pictures(pictures.expand(-1, 3, -1, -1))
+    assert latents.shape == (2, 4, 4, 4)
+    assert latents[0, :, 0, 0].tolist() == (2 * pictures[0, 0, :2, :2] - 1).flatten().tolist()
+    assert torch.equal(folded.decode(latents)[:, :1], pictures)
+
+
+def test_patches_that_do_not_fit_are_refused(folded: ClassConditionalDDPM, tiny_ddpm: Path, tmp_path: Path) -> None:
+    with pytest.raises(SafemaxError, match="--resolution 9: must be a multiple of 2"):
+        folded.latent_shape(9)
+    folder = tmp_path / "ddpm"
+    shutil.copytree(tiny_ddpm, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "patch_size": 2}))
+    with pytest.raises(SafemaxError, match="the patch_size 2, whose square must divide the unet's in_channels, 1"):
+        load_family(LoadOptions(str(folder)))
+
+
+def test_diffusers_draws_what_the_family_draws(folded: ClassConditionalDDPM, tmp_path: Path) -> None:
+    folded.save_base(tmp_path)
+    pipe = DDPMPipeline.from_pretrained(tmp_path)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(4)
+    labels = torch.tensor([1, 2])
+    noise = torch.randn(2, *folded.latent_shape(None))
+    x = noise
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            empty, shown = (pipe.unet(x, t, class_labels=c).sample for c in (torch.full_like(labels, 3), labels))
+        x = scheduler.step(empty + 2.0 * (shown - empty), t, x).prev_sample
+    drawn = (pixel_shuffle(x, 2) / 2 + 0.5).clamp(0, 1)
+    rows = folded.encode_prompts(["pear", "plum"])
+    latents = folded.sample(rows, noise, guidance_scale=2.0, num_inference_steps=4)
+    assert drawn.shape == (2, 1, 8, 8)
+    assert torch.allclose(folded.decode(latents)[:, :1], drawn, atol=1e-5)

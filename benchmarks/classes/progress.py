@@ -1,0 +1,78 @@
+"""Log of a base model's training: speed, loss, and what the classifier recognises of pictures drawn meanwhile."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.utils import save_image
+
+from benchmarks.classes.classifier import Classifier
+from benchmarks.classes.data import Dataset
+from benchmarks.classes.measure import Sampling, draw, pictures
+from benchmarks.results import Row, append_rows
+from benchmarks.training import TimedRun
+from safemax_sd.families import ModelFamily
+
+SEED = 40_000_000
+EACH = 20
+"""Pictures of each class."""
+SAMPLING = Sampling(guidance_scale=2.0, num_inference_steps=50)
+PROGRESS = "progress.jsonl"
+
+
+class ProgressLog:
+    """Rows of a training in `progress.jsonl`, each with a sheet of pictures, a class a row.
+
+    Args:
+        run: Training to log.
+        batch_size: Images of a step.
+        folder: Folder to write to.
+    """
+
+    def __init__(self, run: TimedRun, batch_size: int, folder: Path) -> None:
+        self.run, self.batch_size, self.folder = run, batch_size, folder
+        self._last = run.step, run.spent
+
+    def append(self, family: ModelFamily, dataset: Dataset, classifier: Classifier, loss: float) -> Row:
+        """Draw and judge pictures of every class; append and return a row.
+
+        Args:
+            family: Model with averaged weights.
+            dataset: Data set of the classes.
+            classifier: Classifier of the pictures.
+            loss: Average training loss.
+        """
+        steps, seconds = self.run.step - self._last[0], self.run.spent - self._last[1]
+        self._last = self.run.step, self.run.spent
+        drawn = [
+            pictures(family, dataset, draw(family, name, EACH, SEED + 1000 * number, SAMPLING))
+            for number, name in enumerate(dataset.class_names)
+        ]
+        seen = [classifier.recognised(part, number) for number, part in enumerate(drawn)]
+        named, accepted = (torch.stack(part).float().mean(1) for part in zip(*seen, strict=True))
+        minutes = self.run.spent / 60
+        row = {
+            "step": self.run.step,
+            "minutes": minutes,
+            "images_per_second": self.batch_size * steps / max(seconds, 1e-9),
+            "loss": loss,
+            "class_accuracy": 100 * float(named.mean()),
+            "class_accuracy_with_rejection": 100 * float(accepted.mean()),
+            "class_accuracy_by_class": (100 * named).tolist(),
+            "num_pictures": EACH * len(drawn),
+            "guidance_scale": SAMPLING.guidance_scale,
+            "num_inference_steps": SAMPLING.num_inference_steps,
+        }
+        append_rows(self.folder / PROGRESS, [row])
+        write_sheet(torch.cat(drawn), self.folder / f"pictures_{minutes:04.0f}_minutes.png")
+        return row
+
+
+def write_sheet(shown: Tensor, path: Path) -> None:
+    """Write pictures [N, C, H, W] in 0 to 1 as a sheet with `EACH` columns."""
+    temporary = path.with_suffix(".tmp")
+    save_image(shown, temporary, nrow=EACH, padding=1, pad_value=1.0, format="png")
+    os.replace(temporary, path)

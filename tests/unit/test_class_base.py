@@ -1,0 +1,128 @@
+"""The study's base model: training that continues bit for bit, its log, and stored features of the judge."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.classes.base import BaseTraining
+from benchmarks.classes.classifier import Classifier, DigitNet
+from benchmarks.classes.data import Dataset
+from benchmarks.classes.measure import verdict_on_noise
+from benchmarks.classes.progress import EACH, PROGRESS, ProgressLog
+from benchmarks.classes.settings import BaseSettings
+from benchmarks.results import read_rows
+from benchmarks.training import min_snr_weights
+from safemax_sd.families import LoadOptions, load_family
+from tests import tiny
+
+STEPS = 6
+SETTINGS = BaseSettings(
+    network={
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "attention_head_dim": 8,
+        "norm_num_groups": 4,
+        "dropout": 0.5,
+    },
+    minutes=STEPS / 60,
+    batch_size=16,
+    patch_size=2,
+    flip=True,
+    snr_gamma=5.0,
+)
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    pictures, labels = torch.rand(120, 1, 8, 8, generator=generator), torch.arange(120) % 3
+    return Dataset("noise", tiny.CONCEPTS, pictures, labels, pictures[:60], labels[:60])
+
+
+def training(dataset: Dataset, folder: Path) -> BaseTraining:
+    """Start or continue a training whose clock advances by a second a step."""
+    return BaseTraining(dataset, folder, SETTINGS, clock=itertools.count().__next__)
+
+
+def judge() -> DigitNet:
+    """Build an untrained network for three classes."""
+    network = DigitNet()
+    network.linear = nn.Linear(64, len(tiny.CONCEPTS))
+    return network
+
+
+def weights(run: BaseTraining) -> list[Tensor]:
+    return [*run.network.parameters(), *run.run.ema.parameters()]
+
+
+def test_a_training_continues_bit_for_bit(dataset: Dataset, tmp_path: Path) -> None:
+    whole, first = training(dataset, tmp_path / "whole"), training(dataset, tmp_path / "parts")
+    start = [weight.clone() for weight in weights(first)]
+    whole.train()
+    first.train(0.5)
+    torch.rand(7)  # what is drawn in between does not matter
+    second = training(dataset, tmp_path / "parts")
+    assert (first.run.step, second.run.step) == (STEPS // 2, STEPS // 2)
+    second.train()
+    assert whole.run.step == second.run.step == STEPS
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(weights(whole), start, strict=True))
+
+
+def test_time_between_two_calls_is_not_counted(dataset: Dataset, tmp_path: Path) -> None:
+    run = training(dataset, tmp_path)
+    run.train(0.5)
+    for _ in range(100):
+        run.run.clock()
+    run.train()
+    assert run.run.step == STEPS
+
+
+def test_a_folder_is_a_folded_model_and_is_logged(dataset: Dataset, tmp_path: Path) -> None:
+    run = training(dataset, tmp_path)
+    log = ProgressLog(run.run, SETTINGS.batch_size, tmp_path)
+    run.train()
+    classifier = Classifier(judge(), dataset)
+    log.append(run.family(), dataset, classifier, run.loss)
+    (row,) = read_rows(tmp_path / PROGRESS)
+    assert row["images_per_second"] == SETTINGS.batch_size  # the clock advances by a second a step
+    assert row["num_pictures"] == 3 * EACH
+    assert row["class_accuracy"] == pytest.approx(sum(row["class_accuracy_by_class"]) / 3)
+    assert row["class_accuracy_with_rejection"] <= row["class_accuracy"]
+    (sheet,) = tmp_path.glob("pictures_*.png")
+    with Image.open(sheet) as image:
+        assert image.size == (EACH * 9 + 1, 3 * 9 + 1)
+    run.family().save_base(tmp_path / "base")
+    family = load_family(LoadOptions(str(tmp_path / "base")))
+    assert family.latent_shape(None) == (4, 4, 4)
+    verdict = verdict_on_noise(family, dataset, classifier)
+    assert verdict.startswith("1000 draws of N(0, I): ")
+    assert sum(int(part.split()[0]) for part in verdict.split(": ")[1].split(";")[0].split(", ")) == 1000
+
+
+def test_min_snr_bounds_the_weight_of_the_pictures_loss() -> None:
+    signal = torch.tensor([0.99, 0.5, 0.01])
+    snr = signal / (1 - signal)
+    assert torch.allclose(min_snr_weights(signal, 5.0) * snr, snr.clamp(max=5.0))
+
+
+def test_stored_features_are_those_of_the_same_weights(dataset: Dataset, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, other = judge(), judge()
+    path = tmp_path / "features.safetensors"
+    first = Classifier(network, dataset, path)
+    written = path.stat().st_mtime_ns
+    again = Classifier(network, dataset, path)
+    assert path.stat().st_mtime_ns == written
+    assert torch.equal(again.train_features, first.train_features)
+    assert torch.equal(again.thresholds, first.thresholds)
+    assert not torch.equal(Classifier(other, dataset, path).train_features, first.train_features)
+    assert path.stat().st_mtime_ns != written
