@@ -17,6 +17,7 @@ from benchmarks.emoji.settings import (
     SYNONYMS,
 )
 from benchmarks.prompt_files import PromptRow, write_prompts
+from safemax_sd.assets import CAPTIONS
 
 FOLDER = Path(__file__).resolve().parents[2] / "prompts" / "emoji"
 OBJECTS: dict[str, tuple[str, ...]] = {
@@ -104,6 +105,8 @@ def main() -> None:
     for style, (neighbour, synonym) in STYLE_SUITES.items():
         write_style_suite(style, neighbour, synonym)
     write_concept_suite("tuning", *TUNING)
+    everything = [row for number, concept in enumerate(CONCEPTS) for row in prompt_of_each_style(concept, number)]
+    write_prompts(CAPTIONS["emoji"].parent, CAPTIONS["emoji"].stem, everything)
     print(f"{len(list(FOLDER.glob('*/forget.csv')))} suites in {FOLDER}")
 
 

@@ -4,9 +4,9 @@
       --output docs/results/DATE-word-suites.jsonl
 
 Each task's words are the concepts of its forget file. Both trainings have the defaults and the same seed; both
-evaluations draw the same prompts from the same noise. What the embedded model draws comes from its anchor's vocabulary
-and its styles, as `docs/prompt_suites.md` shows. A row for each training is appended as soon as it is measured, and not
-measured again. `--table` prints the rows as Markdown.
+evaluations draw the same prompts from the same noise. The embedded model's captions give the wording and what is
+retained, as `docs/prompt_suites.md` says, and of a style its other styles. A row for each training is appended as soon
+as it is measured, and not measured again. `--table` prints the rows as Markdown.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from safemax_sd.evaluation.subjects import Adapter
 
 from benchmarks.emoji.settings import STYLES
 from benchmarks.results import Row, append_rows, is_measured, markdown_table, read_rows
-from safemax_sd.assets import ASSETS
 from safemax_sd.cli import main as safemax
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.core.provenance import Stopwatch
@@ -72,11 +71,11 @@ def write_from_words(task: str, wordnet: str, work_dir: Path) -> Path:
     if words[0].endswith(STYLE):
         named = work_dir / "styles.txt"
         named.write_text("\n".join(STYLES) + "\n", encoding="utf8")
-        kind, words = "style", [word.removesuffix(STYLE) for word in words]
+        words, more = [word.removesuffix(STYLE) for word in words], ["--kind", "style", "--concepts", str(named)]
     else:
-        kind, named = "object", ASSETS / "emoji_anchor" / "vocabulary.csv"
-    base = ("--pretrained_model_name_or_path", "emoji", "--concepts", str(named), "--wordnet", wordnet)
-    run("prompts", *words, "--kind", kind, *base, "--output_dir", str(folder))
+        more = ["--kind", "object"]
+    base = ("--pretrained_model_name_or_path", "emoji", "--wordnet", wordnet)
+    run("prompts", *words, *more, *base, "--output_dir", str(folder))
     return folder
 
 
@@ -150,6 +149,7 @@ def pooled(rows: list[Row], source: str, column: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--num_images", type=int, default=128)
     parser.add_argument("--wordnet", default="/usr/share/wordnet", help="WordNet's folder.")
@@ -161,7 +161,7 @@ def main() -> None:
         arguments.work_dir.mkdir(parents=True, exist_ok=True)
         for seed in arguments.seeds:
             for task in arguments.tasks:
-                for source in SOURCES:
+                for source in arguments.sources:
                     training = Training(task, source, seed)
                     if not is_measured(read_rows(arguments.output), asdict(training)):
                         append_rows(arguments.output, [json.loads(json.dumps(measured(training, arguments)))])

@@ -9,6 +9,8 @@ ASSETS = Path(__file__).parent
 BUNDLED = frozenset({"emoji"})
 ANCHORS = {"emoji": ASSETS / "emoji_anchor"}
 """Halting anchors of embedded models."""
+CAPTIONS = {"emoji": ASSETS / "emoji_captions.csv"}
+"""Prompts for all that embedded models draw, each with its concept."""
 EVALUATOR = ASSETS / "emoji_evaluator"
 PICTURES = ASSETS / "emoji_pictures"
 

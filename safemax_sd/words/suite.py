@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import random
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -32,6 +34,8 @@ NEIGHBOURS, OTHERS_WORDS = 8, 8
 """Most neighbours of a suite, and most other words for each of its concepts."""
 OTHER_TEMPLATES, FEW, FEWER = 6, 3, 1
 """Templates for each other word, for each retained concept, and for each everyday thing beside a style."""
+MOST_FORMS, SHARED_BY = 32, 2
+"""Most templates that are read off a file's prompts, and fewest concepts that each of them has to be used for."""
 SUBJECTS, FEW_SUBJECTS = 16, 4
 """Most subjects of a style's prompts, and of those of a style that is only retained."""
 
@@ -44,6 +48,7 @@ class Chosen:
         concepts: Concepts to forget.
         neighbours: Phrases near to them in meaning, the nearest first.
         others: Further entries of the kind, which retain prompts show.
+        own: Prompts of a file, which retain prompts take as they are; those of `others` are then among them.
         broad: Everyday things that retain prompts show as well.
         scenes: Everyday prompts, with the concept that each shows.
         forms: Templates.
@@ -55,6 +60,7 @@ class Chosen:
     concepts: tuple[Concept, ...]
     neighbours: tuple[str, ...]
     others: tuple[str, ...]
+    own: tuple[PromptRow, ...]
     broad: tuple[str, ...]
     scenes: tuple[PromptRow, ...]
     forms: tuple[str, ...]
@@ -63,7 +69,13 @@ class Chosen:
     subjects: tuple[str, ...]
 
 
-def choose(concepts: Sequence[Concept], kind: str, given: Sequence[str] | None, model: ModelWords | None) -> Chosen:
+def choose(
+    concepts: Sequence[Concept],
+    kind: str,
+    given: Sequence[str] | None,
+    model: ModelWords | None,
+    own: Sequence[PromptRow] = (),
+) -> Chosen:
     """Choose what lies near the concepts and what to retain; nothing of it holds a forbidden word.
 
     Args:
@@ -71,6 +83,7 @@ def choose(concepts: Sequence[Concept], kind: str, given: Sequence[str] | None, 
         kind: Their kind.
         given: Phrases of the kind that all neighbours and others come from; None for WordNet and this package's lists.
         model: Base model, which knows some words only and ranks them; None for the order of the sources.
+        own: Prompts of `given`, whose wording is used in place of this package's templates; empty if there are none.
     """
     forbidden = _forbidden(concepts)
 
@@ -88,14 +101,16 @@ def choose(concepts: Sequence[Concept], kind: str, given: Sequence[str] | None, 
     others = _apart(pool, near)
     broad = _apart(usable(things()), [*near, *others]) if given is None or kind == STYLE else []
     rows = [row for row in scenes() if given is None and not holds(" ".join(row), forbidden)]
+    taken = {tuple(plain(without_article(phrase))) for phrase in near}
     painters = [entry.name for entry in entries(kind) if entry.artist]
     return Chosen(
         concepts=tuple(concepts),
         neighbours=tuple(near),
         others=tuple(others),
+        own=tuple(row for row in own if tuple(plain(row[1])) not in taken and not holds(" ".join(row), forbidden)),
         broad=tuple(broad),
         scenes=tuple(rows if model is None else model.known(rows, lambda row: row[0])),
-        forms=tuple(_known_forms(kind, model)),
+        forms=tuple(forms_of(own) or _known_forms(kind, model)),
         by=tuple(_known_forms(ARTIST, model)),
         artists=frozenset([*painters, *(name for one in concepts if one.artist for name in one.wordings)]),
         subjects=tuple(usable(subjects()) or broad),
@@ -118,6 +133,20 @@ def _known_forms(kind: str, model: ModelWords | None) -> list[str]:
     """Return the templates of a kind that have no word that the base model does not know."""
     forms = templates(kind)
     return forms if model is None else model.known(forms, lambda form: form.replace("{subject}", "").replace("{}", ""))
+
+
+def forms_of(rows: Iterable[PromptRow]) -> list[str]:
+    """Read templates off prompts that hold their concept's name: the most frequent that several concepts share.
+
+    `{}` stands for the concept with its article, `{name}` for its name alone.
+    """
+    users: Counter[str] = Counter()
+    for text, concept in dict.fromkeys(rows):
+        found = re.search(rf"\b(an? )?{re.escape(concept)}\b", text, re.IGNORECASE)
+        if found:
+            before, after = (part.replace("{", "{{").replace("}", "}}") for part in text.split(found[0], 1))
+            users[f"{before}{'{}' if found[1] else '{name}'}{after}"] += 1
+    return [form for form, count in users.most_common(MOST_FORMS) if count >= SHARED_BY]
 
 
 def _in_turn(lists: Sequence[Sequence[str]]) -> list[str]:
@@ -166,7 +195,8 @@ def _thing_parts(chosen: Chosen, seed: int, model: ModelWords | None) -> dict[st
         order = _shuffled(forms, phrase, seed)
         tested += _filled(order[:half], phrase, without_article(phrase))
         kept += _filled(order[half:], phrase, without_article(phrase))
-    for phrase in (*chosen.others, *chosen.broad):
+    kept += chosen.own
+    for phrase in (*(() if chosen.own else chosen.others), *chosen.broad):
         kept += _filled(_shuffled(forms, phrase, seed)[:FEW], phrase, without_article(phrase))
     return {
         "forget": [
@@ -225,7 +255,7 @@ def _other_words(concept: Concept, model: ModelWords | None) -> list[str]:
 
 
 def _filled(forms: Iterable[str], phrase: str, concept: str) -> list[PromptRow]:
-    return [(form.format(phrase), concept) for form in forms]
+    return [(form.format(phrase, name=without_article(phrase)), concept) for form in forms]
 
 
 def _shuffled(choices: Sequence[str], of: str, seed: int) -> list[str]:

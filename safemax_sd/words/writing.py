@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from safemax_sd import __version__
+from safemax_sd.assets import CAPTIONS
 from safemax_sd.core.errors import OptionError, path_errors
 from safemax_sd.core.provenance import atomic_write_text, public_path, write_json_atomic
 from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.prompts import load_prompts
+from safemax_sd.prompts import PromptSet, load_prompts
 from safemax_sd.results.folder import FILES, claimed, replacing
 from safemax_sd.words.choosing import ModelWords
-from safemax_sd.words.lists import noun_phrase, plain
+from safemax_sd.words.lists import STYLE, noun_phrase, plain
 from safemax_sd.words.meaning import Concept, concept_of, kind_of, listed
 from safemax_sd.words.options import WordOptions
 from safemax_sd.words.suite import as_csv, choose, compose
@@ -68,11 +69,12 @@ def write_suite(words: Sequence[str], options: WordOptions, base: LoadOptions | 
     wordnet = find_wordnet(options.wordnet) if _needs_wordnet(asked, options, senses) else None
     kind = options.kind or kind_of(asked, wordnet)
     concepts = [concept_of(word, kind, wordnet, senses.get(word)) for word in asked]
-    given = load_prompts(options.concepts, option="--concepts") if options.concepts else None
+    given = given_concepts(options, kind, base)
     model = None if base is None else ModelWords(load_family(base))
     names = [] if given is None else dict.fromkeys(prompt.shows for prompt in given.prompts)
     phrases = None if given is None else [noun_phrase(name) if kind == "object" else name for name in names]
-    chosen = choose(concepts, kind, phrases, model)
+    own = [] if given is None or kind == STYLE else [(p.text, p.concept) for p in given.prompts if p.concept]
+    chosen = choose(concepts, kind, phrases, model, own)
     parts = compose(chosen, kind, seed, model)
     if "retain" not in parts:
         raise OptionError("--concepts", options.concepts, "names nothing but what is to be forgotten")
@@ -96,6 +98,18 @@ def write_suite(words: Sequence[str], options: WordOptions, base: LoadOptions | 
     files = {f"{part}.csv": as_csv(rows) for part, rows in parts.items()}
     files[CARD] = _card(concepts, record, parts)
     return WrittenSuite(kind, files, record, tuple(notes))
+
+
+def given_concepts(options: WordOptions, kind: str, base: LoadOptions | None) -> PromptSet | None:
+    """Load what the model draws: the file of `--concepts`, or for objects an embedded base model's own; or None.
+
+    Raises:
+        OptionError: The file cannot be read.
+    """
+    if options.concepts:
+        return load_prompts(options.concepts, option="--concepts")
+    embedded = CAPTIONS.get(base.name_or_path) if base is not None and kind == "object" else None
+    return None if embedded is None else load_prompts(embedded, option="--concepts")
 
 
 def _needs_wordnet(words: Sequence[str], options: WordOptions, senses: Mapping[str, int]) -> bool:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from safemax_sd.evaluation.inputs import suite_concepts
 
+from safemax_sd.assets import CAPTIONS
 from safemax_sd.core.errors import OptionError
 from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.prompts import Suite, check_disjoint, load_suite
+from safemax_sd.prompts import Suite, check_disjoint, load_prompts, load_suite
 from safemax_sd.words.choosing import ModelWords
 from safemax_sd.words.lists import (
     LISTED,
@@ -27,6 +28,7 @@ from safemax_sd.words.lists import (
 )
 from safemax_sd.words.meaning import KINDS, concept_of, kind_of
 from safemax_sd.words.options import WordOptions
+from safemax_sd.words.suite import forms_of
 from safemax_sd.words.wordnet import WordNet, find_wordnet
 from safemax_sd.words.writing import save_suite, write_suite
 
@@ -159,7 +161,32 @@ def test_the_embedded_model_gets_words_that_it_knows(tmp_path: Path) -> None:
     assert {"top hat", "umbrella"} <= set(parts["retain"].concepts)
     assert not {"sofa", "suitcase", "detonator"} & {*parts["retain"].concepts, *parts["neighbours"].concepts}
     assert "an emoji of a bomb" in parts["forget"].texts and "an oil painting of a bomb" not in parts["forget"].texts
-    assert {text.rsplit(" ", 1)[-1] for text in parts["paraphrases"].texts} == {"grenade"}
+    assert all("grenade" in text for text in parts["paraphrases"].texts)
+
+
+def test_a_files_prompts_give_the_wording_and_are_retained(tmp_path: Path) -> None:
+    """The embedded model's captions have 32 templates, and each concept's own prompts."""
+    parts = written(tmp_path, "bomb", base="emoji").parts
+    captions = load_prompts(CAPTIONS["emoji"], option="--concepts")
+    assert len(parts["forget"].texts) == 32 and {"a noto style emoji of a bomb", "bomb"} <= set(parts["forget"].texts)
+    near = set(parts["neighbours"].concepts)
+    own = [prompt.text for prompt in captions.prompts if prompt.concept not in {"bomb", *near}]
+    assert set(own) <= set(parts["retain"].texts)
+    assert set(parts["retain"].concepts) == {*captions.concepts} - {"bomb"}
+
+
+def test_templates_are_those_that_several_concepts_share() -> None:
+    rows = [
+        ("a photo of a cat", "cat"),
+        ("A photo of a cat", "cat"),
+        ("a photo of an owl", "owl"),
+        ("blue {owl}, flat", "owl"),
+        ("blue {cat}, flat", "cat"),
+        ("a man on top of a surfboard", "surfboard"),
+        ("a row without its concept", "dog"),
+    ]
+    assert forms_of(rows) == ["a photo of {}", "blue {{{name}}}, flat"]
+    assert forms_of(rows)[1].format("", name="dog") == "blue {dog}, flat"
 
 
 def test_words_that_the_base_model_does_not_know_are_named() -> None:
