@@ -41,8 +41,7 @@ FIRST_LAYERS = (
     "joint_blocks.0.x_block.attn.qkv.weight",
     "double_blocks.0.img_attn.qkv.weight",
 )
-"""A layer of each kind of denoiser: Stable Diffusion 1.x, 2.x and XL, SD3, and FLUX. diffusers reads no UNet without
-the prefix."""
+"""A layer of each kind of denoiser: Stable Diffusion's UNet, which diffusers reads with the prefix alone, SD3, FLUX."""
 T5 = "text_encoders.t5xxl."
 PREFIXES = {
     "vae": ("first_stage_model.", "vae."),
@@ -167,7 +166,7 @@ def _part_of_folder(options: LoadOptions, part: str) -> nn.Module:
     config, folder = options.single_file_config, options.single_file_folder
     assert config is not None and folder is not None
     try:
-        return load_part(replace(options, name_or_path=config), part, _index(folder)[part])  # type: ignore[no-any-return]
+        return load_part(replace(options, name_or_path=config), part, _index(folder)[part])
     except OptionError as error:
         text = f"must hold the weights of {part}, which {options.name_or_path} lacks: {error.allowed}"
         raise OptionError(CONFIG_OPTION, config, text) from error
@@ -184,7 +183,7 @@ def _converted(options: LoadOptions, folder: Path, part: str, convert: ConvertDe
     kind = getattr(diffusers, str(_index(folder)[part][-1]))
     network = without_weights(replace(options, name_or_path=str(folder)), part, kind)
     stored, own = load_file(options.name_or_path), network.state_dict()
-    converted = convert({name.removeprefix(DENOISER): stored[name] for name in of_denoiser(stored)}, own)
+    converted = convert({name.removeprefix(DENOISER): stored[name] for name in sorted(of_denoiser(stored))}, own)
     for name, tensor in converted.items():
         if tensor.shape != own[name].shape:
             raise ValueError(f"{name} has the shape {list(tensor.shape)}, in it {list(own[name].shape)}")
