@@ -65,7 +65,7 @@ def moved(layers: Sequence[Any], inputs: dict[int, Tensor]) -> float:
 
 def measure(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Take a few steps at the rate of `auto` and return how far they moved the layers."""
-    family = with_random_weights(load_configurations(config, dtype), dtype)
+    family = with_random_weights(load_configurations(config.load_options(dtype=dtype)), dtype)
     torch.manual_seed(0)
     weights = attach(family, config)
     rate, _ = choose_rate(config, family.denoiser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS
 from tqdm import tqdm
 
 from safemax_sd.core.errors import OptionError
-from safemax_sd.planning.models import configuration_folder
+from safemax_sd.planning.models import configuration_folder, load_configurations
 from safemax_sd.prompts import Suite, pick
 
 TASKS_NOTE = "Prompts that methods are trained on and that are measured, and pictures of each model and seed."
@@ -121,9 +122,10 @@ def _calls(comparison: Comparison) -> dict[str, Calls]:
     attacked = {name: _attack_calls(comparison, suite) for name, suite in comparison.tasks.items()}
     begun = set[tuple[str, int]]()
     erasing: dict[str, float] = {}
+    load = cache(load_configurations)
     for cell in tqdm(make_cells(comparison), desc="dry run", unit="cell", leave=False):
         if cell.label not in erasing:
-            erasing[cell.label] = cell.method.rehearse(cell.erasure)
+            erasing[cell.label] = cell.method.rehearse(cell.erasure, load)
         drawn = _evaluation_calls(cell, samplers)
         attacks = 0 if cell.method.not_attacked else attacked[cell.task]
         lines[cell.label].add(Calls(1, erasing[cell.label], drawn["erased"], attacks))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
-import torch
 import yaml
 from safemax_sd.evaluation.baselines import BASELINES
 from safemax_sd.evaluation.subjects import Adapter, Subject
@@ -19,8 +18,8 @@ from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import check_values, choices_of, flags_of
 from safemax_sd.core.registry import closest
 from safemax_sd.erasing.edits import EDITS, ClosedFormEdit
+from safemax_sd.families import LoadOptions, ModelFamily
 from safemax_sd.objectives import OBJECTIVES
-from safemax_sd.planning.models import load_configurations
 from safemax_sd.planning.rehearsal import rehearse
 from safemax_sd.prompts import Suite
 from safemax_sd.training.children import run_child
@@ -28,6 +27,7 @@ from safemax_sd.training.command_line import check_types
 from safemax_sd.training.config import config_class
 from safemax_sd.training.input import read_input
 
+Load = Callable[[LoadOptions], ModelFamily]
 OUTPUT = "output.txt"
 FLAGS = "train.yaml"
 GIVEN = (
@@ -118,8 +118,13 @@ class Method(ABC):
             OptionError: The model or the guidance scale is not supported.
         """
 
-    def rehearse(self, erasure: Erasure) -> float:
-        """Return the network evaluations that an erasure would take, counted per sample; most take none."""
+    def rehearse(self, erasure: Erasure, load: Load) -> float:
+        """Return the network evaluations that an erasure would take, counted per sample; most take none.
+
+        Args:
+            erasure: Erasure.
+            load: Loads the base model without its weights; methods may share what it returns, and must not change it.
+        """
         return 0
 
     @abstractmethod
@@ -178,9 +183,9 @@ class TrainedMethod(Method):
     def check(self, erasure: Erasure) -> None:
         read_input(config_class(self.name)(**self._all_flags(erasure)))
 
-    def rehearse(self, erasure: Erasure) -> float:
+    def rehearse(self, erasure: Erasure, load: Load) -> float:
         config = config_class(self.name)(**self._all_flags(erasure))
-        family = load_configurations(config, torch.float32)
+        family = load(config.load_options())
         return sum(rehearse(config, family, *read_input(config), brief=True).model_calls.values())
 
     def erase(self, erasure: Erasure) -> None:

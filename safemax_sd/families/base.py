@@ -88,6 +88,7 @@ class LoadOptions:
         single_file_config: Folder in diffusers' format or hub id with a single file's configuration; None for that
             which diffusers infers from the file.
         single_file_folder: Local folder of that configuration, once it has been looked up.
+        missing_parts: Parts of the pipeline that a single file lacks; they are loaded from its configuration's folder.
         revision: Revision on the hub.
         variant: Variant of the weight files, such as `fp16`.
         cache_dir: Folder of hub downloads.
@@ -107,6 +108,7 @@ class LoadOptions:
     prediction_type: str | None = None
     single_file_config: str | None = None
     single_file_folder: Path | None = None
+    missing_parts: tuple[str, ...] = ()
     quantize: Quantization | None = None
     sharded: bool = False
     without_weights: bool = False

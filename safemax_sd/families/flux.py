@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from safemax_sd.families.base import TOKEN_STATES, Conditioning, LoadOptions
 from safemax_sd.families.latent import POOLED
+from safemax_sd.families.original_flux import diffusers_flux
+from safemax_sd.families.single_file import ConvertDenoiser
 from safemax_sd.families.transformer import FEED_FORWARD, TransformerFamily
 
 GUIDANCE = "guidance"
@@ -29,6 +31,8 @@ class Flux(TransformerFamily):
 
     name: ClassVar[str] = "flux"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"FluxPipeline"})
+    # diffusers' own conversion knows the published width alone.
+    read_denoiser: ClassVar[ConvertDenoiser | None] = staticmethod(diffusers_flux)
     no_kohya_format: ClassVar[str | None] = (
         "is not needed for flux models: Forge and ComfyUI load pytorch_lora_weights.safetensors itself"
     )

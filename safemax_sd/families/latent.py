@@ -30,7 +30,7 @@ from safemax_sd.families.folders import (
 )
 from safemax_sd.families.quantization import OPTION as QUANTIZE
 from safemax_sd.families.quantization import quantization_config
-from safemax_sd.families.single_file import is_single_file, load_single_file
+from safemax_sd.families.single_file import ConvertDenoiser, is_single_file, load_single_file
 from safemax_sd.prompts import without_cut_text
 
 POOLED = "pooled"
@@ -44,12 +44,14 @@ class LatentFamily(ModelFamily):
 
     Attributes:
         pipeline_arguments: Further arguments of the class's `from_pretrained`.
+        read_denoiser: Conversion of the denoiser of a single-file checkpoint; None for diffusers' own.
         scheduler_settings: Settings of the model's scheduler; `--prediction_type` overrides the prediction type.
         normalises_latents: True if the pipeline applies the autoencoder's `latents_mean` and `latents_std`.
     """
 
     normalises_latents: ClassVar[bool] = False
     pipeline_arguments: ClassVar[dict[str, Any]] = {}
+    read_denoiser: ClassVar[ConvertDenoiser | None] = None
 
     def __init__(self, pipeline: Any, options: LoadOptions) -> None:
         self.pipeline, self.device = pipeline, options.device
@@ -87,7 +89,7 @@ class LatentFamily(ModelFamily):
             if options.without_weights:
                 pipeline = cls._load_folder(replace(options, name_or_path=str(options.single_file_folder)))
             else:
-                pipeline = load_single_file(cls._pipeline_class(), options)
+                pipeline = load_single_file(cls._pipeline_class(), options, cls.denoiser_part, cls.read_denoiser)
         else:
             pipeline = cls._load_folder(options)
         if not options.without_weights:
@@ -261,23 +263,29 @@ class LatentFamily(ModelFamily):
         single = is_single_file(options.name_or_path)
         loader = f"{cls._pipeline_class().__name__}.from_single_file" if single else "DiffusionPipeline.from_pretrained"
         named = {"config": options.single_file_config, "revision": options.revision, "variant": options.variant}
-        given = {name: value for name, value in named.items() if value is not None}
-        arguments = f", {part}={part}" if full else ""
-        arguments += "".join(f", {name}={value!r}" for name, value in {**given, **cls.pipeline_arguments}.items())
-        lines = [f"pipe = {loader}({base}{arguments})"]
+        given = {name: repr(value) for name, value in named.items() if value is not None}
+        given |= {name: repr(value) for name, value in cls.pipeline_arguments.items()}
+        given |= {name: f"parts.{name}" for name in options.missing_parts} | ({part: part} if full else {})
+        # Parts from elsewhere have other types, and files of transformers may be in fp8, which cannot be computed in.
+        typed = single and (bool(options.missing_parts) or part == "transformer")
+        dtype = ", torch_dtype=torch.bfloat16" if typed else ""
+        arguments = "".join(f", {name}={value}" for name, value in given.items())
+        lines = [f"{part} = AutoModel.from_pretrained({folder!r}, subfolder={part!r}{dtype})"] if full else []
+        if options.missing_parts:
+            revision = "" if options.revision is None else f", revision={options.revision!r}"
+            source = f"{options.single_file_config!r}{revision}, {part}=None{dtype}"
+            lines.append(f"parts = DiffusionPipeline.from_pretrained({source})")
+        lines.append(f"pipe = {loader}({base}{arguments}{dtype})")
         if options.prediction_type is not None:
             changed = f"pipe.scheduler.config, prediction_type={options.prediction_type!r}"
             lines.append(f"pipe.scheduler = pipe.scheduler.from_config({changed})")
-        if full:
-            lines.insert(0, f"{part} = AutoModel.from_pretrained({folder!r}, subfolder={part!r})")
-        else:
+        if not full:
             lines.append(f"pipe.load_lora_weights({folder!r})")
         size = "" if resolution is None else f", height={resolution}, width={resolution}"
-        return [
-            f"from diffusers import {'AutoModel, ' if full else ''}{loader.partition('.')[0]}",
-            *lines,
-            f'pipe({prompt!r}{size}).images[0].save("erased.png")',
-        ]
+        lines.append(f'pipe({prompt!r}{size}).images[0].save("erased.png")')
+        used = {"AutoModel": full, "DiffusionPipeline": bool(options.missing_parts), loader.partition(".")[0]: True}
+        imports = f"from diffusers import {', '.join(name for name, needed in used.items() if needed)}"
+        return [*(["import torch"] if typed else []), imports, *lines]
 
     def enable_memory_savings(self, *, gradient_checkpointing: bool, xformers: bool) -> list[str]:
         network: Any = self.denoiser

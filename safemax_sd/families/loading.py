@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
 from safemax_sd.families.base import FAMILIES, LoadOptions, ModelFamily
@@ -22,7 +24,9 @@ def load_family(options: LoadOptions) -> ModelFamily:
         family = FAMILIES.get(name)
         if class_name in family.pipeline_classes:
             loaded = family.load(located)
-            loaded.options = options
+            loaded.options = replace(
+                options, single_file_config=located.single_file_config, missing_parts=located.missing_parts
+            )
             return loaded
         supported += sorted(family.pipeline_classes)
     raise OptionError(OPTION, options.name_or_path, f"is a {class_name}; supported: {', '.join(supported)}")

@@ -24,7 +24,7 @@ class LoadingOptions(Options):
     )
     single_file_config: str | None = option(
         None,
-        "Diffusers folder or hub id with a single file's configuration, as where the hub is out of reach.",
+        "Diffusers folder or hub id with a single file's configuration and the networks that it lacks.",
         path=True,
     )
     revision: str | None = option(None, "Revision on the hub.")

@@ -6,33 +6,29 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from safemax_sd.assets import resolve_model
-from safemax_sd.families import ModelFamily, load_family
+from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.families.folders import NOT_NEEDED, cannot_be_loaded, download_configuration
 from safemax_sd.families.single_file import is_single_file
 from safemax_sd.planning.network import META
 from safemax_sd.presets import architecture
-from safemax_sd.training.config import TrainConfig
 
 
-def load_configurations(config: TrainConfig, dtype: torch.dtype) -> ModelFamily:
+def load_configurations(options: LoadOptions) -> ModelFamily:
     """Build a model from its configurations on the meta device.
 
     A model on the hub is looked for in the local cache, then among the shipped configurations, then on the hub.
 
     Args:
-        config: Flags.
-        dtype: Type of the frozen weights.
+        options: Settings that load the model, whatever their device.
 
     Raises:
         OptionError: The configurations cannot be found or loaded.
     """
-    options = config.load_options(META, dtype)
-    name, revision, cache_dir = config.pretrained_model_name_or_path, config.revision, config.cache_dir
+    options = replace(options, device=META)
+    name = options.name_or_path
     if not is_single_file(name):  # the configuration of a file is looked up as it is in training
-        name = str(configuration_folder(name, revision=revision, cache_dir=cache_dir))
+        name = str(configuration_folder(name, revision=options.revision, cache_dir=options.cache_dir))
     family = load_family(replace(options, name_or_path=name, without_weights=True))
     family.options = options
     return family

@@ -79,7 +79,7 @@ def make_plan(config: TrainConfig) -> Plan:
     device = own.device or ("cuda" if config.preset or torch.cuda.is_available() else "cpu")
     precision: Any = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     config = replace(config, mixed_precision=precision)
-    family = load_configurations(config, frozen_dtype(config, torch.device(device)))
+    family = load_configurations(config.load_options(dtype=frozen_dtype(config, torch.device(device))))
     check_family(config, family)
     family.enable_memory_savings(gradient_checkpointing=config.gradient_checkpointing, xformers=False)
     warn_of_lengths(family.tokenizer, forget, retain)

@@ -26,13 +26,11 @@ from safemax_sd.core.errors import OptionError, reason_of
 from safemax_sd.core.provenance import write_json_atomic
 from safemax_sd.core.quiet import quiet
 from safemax_sd.families.latent import LatentFamily
-from safemax_sd.families.original_checkpoint import DENOISER, whole_names
-from safemax_sd.families.single_file import is_single_file, with_configuration
+from safemax_sd.families.original_checkpoint import whole_names
+from safemax_sd.families.single_file import AVERAGES, EIGHT_BITS, is_single_file, of_denoiser, with_configuration
 from safemax_sd.results.erasure import ErasureRecord
 
 PLAIN_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
-AVERAGES = "model_ema."
-"""Prefix of weights averaged over the training of a single file, which know what was erased."""
 
 
 @dataclass(frozen=True)
@@ -258,12 +256,20 @@ class FileBase(ExportBase):
         return config
 
     def other_weights(self) -> dict[str, Tensor]:
-        state = load_file(self.path)
-        return {name: tensor for name, tensor in state.items() if not name.startswith((DENOISER, AVERAGES))}
+        state, record = load_file(self.path), self.source.record
+        denoiser = of_denoiser(state)
+        # Weights averaged over the training know what was erased.
+        kept = {name: t for name, t in state.items() if name not in denoiser and not name.startswith(AVERAGES)}
+        for part in record.base_model.missing_parts:
+            network = getattr(self.pipeline, part)
+            config = {"hidden_act": getattr(network.config, "hidden_act", None)}
+            kept |= record.family.original_parts[part](network.state_dict(), config)
+        return kept
 
 
 def _usual_dtype(path: Path) -> torch.dtype:
-    """Return the type of most tensors in a file."""
+    """Return the type of most tensors in a file; bfloat16 if that is fp8, of which it has all values."""
     with safe_open(path, "pt") as file:
         kinds = Counter(file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118
-    return kinds.most_common(1)[0][0]
+    usual = kinds.most_common(1)[0][0]
+    return torch.bfloat16 if usual in EIGHT_BITS else usual

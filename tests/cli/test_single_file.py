@@ -31,7 +31,16 @@ from safemax_sd.results.single_file import SINGLE_FILE
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
 from tests import tiny, tiny_families
-from tests.single_files import as_single_file, save, sd3_as_single_file
+from tests.single_files import (
+    as_single_file,
+    assert_equal,
+    changed,
+    on_file,
+    save,
+    settings_only,
+    without,
+    without_prefix,
+)
 
 CPU = torch.device("cpu")
 SECOND = 24
@@ -55,12 +64,6 @@ def sd_file(sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(model: Path, folder: Path, name: str, *more: str) -> list[str]:
     return tiny.train_arguments(model, folder, folder / name, "--learning_rate", "0.05", *more)
-
-
-def on_file(words: list[str], file: Path, config: Path) -> list[str]:
-    """Return a command line with a single file in place of the folder with its configuration."""
-    given = [str(file) if word == str(config) else word for word in words]
-    return [*given, "--single_file_config", str(config)]
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +90,6 @@ def state(pipeline: Any) -> dict[str, Tensor]:
     """Return all weights of a pipeline."""
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     return {f"{name}.{key}": tensor for name, part in networks.items() for key, tensor in part.state_dict().items()}
-
-
-def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert not [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
 
 
 def picture(pipeline: Any) -> Tensor:
@@ -219,6 +217,17 @@ def test_an_export_without_the_file(from_file: Path, tmp_path: Path, capfd: pyte
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_a_file_of_the_unet_alone_takes_the_rest_from_the_folder(
+    sd: Path, sd_file: Path, from_folder: Path, tmp_path: Path
+) -> None:
+    file = without(sd_file, tmp_path, "first_stage_model.", "cond_stage_model.")
+    run = train(parse_config(on_file(arguments(sd, tmp_path, "run"), file, sd)))
+    assert ErasureRecord.read(run).base_model.missing_parts == ("text_encoder", "vae")
+    for source, name in ((run, "ours"), (from_folder, "theirs")):
+        export(source, tmp_path / name, "--single_file")
+    assert_equal(*(load_file(tmp_path / name / SINGLE_FILE) for name in ("ours", "theirs")))
+
+
 def test_full_weights_become_a_single_file(sd: Path, sd_file: Path, tmp_path: Path) -> None:
     words = arguments(sd, tmp_path, "full", "--trainable", "full")
     run = train(parse_config(on_file(words, sd_file, sd)))
@@ -234,28 +243,6 @@ def test_a_file_says_that_it_is_a_v_prediction_model(tmp_path: Path) -> None:
     assert {"v_pred", "ztsnr"} <= load_file(tmp_path / "file" / SINGLE_FILE).keys()
 
 
-def test_sd3_from_a_file(tmp_path: Path) -> None:
-    model = tiny_families.build_sd3(tmp_path, SECOND)
-    file = sd3_as_single_file(model, tmp_path / "sd3.safetensors")
-    ours = load_family(LoadOptions(str(file), single_file_config=str(model)))
-    theirs = load_family(LoadOptions(str(model)))
-    assert ours.name == "stable_diffusion_3"
-    assert_equal(ours.denoiser.state_dict(), theirs.denoiser.state_dict())
-
-
-def changed(sd: Path, folder: Path, part: str, **settings: object) -> Path:
-    """Copy a folder and change a part's configuration."""
-    copy = Path(shutil.copytree(sd, folder / "changed"))
-    path = copy / part / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
-    return copy
-
-
-def without(file: Path, folder: Path, prefix: str) -> Path:
-    kept = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(prefix)}
-    return save(kept, folder / "part.safetensors")
-
-
 def garbage(file: Path, folder: Path) -> Path:
     (folder / "garbage.safetensors").write_text("garbage")
     return folder / "garbage.safetensors"
@@ -266,6 +253,7 @@ FILES: list[tuple[Callable[[Path, Path], Path], str]] = [
     (lambda file, folder: folder / "model.ckpt", "is a pickle, which can run code when it is read: convert it"),
     (garbage, "is no safetensors file: "),
     (lambda file, folder: without(file, folder, "model.diffusion_model."), "is no checkpoint of Stable Diffusion"),
+    (without_prefix, "is no checkpoint of Stable Diffusion"),
 ]
 
 
@@ -294,8 +282,14 @@ CONFIGS: list[tuple[Callable[[Path, Path, Path], tuple[Path, Path]], str]] = [
         lambda sd, file, folder: (file, changed(sd, folder, "text_encoder", num_hidden_layers=2)),
         "16 weights are not in",
     ),
-    (lambda sd, file, folder: (without(file, folder, "first_stage_model."), sd), "Failed to load AutoencoderKL, whose"),
-    (lambda sd, file, folder: (without(file, folder, "cond_stage_model."), sd), "Failed to load CLIPTextModel, whose"),
+    (
+        lambda sd, file, folder: (without(file, folder, "first_stage_model."), settings_only(sd, folder)),
+        "must hold the weights of vae, which",
+    ),
+    (
+        lambda sd, file, folder: (without(file, folder, "cond_stage_model."), settings_only(sd, folder)),
+        "must hold the weights of text_encoder, which",
+    ),
     (
         lambda sd, file, folder: (
             save(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
+    convert_flux_transformer_checkpoint_to_diffusers,
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
@@ -22,6 +23,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from safemax_sd.families.base import FAMILIES
 from safemax_sd.families.original_checkpoint import autoencoder, open_clip, whole_names
+from safemax_sd.families.original_flux import diffusers_flux
+from tests.original_mmdit import flux_layers
 from tests.unit.test_kohya_names import CONFIGS
 
 NAMES = list(CONFIGS)
@@ -175,3 +178,25 @@ def test_projections_of_open_clip_are_joined_in_order() -> None:
 def test_a_layer_without_a_counterpart_is_named() -> None:
     with pytest.raises(ValueError, match=r"encoder\.layers\.0 has no counterpart"):
         autoencoder({"encoder.layers.0.weight": torch.zeros(1)}, {})
+
+
+def test_flux_is_converted_as_diffusers_converts_it() -> None:
+    config = {
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "in_channels": 64,
+        "guidance_embeds": True,
+    }
+    generator = torch.Generator().manual_seed(0)
+    written: dict[str, Tensor] = {}
+    for layer, rows in flux_layers(config):
+        written |= {f"{layer}.{kind}": torch.randn(rows, 1, generator=generator) for kind in ("weight", "bias")}
+        if layer.endswith((".qkv", ".linear1")):
+            norm = layer.replace(".qkv", ".norm").replace(".linear1", ".norm")
+            written |= {f"{norm}.{kind}_norm.scale": torch.randn(128, generator=generator) for kind in ("query", "key")}
+    theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(written))
+    ours = diffusers_flux(written, theirs)
+    assert ours.keys() == theirs.keys()
+    assert not [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]

@@ -11,6 +11,7 @@ from typing import Any
 import open_clip
 import pytest
 import yaml
+from safemax_sd.evaluation.comparison import dry_run as dry_running
 from safemax_sd.evaluation.comparison.config import Comparison, read_comparison
 from safemax_sd.evaluation.comparison.dry_run import dry_run
 from safemax_sd.evaluation.comparison.grid import make_cells
@@ -19,6 +20,8 @@ from safemax_sd.evaluation.comparison.published import Published
 from benchmarks import celebrity_prompts
 from safemax_sd.cli import main
 from safemax_sd.core.errors import OptionError
+from safemax_sd.families import LoadOptions, ModelFamily
+from safemax_sd.planning.models import load_configurations
 from safemax_sd.prompts import PublicFile, load_suite, measured_on
 from safemax_sd.training.command_line import read_yaml
 
@@ -175,6 +178,34 @@ def test_a_dry_run_counts_what_runs_and_gives_hours_at_a_given_speed(
         dry_run(config, seconds_per_call=-1)
     assert main(["compare", "--config", config, "--seconds_per_call", "0.5"]) == 2
     assert "has no effect without --dry_run" in capsys.readouterr().err
+
+
+def test_methods_share_a_model_without_weights_and_plan_what_each_plans_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[LoadOptions] = []
+
+    def counted(options: LoadOptions) -> ModelFamily:
+        loaded.append(options)
+        return load_configurations(options)
+
+    monkeypatch.setattr(dry_running, "load_configurations", counted)
+    small = {"max_train_steps": 4, "forget_trajectories": 2, "retain_trajectories": 4}
+    methods: dict[str, dict[str, Any]] = {
+        "pruned": {"objective": "safemax", "prune": 0.1, **small},
+        "whole": {"objective": "salun", "trainable": "full", "learning_rate": 1e-5, **small},
+    }
+
+    def planned(*labels: str) -> dict[str, str]:
+        config = config_with(tmp_path, methods={label: methods[label] for label in labels})
+        lines = dry_run(config).splitlines()
+        return {label: next(line for line in lines if line.startswith(f"| {label} |")) for label in labels}
+
+    alone = planned("pruned") | planned("whole")
+    assert len(loaded) == 2
+    assert planned("pruned", "whole") == planned("whole", "pruned") == alone
+    assert len(loaded) == 4
+    assert all(int(line.split("|")[3].replace(",", "")) > 0 for line in alone.values())
 
 
 def test_files_that_are_not_there_are_all_named_at_once(tmp_path: Path) -> None:
