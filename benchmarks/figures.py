@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def trajectories(velocity: Any) -> tuple[Array, Array]:
     """
     phi = np.linspace(np.pi / 2, np.pi / 180, STEPS + 1)
     y = [STARTS]
-    for here, there in zip(phi, phi[1:], strict=False):
+    for here, there in itertools.pairwise(phi):
         middle = y[-1] + (there - here) / 2 * velocity(y[-1], here)
         y.append(y[-1] + (there - here) * velocity(middle, (here + there) / 2))
     return np.degrees(phi), np.stack(y)
@@ -93,7 +94,9 @@ def draw_one_coordinate(path: Path) -> None:
     import matplotlib.pyplot as plt
 
     with plt.rc_context(STYLE):
-        figure, (turn, kept, halted) = plt.subplots(1, 3, figsize=(11, 3.5), layout="constrained", width_ratios=(4, 3, 3))
+        figure, (turn, kept, halted) = plt.subplots(
+            1, 3, figsize=(11, 3.5), layout="constrained", width_ratios=(4, 3, 3)
+        )
         draw_turn(turn)
         draw_paths(kept, kept_velocity, KEPT, "kept: the path follows v to a picture", "pictures, ±1")
         draw_paths(halted, halted_velocity, HALTED, "halted: v = 0, the path stands still", "still noise")

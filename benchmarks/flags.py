@@ -34,7 +34,11 @@ ROOT = Path(__file__).parents[1]
 SURFACE = ROOT / "tests" / "unit" / "flags.txt"
 SHARED, COMMAND = "shared", "safemax "
 HEAD = ["flag", "default", "meaning"]
-GROUPED = {"train": (ForgetOptions, config_class(TrainConfig.objective)), "plan": (PlanOptions,), "prompts": (SuiteOptions,)}
+GROUPED = {
+    "train": (ForgetOptions, config_class(TrainConfig.objective)),
+    "plan": (PlanOptions,),
+    "prompts": (SuiteOptions,),
+}
 """Dataclasses of the flags of commands that parse their own; of a plan, those that a training does not have."""
 MARKED = re.compile(r"(<!-- flags of ([a-z_, ]+) -->\n).*?(<!-- end of flags -->)", re.DOTALL)
 
@@ -131,7 +135,9 @@ def differing_flags(methods: Sequence[str]) -> str:
     """Return the table of shared flags whose defaults differ between methods."""
     columns = [flags_by_name(config_class(method)) for method in methods]
     names = [name for name in flags_by_name(TrainConfig) if len({shown(flags[name].default) for flags in columns}) > 1]
-    rows = [[f"`--{name}`", *(shown(flags[name].default) for flags in columns)] for name in names if name != "objective"]
+    rows = [
+        [f"`--{name}`", *(shown(flags[name].default) for flags in columns)] for name in names if name != "objective"
+    ]
     return markdown_table(["flag", *(f"`{method}`" for method in methods)], rows)
 
 

@@ -52,7 +52,9 @@ def listed() -> dict[tuple[str, ...], str]:
 
 def commands(page: Path) -> list[list[str]]:
     """Return the commands in a page's bash blocks, as words."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf8"), re.DOTALL | re.MULTILINE)
+    text = page.read_text(encoding="utf8")
+    assert not re.search(r"^```(sh|shell|console)\b", text, re.MULTILINE), "blocks of commands are called bash"
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
     return [words for words in found if words]
@@ -89,7 +91,9 @@ def model_of(name: str, words: list[str]) -> str:
         if name in OPTIONS:
             OPTIONS[name](**parameters).validate()
         if name == "compare":
-            return str(yaml.safe_load(Path(parameters["config"]).read_text(encoding="utf8")).get("base_model", EMBEDDED))
+            return str(
+                yaml.safe_load(Path(parameters["config"]).read_text(encoding="utf8")).get("base_model", EMBEDDED)
+            )
         return str(parameters.get("clip_model", EMBEDDED))
     return EMBEDDED
 

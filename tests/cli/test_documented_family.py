@@ -53,7 +53,9 @@ def test_example_is_erased_from(tmp_path: Path) -> None:
     def draw() -> torch.Tensor:
         noise = torch.Generator().manual_seed(0)
         return torch.as_tensor(
-            pipeline("a red apple", num_inference_steps=2, height=64, width=64, generator=noise, output_type="np").images
+            pipeline(
+                "a red apple", num_inference_steps=2, height=64, width=64, generator=noise, output_type="np"
+            ).images
         )
 
     before = draw()

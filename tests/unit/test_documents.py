@@ -57,7 +57,9 @@ def test_named_files_exist(path: Path) -> None:
         assert (path.parent / target).exists(), f"{target} is not there"
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path != LOG], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [path for path in DOCUMENTS if path != LOG], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_named_modules_exist(path: Path) -> None:
     for code in in_backticks(path.read_text(encoding="utf8")):
         for name in re.findall(r"^safemax_sd(?:\.\w+)+$", code):
@@ -110,7 +112,9 @@ def test_the_citation_is_of_this_version() -> None:
     assert f"({safemax_sd.__version__})" in (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.stem
+)
 def test_issue_forms_have_what_the_site_asks_of_them(path: Path) -> None:
     form = yaml.safe_load(path.read_text(encoding="utf8"))
     if path.stem != "config":
