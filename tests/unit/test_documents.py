@@ -1,30 +1,24 @@
-"""README and `docs/`: the files, modules and flags that they name exist, and figures agree with result files."""
+"""README and `docs/`: the files and modules that they name exist, and figures agree with result files."""
 
 from __future__ import annotations
 
 import json
 import pkgutil
 import re
-import shlex
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
-import typer
+import yaml
 from safemax_sd.evaluation.metrics.base import wilson
 
-from safemax_sd.cli import app
-from safemax_sd.core.options import flags_of
-from safemax_sd.erasing.command_line import DEFAULT_EDIT
-from safemax_sd.erasing.edits import EDITS
-from safemax_sd.planning.options import PlanOptions
-from safemax_sd.training.config import TrainConfig, config_class
-from safemax_sd.words.options import ForgetOptions, SuiteOptions
+import safemax_sd
 
 ROOT = Path(__file__).parents[2]
 README, LOG = ROOT / "README.md", ROOT / "docs" / "experiment_log.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "results" / "README.md"]
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+DOCUMENTS = [README, *OTHERS, *sorted(path for path in (ROOT / "docs").rglob("*.md") if path.name != "compare.md")]
 FOLDERS = ("safemax_sd", "evaluation", "prompts", "tests", "examples", "benchmarks", "docs")
 """Top-level folders; paths with another first part are written by commands."""
 MOST_LINES = 130
@@ -55,35 +49,6 @@ def named_paths(path: Path) -> list[str]:
     return [word for word in words if word.split("/")[0] in FOLDERS and "/" in word and "<" not in word]
 
 
-def command_lines(path: Path) -> list[list[str]]:
-    """Return the commands in a document's bash blocks, as words."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", path.read_text(encoding="utf8"), re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(part, comments=True) for line in lines for part in line.split("&&") if part.strip()]
-
-
-def known_flags(words: list[str]) -> set[str] | None:
-    """Return the flags of a command of this package; None for other programs."""
-    if "safemax_sd.train" in words or words[:2] == ["safemax", "train"]:
-        objective = words[words.index("--objective") + 1] if "--objective" in words else "safemax"
-        own = [ForgetOptions] if words[:2] == ["safemax", "train"] else []
-        return {f"--{flag.name}" for options in (*own, config_class(objective)) for flag in flags_of(options)}
-    if words[:2] == ["safemax", "prompts"]:
-        return {f"--{flag.name}" for flag in flags_of(SuiteOptions)}
-    if words[:2] == ["safemax", "plan"]:
-        return {f"--{flag.name}" for options in (PlanOptions, TrainConfig) for flag in flags_of(options)}
-    if words[:2] == ["safemax", "erase"]:
-        edit = words[words.index("--edit") + 1] if "--edit" in words else DEFAULT_EDIT
-        return {"--edit", *(f"--{flag.name}" for flag in flags_of(EDITS.get(edit).Config))}
-    if "safemax_sd.cli" not in words and words[:1] != ["safemax"]:
-        return None
-    name = words[words.index("safemax_sd.cli") + 1] if "safemax_sd.cli" in words else words[1]
-    group = typer.main.get_command(app)
-    command = group.get_command(typer.Context(group), name)  # type: ignore[attr-defined]
-    assert command is not None, f"safemax {name}"
-    return {text for parameter in command.params for text in parameter.opts}
-
-
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_named_files_exist(path: Path) -> None:
     for name in named_paths(path):
@@ -92,18 +57,15 @@ def test_named_files_exist(path: Path) -> None:
         assert (path.parent / target).exists(), f"{target} is not there"
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path != LOG], ids=lambda path: path.stem)
-def test_named_modules_and_flags_exist(path: Path) -> None:
+@pytest.mark.parametrize(
+    "path", [path for path in DOCUMENTS if path != LOG], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_named_modules_exist(path: Path) -> None:
     for code in in_backticks(path.read_text(encoding="utf8")):
         for name in re.findall(r"^safemax_sd(?:\.\w+)+$", code):
             assert pkgutil.resolve_name(name) is not None
         for name in re.findall(r"python -m (benchmarks[.\w]*)", code):
             assert (ROOT / name.replace(".", "/")).is_dir() or (ROOT / f"{name.replace('.', '/')}.py").is_file(), name
-    for words in command_lines(path):
-        known, launched = known_flags(words), "safemax_sd.cli" in words or "safemax_sd.train" in words
-        own = words[words.index("-m") + 1 :] if launched else words
-        for word in own if known is not None else ():
-            assert not word.startswith("--") or word in known, " ".join(words)
 
 
 def test_readme_is_short_and_its_commands_stand_alone() -> None:
@@ -142,3 +104,21 @@ def test_readme_gives_the_figures_of_its_result_file() -> None:
 def fid_of(row: dict[str, Any]) -> tuple[float, float]:
     """Return the FID of retained pictures of a run and of the base model."""
     return row["metrics"]["fid/retain"]["value"], row["base"]["fid/retain"]
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf8"))
+    assert citation["version"] == safemax_sd.__version__
+    assert f"({safemax_sd.__version__})" in (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.stem
+)
+def test_issue_forms_have_what_the_site_asks_of_them(path: Path) -> None:
+    form = yaml.safe_load(path.read_text(encoding="utf8"))
+    if path.stem != "config":
+        assert form["name"] and form["description"]
+        fields = [field["id"] for field in form["body"]]
+        assert len(set(fields)) == len(fields) and all(field["attributes"]["label"] for field in form["body"])
+        assert ("doctor" in fields) == (path.stem == "bug")

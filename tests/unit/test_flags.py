@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from benchmarks.flags import SURFACE, documents, surface, with_tables
+from benchmarks.flags import ROOT, SURFACE, documents, surface, with_tables
+from safemax_sd.cli import app
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import flags_of
 from safemax_sd.objectives import OBJECTIVES
@@ -30,6 +33,12 @@ def test_tables_of_flags_are_not_stale(path: Path) -> None:
 def test_every_method_has_a_table() -> None:
     text = "".join(path.read_text(encoding="utf8") for path in documents())
     assert [name for name in OBJECTIVES.names() if f"<!-- flags of {name} -->" not in text] == []
+
+
+def test_every_command_has_a_table() -> None:
+    group: Any = typer.main.get_command(app)
+    text = (ROOT / "docs" / "reference" / "commands.md").read_text(encoding="utf8")
+    assert [name for name in group.commands if f"<!-- flags of safemax {name} -->" not in text] == []
 
 
 def test_a_table_is_written_between_markers() -> None:

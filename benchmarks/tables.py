@@ -1,0 +1,136 @@
+"""Write the tables in documents that repeat result files: `python -m benchmarks.tables`.
+
+They stand between markers, which a test compares with the files:
+
+    <!-- table depth -->
+    <!-- end of table -->
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.method_search import table as search_table
+from benchmarks.results import markdown_table, read_rows
+
+DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = DOCS / "results"
+DOCUMENTS = (DOCS / "attacks.md", DOCS / "emoji_benchmark.md")
+MARKED = re.compile(r"(<!-- table ([a-z ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+SHOWN = {
+    "bomb": ("base", "default", "pruned", "pruned5", "never_known"),
+    "dog": ("base", "default", "pruned", "pruned6", "never_known"),
+    "weapons": ("pruned",),
+}
+"""Targets of the table of depths by task, as the result file names them."""
+NAMES = {"default": "SAFEMax", "base": "base", "never_known": "never known"}
+PRUNED = {
+    ("bomb", "pruned"): ("bomb_pruned", 0.04),
+    ("bomb", "pruned5"): ("bomb_p5", 0.05),
+    ("dog", "pruned"): ("dog_pruned", 0.04),
+    ("dog", "pruned6"): ("dog_p6", 0.06),
+    ("weapons", "pruned"): ("weapons_pruned", 0.06),
+}
+"""Name of a pruned target's evaluation in that file, and the fraction pruned."""
+STEPS = (10, 20, 50, 100, 200)
+
+
+def _read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf8"))
+    return content
+
+
+def depth() -> str:
+    """Return the table of what attacks on token states and weights bring back."""
+    content = _read("2026-11-28-depth.json")
+    attacks = {(row["task"].removeprefix("emoji/"), row["target"], row["attack"]): row for row in content["rows"]}
+    kept = _kept(content["evaluation"])
+    lines = []
+    for task, target in ((task, target) for task, targets in SHOWN.items() for target in targets):
+        erasure, fraction = PRUNED.get((task, target), (f"{task}_{target}", None))
+        name = NAMES[target] if fraction is None else f"SAFEMax, `--prune {fraction}`"
+        success, tries = (attacks[task, target, attack] for attack in ("state_inversion", "relearning"))
+        relearnt = [f"{tries['tries'][f'full, rate 1e-4, {steps} steps']:.0f}" for steps in STEPS]
+        lines.append([task, name, kept.get(erasure, "–"), _rate(success["success"]), *relearnt])
+    head = ["task", "target", "kept, neighbours %", "state inversion %", f"relearnt after {STEPS[0]}", *STEPS[1:]]
+    return markdown_table(head, lines)
+
+
+def _kept(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Return what is recognised of retain prompts and of neighbours, by erasure; of SAFEMax's own, seed 0's."""
+    found: dict[str, list[float]] = {}
+    for part in ("retain", "neighbours"):
+        wanted = {"metric": "clip_accuracy", "model": "erased", "subset": part}
+        for row in rows:
+            if wanted.items() <= row.items():
+                found.setdefault(row["erasure"], []).append(row["value"])
+    for row in _read("2026-11-28-safemax-defaults.json")["rows"]:
+        name = f"{row['task'].removeprefix('emoji/')}_default"
+        if (row["code"], row["seed"]) == ("now", 0):
+            found[name] = [row["metrics"][f"clip_accuracy/{part}"]["value"] for part in ("retain", "neighbours")]
+    return {name: ", ".join(f"{value:.1f}" for value in values) for name, values in found.items()}
+
+
+def _rate(success: dict[str, float]) -> str:
+    return f"{success['value']:.0f} [{success['low']:.0f}, {success['high']:.0f}]"
+
+
+def _comparison(number: int) -> list[list[str]]:
+    """Return the cells of one of the tables that the comparison of methods wrote, without the ruled line."""
+    text = (RESULTS / "emoji_comparison" / "compare.md").read_text(encoding="utf8")
+    tables: list[list[list[str]]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("| ---"):
+            continue
+        if line.startswith("|"):
+            tables[-1].append([cell.strip() for cell in line.split("|")[1:-1]])
+        elif tables[-1]:
+            tables.append([])
+    return tables[number]
+
+
+def comparison() -> str:
+    """Return the table of methods over all tasks, without peak memory and number of runs."""
+    head, *lines = _comparison(0)
+    columns = [place for place, name in enumerate(head) if name not in ("peak GiB", "runs")]
+    return markdown_table([head[place] for place in columns], [[line[place] for place in columns] for line in lines])
+
+
+def comparison_by_task() -> str:
+    """Return the table of methods task by task."""
+    head, *lines = _comparison(1)
+    return markdown_table([name.removeprefix("emoji/") for name in head], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "depth": depth,
+    "comparison": comparison,
+    "comparison by task": comparison_by_task,
+    "search": lambda: search_table(read_rows(RESULTS / "emoji_search.jsonl")),
+}
+
+
+def with_tables(text: str) -> str:
+    """Return a document with its tables written anew.
+
+    Raises:
+        KeyError: A marker names an unknown table.
+    """
+
+    def replaced(match: re.Match[Any]) -> str:
+        return f"{match[1]}{TABLES[match[2]]()}{match[3]}"
+
+    return MARKED.sub(replaced, text)
+
+
+def main() -> None:
+    for path in DOCUMENTS:
+        path.write_text(with_tables(path.read_text(encoding="utf8")), encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()
