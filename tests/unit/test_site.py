@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mkdocs_hooks import INCLUDED, included, on_page_markdown
+from docs.hooks import INCLUDED, included, on_page_markdown
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from posixpath import relpath
 from typing import Any
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 INCLUDED = re.compile(r"^<!-- include ([\w./]+)(?:: ([^>]+?))? -->$", re.MULTILINE)
 FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 PAGE = re.compile(r"`docs/([\w./]+\.md)`(?!\])")
