@@ -267,7 +267,7 @@ class Generator:
 
     def _request(self, job: Job, places: list[int], sources: PictureSource | None) -> Request:
         """Return the request of the pictures at the given indices, which all have the same guidance scale."""
-        shown = None if sources is None else sources[places]
+        shown = None if sources is None else sources[places].contiguous()
         if shown is not None and shown.shape[-1] != self._side:
             shown = F.interpolate(shown, (self._side, self._side), mode="bicubic", antialias=True).clamp(0, 1)
         return Request(

@@ -57,7 +57,7 @@ def test_values_are_those_of_one_batch(evaluation: Evaluation, known: tuple[str,
     context = Context(judge, names, thresholds, real.pictures[list(range(300, 500))], JUDGE_EXTRACTOR, ("bomb",))
     evaluation.context = context
     generator = torch.Generator().manual_seed(0)
-    pictures = real.pictures[list(range(300))]
+    pictures = real.pictures[list(range(300))].contiguous()  # as drawn ones are
     pictures[::3] = torch.rand(100, 3, 64, 64, generator=generator)
     latents, reference = torch.randn(2, 300, 4, 8, 8, generator=generator)
     prompts = [Prompt(f"an emoji of a {concept}", concept) for concept in CONCEPTS]
