@@ -59,8 +59,8 @@ def test_a_file_that_is_no_whole_picture_is_named(tmp_path: Path, ending: str, d
     path = pictures / "pear" / f"broken.{ending}"
     noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     Image.fromarray(noise.numpy()).save(path)
-    whole = path.read_bytes()
-    broken = {"half": whole[: len(whole) // 2], "empty": b"", "text": b"a pear", "header": whole[:40]}[damage]
+    content = path.read_bytes()
+    broken = {"half": content[: len(content) // 2], "empty": b"", "text": b"a pear", "header": content[:40]}[damage]
     path.write_bytes(broken)
     with pytest.raises(OptionError, match=rf"--real_images .*broken\.{ending}: cannot be read as a picture") as caught:
         whole(str(pictures), option="--real_images")
