@@ -207,8 +207,8 @@ class Measurement:
             prompts = pick(self.parts[subset], self.num_images)
             noise_of = "forget" if subset == RESTORED else subset
             job = self.evaluation.job(model, prompts, noise_of, sampler=sampler, guidance_scale=scale)
-            made = self.evaluation.generator.run(job)
-            values = self.evaluation.measure(made, prompts, METRICS[subset])
+            drawn = self.evaluation.generator.draw(job)
+            values = self.evaluation.measure(drawn, prompts, METRICS[subset])
             results = {name: vars(value) for name, value in values.items()}
             made_by = asdict(provenance(0, torch.device("cpu")))
             yield {**key, **results, "seconds": self.seconds, **self.marks, "provenance": made_by}

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safemax_sd.core.errors import SafemaxError, path_errors, reason_of
 from safemax_sd.core.provenance import write_tensors_atomic
 from safemax_sd.diffusion.schedulers import as_scheduler
 from safemax_sd.prompts import without_cut_text
+from safemax_sd.recording.picture_folder import PictureSource
 
 logger = logging.getLogger("safemax_sd")
 
@@ -78,8 +80,42 @@ class Job:
         return [places[start : start + size] for places in by_scale.values() for start in range(0, len(places), size)]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """The pictures of a job, which lie in the cache and are read from it when they are asked for.
+
+    Attributes:
+        batches: Indices of each batch's pictures.
+        read: Function that opens the batch of a number; its tensors take memory once they are used.
+    """
+
+    batches: list[list[int]]
+    read: Callable[[int], Pictures]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @cached_property
+    def _places(self) -> dict[int, tuple[int, int]]:
+        """Each picture's batch and its row there."""
+        return {place: (number, row) for number, rows in enumerate(self.batches) for row, place in enumerate(rows)}
+
+    def pictures(self, places: Sequence[int]) -> Tensor:
+        """Read the pictures at some indices, float32 [len(places), 3, H, W] in 0 to 1."""
+        return self._rows("pictures", places)
+
+    def latents(self, places: Sequence[int]) -> Tensor:
+        """Read the latents of the pictures at some indices, float32 [len(places), *latent]."""
+        return self._rows("latents", places)
+
+    def _rows(self, kind: str, places: Sequence[int]) -> Tensor:
+        found = [self._places[place] for place in places]
+        batches = {number: getattr(self.read(number), kind) for number in {number for number, _ in found}}
+        return torch.stack([batches[number][row] for number, row in found])
+
+
 def _read(path: Path) -> Pictures | None:
-    """Read a cached batch; return None if there is none or, with a warning, if its file is damaged."""
+    """Open a cached batch without reading it; return None if there is none or, with a warning, if it is damaged."""
     try:
         return Pictures(**load_file(path))
     except FileNotFoundError:
@@ -101,7 +137,7 @@ def clear_cache(folder: Path) -> None:
 class Generator:
     """Generator of pictures with the base and the erased model, with a cache of finished batches.
 
-    The processes of a run share the work: each draws some of the batches and reads the others from the cache.
+    The processes of a run share the work: each draws some of the batches, and all read them from the cache.
 
     Args:
         subject: Erasure to evaluate.
@@ -164,46 +200,36 @@ class Generator:
         own = getattr(self.pipeline, "default_sample_size", None) or self.pipeline.unet.config.sample_size
         return int(own[0] if isinstance(own, list | tuple) else own) * int(self.pipeline.vae_scale_factor)
 
-    def run(
-        self, job: Job, *, advance: Callable[[int], object] | None = None, sources: Tensor | None = None
-    ) -> Pictures:
-        """Draw a job's pictures batch by batch, or read them from the cache.
+    def draw(
+        self, job: Job, *, advance: Callable[[int], object] | None = None, sources: PictureSource | None = None
+    ) -> Drawn:
+        """Draw a job's pictures batch by batch, unless they are in the cache.
 
         Args:
             job: Pictures to generate.
             advance: Function called with the model calls of each finished batch; they add up to `job.model_calls`.
-            sources: Square pictures that image-to-image starts from, [N, 3, S, S] in 0 to 1; None for text-to-image.
-                They are resized to the side that the model was trained for, since a pipeline would draw at theirs.
-
-        Returns:
-            Pictures and latents in the job's order.
+            sources: Square pictures that image-to-image starts from; None for text-to-image. They are resized to the
+                side that the model was trained for, since a pipeline would draw at theirs.
 
         Raises:
-            OptionError: The cache cannot be written to.
+            OptionError: The cache cannot be written to, or a source cannot be read.
             SafemaxError: Pictures or latents are not finite.
         """
-        if sources is not None and sources.shape[-1] != self._side:
-            sources = F.interpolate(sources, (self._side, self._side), mode="bicubic", antialias=True).clamp(0, 1)
-        batches = job.batches(self.batch_size)
-        own = range(self._state.process_index, len(batches), self._state.num_processes)
-        parts: dict[int, Pictures] = {}
-
-        def make(number: int) -> None:
-            parts[number] = self._batch(job, batches[number], sources)
+        drawn = Drawn(job.batches(self.batch_size), lambda number: self._batch(job, drawn.batches[number], sources))
+        own = drawn.batches[self._state.process_index :: self._state.num_processes]
+        left = job.model_calls
+        for places in own:
+            self._batch(job, places, sources)
+            calls = sum(job.calls_of(place) for place in places)
+            left -= calls
             if advance is not None:
-                advance(sum(job.calls_of(place) for place in batches[number]))
-
-        for number in own:
-            make(number)
+                advance(calls)
         self._state.wait_for_everyone()
-        for number in sorted(set(range(len(batches))) - set(own)):  # drawn by other processes, and read from the cache
-            make(number)
-        order = torch.tensor([place for places in batches for place in places]).argsort()
-        in_order = [parts[number] for number in range(len(batches))]
-        pictures, latents = torch.cat([p.pictures for p in in_order]), torch.cat([p.latents for p in in_order])
-        return Pictures(pictures[order], latents[order])
+        if advance is not None and left:  # drawn by other processes
+            advance(left)
+        return drawn
 
-    def _batch(self, job: Job, places: Sequence[int], sources: Tensor | None) -> Pictures:
+    def _batch(self, job: Job, places: list[int], sources: PictureSource | None) -> Pictures:
         request = self._request(job, places, sources)
         path = self._path(job, request)
         kept = _read(path)
@@ -239,8 +265,11 @@ class Generator:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         return self._caches[job.model] / f"{name}.safetensors"
 
-    def _request(self, job: Job, places: Sequence[int], sources: Tensor | None) -> Request:
+    def _request(self, job: Job, places: list[int], sources: PictureSource | None) -> Request:
         """Return the request of the pictures at the given indices, which all have the same guidance scale."""
+        shown = None if sources is None else sources[places].contiguous()
+        if shown is not None and shown.shape[-1] != self._side:
+            shown = F.interpolate(shown, (self._side, self._side), mode="bicubic", antialias=True).clamp(0, 1)
         return Request(
             prompts=[job.prompts[place] for place in places],
             seeds=[job.seeds[place] for place in places],
@@ -248,6 +277,6 @@ class Generator:
             guidance_scale=job.guidance_scales[places[0]],
             num_inference_steps=job.num_inference_steps,
             size=self._size,
-            sources=None if sources is None else sources[places],
+            sources=shown,
             strength=job.strength,
         )

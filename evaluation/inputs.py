@@ -7,11 +7,11 @@ from safemax_sd.evaluation.metrics.distribution import check_distribution
 from safemax_sd.evaluation.metrics.features import INCEPTION, JUDGE_EXTRACTOR
 from safemax_sd.evaluation.options import EvaluateOptions, JudgingOptions
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures, load_folder
-from torch import Tensor
 
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.judge import Judge
 from safemax_sd.prompts import Suite, load_suite, suite_names
+from safemax_sd.recording.picture_folder import PictureSource
 from safemax_sd.results.erasure import ErasureRecord
 
 
@@ -63,7 +63,7 @@ def check_metrics(suite: Suite) -> None:
 
 
 def load_real(options: JudgingOptions, base_model: str) -> RealPictures | None:
-    """Load the real pictures to compare with; None if there are none.
+    """Open the real pictures to compare with; None if there are none.
 
     They are those of `--real_images` or, for the embedded emoji model, the embedded ones.
 
@@ -105,11 +105,8 @@ def judging_context(options: JudgingOptions, suite: Suite, judge: Judge, real: R
     )
 
 
-def kept_pictures(options: EvaluateOptions, suite: Suite, real: RealPictures | None) -> Tensor | None:
+def kept_pictures(options: EvaluateOptions, suite: Suite, real: RealPictures | None) -> PictureSource | None:
     """Return real pictures of a suite's retained concepts for FID and KID; None if these are not measured.
-
-    Returns:
-        Pictures, [M, 3, H, W] in 0 to 1.
 
     Raises:
         OptionError: There are too few real pictures, or too few pictures to draw.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-import torch
 from safemax_sd.evaluation.generate import Job
 from safemax_sd.evaluation.metrics import METRICS
 from safemax_sd.evaluation.options import EvaluateOptions
 from safemax_sd.evaluation.prompt_settings import RUN_SEEDS, SUBSET_SEEDS, guidance_scales, start_seeds
 from safemax_sd.evaluation.real import RealPictures
-from torch import Tensor
 
 from safemax_sd.prompts import Prompt, Suite, pick
+from safemax_sd.recording.picture_folder import Picked, PictureSource
 
 STRENGTHS = (0.5, 0.8)
 IMAGE_TO_IMAGE = "image_to_image"
@@ -30,7 +30,7 @@ class Measurement:
         subset: Subset that the report names.
         metrics: Names of the metrics; those that do not apply are left out.
         guidance_scale: Guidance scale that the report names; None for the options' own.
-        sources: Pictures that image-to-image starts from, [N, 3, H, W] in 0 to 1; None for text-to-image.
+        sources: Pictures that image-to-image starts from, one for each picture; None for text-to-image.
     """
 
     job: Job
@@ -38,7 +38,7 @@ class Measurement:
     subset: str
     metrics: Sequence[str]
     guidance_scale: float | None = None
-    sources: Tensor | None = None
+    sources: PictureSource | None = None
 
 
 class EvaluationPlan:
@@ -105,7 +105,7 @@ class EvaluationPlan:
     def first_seed(self, subset: str) -> int:
         return SUBSET_SEEDS[subset] + RUN_SEEDS * self.options.seed
 
-    @property
+    @cached_property
     def pictured(self) -> dict[str, list[Prompt]]:
         """Prompts by subset, one for each picture."""
         count = self.options.num_images
@@ -153,17 +153,20 @@ class EvaluationPlan:
         if self.real is None or self.options.num_sweep_images == 0 or not self.starts_from_pictures:
             return []
         forget = self.suite.parts["forget"]
-        concepts = [concept for concept in forget.concepts if len(self.real.showing([concept]))]
-        if not concepts:
+        by_concept = [
+            ([prompt for prompt in forget.prompts if prompt.concept == concept], rows)
+            for concept in forget.concepts
+            if (rows := self.real.rows([concept]))
+        ]
+        if not by_concept:
             return []
-        prompts, sources = [], []
+        prompts, pictures = [], []
         for i in range(self.options.num_sweep_images):
-            concept = concepts[i % len(concepts)]
-            pictures = self.real.showing([concept])
-            of_concept = [prompt for prompt in forget.prompts if prompt.concept == concept]
-            prompts.append(of_concept[(i // len(concepts)) % len(of_concept)])
-            sources.append(pictures[(i // len(concepts)) % len(pictures)])
-        shown, names = torch.stack(sources), metrics_on(IMAGE_TO_IMAGE)
+            turn, place = divmod(i, len(by_concept))
+            of_concept, rows = by_concept[place]
+            prompts.append(of_concept[turn % len(of_concept)])
+            pictures.append(rows[turn % len(rows)])
+        shown, names = Picked(self.real.pictures, pictures), metrics_on(IMAGE_TO_IMAGE)
         return [
             Measurement(
                 self.job(model, prompts, "forget", strength=strength), prompts, IMAGE_TO_IMAGE, names, sources=shown

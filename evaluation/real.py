@@ -18,7 +18,7 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.core.judge import STYLE_SUFFIX, Judge
 from safemax_sd.core.registry import closest
 from safemax_sd.prompts import Suite
-from safemax_sd.recording.picture_folder import load_picture_folder
+from safemax_sd.recording.picture_folder import Picked, PictureFolder, PictureSource, in_batches
 
 logger = logging.getLogger("safemax_sd")
 
@@ -31,28 +31,28 @@ class RealPictures:
     """Real pictures with the concepts that each one shows.
 
     Attributes:
-        pictures: Pictures, float32 [N, 3, H, W] in 0 to 1.
+        pictures: Pictures, N of them.
         concepts: Concepts shown, one set for each picture.
     """
 
-    pictures: Tensor
+    pictures: PictureSource
     concepts: list[frozenset[str]]
 
-    def showing(self, concepts: Sequence[str]) -> Tensor:
-        """Return the pictures that show any of the concepts, [M, 3, H, W]."""
+    def rows(self, concepts: Sequence[str]) -> list[int]:
+        """Return the indices of the pictures that show any of the concepts."""
         wanted = frozenset(concepts)
-        rows = [number for number, shown in enumerate(self.concepts) if shown & wanted]
-        return self.pictures[rows]
+        return [number for number, shown in enumerate(self.concepts) if shown & wanted]
 
-    def kept_by(self, suite: Suite, folder: str | None) -> Tensor | None:
+    def showing(self, concepts: Sequence[str]) -> Tensor:
+        """Read all pictures that show any of the concepts, [M, 3, H, W]."""
+        return self.pictures[self.rows(concepts)]
+
+    def kept_by(self, suite: Suite, folder: str | None) -> PictureSource | None:
         """Return the pictures of a suite's retained concepts; None, with a warning, if embedded ones lack a concept.
 
         Args:
             suite: Suite with the retained and the forbidden concepts.
             folder: Folder of `--real_images`; None for the embedded pictures.
-
-        Returns:
-            Pictures, float32 [M, 3, H, W] in 0 to 1.
 
         Raises:
             OptionError: The folder lacks a retained concept, spells a forbidden one in another case, or has only one
@@ -72,7 +72,7 @@ class RealPictures:
         if missing:
             logger.warning("no real picture shows %r: FID and KID are not measured", missing[0])
             return None
-        found = self.showing(kept)
+        found = Picked(self.pictures, self.rows(kept))
         if len(found) < FEWEST:
             raise OptionError("--real_images", folder, f"must hold at least {FEWEST} pictures of what is kept")
         return found
@@ -87,9 +87,10 @@ class RealPictures:
         """
         found = {}
         for concept, caption in zip(concepts, judge.captions(concepts, artists), strict=True):
-            shown = self.showing([concept])
-            if len(shown):
-                similarities = judge.similarities(shown, [caption])[:, 0]
+            rows = self.rows([concept])
+            if rows:
+                features = torch.cat([judge.encode_images(batch) for batch in in_batches(Picked(self.pictures, rows))])
+                similarities = (features @ judge.encode_texts([caption]).T)[:, 0]
                 found[concept] = float(similarities.quantile(1 - ACCEPTED))
         return found
 
@@ -118,14 +119,14 @@ def embedded_pictures() -> RealPictures:
 
 
 def load_folder(folder: str, option: str = "--real_images") -> RealPictures:
-    """Load a folder with one subfolder of pictures for each concept.
+    """Open a folder with one subfolder of pictures for each concept.
 
     Args:
         folder: Folder with the subfolders.
         option: Flag that names it, for errors.
 
     Raises:
-        OptionError: The folder does not exist, a subfolder has no pictures, or a file cannot be read as a picture.
+        OptionError: The folder does not exist, a subfolder has no pictures, or a file is no picture.
     """
-    pictures, concepts = load_picture_folder(folder, option=option)
-    return RealPictures(pictures, [frozenset({concept}) for concept in concepts])
+    pictures = PictureFolder(folder, option=option)
+    return RealPictures(pictures, [frozenset({name}) for name in pictures.names])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safemax_sd.evaluation.generate import Generator
+from safemax_sd.evaluation.generate import Drawn, Generator
 from safemax_sd.evaluation.inputs import (
     check_metrics,
     find_suite,
@@ -17,21 +17,20 @@ from safemax_sd.evaluation.inputs import (
     kept_pictures,
     load_real,
 )
-from safemax_sd.evaluation.metrics import METRICS, Batch, Result
+from safemax_sd.evaluation.metrics import METRICS, Batch, Metric, Result
 from safemax_sd.evaluation.options import EvaluateOptions, check_samplers
 from safemax_sd.evaluation.outputs import CACHE, Shown, evaluation_folder, write_report
 from safemax_sd.evaluation.planning import SAMPLE_COUNTS, EvaluationPlan, Measurement
 from safemax_sd.evaluation.prompt_settings import own_guidance
 from safemax_sd.evaluation.report import Report, Row
-from safemax_sd.evaluation.sampling import Pictures
 from safemax_sd.evaluation.subjects import Adapter, Subject
-from torch import Tensor
 from tqdm import tqdm
 
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.judge import Judge, load_judge
 from safemax_sd.core.provenance import Stopwatch, provenance, public_path
 from safemax_sd.prompts import Prompt, Suite, warn_over_long
+from safemax_sd.recording.picture_folder import batches_of
 from safemax_sd.results.samples import to_pil
 from safemax_sd.training.workers import process_state
 
@@ -41,7 +40,7 @@ class Measured:
     """The result of a measurement: rows of the report, and the pictures."""
 
     rows: list[Row]
-    made: Pictures
+    drawn: Drawn
 
 
 class Evaluation(EvaluationPlan):
@@ -100,49 +99,68 @@ class Evaluation(EvaluationPlan):
         return self.context.judge
 
     def measure(
-        self, made: Pictures, prompts: Sequence[Prompt], names: Sequence[str], reference: Tensor | None = None
+        self, drawn: Drawn, prompts: Sequence[Prompt], names: Sequence[str], base: Drawn | None = None
     ) -> dict[str, Result]:
-        """Compute the named metrics that apply to the pictures.
+        """Compute the named metrics that apply to the pictures, which are read batch by batch.
 
         Args:
-            made: Pictures with their latents.
+            drawn: Pictures.
             prompts: Prompts, one for each picture.
             names: Names of the metrics.
-            reference: The base model's latents from the same seeds, [N, *latent]; None if there are none.
+            base: The base model's pictures from the same seeds; None if there are none.
 
         Raises:
             SafemaxError: A value is not finite.
         """
-        batch = Batch(
-            pictures=made.pictures,
-            features=self.judge.encode_images(made.pictures),
-            prompts=[prompt.text for prompt in prompts],
-            concepts=[prompt.concept or "" for prompt in prompts],
-            latents=made.latents,
-            reference=reference,
-        )
-        results = {}
-        for name in names:
-            metric = METRICS.get(name)(self.context)
-            if metric.applies(batch):
+        metrics: dict[str, Metric] | None = None
+        concepts = frozenset(prompt.concept or "" for prompt in prompts)
+        for places in batches_of(len(prompts)):
+            batch = self._judged(drawn, prompts, places, base=base, all_concepts=concepts)
+            if metrics is None:
+                asked = {name: METRICS.get(name)(self.context) for name in names}
+                metrics = {name: metric for name, metric in asked.items() if metric.applies(batch)}
+            for metric in metrics.values():
                 metric.update(batch)
-                results[name] = metric.compute()
-                if not math.isfinite(results[name].value):
-                    raise SafemaxError(f"{name} of {len(prompts)} pictures, such as {prompts[0].text!r}, is not finite")
+            del batch  # before the next one is read
+        results = {name: metric.compute() for name, metric in (metrics or {}).items()}
+        for name, result in results.items():
+            if not math.isfinite(result.value):
+                raise SafemaxError(f"{name} of {len(prompts)} pictures, such as {prompts[0].text!r}, is not finite")
         return results
 
-    def carry_out(self, measurement: Measurement, bar: tqdm[Any], reference: Tensor | None = None) -> Measured:
+    def _judged(
+        self,
+        drawn: Drawn,
+        prompts: Sequence[Prompt],
+        places: list[int],
+        *,
+        base: Drawn | None,
+        all_concepts: frozenset[str],
+    ) -> Batch:
+        """Read the pictures at some indices and encode them; see `measure`."""
+        pictures = drawn.pictures(places)
+        return Batch(
+            pictures=pictures,
+            features=self.judge.encode_images(pictures),
+            prompts=[prompts[place].text for place in places],
+            concepts=[prompts[place].concept or "" for place in places],
+            latents=drawn.latents(places),
+            reference=None if base is None else base.latents(places),
+            all_concepts=all_concepts,
+        )
+
+    def carry_out(self, measurement: Measurement, bar: tqdm[Any], base: Drawn | None = None) -> Measured:
         """Draw a measurement's pictures and compute its metrics.
 
         Args:
             measurement: Measurement to carry out.
             bar: Progress bar of the whole evaluation, which counts model calls.
-            reference: The base model's latents from the same seeds, [N, *latent]; None if there are none.
+            base: The base model's pictures from the same seeds; None if there are none.
         """
         job = measurement.job
         bar.set_description(f"evaluate ({job.model} {measurement.subset})")
-        made = self.generator.run(job, advance=bar.update, sources=measurement.sources)
-        results = self.measure(made, measurement.prompts, measurement.metrics, reference)
+        drawn = self.generator.draw(job, advance=bar.update, sources=measurement.sources)
+        results = self.measure(drawn, measurement.prompts, measurement.metrics, base)
         rows = [
             Row.of(
                 METRICS.get(name),
@@ -155,7 +173,7 @@ class Evaluation(EvaluationPlan):
             )
             for name, result in results.items()
         ]
-        return Measured(rows, made)
+        return Measured(rows, drawn)
 
 
 def evaluate(options: EvaluateOptions) -> Path:
@@ -183,7 +201,7 @@ def run_and_write(evaluation: Evaluation, clock: Stopwatch) -> tuple[Report, Sho
         clock: Stopwatch that has timed the loading.
     """
     subsets, pictured, swept = evaluation.on_subsets(), evaluation.from_pictures(), evaluation.in_sweep()
-    calls = sum(measurement.job.model_calls for measurement in evaluation.measurements)
+    calls = sum(measurement.job.model_calls for measurement in (*subsets, *pictured, *swept))
     shown, main = Shown(), evaluation.state.is_main_process
     with tqdm(total=calls, unit="call", smoothing=0, leave=False, disable=not main) as bar:
         with clock.phase("subsets"):
@@ -220,16 +238,16 @@ def subset_rows(evaluation: Evaluation, measurements: Sequence[Measurement], bar
         shown: Sample pictures, which this function adds to.
     """
     rows: list[Row] = []
-    base: Pictures | None = None
+    base: Drawn | None = None
     for measurement in measurements:
         prompts, subset = measurement.prompts, measurement.subset
         places = spread(len(prompts), SAMPLE_COUNTS[subset])
         of_base = measurement.job.model == "base"
-        measured = evaluation.carry_out(measurement, bar, None if of_base or base is None else base.latents)
+        measured = evaluation.carry_out(measurement, bar, None if of_base else base)
         rows += measured.rows
-        (shown.base if of_base else shown.erased).extend(to_pil(measured.made.pictures[places]))
+        (shown.base if of_base else shown.erased).extend(to_pil(measured.drawn.pictures(places)))
         if of_base:
-            base = measured.made
+            base = measured.drawn
             shown.prompts += [prompts[i].text for i in places]
             shown.subsets += [subset] * len(places)
     return rows

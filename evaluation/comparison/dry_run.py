@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from safemax_sd.core.errors import OptionError
 from safemax_sd.planning.models import configuration_folder, load_configurations
 from safemax_sd.prompts import Suite, pick
+from safemax_sd.training.config import config_class
 
 TASKS_NOTE = "Prompts that methods are trained on and that are measured, and pictures of each model and seed."
 CALLS_NOTE = (
@@ -39,6 +41,11 @@ NO_HOURS = (
 HOURS = (
     "{hours:,.1f} hours at {seconds:g} seconds a model call (--seconds_per_call) for the network alone: "
     "backward passes, text encoders, the autoencoder and the judge come on top."
+)
+
+DISK = (
+    "Drawn pictures lie on the disk while they are measured, {each:,.2f} MB each (float32, {side} pixels): "
+    "{base:,.2f} GB of the base model, which stay, and up to {erased:,.2f} GB of each cell that is being evaluated."
 )
 
 
@@ -91,7 +98,7 @@ def dry_run(config: str, output_dir: str | None = None, *, seconds_per_call: flo
         f"{total.cells}. Folder: {comparison.folder}.",
     ]
     grids = [_tasks_grid(comparison), _calls_grid({**lines, "all": total})]
-    return "\n".join([*facts, "", markdown(grids), hours])
+    return "\n".join([*facts, "", markdown(grids), hours, _disk(comparison)])
 
 
 def _tasks_grid(comparison: Comparison) -> Grid:
@@ -137,19 +144,39 @@ def _calls(comparison: Comparison) -> dict[str, Calls]:
     return lines
 
 
+def _disk(comparison: Comparison) -> str:
+    """Describe the disk space that drawn pictures take."""
+    base_model = comparison.settings.base_model
+    family = load_configurations(config_class("safemax")(pretrained_model_name_or_path=base_model), torch.float32)
+    side = family.picture_size(None)
+    each = 4 * (3 * side**2 + math.prod(family.latent_shape(None)))
+    cells = {(cell.task, cell.erasure.seed): cell for cell in make_cells(comparison)}
+    counts: dict[str, list[int]] = {BASE: [], "erased": []}
+    for cell in cells.values():  # every method draws as many pictures
+        jobs = {measurement.job for measurement in _plan(cell, _samplers(base_model)).measurements}
+        for model, found in counts.items():
+            found.append(sum(len(job.prompts) for job in jobs if job.model == model))
+    base, erased = sum(counts[BASE]), max(counts["erased"])
+    return DISK.format(each=each / 1e6, side=side, base=base * each / 1e9, erased=erased * each / 1e9)
+
+
 def _samplers(base_model: str) -> Sequence[str]:
     """Return the names of a model's samplers, the default first."""
     index: Any = DiffusionPipeline.load_config(configuration_folder(base_model))
     return tuple(FLOW_SAMPLERS if "transformer" in index else SAMPLERS)
 
 
+def _plan(cell: Cell, samplers: Sequence[str]) -> EvaluationPlan:
+    """Plan a cell's evaluation."""
+    options = cell.options()
+    real = load_real(options, cell.erasure.base_model) if options.num_sweep_images else None  # for image-to-image
+    return EvaluationPlan(options, cell.erasure.suite, real, samplers=samplers, starts_from_pictures=True)
+
+
 def _evaluation_calls(cell: Cell, samplers: Sequence[str]) -> dict[str, float]:
     """Return the calls of a cell's evaluation by model, `base` and `erased`."""
-    options, suite = cell.options(), cell.erasure.suite
-    real = load_real(options, cell.erasure.base_model) if options.num_sweep_images else None  # for image-to-image
-    plan = EvaluationPlan(options, suite, real, samplers=samplers, starts_from_pictures=True)
     calls = dict.fromkeys((BASE, "erased"), 0.0)
-    for measurement in plan.measurements:
+    for measurement in _plan(cell, samplers).measurements:
         calls[measurement.job.model] += measurement.job.model_calls
     calls["erased"] *= cell.method.predictions / 2
     return calls

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from safemax_sd.core.errors import OptionError, path_errors
 from safemax_sd.core.escaping import printable
 from safemax_sd.core.judge import load_judge
+from safemax_sd.recording.picture_folder import in_batches
 from safemax_sd.results.folder import claimed, foreign, not_ours
 
 
@@ -123,6 +124,9 @@ def check(comparison: Comparison, parts: Sequence[Part]) -> None:
     real = load_real(options, settings.base_model)
     for suite in comparison.tasks.values():
         kept_pictures(options, suite, real)
+    if real is not None:
+        for _ in in_batches(real.pictures):  # a file with damaged data is found now, rather than after an erasure
+            pass
     for cell in cells:
         cell.method.check(cell.erasure)
         state = cell.state()

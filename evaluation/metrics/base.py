@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
 from safemax_sd.evaluation.metrics.description import GROUPS, SUBSETS, Role
-from safemax_sd.evaluation.metrics.features import features_of
+from safemax_sd.evaluation.metrics.features import feature_extractor
 from scipy.stats import binomtest, bootstrap
 from torch import Tensor
 
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.core.judge import Judge
 from safemax_sd.core.registry import Registry
+from safemax_sd.recording.picture_folder import PictureSource, in_batches
 
 WARNING = "warning"
 
@@ -31,8 +32,8 @@ class Context:
         concepts: Concepts that the judge chooses from.
         thresholds: Cosine similarities that 95 % of a concept's real pictures reach, by concept; only for concepts
             with real pictures.
-        real: Real pictures of the retained concepts, [M, 3, H, W] in 0 to 1; None if there are none.
-        extractor: Feature extractor of FID and KID; see `features_of`.
+        real: Real pictures of the retained concepts, M of them; None if there are none.
+        extractor: Feature extractor of FID and KID; see `feature_extractor`.
         forbidden: Concepts that the suite erases.
         artists: Concepts that are artists' names.
     """
@@ -40,10 +41,15 @@ class Context:
     judge: Judge
     concepts: list[str]
     thresholds: dict[str, float]
-    real: Tensor | None
+    real: PictureSource | None
     extractor: str
     forbidden: tuple[str, ...] = ()
     artists: tuple[str, ...] = ()
+
+    @cached_property
+    def extract(self) -> Callable[[Tensor], Tensor]:
+        """Function that extracts features for FID and KID, whose network is loaded once."""
+        return feature_extractor(self.extractor, self.judge)
 
     @cached_property
     def real_features(self) -> Tensor:
@@ -54,17 +60,27 @@ class Context:
         """
         if self.real is None:
             raise SafemaxError("FID and KID need real pictures")
-        return features_of(self.real, self.extractor, self.judge)
+        return torch.cat([self.extract(pictures) for pictures in in_batches(self.real)])
 
     @property
     def captions(self) -> list[str]:
         """Captions that the judge compares pictures with, one for each concept."""
         return self.judge.captions(self.concepts, self.artists)
 
+    @cached_property
+    def caption_features(self) -> Tensor:
+        """Features of the captions, float32 [len(concepts), D]."""
+        return self.judge.encode_texts(self.captions)
+
+    @cached_property
+    def choice_features(self) -> Tensor:
+        """Features of the captions and, last, of that of noise, float32 [len(concepts) + 1, D]."""
+        return self.judge.encode_texts([*self.captions, self.judge.templates["nothing"]])
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Generated pictures with the prompts and concepts that they should show.
+    """Generated pictures with the prompts and concepts that they should show; all of a measurement or some of them.
 
     Attributes:
         pictures: Pictures, float32 [N, 3, H, W] in 0 to 1.
@@ -73,6 +89,7 @@ class Batch:
         concepts: Concepts, one for each picture.
         latents: Latents of the pictures, float32 [N, *latent]; None if there are none.
         reference: The base model's latents from the same seeds, float32 [N, *latent]; None if there are none.
+        all_concepts: Distinct concepts of all pictures of the measurement; empty if the batch holds all of them.
     """
 
     pictures: Tensor
@@ -81,6 +98,17 @@ class Batch:
     concepts: Sequence[str]
     latents: Tensor | None = None
     reference: Tensor | None = None
+    all_concepts: frozenset[str] = frozenset()
+
+    @cached_property
+    def _extracted(self) -> dict[str, Tensor]:
+        return {}
+
+    def extracted(self, context: Context) -> Tensor:
+        """Return the pictures' features for FID and KID, float32 [N, D], which are extracted once for both."""
+        if context.extractor not in self._extracted:
+            self._extracted[context.extractor] = context.extract(self.pictures)
+        return self._extracted[context.extractor]
 
 
 @dataclass(frozen=True)
@@ -169,12 +197,12 @@ class Metric(ABC):
         """
 
     def applies(self, batch: Batch) -> bool:
-        """Return True if the metric can be computed on a batch."""
+        """Return True if the metric can be computed; called with the first batch."""
         return True
 
     @abstractmethod
     def update(self, batch: Batch) -> None:
-        """Add a batch of pictures to the measurement."""
+        """Add a batch of pictures to the measurement; called for one batch after the other, in the prompts' order."""
 
     @abstractmethod
     def compute(self) -> Result:
@@ -228,14 +256,14 @@ def recognised(batch: Batch, context: Context) -> tuple[Tensor, Tensor]:
         True for pictures whose own concept the judge prefers to all others, bool [N], and the pictures' cosine
         similarities to their own concepts, float32 [N].
     """
-    similarities = batch.features @ context.judge.encode_texts(context.captions).T
+    similarities = batch.features @ context.caption_features.T
     truth = torch.tensor([context.concepts.index(concept) for concept in batch.concepts])
     return similarities.argmax(1) == truth, similarities.gather(1, truth[:, None])[:, 0]
 
 
 def has_thresholds(batch: Batch, context: Context) -> bool:
-    """Return True if every concept of a batch has real pictures, which `recognised_for_sure` needs."""
-    return all(concept in context.thresholds for concept in batch.concepts)
+    """Return True if every concept of a measurement has real pictures, which `recognised_for_sure` needs."""
+    return all(concept in context.thresholds for concept in batch.all_concepts or batch.concepts)
 
 
 def recognised_for_sure(batch: Batch, context: Context) -> Tensor:
@@ -253,8 +281,7 @@ def called_noise(batch: Batch, context: Context) -> Tensor:
     A picture that is recognised for sure does not count: noise over a visible concept has not erased it. Without real
     pictures this cannot be checked.
     """
-    captions = [*context.captions, context.judge.templates["nothing"]]
-    noise = (batch.features @ context.judge.encode_texts(captions).T).argmax(1) == len(captions) - 1
+    noise = (batch.features @ context.choice_features.T).argmax(1) == len(context.concepts)
     return noise & ~recognised_for_sure(batch, context) if has_thresholds(batch, context) else noise
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from safemax_sd.evaluation.metrics.base import WARNING, Batch, Context, Metric, Result
 from safemax_sd.evaluation.metrics.description import Role
-from safemax_sd.evaluation.metrics.features import INCEPTION, INCEPTION_LAYER, features_of
+from safemax_sd.evaluation.metrics.features import INCEPTION, INCEPTION_LAYER
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
@@ -30,7 +30,7 @@ def check_distribution(extractor: str, num_images: int) -> None:
     """Check that FID and KID can be measured, before anything is drawn.
 
     Args:
-        extractor: Feature extractor; see `features_of`.
+        extractor: Feature extractor; see `feature_extractor`.
         num_images: Number of pictures that will be drawn.
 
     Raises:
@@ -60,12 +60,12 @@ class _DistributionMetric(Metric):
         return self.context.real is not None
 
     def update(self, batch: Batch) -> None:
-        self.parts.append(batch.pictures)
+        self.parts.append(batch.extracted(self.context))
 
     @property
     def features(self) -> Tensor:
         """Features of the generated pictures, float32 [N, D]."""
-        return features_of(torch.cat(self.parts), self.context.extractor, self.context.judge)
+        return torch.cat(self.parts)
 
     @property
     def n(self) -> int:

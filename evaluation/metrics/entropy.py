@@ -22,7 +22,6 @@ class Entropy(PerItemMetric):
     subsets: ClassVar[tuple[str, ...]] = ("forget",)
 
     def per_item(self, batch: Batch) -> Tensor:
-        judge = self.context.judge
-        logits = judge.logit_scale * batch.features @ judge.encode_texts(self.context.captions).T
+        logits = self.context.judge.logit_scale * batch.features @ self.context.caption_features.T
         log_probabilities = logits.log_softmax(1)
         return -(log_probabilities.exp() * log_probabilities).sum(1)

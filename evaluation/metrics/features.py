@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -29,23 +31,28 @@ class _Pictures(Dataset[Tensor]):
         return self.pictures[index]
 
 
-def features_of(pictures: Tensor, extractor: str, judge: Judge) -> Tensor:
-    """Extract features of pictures, which are first rounded to the 256 levels of picture files.
+def feature_extractor(name: str, judge: Judge) -> Callable[[Tensor], Tensor]:
+    """Load a feature extractor: a function from pictures, float [N, 3, H, W] in 0 to 1, to float32 [N, D].
+
+    Pictures are first rounded to the 256 levels of picture files.
 
     Args:
-        pictures: Generated or real pictures, float32 [N, 3, H, W] in 0 to 1.
-        extractor: `JUDGE_EXTRACTOR` or `INCEPTION`.
+        name: `JUDGE_EXTRACTOR` or `INCEPTION`.
         judge: Embedded judge, which `JUDGE_EXTRACTOR` uses.
-
-    Returns:
-        Features, float32 [N, D].
     """
-    levels = pictures.mul(255).round().byte()
-    if extractor == JUDGE_EXTRACTOR:
-        return judge.encode_images(levels.float() / 255)
+    if name == JUDGE_EXTRACTOR:
+        return lambda pictures: judge.encode_images(_levels(pictures).float() / 255)
     cuda = torch.cuda.is_available()
-    network = create_feature_extractor(extractor, [INCEPTION_LAYER], cuda=cuda)
-    # No worker processes (save_cpu_ram): the pictures are in memory.
-    found = get_featuresdict_from_dataset(_Pictures(levels), network, INCEPTION_BATCH, cuda, True, False)
-    features: Tensor = found[INCEPTION_LAYER]
-    return features
+    network = create_feature_extractor(name, [INCEPTION_LAYER], cuda=cuda)
+
+    def extract(pictures: Tensor) -> Tensor:
+        # No worker processes (save_cpu_ram): the pictures are in memory.
+        found = get_featuresdict_from_dataset(_Pictures(_levels(pictures)), network, INCEPTION_BATCH, cuda, True, False)
+        features: Tensor = found[INCEPTION_LAYER]
+        return features
+
+    return extract
+
+
+def _levels(pictures: Tensor) -> Tensor:
+    return pictures.mul(255).round().byte()

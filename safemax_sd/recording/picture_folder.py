@@ -1,11 +1,12 @@
-"""A folder of real pictures, one subfolder for each concept."""
+"""Pictures that are read when they are asked for, such as those of a folder with one subfolder for each concept."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.judge import BATCH
 from safemax_sd.core.registry import closest
 from safemax_sd.families import ModelFamily
 from safemax_sd.prompts import PromptSet
@@ -26,26 +28,83 @@ DEEP = 257
 """Levels of a 16-bit channel for each level of 8 bits: 65535 becomes 255."""
 
 
-def load_picture_folder(folder: str, *, option: str, size: int | None = None) -> tuple[Tensor, list[str]]:
-    """Read pictures as a viewer shows them: rotated by their EXIF orientation, transparency on white.
+class PictureSource(Protocol):
+    """Pictures, some of which are read at a time: a tensor [N, 3, H, W] in 0 to 1, or files."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: list[int], /) -> Tensor:
+        """Return the pictures at some indices, float32 [len(rows), 3, H, W] in 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Some of a source's pictures, as a source of its own.
+
+    Attributes:
+        source: Pictures to pick from.
+        rows: Indices of those that are picked.
+    """
+
+    source: PictureSource
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: list[int], /) -> Tensor:
+        return self.source[[self.rows[row] for row in rows]]
+
+
+def batches_of(count: int) -> Iterator[list[int]]:
+    """Split the indices of pictures into the judge's batches, so that results are those of all pictures at once."""
+    return (list(range(start, min(start + BATCH, count))) for start in range(0, count, BATCH))
+
+
+def in_batches(pictures: PictureSource) -> Iterator[Tensor]:
+    """Read pictures batch by batch."""
+    return (pictures[rows] for rows in batches_of(len(pictures)))
+
+
+class PictureFolder:
+    """Pictures of a folder as a viewer shows them: rotated by their EXIF orientation, transparency on white.
+
+    Every file is opened at first, but its data are read when the picture is asked for.
 
     Args:
         folder: Folder whose subfolders hold png, jpg or webp files; hidden files and folders are left out.
         option: Flag to name in errors.
         size: Side after a centre crop; None for the shortest side of all pictures, so that none is enlarged.
 
-    Returns:
-        Pictures, float32 [N, 3, size, size] in 0 to 1, and the name of each picture's subfolder.
+    Attributes:
+        names: Name of each picture's subfolder.
 
     Raises:
-        OptionError: The folder does not exist, a subfolder has no pictures, or a file cannot be read as a picture.
+        OptionError: The folder does not exist, a subfolder has no pictures, or a file is no picture.
     """
-    paths = [path for subfolder in _shown(Path(folder)) if subfolder.is_dir() for path in _pictures(subfolder, option)]
-    if not paths:
-        raise OptionError(option, folder, "must hold subfolders, named by concept, with png, jpg or webp files")
-    side = size or min(_read(path, option, _shortest_side) for path in paths)
-    squares = [_read(path, option, lambda image: _square(image, side)) for path in paths]
-    return torch.stack(squares), [path.parent.name for path in paths]
+
+    def __init__(self, folder: str, *, option: str, size: int | None = None) -> None:
+        subfolders = [path for path in _shown(Path(folder)) if path.is_dir()]
+        self._paths = [path for subfolder in subfolders for path in _pictures(subfolder, option)]
+        if not self._paths:
+            raise OptionError(option, folder, "must hold subfolders, named by concept, with png, jpg or webp files")
+        shortest = min(_read(path, option, _shortest_side) for path in self._paths)
+        self._option, self._side = option, size or shortest
+        self.names = [path.parent.name for path in self._paths]
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, rows: list[int], /) -> Tensor:
+        """Read the pictures at some indices, float32 [len(rows), 3, size, size] in 0 to 1.
+
+        Raises:
+            OptionError: A file cannot be read as a picture.
+        """
+        pictures = torch.empty(len(rows), 3, self._side, self._side)
+        for place, row in enumerate(rows):
+            pictures[place] = _read(self._paths[row], self._option, lambda image: _square(image, self._side))
+        return pictures
 
 
 def _shown(folder: Path) -> list[Path]:
@@ -112,7 +171,8 @@ def encode_samples(
     Raises:
         OptionError: The folder cannot be read, or has no pictures of a prompt's concept.
     """
-    pictures, names = load_picture_folder(folder, option=option, size=family.picture_size(resolution))
+    pictures = PictureFolder(folder, option=option, size=family.picture_size(resolution))
+    names = pictures.names
     rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts.prompts):
         rows.setdefault(prompt.shows, []).append(row)
@@ -127,4 +187,5 @@ def encode_samples(
         name = names[number]
         prompt_rows.append(rows[name][seen.get(name, 0) % len(rows[name])])
         seen[name] = seen.get(name, 0) + 1
-    return Samples(family.encode_pictures(pictures[chosen]).cpu(), torch.tensor(prompt_rows))
+    latents = [family.encode_pictures(batch).cpu() for batch in in_batches(Picked(pictures, chosen))]
+    return Samples(torch.cat(latents), torch.tensor(prompt_rows))

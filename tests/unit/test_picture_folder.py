@@ -10,18 +10,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageColor
+from torch import Tensor
 
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.prompts import load_prompts
-from safemax_sd.recording.picture_folder import encode_samples, load_picture_folder
+from safemax_sd.recording.picture_folder import PictureFolder, encode_samples
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
 from tests import tiny
 
 
+def whole(folder: str, *, option: str, size: int | None = None) -> tuple[Tensor, list[str]]:
+    """Read all pictures of a folder; return them with their names."""
+    pictures = PictureFolder(folder, option=option, size=size)
+    return pictures[list(range(len(pictures)))], pictures.names
+
+
 def test_pictures_are_cropped_to_one_size_and_named_by_their_folder(tmp_path: Path) -> None:
-    pictures, names = load_picture_folder(str(tiny.write_pictures(tmp_path)), option="--x", size=8)
+    pictures, names = whole(str(tiny.write_pictures(tmp_path)), option="--x", size=8)
     assert pictures.shape == (6, 3, 8, 8)
     assert names == ["apple", "apple", "pear", "pear", "plum", "plum"]
     assert pictures[3, :, 0, 0].mul(255).round().tolist() == [60, 40, 90]
@@ -31,7 +38,7 @@ def one(folder: Path, image: Image.Image, name: str = "0.png", **options: Any) -
     """Save a picture in a folder, read the folder, and return the colour of the picture's top left corner."""
     (folder / "apple").mkdir(parents=True, exist_ok=True)
     image.save(folder / "apple" / name, **options)
-    pictures, names = load_picture_folder(str(folder), option="--x")
+    pictures, names = whole(str(folder), option="--x")
     assert names == ["apple"] and pictures.dtype == torch.float32
     return [int(level) for level in pictures[0, :, 0, 0].mul(255).round()]
 
@@ -42,7 +49,7 @@ def test_hidden_files_are_left_out(tmp_path: Path) -> None:
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"no picture")
     (tmp_path / "README.txt").write_text("of the pictures")
-    assert load_picture_folder(str(pictures), option="--x")[1] == [name for name in tiny.CONCEPTS for _ in range(2)]
+    assert whole(str(pictures), option="--x")[1] == [name for name in tiny.CONCEPTS for _ in range(2)]
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
@@ -52,23 +59,37 @@ def test_a_file_that_is_no_whole_picture_is_named(tmp_path: Path, ending: str, d
     path = pictures / "pear" / f"broken.{ending}"
     noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     Image.fromarray(noise.numpy()).save(path)
-    whole = path.read_bytes()
-    broken = {"half": whole[: len(whole) // 2], "empty": b"", "text": b"a pear", "header": whole[:40]}[damage]
+    content = path.read_bytes()
+    broken = {"half": content[: len(content) // 2], "empty": b"", "text": b"a pear", "header": content[:40]}[damage]
     path.write_bytes(broken)
     with pytest.raises(OptionError, match=rf"--real_images .*broken\.{ending}: cannot be read as a picture") as caught:
-        load_picture_folder(str(pictures), option="--real_images")
+        whole(str(pictures), option="--real_images")
     assert "\n" not in str(caught.value)
+
+
+def test_files_are_opened_at_first_and_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    folder = tiny.write_pictures(tmp_path, each=3)
+    before, names = whole(str(folder), option="--x")
+    lazy = PictureFolder(str(folder), option="--x")
+    (folder / "pear" / "1.png").write_bytes((folder / "pear" / "1.png").read_bytes()[:60])
+    assert len(lazy) == 9 and lazy.names == names
+    assert torch.equal(lazy[[8, 0, 3]], before[[8, 0, 3]]) and lazy[[]].shape == (0, 3, 64, 64)
+    with pytest.raises(OptionError, match=r"--x .*pear/1\.png: cannot be read as a picture"):
+        lazy[[3, 4]]
+    (folder / "pear" / "2.png").write_bytes(b"a pear")
+    with pytest.raises(OptionError, match=r"--x .*pear/2\.png: cannot be read as a picture"):
+        PictureFolder(str(folder), option="--x")
 
 
 def test_folders_without_pictures_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(OptionError, match=r"--x .*empty: must hold subfolders, named by concept"):
-        load_picture_folder(str(tmp_path / "empty"), option="--x")
+        whole(str(tmp_path / "empty"), option="--x")
     pictures = tiny.write_pictures(tmp_path / "pictures")
     (pictures / "fig").mkdir()
     (pictures / "fig" / "._0.png").write_bytes(b"")
     with pytest.raises(OptionError, match=r"--x .*fig: holds no png, jpg or webp files"):
-        load_picture_folder(str(pictures), option="--x")
+        whole(str(pictures), option="--x")
 
 
 @pytest.mark.parametrize(("orientation", "corner"), [(1, "red"), (3, "blue"), (6, "green"), (8, "white"), (2, "white")])
@@ -122,8 +143,8 @@ def test_the_shortest_side_of_all_is_that_of_all(tmp_path: Path) -> None:
     for name, shape in (("0", (64, 48)), ("1", (20, 90)), ("2", (32, 32))):
         (tmp_path / name).mkdir()
         Image.new("RGB", shape).save(tmp_path / name / "x.png")
-    assert load_picture_folder(str(tmp_path), option="--x")[0].shape == (3, 3, 20, 20)
-    assert load_picture_folder(str(tmp_path), option="--x", size=16)[0].shape == (3, 3, 16, 16)
+    assert whole(str(tmp_path), option="--x")[0].shape == (3, 3, 20, 20)
+    assert whole(str(tmp_path), option="--x", size=16)[0].shape == (3, 3, 16, 16)
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_ddpm"])
@@ -140,7 +161,7 @@ def test_samples_are_latents_that_decode_to_the_pictures(
     shown = [prompts.prompts[int(row)].concept for row in samples.prompt]
     assert shown == ["pear", "pear", "plum", "plum"]
     if model == "tiny_ddpm":  # pixel space, in grey: nothing is lost except colours
-        expected = load_picture_folder(pictures, option="--x", size=8)[0][2:].mean(1, keepdim=True)
+        expected = whole(pictures, option="--x", size=8)[0][2:].mean(1, keepdim=True)
         assert torch.allclose(family.decode(samples.x0), expected.expand(-1, 3, -1, -1), atol=1e-6)
 
 
@@ -154,7 +175,7 @@ def test_prompts_of_one_concept_take_its_pictures_in_turn(tiny_model: Path, tmp_
 
 def test_what_is_missing_is_named(tiny_ddpm: Path, tmp_path: Path) -> None:
     with pytest.raises(SafemaxError, match="--real_images /nowhere: must hold subfolders"):
-        load_picture_folder("/nowhere", option="--real_images")
+        whole("/nowhere", option="--real_images")
     family = load_family(LoadOptions(str(tiny_ddpm)))
     pictures = tiny.write_pictures(tmp_path / "pictures")
     (pictures / "plum").rename(pictures / "fig")

@@ -173,6 +173,11 @@ def test_a_dry_run_counts_what_runs_and_gives_hours_at_a_given_speed(
     assert f"| negative | 2 | 0 | {drawn} | 0 | {drawn} |" in printed
     total = 3 * drawn + 2 * attacked
     assert f"{total * 0.5 / 3600:.1f} hours at 0.5 seconds a model call" in printed
+    each = 4 * (3 * 64**2 + 4 * 8**2)  # bytes of a picture and its latent
+    disk = (
+        f"{parts * 4 * seeds * each / 1e9:.2f} GB of the base model, which stay, and up to {parts * 4 * each / 1e9:.2f}"
+    )
+    assert f"{each / 1e6:.2f} MB each (float32, 64 pixels): {disk} GB" in printed
     assert not (tmp_path / "out").exists()
     with pytest.raises(OptionError, match="--seconds_per_call -1"):
         dry_run(config, seconds_per_call=-1)

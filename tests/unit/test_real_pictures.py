@@ -63,7 +63,7 @@ def test_pictures_of_all_that_is_kept_are_compared_with(tmp_path: Path) -> None:
     folder = tiny.write_pictures(tmp_path / "real", each=3)
     kept = kept_pictures(options(real_images=str(folder)), suite_of(tmp_path / "suite"), load_folder(str(folder)))
     assert kept is not None
-    assert kept.shape == (6, 3, 64, 64)
+    assert len(kept) == 6 and kept[[0, 5]].shape == (2, 3, 64, 64)
 
 
 def test_one_picture_is_too_few(tmp_path: Path) -> None:
@@ -103,19 +103,15 @@ def test_inception_without_its_weights_is_found_before_drawing(tmp_path: Path, m
 
 @pytest.mark.parametrize(("drawn", "real", "biased"), [(2047, 3000, True), (3000, 2047, True), (2048, 2048, False)])
 def test_fid_by_inception_from_few_pictures_says_so(judge: Judge, drawn: int, real: int, biased: bool) -> None:
-    few = [torch.zeros(count, 3, 1, 1) for count in (drawn, real)]
-    metric = Fid(Context(judge, ["a", "b"], {}, few[1], INCEPTION))
-    metric.update(Batch(few[0], few[0].flatten(1), ["a"] * drawn, ["a"] * drawn))
-    assert bool(metric._bias()) is biased
-    ours = Fid(Context(judge, ["a", "b"], {}, few[1], JUDGE_EXTRACTOR))
-    ours.update(Batch(few[0], few[0].flatten(1), ["a"] * drawn, ["a"] * drawn))
-    assert ours._bias() == {}
+    for extractor, marked in ((INCEPTION, biased), (JUDGE_EXTRACTOR, False)):
+        metric = Fid(Context(judge, ["a", "b"], {}, torch.zeros(real, 3, 1, 1), extractor))
+        metric.parts.append(torch.zeros(drawn, 1))
+        assert bool(metric._bias()) is marked
 
 
 def test_the_headline_prints_the_warning(judge: Judge) -> None:
-    pictures = torch.zeros(4, 3, 1, 1)
-    metric = Fid(Context(judge, ["a", "b"], {}, pictures, INCEPTION))
-    metric.update(Batch(pictures, pictures.flatten(1), ["a"] * 4, ["a"] * 4))
+    metric = Fid(Context(judge, ["a", "b"], {}, torch.zeros(4, 3, 1, 1), INCEPTION))
+    metric.parts.append(torch.zeros(4, 1))
     result = Result(9.0, None, 4, metric._bias())
     rows = [Row.of(Fid, "retain", model, result) for model in ("base", "erased")]
     assert [entry.label for entry in headline(report_of(*rows))] == [
