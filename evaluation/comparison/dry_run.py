@@ -15,6 +15,7 @@ from safemax_sd.evaluation.attacks.task import Examples, Task
 from safemax_sd.evaluation.comparison.cell import Cell
 from safemax_sd.evaluation.comparison.config import Comparison, read_comparison
 from safemax_sd.evaluation.comparison.grid import make_cells
+from safemax_sd.evaluation.comparison.methods import Load
 from safemax_sd.evaluation.comparison.runs import BASE, NEVER_KNOWN
 from safemax_sd.evaluation.comparison.tables import Entry, Grid, markdown
 from safemax_sd.evaluation.inputs import load_real
@@ -25,9 +26,9 @@ from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS
 from tqdm import tqdm
 
 from safemax_sd.core.errors import OptionError
+from safemax_sd.families import LoadOptions
 from safemax_sd.planning.models import configuration_folder, load_configurations
 from safemax_sd.prompts import Suite, pick
-from safemax_sd.training.config import config_class
 
 TASKS_NOTE = "Prompts that methods are trained on and that are measured, and pictures of each model and seed."
 CALLS_NOTE = (
@@ -80,8 +81,8 @@ def dry_run(config: str, output_dir: str | None = None, *, seconds_per_call: flo
     """
     if seconds_per_call is not None and not 0 < seconds_per_call < float("inf"):
         raise OptionError("--seconds_per_call", seconds_per_call, "must be more than 0")
-    comparison = read_comparison(config, output_dir)
-    lines = _calls(comparison)
+    comparison, load = read_comparison(config, output_dir), cache(load_configurations)
+    lines = _calls(comparison, load)
     total = Calls()
     for calls in lines.values():
         total.add(calls)
@@ -98,7 +99,7 @@ def dry_run(config: str, output_dir: str | None = None, *, seconds_per_call: flo
         f"{total.cells}. Folder: {comparison.folder}.",
     ]
     grids = [_tasks_grid(comparison), _calls_grid({**lines, "all": total})]
-    return "\n".join([*facts, "", markdown(grids), hours, _disk(comparison)])
+    return "\n".join([*facts, "", markdown(grids), hours, _disk(comparison, load)])
 
 
 def _tasks_grid(comparison: Comparison) -> Grid:
@@ -121,7 +122,7 @@ def _calls_grid(lines: dict[str, Calls]) -> Grid:
     return Grid(head, [(label, entries(calls)) for label, calls in lines.items()], CALLS_NOTE.format(base=BASE))
 
 
-def _calls(comparison: Comparison) -> dict[str, Calls]:
+def _calls(comparison: Comparison, load: Load) -> dict[str, Calls]:
     """Return the calls of each method, and of the controls that all methods share."""
     settings, shared = comparison.settings, [BASE, *([NEVER_KNOWN] if comparison.settings.never_known else [])]
     lines = {label: Calls() for label in (*shared, *comparison.methods)}
@@ -129,7 +130,6 @@ def _calls(comparison: Comparison) -> dict[str, Calls]:
     attacked = {name: _attack_calls(comparison, suite) for name, suite in comparison.tasks.items()}
     begun = set[tuple[str, int]]()
     erasing: dict[str, float] = {}
-    load = cache(load_configurations)
     for cell in tqdm(make_cells(comparison), desc="dry run", unit="cell", leave=False):
         if cell.label not in erasing:
             erasing[cell.label] = cell.method.rehearse(cell.erasure, load)
@@ -144,10 +144,10 @@ def _calls(comparison: Comparison) -> dict[str, Calls]:
     return lines
 
 
-def _disk(comparison: Comparison) -> str:
+def _disk(comparison: Comparison, load: Load) -> str:
     """Describe the disk space that drawn pictures take."""
     base_model = comparison.settings.base_model
-    family = load_configurations(config_class("safemax")(pretrained_model_name_or_path=base_model), torch.float32)
+    family = load(LoadOptions(base_model))
     side = family.picture_size(None)
     each = 4 * (3 * side**2 + math.prod(family.latent_shape(None)))
     cells = {(cell.task, cell.erasure.seed): cell for cell in make_cells(comparison)}
