@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from safemax_sd.app.panel import build_panel
-from safemax_sd.app.parts import one_line, picture, run_choices
+from safemax_sd.app.parts import grid, one_line, picture, run_choices
 from safemax_sd.app.queue import Entry, Queue
 from safemax_sd.core.errors import OptionError
 from safemax_sd.evaluation.attacks.base import ATTACKS
@@ -56,7 +56,7 @@ def attacked(queue: Queue, entry: Entry) -> str:
         if path.is_file():
             name = f"{ATTACKS.get(row.attack).label}, {ROLES[row.target]}"
             shown.append(picture(path, f"{name}: {format_value(row.success.value, '%')} show it"))
-    return "".join(shown)
+    return grid(shown)
 
 
 def build_attack(queue: Queue, tab: gr.Tab) -> None:

@@ -45,7 +45,7 @@ class Form:
     forget_prompts: str
     retain_prompts: str
     preset: str | None
-    steps: int | None
+    steps: str
     measure: bool
     num_images: int | None
     also: str
@@ -118,7 +118,8 @@ def request(form: Form, run: Path) -> Request:
         evaluation = EvaluateOptions(adapter=str(run), suite=suite_of(form, run), num_images=form.num_images or 64)
         evaluation.validate()
         words = ["evaluate", "--adapter", str(run), "--suite", str(evaluation.suite)]
-        made.commands.append([*words, "--num_images", str(evaluation.num_images)])
+        # A sweep over guidance scales and samplers would take longer than all the rest.
+        made.commands.append([*words, "--num_images", str(evaluation.num_images), "--num_sweep_images", "0"])
     return made
 
 
@@ -220,7 +221,7 @@ def build_erase(queue: Queue) -> None:
         form = Form(*values)
         run = new_folder(queue, form.title)
         made = request(form, run)
-        return panel.add(title=form.title, run=run.name, commands=made.commands, steps=made.steps)
+        return panel.add(title=run.name, run=run.name, commands=made.commands, steps=made.steps)
 
     start.click(one_line(begin), fields, panel.outputs, concurrency_limit=1)
 
@@ -234,10 +235,10 @@ def build_form() -> list[Any]:
         retain = gr.Textbox(label="Prompts to retain", placeholder="prompts/emoji/bomb/retain.csv")
     with gr.Row():
         preset = gr.Dropdown([("none", ""), *((name, name) for name in preset_names())], value="", label="Preset")
-        steps = gr.Number(None, label="Steps", precision=0, minimum=1, placeholder="the method’s own")
+        steps = gr.Textbox(label="Steps", placeholder="default")
     with gr.Row():
         measure = gr.Checkbox(True, label="Measure afterwards")
-        images = gr.Number(64, label="Pictures to measure, of each kind of prompt", precision=0, minimum=1)
+        images = gr.Number(64, label="Pictures to measure", precision=0, minimum=1)
     with gr.Accordion("More settings", open=False):
         also = gr.Textbox(
             "a dog", label="Draw these as well", info="Beside the forbidden, as steps go; one a line", lines=2

@@ -27,7 +27,7 @@ MONOSPACE = ("ui-monospace", "monospace")
 
 def build_page(queue: Queue) -> gr.Blocks:
     """Return the page of a folder of runs."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"# {TITLE}\nErase concepts from text-to-image models. Runs are in `{queue.runs}`.")
         with gr.Tab("Erase"):
             build_erase(queue)
@@ -54,7 +54,12 @@ def serve(runs: Path, *, host: str, port: int | None, share: bool) -> None:
     """
     queue = Queue(runs)
     ensure_worker(queue)  # what waited when an earlier worker ended
-    theme = gr.themes.Default(font=FONTS, font_mono=MONOSPACE, primary_hue="blue")
+    theme = gr.themes.Default(font=FONTS, font_mono=MONOSPACE, primary_hue="blue").set(
+        block_info_text_color="*neutral_600",  # by default too pale to read
+        block_info_text_color_dark="*neutral_300",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+    )
     try:
         _, url, shared = build_page(queue).launch(
             server_name=host,

@@ -35,12 +35,12 @@ class Panel:
     chosen: gr.Radio
     outputs: list[Any]
 
-    def refresh(self, number: int | None, before: list[str]) -> list[Any]:
+    def refresh(self, number: int | None, before: list[str] | None) -> list[Any]:
         """Return the values of `outputs`; those that a page already shows are skipped.
 
         Args:
             number: Entry that the page shows.
-            before: Values that the page shows, as texts.
+            before: Values that the page shows, as texts; None if they are not known.
         """
         try:
             entries = [entry for entry in self.queue.entries() if entry.kind == self.kind]
@@ -48,7 +48,7 @@ class Panel:
             status = "" if entry is None else describe(self.queue, entry)
             pictures = "" if entry is None else self.pictures(self.queue, entry)
         except SafemaxError as error:
-            return [gr.skip(), f'<p role="alert">{html.escape(str(error))}</p>', *[gr.skip()] * 5, before]
+            return [gr.skip(), f'<p role="alert">{html.escape(str(error))}</p>', *[gr.skip()] * 5, None]
         choices = [(f"{one.title} ({one.state})", one.number) for one in reversed(entries)]
         state = "" if entry is None else entry.state
         values = [
@@ -61,17 +61,15 @@ class Panel:
             gr.update(visible=not entries),
         ]
         now = [str(value) for value in values]
-        known = before if len(before) == len(now) else [""] * len(now)
-        return [
-            *(gr.skip() if new == old else value for value, new, old in zip(values, now, known, strict=True)),
-            now,
-        ]
+        if before is not None:
+            values = [gr.skip() if new == old else value for value, new, old in zip(values, now, before, strict=True)]
+        return [*values, now]
 
     def add(self, **entry: Any) -> list[Any]:
         """Queue an entry, start a worker if there is none, and return the values of `outputs` with it shown."""
         added = self.queue.add(kind=self.kind, **entry)
         ensure_worker(self.queue)
-        return self.refresh(added.number, [])
+        return self.refresh(added.number, None)
 
 
 def build_panel(queue: Queue, kind: Kind, pictures: Picturing, nothing: str) -> Panel:
@@ -85,18 +83,18 @@ def build_panel(queue: Queue, kind: Kind, pictures: Picturing, nothing: str) -> 
     """
     empty = gr.Markdown(nothing)
     chosen = gr.Radio([], label="Queue", elem_classes="queue", visible=False)
-    status = gr.HTML(elem_classes="status")
     with gr.Row():
-        stop = gr.Button("Stop", visible=False, min_width=80)
-        resume = gr.Button("Resume", visible=False, min_width=80)
-        remove = gr.Button("Remove from the queue", visible=False, min_width=80)
+        stop = gr.Button("Stop", visible=False, size="sm", min_width=80)
+        resume = gr.Button("Resume", visible=False, size="sm", min_width=80)
+        remove = gr.Button("Remove from the queue", visible=False, size="sm", min_width=80)
+    status = gr.HTML(elem_classes="status")
     shown = gr.HTML(elem_classes="pictures")
-    known = gr.State([])
+    known = gr.State(None)
     outputs: list[Any] = [chosen, status, shown, stop, resume, remove, empty, known]
     panel = Panel(queue, kind, pictures, chosen, outputs)
 
-    def after(change: Callable[[int], None]) -> Callable[[int | None, list[str]], list[Any]]:
-        def changed(number: int | None, before: list[str]) -> list[Any]:
+    def after(change: Callable[[int], None]) -> Callable[[int | None, list[str] | None], list[Any]]:
+        def changed(number: int | None, before: list[str] | None) -> list[Any]:
             if number is not None:
                 change(number)
                 ensure_worker(queue)

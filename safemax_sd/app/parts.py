@@ -16,7 +16,7 @@ from safemax_sd.core.errors import SafemaxError
 from safemax_sd.results.erasure import RECORD
 
 F = TypeVar("F", bound=Callable[..., Any])
-ERROR_SECONDS = 60.0
+ERROR_SECONDS = 20.0
 """Seconds that an error stays on the page, unless it is closed."""
 
 
@@ -57,6 +57,11 @@ def picture(path: Path, caption: str) -> str:
     """Return a picture in the folder of runs with its caption, as HTML."""
     text = html.escape(caption)
     return f'<figure><img src="{file_url(path)}" alt="{text}" loading="lazy"><figcaption>{text}</figcaption></figure>'
+
+
+def grid(pictures: list[str]) -> str:
+    """Return pictures side by side where there is room, as HTML."""
+    return f'<div class="grid">{"".join(pictures)}</div>' if pictures else ""
 
 
 def finished_runs(runs: Path) -> list[Path]:

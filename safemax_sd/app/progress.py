@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from safemax_sd.app.parts import picture
+from safemax_sd.app.parts import grid, picture
 from safemax_sd.app.queue import Entry, Queue
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.evaluation.plots import loss_plot
@@ -19,6 +19,8 @@ from safemax_sd.training.output import LOG, read_log
 REDRAWN = 20
 """Times that the plot of the losses is drawn during a run."""
 GIB = 2**30
+SHOWN_ELSEWHERE = ("$", "erase:")
+"""Beginnings of lines that repeat the command, or the steps of a training."""
 _plotting = Lock()
 """Lock of matplotlib's settings, which all threads share."""
 
@@ -39,7 +41,7 @@ def describe(queue: Queue, entry: Entry) -> str:
 def previews(queue: Queue, entry: Entry) -> str:
     """Return the pictures that a training has drawn so far, the latest first."""
     paths = own_samples(queue.runs / entry.run)
-    return "".join(picture(path, f"step {int(path.stem.partition('-')[2])}") for path in reversed(paths))
+    return grid([picture(path, f"step {int(path.stem.partition('-')[2])}") for path in reversed(paths)])
 
 
 def _state(queue: Queue, entry: Entry) -> str:

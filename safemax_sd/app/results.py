@@ -103,7 +103,7 @@ def files_of(folder: Path) -> str:
     """Return links to a run's files, as HTML."""
     items = [
         f'<li><a href="{file_url(folder / name)}" download="{Path(name).name}">{Path(name).name}</a>, {what}, '
-        f"{(folder / name).stat().st_size / 1e6:.1f} MB</li>"
+        f"{(folder / name).stat().st_size / 1000:,.0f} KB</li>"
         for name, what in FILES.items()
         if (folder / name).is_file()
     ]
@@ -188,11 +188,11 @@ def build_results(runs: Path, tab: gr.Tab) -> None:
     """
     table = gr.HTML()
     chosen = gr.Dropdown([], label="Run", elem_id="run")
-    with gr.Group(visible=False) as group:
+    with gr.Column(visible=False) as group:
         concepts = gr.CheckboxGroup([], label="Erased concepts", info="With the run’s anchor, in a second")
         file = gr.Textbox(label="Prompts of more concepts", placeholder="none", info="A prompt file, as of --add")
         apply = gr.Button("Erase the ticked")
-        answer = gr.HTML(elem_classes="status")
+        answer = gr.HTML(elem_classes="status", visible=False)
     files, pages = gr.HTML(), gr.HTML(elem_classes="pages")
     shown: list[Any] = [group, concepts, files, pages]
 
@@ -212,7 +212,7 @@ def build_results(runs: Path, tab: gr.Tab) -> None:
 
     def apply_ticks(run: str, ticked: list[str], path: str) -> list[Any]:
         line = change(Path(run), ticked, path)
-        return [f"<p>{html.escape(line)}</p>", "", *refresh(run)]
+        return [gr.update(value=f"<p>{html.escape(line)}</p>", visible=True), "", *refresh(run)]
 
     tab.select(one_line(refresh), chosen, [table, chosen, *shown], show_progress="hidden")
     chosen.input(one_line(show), chosen, shown, show_progress="hidden")
