@@ -49,7 +49,7 @@ def _state(queue: Queue, entry: Entry) -> str:
         number = f" ({entry.finished + 1} of {len(entry.commands)})" if len(entry.commands) > 1 else ""
         what = f"stopping {entry.command}" if entry.state == "stopping" else f"safemax {entry.command}{number}"
         line = queue.last_line(entry.number)
-        detail = "" if (entry.command == "train" and "it/s" in line) or line.startswith("$") else f": {line}"
+        detail = "" if line.startswith(SHOWN_ELSEWHERE) else f": {line}"
         return f"<p><b>{html.escape(what)}</b>{html.escape(detail)}</p>"
     if entry.state == "waiting":
         ahead = sum(one.number < entry.number and (one.active or one.state == "waiting") for one in queue.entries())

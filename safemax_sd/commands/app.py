@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from safemax_sd.commands.console import one_line_errors
@@ -29,8 +28,10 @@ def app(options: AppOptions) -> None:
     """Serve a local web page: erase words, compare pictures, look at results, attack."""
     with one_line_errors():
         options.validate()
-        if find_spec("gradio") is None:
-            raise SafemaxError('safemax app needs gradio: pip install "safemax_sd[app]"')
-        from safemax_sd.app.page import serve
-
+        try:
+            from safemax_sd.app.page import serve
+        except ModuleNotFoundError as error:
+            if error.name != "gradio":
+                raise
+            raise SafemaxError('safemax app needs gradio: pip install "safemax_sd[app]"') from error
         serve(Path(options.runs_dir), host=options.host, port=options.port, share=options.share)
