@@ -192,9 +192,9 @@ def build_fields(runs: Path) -> list[Any]:
     with gr.Accordion("More settings", open=False):
         samplers = [("the model’s first", ""), *((name, name) for name in SAMPLER_NAMES)]
         sampler = gr.Dropdown(samplers, value="", label="Sampler")
-        negative = gr.Textbox(label="Negative prompt")
+        negative = gr.Textbox("", label="Negative prompt")
         judge = gr.Textbox(
             "emoji", label="Judge", info="emoji, for the embedded model; the name of an open_clip model; or none"
         )
-        pretrained = gr.Textbox(label="Weights of the judge", info="Pretrained tag or file of an open_clip model")
+        pretrained = gr.Textbox("", label="Weights of the judge", info="Pretrained tag or file of an open_clip model")
     return [prompts, adapters, guidance, steps, strength, sampler, negative, seed, judge, pretrained]

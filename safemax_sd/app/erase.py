@@ -228,14 +228,14 @@ def build_erase(queue: Queue) -> None:
 
 def build_form() -> list[Any]:
     """Add the fields of `Form` to the page, and return them in its order."""
-    words = gr.Textbox(label="Words to forget", info="Several are separated by commas", placeholder="bomb")
+    words = gr.Textbox("", label="Words to forget", info="Several are separated by commas", placeholder="bomb")
     model = gr.Textbox("emoji", label="Model", info="Embedded (emoji), a folder, a hub id or a .safetensors file")
     with gr.Accordion("Prompt files instead of words", open=False):
-        forget = gr.Textbox(label="Prompts to forget", placeholder="prompts/emoji/bomb/forget.csv")
-        retain = gr.Textbox(label="Prompts to retain", placeholder="prompts/emoji/bomb/retain.csv")
+        forget = gr.Textbox("", label="Prompts to forget", placeholder="prompts/emoji/bomb/forget.csv")
+        retain = gr.Textbox("", label="Prompts to retain", placeholder="prompts/emoji/bomb/retain.csv")
     with gr.Row():
         preset = gr.Dropdown([("none", ""), *((name, name) for name in preset_names())], value="", label="Preset")
-        steps = gr.Textbox(label="Steps", placeholder="default")
+        steps = gr.Textbox("", label="Steps", placeholder="default")
     with gr.Row():
         measure = gr.Checkbox(True, label="Measure afterwards")
         images = gr.Number(64, label="Pictures to measure", precision=0, minimum=1)
@@ -247,6 +247,7 @@ def build_form() -> list[Any]:
         kinds = [("from the words", ""), *((name, name) for name in get_args(KindName))]
         kind = gr.Dropdown(kinds, value="", label="Kind of the words")
         anchor = gr.Textbox(
+            "",
             label="Halting anchor",
             info="emoji, or a folder: erases in a second, without a training",
             placeholder="none",

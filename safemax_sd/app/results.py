@@ -190,7 +190,7 @@ def build_results(runs: Path, tab: gr.Tab) -> None:
     chosen = gr.Dropdown([], label="Run", elem_id="run")
     with gr.Column(visible=False) as group:
         concepts = gr.CheckboxGroup([], label="Erased concepts", info="With the run’s anchor, in a second")
-        file = gr.Textbox(label="Prompts of more concepts", placeholder="none", info="A prompt file, as of --add")
+        file = gr.Textbox("", label="Prompts of more concepts", placeholder="none", info="A prompt file, as of --add")
         apply = gr.Button("Erase the ticked")
         answer = gr.HTML(elem_classes="status", visible=False)
     files, pages = gr.HTML(), gr.HTML(elem_classes="pages")

@@ -136,9 +136,9 @@ def start(page: Page) -> None:
 
 def fails(page: Page, text: str) -> None:
     """Wait for an error in one line, and close it."""
-    shown = page.get_by_role("alert").filter(has_text=text)
+    shown = page.get_by_test_id("toast-text").filter(has_text=text)
     expect(shown).to_be_visible()
-    shown.get_by_role("button").last.click()
+    page.get_by_test_id("toast-close").click()
     expect(shown).to_be_hidden()
 
 
@@ -210,7 +210,7 @@ def drawn(page: Page, prompt: str, column: str) -> str:
 
 def test_the_base_model_and_the_erased_one_stand_side_by_side(page: Page) -> None:
     tab(page, "Compare")
-    expect(page.get_by_role("button", name="Remove bomb")).to_be_visible()  # the run is chosen
+    expect(page.locator(".token").filter(has_text="bomb")).to_be_visible()  # the run is chosen
     page.get_by_role("button", name="Draw").click()
     assert answer(page, "a dog", "bomb").startswith("dog")
     assert answer(page, "a dog", "base").startswith("dog")
@@ -250,7 +250,7 @@ def test_an_anchor_erases_and_brings_back_by_tick_boxes(page: Page, server: Serv
 
 def test_pictures_of_an_attack_come_into_the_page(page: Page, server: Server) -> None:
     tab(page, "Attack")
-    page.get_by_role("button", name="Remove all").locator("visible=true").click()
+    page.locator(".remove-all").locator("visible=true").click()
     start(page)
     fails(page, "Attacks (not given): are required")
     attacks = field(page, "Attacks")
