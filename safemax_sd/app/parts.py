@@ -6,6 +6,7 @@ import functools
 import html
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -66,8 +67,11 @@ def grid(pictures: list[str]) -> str:
 
 def finished_runs(runs: Path) -> list[Path]:
     """List the folders of finished runs in the folder of runs, the latest first."""
-    found = [path.parent for path in runs.glob(f"*/{RECORD}")]
-    return sorted(found, key=lambda folder: (folder / RECORD).stat().st_mtime, reverse=True)
+    found = []
+    for path in runs.glob(f"*/{RECORD}"):
+        with suppress(FileNotFoundError):  # written anew at this moment
+            found.append((path.stat().st_mtime_ns, path.parent))
+    return [folder for _, folder in sorted(found, reverse=True)]
 
 
 def run_choices(runs: Path) -> list[tuple[str, str]]:

@@ -102,6 +102,7 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser, server: Server) -> Iterator[Page]:
     """Open the page, from which nothing outside this machine may be asked for."""
     context = browser.new_context(viewport={"width": WIDE, "height": 900})
+    context.set_default_timeout(SECONDS * 1000)
     opened, asked = context.new_page(), []
     opened.on("request", lambda request: asked.append(request.url))
     opened.goto(server.url)
@@ -127,11 +128,11 @@ def entry(page: Page, name: str, state: str) -> None:
 
 
 def field(page: Page, label: str) -> Locator:
-    return page.get_by_label(re.compile(f"^{label}")).locator("visible=true")
+    return page.get_by_label(label).filter(visible=True).first
 
 
 def start(page: Page) -> None:
-    page.get_by_role("button", name="Start").locator("visible=true").click()
+    page.get_by_role("button", name="Start").filter(visible=True).click()
 
 
 def fails(page: Page, text: str) -> None:
@@ -164,7 +165,7 @@ def test_a_training_is_reloaded_stopped_resumed_and_outlives_its_server(page: Pa
     field(page, "Words to forget").fill("bomb")
     field(page, "Steps").fill(str(STEPS))
     page.get_by_label("Measure afterwards").uncheck()
-    page.get_by_role("button", name="More settings").locator("visible=true").click()
+    page.get_by_role("button", name="More settings").filter(visible=True).click()
     field(page, "Steps between pictures").fill(str(EVERY))
     field(page, "More flags").fill(CHEAP)
     start(page)
@@ -176,13 +177,13 @@ def test_a_training_is_reloaded_stopped_resumed_and_outlives_its_server(page: Pa
     other.goto(server.url)
     entry(other, "bomb", "running")
     expect(page.get_by_alt_text(f"step {EVERY}", exact=True)).to_be_visible()
-    other.get_by_role("button", name="Stop").locator("visible=true").click()
+    other.get_by_role("button", name="Stop").filter(visible=True).click()
     for shown in (page, other):
         entry(shown, "bomb", "stopped")
     folder = server.runs / "bomb"
     assert not (folder / "erasure.json").exists() and list(folder.glob("checkpoint-*"))
     stopped = read_log(folder / LOG)[-1]["step"]
-    page.get_by_role("button", name="Resume").locator("visible=true").click()
+    page.get_by_role("button", name="Resume").filter(visible=True).click()
     entry(page, "bomb", "running")
     while read_log(folder / LOG)[-1]["step"] <= stopped and not (folder / "erasure.json").exists():
         time.sleep(0.2)
@@ -228,7 +229,7 @@ def test_the_base_model_and_the_erased_one_stand_side_by_side(page: Page) -> Non
 def test_an_anchor_erases_and_brings_back_by_tick_boxes(page: Page, server: Server) -> None:
     field(page, "Words to forget").fill("pistol")
     field(page, "Pictures to measure").fill("4")
-    page.get_by_role("button", name="More settings").locator("visible=true").click()
+    page.get_by_role("button", name="More settings").filter(visible=True).click()
     field(page, "Halting anchor").fill("emoji")
     start(page)
     entry(page, "pistol", "done")
@@ -250,7 +251,7 @@ def test_an_anchor_erases_and_brings_back_by_tick_boxes(page: Page, server: Serv
 
 def test_pictures_of_an_attack_come_into_the_page(page: Page, server: Server) -> None:
     tab(page, "Attack")
-    page.locator(".remove-all").locator("visible=true").click()
+    page.locator(".remove-all").filter(visible=True).click()
     start(page)
     fails(page, "Attacks (not given): are required")
     attacks = field(page, "Attacks")
