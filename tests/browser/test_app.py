@@ -124,7 +124,7 @@ def tab(page: Page, name: str) -> None:
 
 def entry(page: Page, name: str, state: str) -> None:
     """Wait until the queue shows an entry in a state."""
-    expect(page.get_by_label(f"{name} ({state})")).to_be_visible()
+    expect(page.get_by_label(f"{name} ({state})")).to_be_visible(timeout=SECONDS * 1000)
 
 
 def field(page: Page, label: str) -> Locator:
@@ -153,7 +153,7 @@ def test_what_cannot_be_used_is_said_in_one_line(page: Page, server: Server) -> 
     field(page, "Model").fill("emoji")
     field(page, "Steps").fill("many")
     start(page)
-    fails(page, "--max_train_steps: invalid int value: 'many'")
+    fails(page, "invalid int value: 'many'")
     tab(page, "Compare")
     page.get_by_role("button", name="Draw").click()
     fails(page, "Adapters (not given): are required")
@@ -209,37 +209,22 @@ def drawn(page: Page, prompt: str, column: str) -> str:
     return str(page.get_by_alt_text(f"{prompt}, {column}", exact=True).get_attribute("src"))
 
 
-def test_the_base_model_and_the_erased_one_stand_side_by_side(page: Page) -> None:
-    tab(page, "Compare")
-    expect(page.locator(".token").filter(has_text="bomb")).to_be_visible()  # the run is chosen
-    page.get_by_role("button", name="Draw").click()
-    assert answer(page, "a dog", "bomb").startswith("dog")
-    assert answer(page, "a dog", "base").startswith("dog")
-    assert answer(page, "a bomb", "base").startswith("bomb")
-    assert answer(page, "a bomb", "bomb").startswith("noise")
-    picture(page, "app_compare")
-    erased = drawn(page, "a bomb", "bomb")
-    page.get_by_label(re.compile("number input for Strength")).fill("0")
-    page.get_by_role("button", name="Draw").click()
-    expect(page.get_by_alt_text("a bomb, bomb")).not_to_have_attribute("src", erased)
-    assert drawn(page, "a bomb", "bomb") == drawn(page, "a bomb", "base")
-    assert drawn(page, "a dog", "bomb") == drawn(page, "a dog", "base")
-
-
 def test_an_anchor_erases_and_brings_back_by_tick_boxes(page: Page, server: Server) -> None:
-    field(page, "Words to forget").fill("pistol")
+    page.get_by_role("button", name="Prompt files").click()
+    for part in ("forget", "retain"):
+        field(page, f"Prompts to {part}").fill(str(ROOT / "prompts" / "emoji" / "bomb" / f"{part}.csv"))
     field(page, "Pictures to measure").fill("4")
     page.get_by_role("button", name="More settings").filter(visible=True).click()
     field(page, "Halting anchor").fill("emoji")
     start(page)
-    entry(page, "pistol", "done")
+    entry(page, "bomb_2", "done")
     tab(page, "Results")
     expect(page.locator("table.runs tbody tr")).to_have_count(2)
     expect(page.frame_locator("iframe").get_by_role("heading", name="Headline")).to_be_visible()
     expect(page.get_by_role("link", name="pytorch_lora_weights.safetensors")).to_be_visible()
-    folder = server.runs / "pistol"
-    assert ErasureRecord.read(folder).forget.concepts == ("pistol",)
-    for concepts in (("pistol", "dog"), ("pistol",)):
+    folder = server.runs / "bomb_2"
+    assert ErasureRecord.read(folder).forget.concepts == ("bomb",)
+    for concepts in (("bomb", "dog"), ("bomb",)):
         page.get_by_label("dog", exact=True).set_checked("dog" in concepts)
         page.get_by_role("button", name="Erase the ticked").click()
         expect(page.get_by_text(re.compile(rf"erased {len(concepts)} concept"))).to_be_visible()
@@ -247,6 +232,28 @@ def test_an_anchor_erases_and_brings_back_by_tick_boxes(page: Page, server: Serv
     with page.expect_download() as download:
         page.get_by_role("link", name="erasure.json").click()
     assert json.loads(Path(download.value.path()).read_text()) == json.loads((folder / "erasure.json").read_text())
+
+
+def test_the_base_model_and_the_erased_ones_stand_side_by_side(page: Page) -> None:
+    tab(page, "Compare")
+    expect(page.locator(".token").filter(has_text="bomb_2")).to_be_visible()  # the latest run is chosen
+    field(page, "Adapters").click()
+    page.get_by_role("option", name="bomb", exact=True).click()
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Draw").click()
+    assert answer(page, "a dog", "all together")
+    for column in ("base", "bomb", "bomb_2"):
+        assert answer(page, "a dog", column).startswith("dog")
+    assert answer(page, "a bomb", "base").startswith("bomb")
+    assert answer(page, "a bomb", "bomb_2").startswith("noise")
+    assert not answer(page, "a bomb", "bomb").startswith("bomb")
+    picture(page, "app_compare")
+    erased = drawn(page, "a bomb", "bomb")
+    page.get_by_label("number input for Strength").fill("0")
+    page.get_by_role("button", name="Draw").click()
+    expect(page.get_by_alt_text("a bomb, bomb", exact=True)).not_to_have_attribute("src", erased)
+    for prompt in ("a bomb", "a dog"):
+        assert drawn(page, prompt, "bomb") == drawn(page, prompt, "base")
 
 
 def test_pictures_of_an_attack_come_into_the_page(page: Page, server: Server) -> None:
@@ -260,8 +267,8 @@ def test_pictures_of_an_attack_come_into_the_page(page: Page, server: Server) ->
     field(page, "Pictures of each try").fill("2")
     start(page)
     expect(page.get_by_alt_text(re.compile("erased: "))).to_be_visible()
-    entry(page, "pistol: plain", "done")
-    assert (server.runs / "pistol" / "attacks" / "attacks.json").is_file()
+    entry(page, "bomb_2: plain", "done")
+    assert (server.runs / "bomb_2" / "attacks" / "attacks.json").is_file()
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
