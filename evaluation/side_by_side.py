@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,8 @@ from safemax_sd.prompts import without_cut_text
 
 BASE = "base"
 TOGETHER = "all together"
+SEVERAL = "Already found a `peft_config` attribute"
+"""Beginning of peft's warning that a model has several adapters, as is wanted here."""
 STRENGTH = Range("must be in -2 to 3", lambda value: -2 <= value <= 3)
 
 
@@ -92,7 +95,8 @@ class SideBySide:
         self._switches: dict[str, Callable[[float], object]] = {BASE: self._to_base}
         names = distinct([folder.name or str(folder) for folder in folders])
         for name, adapter, own in zip(names, self.adapters, layers, strict=True):
-            with quiet():
+            with quiet(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", SEVERAL)
                 self._add(name, adapter, own)
         if len(self._loras) > 1:
             self._switches[TOGETHER] = partial(self._to_loras, list(self._loras))

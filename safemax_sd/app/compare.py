@@ -27,6 +27,8 @@ DRAWING = "drawing"
 """Events that wait for one another, since they share one pipeline."""
 NOBODY = "none"
 QUALITY = 92
+COLUMN_REM = 8
+"""Least width of a column."""
 
 
 @dataclass
@@ -132,7 +134,8 @@ def table(prompts: Sequence[str], cells: Mapping[str, Sequence[str]], columns: S
     for number, prompt in enumerate(prompts):
         row = "".join(f"<td>{cells[column][number] if column in cells else ''}</td>" for column in columns)
         rows.append(f'<tr><th scope="rowgroup" colspan="{len(columns)}">{html.escape(prompt)}</th></tr><tr>{row}</tr>')
-    return f'<div class="scroll"><table class="compare"><thead><tr>{head}</tr></thead>{"".join(rows)}</table></div>'
+    opening = f'<table class="compare" style="min-width: {COLUMN_REM * len(columns)}rem">'
+    return f'<div class="scroll">{opening}<thead><tr>{head}</tr></thead>{"".join(rows)}</table></div>'
 
 
 def cell(image: Image.Image, text: str, verdict: Verdict | None) -> str:
