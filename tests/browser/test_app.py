@@ -170,13 +170,13 @@ def test_a_training_is_reloaded_stopped_resumed_and_outlives_its_server(page: Pa
     field(page, "More flags").fill(CHEAP)
     start(page)
     progress = page.get_by_text(re.compile(rf"step \d+ of {STEPS}, .* left"))
-    expect(progress).to_be_visible()
+    expect(progress).to_be_visible(timeout=SECONDS * 1000)
     page.reload()
     expect(progress).to_be_visible()
     other = page.context.new_page()
     other.goto(server.url)
     entry(other, "bomb", "running")
-    expect(page.get_by_alt_text(f"step {EVERY}", exact=True)).to_be_visible()
+    expect(page.get_by_alt_text(f"step {EVERY}", exact=True)).to_be_visible(timeout=SECONDS * 1000)
     other.get_by_role("button", name="Stop").filter(visible=True).click()
     for shown in (page, other):
         entry(shown, "bomb", "stopped")
@@ -240,7 +240,10 @@ def test_the_base_model_and_the_erased_ones_stand_side_by_side(page: Page) -> No
     field(page, "Adapters").click()
     page.get_by_role("option", name="bomb", exact=True).click()
     page.keyboard.press("Escape")
+    started = time.monotonic()
     page.get_by_role("button", name="Draw").click()
+    assert answer(page, "a dog", "base")
+    print(f"first pictures {time.monotonic() - started:.1f} s after the first click, with loading")
     assert answer(page, "a dog", "all together")
     for column in ("base", "bomb", "bomb_2"):
         assert answer(page, "a dog", column).startswith("dog")
@@ -250,8 +253,10 @@ def test_the_base_model_and_the_erased_ones_stand_side_by_side(page: Page) -> No
     picture(page, "app_compare")
     erased = drawn(page, "a bomb", "bomb")
     page.get_by_label("number input for Strength").fill("0")
+    started = time.monotonic()
     page.get_by_role("button", name="Draw").click()
     expect(page.get_by_alt_text("a bomb, bomb", exact=True)).not_to_have_attribute("src", erased)
+    print(f"third pictures {time.monotonic() - started:.1f} s after the next click")
     for prompt in ("a bomb", "a dog"):
         assert drawn(page, prompt, "bomb") == drawn(page, prompt, "base")
 
@@ -266,7 +271,7 @@ def test_pictures_of_an_attack_come_into_the_page(page: Page, server: Server) ->
     attacks.press("Enter")
     field(page, "Pictures of each try").fill("2")
     start(page)
-    expect(page.get_by_alt_text(re.compile("erased: "))).to_be_visible()
+    expect(page.get_by_alt_text(re.compile("erased: "))).to_be_visible(timeout=SECONDS * 1000)
     entry(page, "bomb_2: plain", "done")
     assert (server.runs / "bomb_2" / "attacks" / "attacks.json").is_file()
 
