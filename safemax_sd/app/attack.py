@@ -23,7 +23,7 @@ ATTACKED = "attacks"
 NOTHING = "No attack is in the queue yet: choose a run and start."
 
 
-def request(run: str, attacks: list[str], num_images: int | None) -> list[str]:
+def request(run: str, suite: str, attacks: list[str], num_images: int | None) -> list[str]:
     """Return the command line of attacks on a run, checked without loading a model.
 
     Raises:
@@ -33,8 +33,8 @@ def request(run: str, attacks: list[str], num_images: int | None) -> list[str]:
         raise OptionError("Run", "(not given)", "is required: erase something first")
     if not attacks:
         raise OptionError("Attacks", "(not given)", f"are required: choose some, or {ALL}")
-    suite = beside(Path(run))
-    named = str(suite) if (suite / "forget.csv").is_file() else None
+    own = beside(Path(run))
+    named = suite or (str(own) if (own / "forget.csv").is_file() else None)
     options = AttackOptions(adapter=run, attacks=attacks, num_images=num_images or 8, suite=named)
     options.validate()
     chosen(attacks)
@@ -69,14 +69,15 @@ def build_attack(queue: Queue, tab: gr.Tab) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300, scale=2):
             run = gr.Dropdown([], label="Run")
+            suite = gr.Textbox("", label="Prompt suite", info="Name or folder", placeholder="the run’s own")
             attacks = gr.Dropdown([ALL, *ATTACKS.names()], value=[ALL], label="Attacks", multiselect=True)
             images = gr.Number(8, label="Pictures of each try", precision=0, minimum=1)
             start = gr.Button("Start", variant="primary")
         with gr.Column(min_width=300, scale=3):
             panel = build_panel(queue, "attack", attacked, NOTHING)
 
-    def begin(folder: str, names: list[str], count: int | None) -> list[Any]:
-        words = request(folder, names, count)
+    def begin(folder: str, prompts: str, names: list[str], count: int | None) -> list[Any]:
+        words = request(folder, prompts, names, count)
         name = Path(folder).name
         return panel.add(title=f"{name}: {', '.join(names)}", run=name, commands=[words])
 
@@ -84,5 +85,5 @@ def build_attack(queue: Queue, tab: gr.Tab) -> None:
         found = run_choices(queue.runs)
         return gr.update(choices=found, value=folder or next((path for _, path in found), None))
 
-    start.click(one_line(begin), [run, attacks, images], panel.outputs)
+    start.click(one_line(begin), [run, suite, attacks, images], panel.outputs)
     tab.select(refresh, run, run, show_progress="hidden")

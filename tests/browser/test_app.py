@@ -271,6 +271,9 @@ def test_pictures_of_an_attack_come_into_the_page(page: Page, server: Server) ->
     attacks.press("Enter")
     field(page, "Pictures of each try").fill("2")
     start(page)
+    fails(page, "--suite (not given): is required")  # an anchor's record names no prompt file
+    field(page, "Prompt suite").fill("emoji/bomb")
+    start(page)
     expect(page.get_by_alt_text(re.compile("erased: "))).to_be_visible(timeout=SECONDS * 1000)
     entry(page, "bomb_2: plain", "done")
     assert (server.runs / "bomb_2" / "attacks" / "attacks.json").is_file()
