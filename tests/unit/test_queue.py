@@ -177,4 +177,4 @@ def test_a_progress_bar_s_last_state_is_a_line(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"begin\nevaluate:  10%|#  | 1/10\revaluate:  20%|## | 2/10\r\n\n")
     assert last_line(path, 4096) == "evaluate:  20%|## | 2/10"
-    assert last_line(path, 10) == "## | 2/10" and last_line(tmp_path / "none", 10) == ""
+    assert last_line(path, 10) == "| 2/10" and last_line(tmp_path / "none", 10) == ""
