@@ -16,7 +16,7 @@ from safemax_sd.app.erase import Form, new_folder, request
 from safemax_sd.app.progress import describe
 from safemax_sd.app.queue import Queue
 from safemax_sd.app.results import as_table, files_of, marked, row_of
-from safemax_sd.core.errors import OptionError
+from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.judge import load_judge
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
@@ -99,7 +99,7 @@ def test_an_anchor_needs_no_training(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     ],
 )
 def test_a_form_that_cannot_be_used_is_refused_in_one_line(form: Form, text: str, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="") as raised:
+    with pytest.raises(SafemaxError) as raised:
         request(form, tmp_path / "run")
     assert str(raised.value).startswith(text) and "\n" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
