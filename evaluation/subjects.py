@@ -115,37 +115,62 @@ def _with_lora(family: LatentFamily, folder: Path, layers: Set[str]) -> Models:
         SafemaxError: The file is damaged, or its layers are different ones.
     """
     pipeline = family.pipeline
-    path = folder / WEIGHTS_NAME
-    stored = read_weights(path)
-    missing = sorted(layers - {name.partition(".lora_")[0].removeprefix(f"{family.denoiser_part}.") for name in stored})
-    if missing:
-        raise SafemaxError(f"{path} lacks {len(missing)} of {len(layers)} layers, the first of them {missing[0]}")
-    pipeline.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name=ADAPTER_NAME)
-    landed = get_peft_model_state_dict(family.denoiser, adapter_name=ADAPTER_NAME)
-    # diffusers only warns of tensors that fit no layer and of layers that lack one of their two matrices.
-    check_fit(path, stored, {f"{family.denoiser_part}.{name}": tensor for name, tensor in landed.items()}, "the model")
+    put_lora(family, folder, layers, ADAPTER_NAME)
     return Models(
         pipeline,
         family.scheduler_settings,
         StockSampler(pipeline, switch=pipeline.disable_lora),
         StockSampler(pipeline, switch=pipeline.enable_lora),
-        _sha256(path),
+        _sha256(folder / WEIGHTS_NAME),
     )
+
+
+def put_lora(family: LatentFamily, folder: Path, layers: Set[str], name: str) -> None:
+    """Load a LoRA into a family's pipeline.
+
+    Args:
+        family: Base model.
+        folder: Output folder of a run.
+        layers: Layers that the LoRA must have.
+        name: Name of the adapter in the pipeline.
+
+    Raises:
+        SafemaxError: The file is damaged, or its layers are different ones.
+    """
+    path = folder / WEIGHTS_NAME
+    stored = read_weights(path)
+    missing = sorted(layers - {name.partition(".lora_")[0].removeprefix(f"{family.denoiser_part}.") for name in stored})
+    if missing:
+        raise SafemaxError(f"{path} lacks {len(missing)} of {len(layers)} layers, the first of them {missing[0]}")
+    family.pipeline.load_lora_weights(folder, weight_name=WEIGHTS_NAME, adapter_name=name)
+    landed = get_peft_model_state_dict(family.denoiser, adapter_name=name)
+    # diffusers only warns of tensors that fit no layer and of layers that lack one of their two matrices.
+    check_fit(path, stored, {f"{family.denoiser_part}.{name}": tensor for name, tensor in landed.items()}, "the model")
 
 
 def _with_full_weights(family: LatentFamily, folder: Path) -> Models:
     pipeline, part = family.pipeline, family.denoiser_part
-    base = getattr(pipeline, part)
-    path = folder / part / FULL_WEIGHTS
-    check_fit(path, read_weights(path), base.state_dict(), "the base model")
-    erased = AutoModel.from_pretrained(str(folder), subfolder=part, torch_dtype=base.dtype).to(base.device)
+    base, erased = getattr(pipeline, part), erased_denoiser(family, folder)
     return Models(
         pipeline,
         family.scheduler_settings,
         StockSampler(pipeline, switch=lambda: setattr(pipeline, part, base)),
         StockSampler(pipeline, switch=lambda: setattr(pipeline, part, erased)),
-        _sha256(path),
+        _sha256(folder / part / FULL_WEIGHTS),
     )
+
+
+def erased_denoiser(family: LatentFamily, folder: Path) -> Any:
+    """Load the denoiser of a run that stored all weights.
+
+    Raises:
+        SafemaxError: The file is damaged, or its tensors do not fit the base model.
+    """
+    part = family.denoiser_part
+    base = getattr(family.pipeline, part)
+    path = folder / part / FULL_WEIGHTS
+    check_fit(path, read_weights(path), base.state_dict(), "the base model")
+    return AutoModel.from_pretrained(str(folder), subfolder=part, torch_dtype=base.dtype).to(base.device)
 
 
 def _sha256(path: Path) -> str:

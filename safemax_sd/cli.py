@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from safemax_sd.commands.app import app as serve_app
 from safemax_sd.commands.attack import attack
 from safemax_sd.commands.compare import compare
 from safemax_sd.commands.console import OWN_FLAGS
@@ -30,7 +31,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 OWN = (prompts, train, plan, erase)
 """Commands that parse their own flags."""
 for command in (
-    *(quickstart, doctor, prompts, train, plan, presets, erase, evaluate, attack, compare, export, report, suites),
+    *(quickstart, doctor, prompts, train, plan, presets, erase),
+    *(evaluate, attack, compare, export, report, suites, serve_app),
 ):
     app.command(context_settings=OWN_FLAGS if command in OWN else None)(command)
 

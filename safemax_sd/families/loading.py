@@ -17,17 +17,27 @@ def load_family(options: LoadOptions) -> ModelFamily:
     Raises:
         OptionError: The model does not exist or cannot be loaded, or no family has its pipeline class.
     """
+    family, located = find_family(options)
+    loaded = family.load(located)
+    loaded.options = replace(
+        options, single_file_config=located.single_file_config, missing_parts=located.missing_parts
+    )
+    return loaded
+
+
+def find_family(options: LoadOptions) -> tuple[type[ModelFamily], LoadOptions]:
+    """Return the family of a model, and the options with a single file's configuration; no weights are loaded.
+
+    Raises:
+        OptionError: The model does not exist, or no family has its pipeline class.
+    """
     located = with_configuration(options) if is_single_file(options.name_or_path) else options
     class_name = _pipeline_class(located)
     supported: list[str] = []
     for name in FAMILIES.names():
         family = FAMILIES.get(name)
         if class_name in family.pipeline_classes:
-            loaded = family.load(located)
-            loaded.options = replace(
-                options, single_file_config=located.single_file_config, missing_parts=located.missing_parts
-            )
-            return loaded
+            return family, located
         supported += sorted(family.pipeline_classes)
     raise OptionError(OPTION, options.name_or_path, f"is a {class_name}; supported: {', '.join(supported)}")
 

@@ -9,10 +9,11 @@ from tempfile import TemporaryDirectory
 
 from safemax_sd.results.folder import claimed
 from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
 from safemax_sd.training.output import checkpoint_to_resume
 from safemax_sd.words.options import ForgetOptions
-from safemax_sd.words.writing import holds_suite, save_suite, write_files, write_suite
+from safemax_sd.words.writing import WrittenSuite, holds_suite, save_suite, write_files, write_suite
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,7 @@ def write_beside(options: ForgetOptions, arguments: Sequence[str]) -> Beside:
         OptionError: The words, the training's flags or its output folder cannot be used; nothing is written. Or another
             suite is in the way.
     """
-    options.validate()
-    with TemporaryDirectory() as scratch:
-        config = parse_config([*arguments, *_files(Path(scratch))])
-        config.validate()
-        suite = write_suite(options.forget, options, config.load_options(), config.seed)
-        write_files(suite, Path(scratch))
-        read_input(config)
+    config, suite = checked(options, arguments, ranked=True)
     output_dir = Path(config.output_dir)
     with claimed(output_dir):
         checkpoint_to_resume(config)
@@ -52,6 +47,27 @@ def write_beside(options: ForgetOptions, arguments: Sequence[str]) -> Beside:
         return Beside([*arguments, *_files(folder)], (*suite.notes, kept))
     save_suite(suite, folder, overwrite=config.overwrite_output_dir)
     return Beside([*arguments, *_files(folder)], (*suite.notes, f"suite: {folder}"))
+
+
+def checked(options: ForgetOptions, arguments: Sequence[str], *, ranked: bool) -> tuple[TrainConfig, WrittenSuite]:
+    """Check the command line of a training that names words to forget, and compose its suite; nothing is written.
+
+    Args:
+        options: Words to forget.
+        arguments: Command line of the training, without prompt files.
+        ranked: True to load the base model, which ranks what lies near; a check alone can do without.
+
+    Raises:
+        OptionError: The words or the training's flags cannot be used.
+    """
+    options.validate()
+    with TemporaryDirectory() as scratch:
+        config = parse_config([*arguments, *_files(Path(scratch))])
+        config.validate()
+        suite = write_suite(options.forget, options, config.load_options() if ranked else None, config.seed)
+        write_files(suite, Path(scratch))
+        read_input(config)
+    return config, suite
 
 
 def beside(output_dir: Path) -> Path:

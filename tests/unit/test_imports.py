@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ORDER = (
-    *("cli", "commands", "evaluation", "planning", "train", "words", "erasing", "training", "results", "objectives"),
-    *("recording", "adapters", "families", "diffusion", "prompts", "presets", "core", "assets"),
+    *("cli", "commands", "app", "evaluation", "planning", "train", "words", "erasing", "training", "results"),
+    *("objectives", "recording", "adapters", "families", "diffusion", "prompts", "presets", "core", "assets"),
 )
 """Folders and files of the package; each may import only those after it."""
 MOST_ENTRIES = 20

@@ -1,0 +1,87 @@
+"""The page and its server."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr
+
+from safemax_sd.app.attack import build_attack
+from safemax_sd.app.compare import build_compare
+from safemax_sd.app.erase import build_erase
+from safemax_sd.app.queue import Queue
+from safemax_sd.app.results import build_results
+from safemax_sd.app.worker import ensure_worker
+from safemax_sd.core.errors import OptionError
+
+TITLE = "safemax"
+STYLE_SHEET = Path(__file__).with_name("page.css")
+FONTS = ("system-ui", "sans-serif")
+MONOSPACE = ("ui-monospace", "monospace")
+
+
+def build_page(queue: Queue) -> gr.Blocks:
+    """Return the page of a folder of runs."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+        gr.Markdown(f"# {TITLE}\nErase concepts from text-to-image models. Runs are in `{queue.runs}`.")
+        with gr.Tab("Erase"):
+            build_erase(queue)
+        with gr.Tab("Compare") as compare:
+            build_compare(queue.runs, compare)
+        with gr.Tab("Results") as results:
+            build_results(queue.runs, results)
+        with gr.Tab("Attack") as attack:
+            build_attack(queue, attack)
+    return page
+
+
+def serve(runs: Path, *, host: str, port: int | None, share: bool) -> None:
+    """Serve the page until this process is interrupted; a run that is under way goes on by itself.
+
+    Args:
+        runs: Folder of runs, which is created.
+        host: Address to listen at.
+        port: Port; None for the first free one from 7860.
+        share: True to open a tunnel through Gradio's servers.
+
+    Raises:
+        OptionError: The folder cannot be created, or the port is in use.
+    """
+    queue = Queue(runs)
+    ensure_worker(queue)  # what waited when an earlier worker ended
+    theme = gr.themes.Default(font=FONTS, font_mono=MONOSPACE, primary_hue="blue").set(
+        block_info_text_color="*neutral_600",  # by default too pale to read
+        block_info_text_color_dark="*neutral_300",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+    )
+    try:
+        _, url, shared = build_page(queue).launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            footer_links=[],
+            run_history=False,
+            allowed_paths=[str(runs.resolve())],
+            theme=theme,
+            css_paths=STYLE_SHEET,
+        )
+    except OSError as error:
+        raise OptionError("--port", port, f"cannot be used on {host}: name another one") from error
+    print(f"page: {shared or url} (Ctrl-C ends it; a run under way goes on)", flush=True)
+    _wait()
+
+
+def _wait() -> Any:
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        return
