@@ -64,13 +64,13 @@ def row_of(folder: Path) -> Row:
     """Read a run's row; one that cannot be read has its error in place of its concepts."""
     try:
         record = ErasureRecord.read(folder)
-        figures = measured(folder / "evaluation" / REPORT)
+        unlearning, kept = measured(folder / "evaluation" / REPORT)
     except SafemaxError as error:
         return Row(folder.name, str(error), "")
     what = ", ".join(record.forget.concepts) or f"{record.forget.count} prompts"
     seconds = record.edit.seconds if record.edit is not None and record.edit.seconds else record.cost.seconds
     base = Path(record.base_model.name_or_path).name
-    return Row(folder.name, what, base, *figures, format_value(seconds["total"], ""))
+    return Row(folder.name, what, base, unlearning, kept, format_value(seconds["total"], ""))
 
 
 def measured(path: Path) -> list[str]:
@@ -173,7 +173,8 @@ def change(folder: Path, ticked: Sequence[str], file: str) -> str:
         rows = [row for name in added for row in ([(text, name) for text in stored.get(name, ())] or shipped[name])]
         atomic_write_text(path, as_csv(rows))
         lines: list[str] = []
-        for add in ([str(path)] if added else []) + ([file] if file else []) or [None]:
+        files: list[str | None] = [*([str(path)] if added else []), *([file] if file else [])]
+        for add in files or [None]:
             edit = HaltingMarks(HaltingMarksConfig(output_dir=str(folder), add=add, remove=removed))
             lines, removed = edit.summary(edit.run()), []
     return lines[-1]

@@ -38,7 +38,7 @@ class BaseModel:
         name_or_path: Folder, single file, hub id or the name of an embedded model.
         family: Name of the model's `ModelFamily`; None if it has not been loaded yet.
         single_file_config: Folder or hub id with a single file's configuration; None in records of other models.
-        missing_parts: Parts of the pipeline that a single file lacks; its configuration's folder holds them.
+        missing_parts: Parts of the pipeline that a single file lacks, which its configuration's folder holds; None for none.
         quantize: Quantization of the denoiser while the LoRA was trained; `options` loads it unquantized.
     """
 
@@ -49,7 +49,7 @@ class BaseModel:
     prediction_type: Literal["epsilon", "v_prediction"] | None
     family: str | None
     single_file_config: str | None = None
-    missing_parts: tuple[str, ...] = ()
+    missing_parts: tuple[str, ...] | None = None
     quantize: Quantization | None = None
 
     @classmethod
@@ -62,7 +62,7 @@ class BaseModel:
             prediction_type=options.prediction_type,  # type: ignore[arg-type]
             family=family,
             single_file_config=options.single_file_config,
-            missing_parts=options.missing_parts,
+            missing_parts=options.missing_parts or None,
             quantize=options.quantize,
         )
 
@@ -77,7 +77,7 @@ class BaseModel:
             device=torch.device(device),
             prediction_type=self.prediction_type,
             single_file_config=self.single_file_config,
-            missing_parts=self.missing_parts,
+            missing_parts=self.missing_parts or (),
         )
 
     def public(self) -> Self:

@@ -260,7 +260,7 @@ class FileBase(ExportBase):
         denoiser = of_denoiser(state)
         # Weights averaged over the training know what was erased.
         kept = {name: t for name, t in state.items() if name not in denoiser and not name.startswith(AVERAGES)}
-        for part in record.base_model.missing_parts:
+        for part in record.base_model.missing_parts or ():
             network = getattr(self.pipeline, part)
             config = {"hidden_act": getattr(network.config, "hidden_act", None)}
             kept |= record.family.original_parts[part](network.state_dict(), config)
