@@ -38,7 +38,7 @@ class BaseModel:
         name_or_path: Folder, single file, hub id or the name of an embedded model.
         family: Name of the model's `ModelFamily`; None if it has not been loaded yet.
         single_file_config: Folder or hub id with a single file's configuration; None in records of other models.
-        missing_parts: Parts of the pipeline that a single file lacks, and its configuration's folder holds; None for none.
+        missing_parts: Parts that a single file lacks and its configuration's folder holds; None for none.
         quantize: Quantization of the denoiser while the LoRA was trained; `options` loads it unquantized.
     """
 
