@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import RLock
 
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils.launch import prepare_multi_gpu_env
+from tqdm import tqdm
 
 SECONDS = 300
 """Time limit for a process to end."""
@@ -31,6 +33,7 @@ def forked(
     """
 
     def run() -> None:
+        tqdm.set_lock(RLock())  # tqdm's own is one for all processes, and stays locked if its holder is killed
         os.environ.update(environment or {})
         AcceleratorState._reset_state(reset_partial_state=True)  # state of the tests' process
         GradientState._reset_state()

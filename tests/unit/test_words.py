@@ -165,7 +165,6 @@ def test_the_embedded_model_gets_words_that_it_knows(tmp_path: Path) -> None:
 
 
 def test_a_files_prompts_give_the_wording_and_are_retained(tmp_path: Path) -> None:
-    """The embedded model's captions have 32 templates, and each concept's own prompts."""
     parts = written(tmp_path, "bomb", base="emoji").parts
     captions = load_prompts(CAPTIONS["emoji"], option="--concepts")
     assert len(parts["forget"].texts) == 32 and {"a noto style emoji of a bomb", "bomb"} <= set(parts["forget"].texts)
