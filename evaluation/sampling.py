@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +24,11 @@ from safemax_sd.families.flux import unpack
 SAMPLERS = dict(zip(SAMPLER_NAMES, (DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler), strict=True))
 FLOW_SAMPLERS = {"euler": FlowMatchEulerDiscreteScheduler}
 """Samplers of flow-matching models, whose noise process the other samplers do not support."""
+
+
+def samplers_of(parts: Container[str]) -> dict[str, Any]:
+    """Return the samplers of the pipeline with these parts by name, the default first."""
+    return FLOW_SAMPLERS if "transformer" in parts else SAMPLERS
 
 
 @dataclass(frozen=True)

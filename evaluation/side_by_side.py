@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safemax_sd.evaluation.options import GUIDANCE, SAMPLING_STEPS
 from safemax_sd.evaluation.real import embedded_pairs
-from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Request, StockSampler
+from safemax_sd.evaluation.sampling import Request, StockSampler, samplers_of
 from safemax_sd.evaluation.subjects import Adapter, dtype_on, erased_denoiser, put_lora
 from torch import Tensor
 
@@ -87,7 +87,7 @@ class SideBySide:
         family = load_family(record.base_model.options(device, dtype_on(device)))
         assert isinstance(family, LatentFamily)
         self.family, self.pipeline = family, family.pipeline
-        self.samplers = FLOW_SAMPLERS if "transformer" in self.pipeline.components else SAMPLERS
+        self.samplers = samplers_of(self.pipeline.components)
         self._base: Any = getattr(self.pipeline, family.denoiser_part)
         # Before any LoRA changes the names of layers:
         layers = [None if one.record.lora is None else lora_layers(family, one.record.lora) for one in self.adapters]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoModel
 from peft.utils import get_peft_model_state_dict
-from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS, Sampler, StockSampler
+from safemax_sd.evaluation.sampling import Sampler, StockSampler, samplers_of
 
 from safemax_sd.adapters.lora import WEIGHTS_NAME, check_fit, lora_layers, read_weights
 from safemax_sd.adapters.weights import FULL_WEIGHTS
@@ -48,7 +48,7 @@ class Models:
     @property
     def samplers(self) -> dict[str, Any]:
         """Samplers of the model by name, the default first."""
-        return FLOW_SAMPLERS if "transformer" in self.pipeline.components else SAMPLERS
+        return samplers_of(self.pipeline.components)
 
 
 class Subject(ABC):

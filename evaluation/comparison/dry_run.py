@@ -22,7 +22,7 @@ from safemax_sd.evaluation.inputs import load_real
 from safemax_sd.evaluation.planning import EvaluationPlan
 from safemax_sd.evaluation.resistance.plan import chosen
 from safemax_sd.evaluation.resistance.run import EXAMPLES_EACH
-from safemax_sd.evaluation.sampling import FLOW_SAMPLERS, SAMPLERS
+from safemax_sd.evaluation.sampling import samplers_of
 from tqdm import tqdm
 
 from safemax_sd.core.errors import OptionError
@@ -152,8 +152,9 @@ def _disk(comparison: Comparison, load: Load) -> str:
     each = 4 * (3 * side**2 + math.prod(family.latent_shape(None)))
     cells = {(cell.task, cell.erasure.seed): cell for cell in make_cells(comparison)}
     counts: dict[str, list[int]] = {BASE: [], "erased": []}
+    samplers = _samplers(base_model)
     for cell in cells.values():  # every method draws as many pictures
-        jobs = {measurement.job for measurement in _plan(cell, _samplers(base_model)).measurements}
+        jobs = {measurement.job for measurement in _plan(cell, samplers).measurements}
         for model, found in counts.items():
             found.append(sum(len(job.prompts) for job in jobs if job.model == model))
     base, erased = sum(counts[BASE]), max(counts["erased"])
@@ -163,7 +164,7 @@ def _disk(comparison: Comparison, load: Load) -> str:
 def _samplers(base_model: str) -> Sequence[str]:
     """Return the names of a model's samplers, the default first."""
     index: Any = DiffusionPipeline.load_config(configuration_folder(base_model))
-    return tuple(FLOW_SAMPLERS if "transformer" in index else SAMPLERS)
+    return tuple(samplers_of(index))
 
 
 def _plan(cell: Cell, samplers: Sequence[str]) -> EvaluationPlan:
