@@ -27,7 +27,6 @@ from safemax_sd.training.input import read_input
 from safemax_sd.words.command_line import parse_words, split_forget
 from safemax_sd.words.options import KindName
 from safemax_sd.words.training import checked
-from safemax_sd.words.wordnet import find_wordnet
 from safemax_sd.words.writing import write_suite
 
 MODEL = "pretrained_model_name_or_path"
@@ -158,7 +157,7 @@ def anchored(form: Form, run: Path) -> Request:
     folder = suite_of(form, run)
     suite = [*form.named, *flag("output_dir", folder), *flag(MODEL, model), *flag("kind", form.kind), *form.further]
     words, options = parse_words(suite)
-    write_suite(words, options, None, options.seed)
+    write_suite(words, options, options.load_options(), options.seed, ranked=False)
     erase += [word for part in PARTS for word in flag(f"{part}_prompts", f"{folder}/{part}.csv")]
     return Request([["prompts", *suite], ["erase", *erase]], 0)
 
@@ -197,15 +196,6 @@ def new_folder(queue: Queue, title: str) -> Path:
 def model_of(preset: str | None, model: str) -> str:
     """Return the model of a preset, or else the one that the page has."""
     return str(read_yaml(str(preset_path(preset))).get(MODEL, model)) if preset else model
-
-
-def without_wordnet() -> str:
-    """Return the flag that does without WordNet if none is found here."""
-    try:
-        find_wordnet(None)
-    except OptionError:
-        return "--wordnet none"
-    return ""
 
 
 def build_erase(queue: Queue) -> None:
@@ -254,7 +244,7 @@ def build_form() -> list[Any]:
         )
         seed = gr.Number(0, label="Seed", precision=0, minimum=0)
         kohya = gr.Checkbox(False, label="Write the adapter for A1111, Forge and ComfyUI as well")
-        more = gr.Textbox(without_wordnet(), label="More flags", info="As of safemax train", placeholder="--rank 8")
+        more = gr.Textbox(label="More flags", info="As of safemax train", placeholder="--rank 8")
     preset.input(one_line(model_of), [preset, model], model, show_progress="hidden")
     return [
         *(model, words, forget, retain, preset, steps, measure, images),

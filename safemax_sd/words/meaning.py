@@ -65,7 +65,9 @@ def kind_of(words: Sequence[str], wordnet: WordNet | None) -> str:
     if len(shared) != 1:
         text = f"{', '.join(words)} may be {' or '.join(shared)}: name one"
         if not shared:
-            text = f"nothing known is what {', '.join(words)} would all be: name one of {', '.join(KINDS)}"
+            lost = [word for word, kinds in zip(words, fitting, strict=True) if not kinds]
+            text = f"no source knows {', '.join(lost)}" if lost else f"{', '.join(words)} are of no one kind"
+            text += f": name one of {', '.join(KINDS)}"
         raise OptionError("--kind", "(not given)", text)
     return shared[0]
 
@@ -98,7 +100,8 @@ def concept_of(word: str, kind: str, wordnet: WordNet | None, sense: int | None)
     chosen = senses[sense - 1] if sense is not None else _drawable(senses, kind)
     if wordnet is None or chosen is None:
         where = "WordNet" if kind not in LISTED else f"the list of {LISTED[kind]} or in WordNet"
-        source = f"not in {where}: templates alone, no paraphrases" if wordnet else "templates alone, no paraphrases"
+        missing = f"not in {where}" if wordnet else "without WordNet (docs/prompt_suites.md)"
+        source = f"{missing}: templates alone, no paraphrases"
         return Concept(
             word, _judged(kind, word), (_phrase(kind, word),), (), (), frozenset({tuple(plain(word))}), source
         )

@@ -64,7 +64,7 @@ def checked(options: ForgetOptions, arguments: Sequence[str], *, ranked: bool) -
     with TemporaryDirectory() as scratch:
         config = parse_config([*arguments, *_files(Path(scratch))])
         config.validate()
-        suite = write_suite(options.forget, options, config.load_options() if ranked else None, config.seed)
+        suite = write_suite(options.forget, options, config.load_options(), config.seed, ranked=ranked)
         write_files(suite, Path(scratch))
         read_input(config)
     return config, suite

@@ -174,11 +174,15 @@ def _definition(text: str) -> str:
     return " ".join(re.sub(r"\([^()]*\)", " ", first).replace('"', " ").split()).strip(" ,:")
 
 
-def find_wordnet(given: str | None) -> WordNet | None:
-    """Open the WordNet of `--wordnet`, of WordNet's own variable WNSEARCHDIR, or of Debian; None for `none`.
+def find_wordnet(given: str | None, *, required: bool = True) -> WordNet | None:
+    """Open the WordNet of `--wordnet`, of WordNet's own variable WNSEARCHDIR, or of Debian.
+
+    Args:
+        given: Folder; `none` to do without; None to look for one.
+        required: False to do without if there is none to be found.
 
     Raises:
-        OptionError: None is there, or its files cannot be read.
+        OptionError: None is there though it is required, or its files cannot be read.
     """
     if given == NONE:
         return None
@@ -186,6 +190,6 @@ def find_wordnet(given: str | None) -> WordNet | None:
         return WordNet(Path(given))
     asked = os.environ.get("WNSEARCHDIR")
     found = next((place for place in (asked, *PLACES) if place and (Path(place) / DATA).is_file()), None)
-    if found is None:
+    if found is None and required:
         raise OptionError(OPTION, "(not given)", f"no WordNet in {' or '.join(PLACES)}: {REMEDY}")
-    return WordNet(Path(found))
+    return None if found is None else WordNet(Path(found))

@@ -16,7 +16,7 @@ from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.prompts import PromptSet, load_prompts
 from safemax_sd.results.folder import FILES, claimed, replacing
 from safemax_sd.words.choosing import ModelWords
-from safemax_sd.words.lists import STYLE, noun_phrase, plain
+from safemax_sd.words.lists import STYLE, noun_phrase, plain, same_or_end
 from safemax_sd.words.meaning import Concept, concept_of, kind_of, listed
 from safemax_sd.words.options import WordOptions
 from safemax_sd.words.suite import as_csv, choose, compose
@@ -48,7 +48,9 @@ class WrittenSuite:
     notes: tuple[str, ...]
 
 
-def write_suite(words: Sequence[str], options: WordOptions, base: LoadOptions | None, seed: int) -> WrittenSuite:
+def write_suite(
+    words: Sequence[str], options: WordOptions, base: LoadOptions | None, seed: int, *, ranked: bool = True
+) -> WrittenSuite:
     """Compose the suite of words to forget; nothing is written to the disk.
 
     Args:
@@ -56,21 +58,26 @@ def write_suite(words: Sequence[str], options: WordOptions, base: LoadOptions | 
         options: Flags that say what they mean.
         base: Base model that ranks what lies near; None for the order of the sources.
         seed: Seed of the order of each concept's templates.
+        ranked: True to load the base model; without it, the order is that of the sources.
 
     Raises:
         OptionError: A word is empty, or has no meaning of the wanted number; no kind or more than one fits; there is no
-            WordNet; or a file cannot be read.
+            WordNet and nothing else says what lies near; or a file cannot be read.
     """
     asked = list(dict.fromkeys(" ".join(word.split()) for word in words))
     blank = next((word for word in asked if not plain(word)), None)
     if blank is not None:
         raise OptionError("word to forget", repr(blank), "is empty: name what is to be forgotten")
     senses = options.senses(asked)
-    wordnet = find_wordnet(options.wordnet) if _needs_wordnet(asked, options, senses) else None
-    kind = options.kind or kind_of(asked, wordnet)
+    known = options.kind or _drawn_kind(asked, base)
+    # Where a file says what lies near, WordNet only adds paraphrases.
+    required = bool(senses) or known is None or given_concepts(options, known, base) is None
+    looks = options.wordnet is not None or bool(senses) or _looks_up(asked, known)
+    wordnet = find_wordnet(options.wordnet, required=required) if looks else None
+    kind = known or kind_of(asked, wordnet)
     concepts = [concept_of(word, kind, wordnet, senses.get(word)) for word in asked]
     given = given_concepts(options, kind, base)
-    model = None if base is None else ModelWords(load_family(base))
+    model = None if base is None or not ranked else ModelWords(load_family(base))
     names = [] if given is None else dict.fromkeys(prompt.shows for prompt in given.prompts)
     phrases = None if given is None else [noun_phrase(name) if kind == "object" else name for name in names]
     own = [] if given is None or kind == STYLE else [(p.text, p.concept) for p in given.prompts if p.concept]
@@ -108,18 +115,29 @@ def given_concepts(options: WordOptions, kind: str, base: LoadOptions | None) ->
     """
     if options.concepts:
         return load_prompts(options.concepts, option="--concepts")
-    embedded = CAPTIONS.get(base.name_or_path) if base is not None and kind == "object" else None
-    return None if embedded is None else load_prompts(embedded, option="--concepts")
+    return _captions(base) if kind == "object" else None
 
 
-def _needs_wordnet(words: Sequence[str], options: WordOptions, senses: Mapping[str, int]) -> bool:
-    """Tell whether any word is to be looked up in WordNet, so that listed names need none."""
-    if options.wordnet is not None or senses or options.kind == "object":
-        return True
-    if options.kind == "brand":
-        return False
+def _captions(base: LoadOptions | None) -> PromptSet | None:
+    """Load the prompts that an embedded base model brings, all of objects; None for another model."""
+    path = None if base is None else CAPTIONS.get(base.name_or_path)
+    return None if path is None else load_prompts(path, option="--concepts")
+
+
+def _drawn_kind(words: Sequence[str], base: LoadOptions | None) -> str | None:
+    """Return `object` if an embedded base model draws all the words; otherwise None."""
+    captions = _captions(base)
+    names = [] if captions is None else dict.fromkeys(prompt.shows for prompt in captions.prompts)
+    drawn = all(any(same_or_end(name, word) for name in names) for word in words)
+    return "object" if drawn else None
+
+
+def _looks_up(words: Sequence[str], kind: str | None) -> bool:
+    """Tell whether any word is to be looked up in WordNet: listed names need not be."""
+    if kind in ("object", "brand"):
+        return kind == "object"
     try:
-        kind = options.kind or kind_of(words, None)
+        kind = kind or kind_of(words, None)
     except OptionError:
         return True
     return any(listed(kind, word) is None for word in words)

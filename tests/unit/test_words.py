@@ -111,6 +111,8 @@ def test_kinds_are_found_where_one_fits(wordnet: WordNet) -> None:
         kind_of(["apple"], wordnet)
     with pytest.raises(OptionError, match="name one of object, style, person, nsfw, brand"):
         kind_of(["bomb", "van gogh"], wordnet)
+    with pytest.raises(OptionError, match=r"no source knows xyzzy: name one of"):
+        kind_of(["bomb", "xyzzy"], wordnet)
 
 
 def test_an_unknown_word_has_templates_alone(tmp_path: Path) -> None:
@@ -229,6 +231,11 @@ def test_without_wordnet_lists_still_serve(monkeypatch: pytest.MonkeyPatch, tmp_
         write_suite(["bomb"], WordOptions(), None, 0)
     assert write_suite(["van gogh"], WordOptions(), None, 0).record["wordnet"] is None
     assert write_suite(["bomb"], WordOptions(kind="object", wordnet="none"), None, 0).record["wordnet"] is None
+    embedded = write_suite(["apple", "bomb"], WordOptions(), LoadOptions("emoji"), 0, ranked=False)
+    assert embedded.kind == "object" and "paraphrases.csv" not in embedded.files
+    assert embedded.notes[1] == "bomb: without WordNet (docs/prompt_suites.md): templates alone, no paraphrases"
+    with pytest.raises(OptionError, match="no WordNet"):
+        write_suite(["bomb"], WordOptions(sense=["bomb=1"]), LoadOptions("emoji"), 0, ranked=False)
     monkeypatch.setenv("WNSEARCHDIR", str(EXTRACT))
     found = find_wordnet(None)
     assert found is not None and found.version == "WordNet 3.0" and found.senses("xyzzy") == []
