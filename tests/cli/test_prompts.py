@@ -118,7 +118,7 @@ def test_a_training_writes_the_suite_beside_its_run(
         ),
         (["--kind", "style"], "--kind (given): goes with --forget WORD"),
         (["--forget"], "--forget: expected at least one argument"),
-        (["--forget", "xyzzy", *WORDNET], "--kind (not given): nothing known is what xyzzy would all be"),
+        (["--forget", "xyzzy", *WORDNET], "--kind (not given): no source knows xyzzy"),
         (["--forget", "monet", "--kind", "smell"], "--kind: invalid choice: 'smell'"),
         (["--forget", "monet", "--ranks", "2"], "unknown option --ranks"),
     ],
