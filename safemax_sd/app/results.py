@@ -102,12 +102,12 @@ def as_table(rows: Sequence[Row]) -> str:
 def files_of(folder: Path) -> str:
     """Return links to a run's files, as HTML."""
     items = [
-        f'<li><a href="{file_url(folder / name)}" download="{Path(name).name}">{Path(name).name}</a>, {what}, '
-        f"{(folder / name).stat().st_size / 1000:,.0f} KB</li>"
+        f'<p><a href="{file_url(folder / name)}" download="{Path(name).name}">{Path(name).name}</a> ({what}, '
+        f"{(folder / name).stat().st_size / 1000:,.0f} KB)</p>"
         for name, what in FILES.items()
         if (folder / name).is_file()
     ]
-    return f"<ul>{''.join(items)}</ul>"
+    return "".join(items)
 
 
 def pages_of(folder: Path) -> str:
