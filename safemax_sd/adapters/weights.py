@@ -1,10 +1,10 @@
-"""The weights that an erasure trains and stores: a LoRA, one merged with its base, or every weight of the denoiser."""
+"""The weights that an erasure trains and stores: a LoRA, or every weight of the denoiser."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from safemax_sd.adapters import lora
 from safemax_sd.adapters.lora import LoraSettings
+from safemax_sd.adapters.low_rank import LowRank
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import RANK, SHARE, RunOptions, option
 from safemax_sd.families import ModelFamily
@@ -85,41 +86,38 @@ class LoraWeights(TrainedWeights):
         settings: Layout of the LoRA.
         seed: Seed of its initial matrices.
         kohya: True to save it in kohya's format too.
+        changes: Changes that the base weights have already, by layer; the saved LoRA makes them as well.
 
     Raises:
         OptionError: There is no such format for the model.
     """
 
-    def __init__(self, family: ModelFamily, settings: LoraSettings, *, seed: int = 0, kohya: bool = False) -> None:
+    def __init__(
+        self,
+        family: ModelFamily,
+        settings: LoraSettings,
+        *,
+        seed: int = 0,
+        kohya: bool = False,
+        changes: Mapping[str, LowRank] | None = None,
+    ) -> None:
         if kohya and family.no_kohya_format is not None:
             raise OptionError("--output_kohya_format", True, family.no_kohya_format)
-        self.family, self.layout, self.kohya = family, settings, kohya
+        self.family, self.kohya, self.changes = family, kohya, dict(changes or {})
+        self.layout = replace(settings, rank_pattern=lora.rank_pattern(settings.rank, self.changes))
         self.parameters = lora.attach(family, settings, seed=seed)
         family.denoiser.eval()
         for layer in tuner_layers(family.denoiser):  # the base model's own dropout stays off
             layer.lora_dropout.train()
 
     def save(self, directory: Path) -> None:
-        lora.save_adapter(self.family, directory, kohya=self.kohya)
+        lora.save_adapter(self.family, directory, kohya=self.kohya, changes=self.changes)
+
+    def save_checkpoint(self, directory: Path) -> None:
+        lora.save_adapter(self.family, directory)
 
     def load(self, directory: Path) -> None:
         lora.load_adapter(self.family, directory)
-
-
-class MergedWeights(LoraWeights):
-    """A LoRA on base weights that only this run has; stored merged with them, as the denoiser's folder."""
-
-    def __init__(self, family: ModelFamily, settings: LoraSettings, *, seed: int = 0) -> None:
-        super().__init__(family, settings, seed=seed)
-        self.layout = None
-
-    def save(self, directory: Path) -> None:
-        self.family.denoiser.float()  # as `FullWeights` stores them
-        lora.merge(self.family)
-        save_denoiser(self.family, directory)
-
-    def save_checkpoint(self, directory: Path) -> None:
-        super().save(directory)
 
 
 class FullWeights(TrainedWeights):
@@ -149,17 +147,17 @@ def save_denoiser(family: ModelFamily, directory: Path) -> None:
     family.denoiser.save_pretrained(directory / family.denoiser_part)  # type: ignore[operator]
 
 
-def attach(family: ModelFamily, options: WeightsOptions, *, merged: bool = False) -> TrainedWeights:
+def attach(
+    family: ModelFamily, options: WeightsOptions, *, changes: Mapping[str, LowRank] | None = None
+) -> TrainedWeights:
     """Let the weights train that `--trainable` names.
 
     Args:
         family: Loaded, frozen model.
         options: Flags.
-        merged: True to store a LoRA merged with its base weights.
+        changes: Changes that the layers of a LoRA have already, by name.
     """
     settings = options.lora()
     if settings is None:
         return FullWeights(family)
-    if merged:
-        return MergedWeights(family, settings, seed=options.seed)
-    return LoraWeights(family, settings, seed=options.seed, kohya=options.output_kohya_format)
+    return LoraWeights(family, settings, seed=options.seed, kohya=options.output_kohya_format, changes=changes)

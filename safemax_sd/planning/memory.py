@@ -16,7 +16,7 @@ from safemax_sd.families.latent import PICTURES_AT_ONCE, PROMPTS_AT_ONCE
 from safemax_sd.objectives import Student
 from safemax_sd.planning.network import META, Kernels, OnMeta
 from safemax_sd.planning.rehearsal import Rehearsal
-from safemax_sd.recording.pruning import BATCH_SIZE
+from safemax_sd.recording.pruning import Layers, Moments, layer_groups, pruned_layers
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.optimizers import make_optimizer
 from safemax_sd.training.run import DTYPES
@@ -25,8 +25,6 @@ DeviceType = Literal["cuda", "cpu"]
 TEXT_ENCODER, AUTOENCODER = "text_encoder", "vae"
 SAMPLE_SIZE = 2**16
 """Elements of the parameter on which an optimizer's states are measured."""
-PRUNING_COPIES = 4
-"""Float32 copies of all weights that pruning holds at once: two importances, their ratio, and all ratios in a row."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,10 @@ class MemoryPlan:
         self.networks = _by_part(family)
         self.token_states = rehearsal.prompts * size_of(row[0] for row in family.empty.tensors.values())
         self.phases = [self._start()]
-        if config.prune:
-            self.phases.append(self._pruning())
-        weights = attach(family, config, merged=config.prune > 0)
+        settings = config.lora()
+        if config.prune and settings is not None:
+            self.phases.append(self._pruning(pruned_layers(family, settings)))
+        weights = attach(family, config)
         family.denoiser.to(META)  # peft makes a LoRA's matrices on the CPU
         weights.restrict(self._trained(weights))
         self.trained = Trained(_layers(weights), sum(parameter.numel() for parameter in weights.parameters))
@@ -105,21 +104,18 @@ class MemoryPlan:
         activations = max(self._without_gradients(call, held) for call in calls)
         return Phase("encoding and replay", {**self.networks, **self._prompts(), "activations": activations})
 
-    def _pruning(self) -> Phase:
-        """Measure a gradient of all weights, and the choice among them."""
-        denoiser = self.family.denoiser.requires_grad_(True)
-        weights = list(denoiser.parameters())
-        inputs = self._inputs(BATCH_SIZE)
-
-        def gradient() -> None:
-            torch.autograd.grad(self.family.predict(*inputs).sum(), weights, allow_unused=True)
-
-        copies = 4 * sum(weight.numel() for weight in weights)
-        self._checkpointing(self.plain)
-        activations = transient(gradient, tensors_of(denoiser), self.plain)
-        denoiser.requires_grad_(False)
-        working = max(2 * copies + activations, PRUNING_COPIES * copies)
-        return Phase("pruning", {**self.networks, **self._prompts(), "importance": working})
+    def _pruning(self, layers: Layers) -> Phase:
+        """Measure a prediction whose layers add to their second moments; those of both prompt files are held."""
+        groups = [Moments(group) for group in layer_groups(layers)]
+        largest = max(groups, key=lambda moments: size_of(moments.sums.values()))
+        inputs = self._inputs(self.config.replay_batch_size)
+        with largest.reading():
+            held = [*tensors_of(self.family.denoiser), *largest.sums.values()]
+            activations = self._without_gradients(lambda: self.family.predict(*inputs), held)
+        sums = 2 * size_of(largest.sums.values())
+        return Phase(
+            "pruning", {**self.networks, **self._prompts(), "second moments": sums, "activations": activations}
+        )
 
     def _trained(self, weights: TrainedWeights) -> list[nn.Parameter]:
         """Return the parameters that the objective trains."""

@@ -20,7 +20,7 @@ from safemax_sd.objectives.base import Batch, Positions
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ReplayNeeds
 from safemax_sd.recording.prompt_encoding import PromptEncoder
-from safemax_sd.recording.pruning import pruning_calls
+from safemax_sd.recording.pruning import layer_groups, pruned_layers, pruning_calls
 from safemax_sd.recording.replay import ReplayBank
 from safemax_sd.recording.schedule import Recording
 from safemax_sd.training.config import TrainConfig
@@ -122,8 +122,10 @@ def rehearse(
     exact = elements <= MOST_ELEMENTS and not brief
     twin = without_network(family, own if exact else (own[0], SMALL_SIDE, SMALL_SIDE))
     config = replace(config, replay_memory_gib=math.inf)  # nothing may be written
+    settings = config.lora()
+    groups = 0 if settings is None else len(layer_groups(pruned_layers(family, settings)))
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars of what takes a moment here
-        found = _rehearse(config, twin, forget, retain, MOST_IN_BRIEF if brief else MOST_SAMPLES)
+        found = _rehearse(config, twin, groups, forget, retain, MOST_IN_BRIEF if brief else MOST_SAMPLES)
     return replace(found, exact=exact and found.exact, largest=_in_full(found.largest, own, family.empty))
 
 
@@ -139,12 +141,12 @@ def _in_full(batch: Batch, latent_shape: tuple[int, ...], empty: Conditioning) -
 
 
 def _rehearse(
-    config: TrainConfig, twin: ModelFamily, forget: PromptSet, retain: PromptSet, most_samples: int
+    config: TrainConfig, twin: ModelFamily, groups: int, forget: PromptSet, retain: PromptSet, most_samples: int
 ) -> Rehearsal:
     kind = OBJECTIVES.get(config.objective)
     needs = kind.needs(config, forget, retain)
     encoder = PromptEncoder(twin)
-    calls = _pruning_calls(config, encoder, forget, retain)
+    calls = {"prune": _pruning_calls(config, groups, encoder, forget, retain)} if config.prune else {}
     recording = Recording(config, needs, encoder, forget, retain)
     objective: Objective = kind(config, recording.before(0))  # type: ignore[arg-type]
     student, frozen = Student.of(twin, list(twin.denoiser.parameters())), []
@@ -197,13 +199,13 @@ def _train(
     return largest, calls
 
 
-def _pruning_calls(config: TrainConfig, encoder: PromptEncoder, forget: PromptSet, retain: PromptSet) -> dict[str, int]:
-    """Return the network evaluations of the pruning, if there is one."""
-    if not config.prune:
-        return {}
+def _pruning_calls(
+    config: TrainConfig, groups: int, encoder: PromptEncoder, forget: PromptSet, retain: PromptSet
+) -> int:
+    """Return the network evaluations of the pruning, whose layers are in so many groups."""
     recording = Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), encoder, forget, retain)
     data = recording.before(0)
-    return {"prune": pruning_calls(len(data.forget_bank), len(data.retain_bank)) + recording.model_calls}
+    return pruning_calls(groups, len(data.forget_bank), len(data.retain_bank)) + recording.model_calls
 
 
 def _size(bank: ReplayBank) -> tuple[int, int]:

@@ -71,11 +71,10 @@ def _plain(name: str) -> str:
 def _trained(record: ErasureRecord) -> str:
     if record.lora is not None:
         quantized = f", on a base quantized to {kind}" if (kind := record.base_model.quantize) else ""
-        return f"LoRA of rank {record.lora.rank}, {record.lora.targets} layers{quantized}"
-    pruned = record.config.get("prune")
-    return (
-        f"LoRA, merged into weights pruned by {pruned:.1%}" if isinstance(pruned, float) and pruned else "all weights"
-    )
+        highest = max(record.lora.rank_pattern.values(), default=record.lora.rank)
+        rank = f"{record.lora.rank}" if highest == record.lora.rank else f"{record.lora.rank} to {highest}"
+        return f"LoRA of rank {rank}, {record.lora.targets} layers{quantized}"
+    return "all weights"
 
 
 def describe(record: ErasureRecord, picture: Picture | None, measured: str = "") -> str:

@@ -64,9 +64,6 @@ def check_pruning(config: TrainConfig) -> None:
     if config.trainable != "lora":
         text = "goes with --trainable lora: when all weights train, pruned ones grow back"
         raise OptionError("--prune", config.prune, text)
-    if config.output_kohya_format:
-        text = "does not go with --prune, whose result is the whole denoiser"
-        raise OptionError("--output_kohya_format", True, text)
 
 
 def check_quantization(config: TrainConfig) -> None:

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from safemax_sd.adapters.low_rank import LowRank
 from safemax_sd.adapters.weights import TrainedWeights, attach
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.provenance import Cost, Stopwatch
@@ -21,7 +22,7 @@ from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.prompts import PromptSet, warn_over_long
 from safemax_sd.recording.data import ReplayNeeds
 from safemax_sd.recording.prompt_encoding import PromptEncoder
-from safemax_sd.recording.pruning import prune
+from safemax_sd.recording.pruning import prune, pruned_layers
 from safemax_sd.recording.schedule import Recording
 from safemax_sd.training import checkpoints
 from safemax_sd.training.config import TrainConfig
@@ -87,14 +88,14 @@ def build_run(
         encoder = PromptEncoder(family)
         validation = encoder.encode(config.validation_prompt) if config.validation_prompt else None
         probe = UnlearningProbe.build(config, encoder, forget, retain)
-    pruning_calls = pruned(config, encoder, forget, retain, clock)
+    changes, pruning_calls = pruned(config, encoder, forget, retain, clock)
     with clock.phase("replay"):
         needs = OBJECTIVES.get(config.objective).needs(config, forget, retain)
         recording = Recording(config, needs, encoder, forget, retain)
         data = recording.before(0)
     family.free_encoders(decoder=validation is None and probe is None)
     objective = OBJECTIVES.get(config.objective)(config, data)  # type: ignore[arg-type]
-    weights = attach(family, config, merged=config.prune > 0)
+    weights = attach(family, config, changes=changes)
     student = Student.of(family, weights.parameters)
     with clock.phase("prepare"):
         prior_calls = objective.prepare(student)
@@ -171,16 +172,23 @@ def stepping(config: TrainConfig, accelerator: Accelerator, weights: TrainedWeig
 
 def pruned(
     config: TrainConfig, encoder: PromptEncoder, forget: PromptSet, retain: PromptSet, clock: Stopwatch
-) -> dict[str, int]:
-    """Prune the frozen model if `--prune` asks for it; return the network evaluations of that phase, if it was run."""
-    if not config.prune:
-        return {}
+) -> tuple[dict[str, LowRank], dict[str, int]]:
+    """Prune the frozen model if `--prune` asks for it.
+
+    Returns:
+        The layers' changes, and the network evaluations of that phase, if it was run.
+    """
+    settings = config.lora()
+    if not config.prune or settings is None:
+        return {}, {}
     # The objective's own trajectories are recorded after this: a LoRA that sees those of the unpruned model learns back
     # what has been removed.
     with clock.phase("prune"):
         recording = Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), encoder, forget, retain)
-        calls = prune(encoder.family, recording.before(0), config.prune, seed=config.seed)
-    return {"prune": calls + recording.model_calls}
+        layers, data = pruned_layers(encoder.family, settings), recording.before(0)
+        size = config.replay_batch_size
+        changes, calls = prune(encoder.family, layers, data, config.prune, batch_size=size, seed=config.seed)
+    return changes, {"prune": calls + recording.model_calls}
 
 
 def check_family(config: TrainConfig, family: ModelFamily) -> None:

@@ -31,7 +31,7 @@ def test_model_calls_are_those_of_the_run(
 
 
 def test_pruning_is_counted_and_weighed(tiny_model: Path, tmp_path: Path) -> None:
-    config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", "--prune", "0.05"))
+    config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", "--prune", "20"))
     plan = make_plan(config)
     assert [phase.name for phase in plan.memory.phases] == ["encoding and replay", "pruning", "training step"]
     assert plan.rehearsal.model_calls == ErasureRecord.read(train(config)).cost.model_calls

@@ -1,4 +1,4 @@
-"""`--prune`: the choice of the weights to remove, and the output of a training that begins with it."""
+"""`--prune`: the input directions that layers lose, and the output of a training that begins with it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from safemax_sd.adapters.lora import WEIGHTS_NAME
-from safemax_sd.adapters.weights import FULL_WEIGHTS
+from safemax_sd.adapters.lora import WEIGHTS_NAME, LoraSettings
 from safemax_sd.core.errors import OptionError
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.recording.data import ErasureData
-from safemax_sd.recording.pruning import TINY, importance, prune
+from safemax_sd.recording.pruning import (
+    Layer,
+    directions,
+    inputs_of,
+    layer_groups,
+    moments_of,
+    prune,
+    pruned_layers,
+    removal,
+)
 from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.loading import load_result
 from safemax_sd.train import train
@@ -23,18 +31,14 @@ from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig
 from tests import tiny
 
-FRACTION = 0.2
-
-
-@pytest.fixture(autouse=True)
-def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safemax_sd.recording.pruning.FEWEST_ROWS", 48)
+RATIO = 3.0
+LORA = LoraSettings(4, "all")
 
 
 @pytest.fixture
 def config(tiny_model: Path, tmp_path: Path) -> TrainConfig:
     arguments = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", "--replay_span", "0")
-    return replace(parse_config(arguments), prune=FRACTION)
+    return replace(parse_config(arguments), prune=RATIO)
 
 
 @pytest.fixture
@@ -47,62 +51,139 @@ def data(config: TrainConfig, family: ModelFamily) -> ErasureData:
     return tiny.recording(config, family).before(0)
 
 
-def test_importance_is_the_mean_square_of_the_predictions_derivatives(
-    data: ErasureData, family: ModelFamily, monkeypatch: pytest.MonkeyPatch
+def moments(size: int, rank: int, seed: int) -> Tensor:
+    """Return second moments of random inputs, which span `rank` dimensions."""
+    x = torch.randn(rank, size, generator=torch.Generator().manual_seed(seed))
+    return x.T @ x / rank
+
+
+def test_directions_are_those_with_more_power_for_forget_prompts() -> None:
+    retain = moments(6, 40, 0)
+    forget = retain.clone()
+    loud = torch.eye(6)[2]
+    forget += 50 * torch.outer(loud, loud)
+    found, dual = directions(forget, retain, 5.0)
+    assert found.shape == dual.shape == (6, 1)
+    vector = found[:, 0]
+    assert (vector @ retain @ vector).item() == pytest.approx(1, abs=0.01)
+    assert (vector @ forget @ vector).item() > 5
+    assert torch.allclose(dual, retain @ found, atol=0.01)
+    assert directions(retain, retain, 1.5)[0].shape == (6, 0)
+    # What retain prompts never use has a power of next to nothing for them.
+    assert directions(forget, torch.zeros(6, 6), 5.0)[0].shape == (6, 6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "patch", "channel"])
+def test_a_removed_direction_is_read_no_more(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "channel":
+        monkeypatch.setattr("safemax_sd.recording.pruning.MOST_INPUTS", 20)
+    layer = torch.nn.Linear(9, 4, bias=False) if kind == "linear" else torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
+    size = inputs_of(layer)
+    assert size == {"linear": 9, "patch": 27, "channel": 3}[kind]
+    found, dual = directions(30 * moments(size, 1, 1), moments(size, 60, 0), 2.0)
+    gone, other = dual[:, 0], torch.randn(size, generator=torch.Generator().manual_seed(2))
+    other = other - gone * (found[:, 0] @ other)  # has nothing of the direction
+
+    def output(x: Tensor) -> Tensor:
+        if kind == "linear":
+            return layer(x)
+        picture = x.view(1, 3, 3, 3) if kind == "patch" else x.view(1, 3, 1, 1).expand(1, 3, 3, 3)
+        return layer(picture)[0, :, 1, 1]
+
+    before = output(other)
+    change = removal(layer, found, dual)
+    layer.weight.data += (change.up.flatten(1) @ change.down.flatten(1)).view_as(layer.weight)
+    assert output(gone).abs().max().item() < 1e-5
+    assert torch.allclose(output(other), before, atol=1e-5)
+
+
+def test_moments_are_those_of_what_a_layer_reads(data: ErasureData, family: ModelFamily) -> None:
+    layers = {
+        name: layer
+        for name, layer in family.denoiser.named_modules()
+        if name.endswith(("conv1", "downsamplers.0.conv", "attn2.to_k", "ff.net.2")) and isinstance(layer, Layer)
+    }
+    outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+    handles = [
+        layer.register_forward_hook(lambda layer, _, y, name=name: outputs[name].append(y - bias(layer, y)))
+        for name, layer in layers.items()
+    ]
+    rows = torch.arange(len(data.retain_bank)).split(5)
+    found = moments_of(family, layers, data.retain_bank, rows, data.retain, "")
+    for handle in handles:
+        handle.remove()
+    for name, layer in layers.items():
+        read = layer.weight.detach().flatten(1)
+        power = torch.cat([part.flatten() for part in outputs[name]]).square().mean().item()
+        assert (read @ found.mean(name) @ read.T).trace().item() / len(read) == pytest.approx(power, rel=1e-3), name
+
+
+def bias(layer: Layer, y: Tensor) -> Tensor:
+    if layer.bias is None:
+        return torch.zeros(())
+    return layer.bias.view(-1, 1, 1) if y.ndim == 4 else layer.bias
+
+
+def test_pruning_takes_forget_prompts_away_more_than_retain_prompts(data: ErasureData, family: ModelFamily) -> None:
+    banks = {"forget": (data.forget_bank, data.forget), "retain": (data.retain_bank, data.retain)}
+
+    def predictions() -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {
+                name: family.predict(bank.x_t, bank.t, prompts.select(bank.prompt))
+                for name, (bank, prompts) in banks.items()
+            }
+
+    before, weights = predictions(), {k: v.clone() for k, v in family.denoiser.state_dict().items()}
+    layers = pruned_layers(family, LORA)
+    changes, calls = prune(family, layers, data, RATIO, batch_size=4, seed=0)
+    assert calls == len(data.forget_bank) + len(data.retain_bank)
+    after = predictions()
+    changed = {name: (after[name] - before[name]).square().mean().item() for name in before}
+    assert changed["forget"] > 2 * changed["retain"] > 0
+    for name, weight in family.denoiser.state_dict().items():
+        change = changes.get(name.removesuffix(".weight"))
+        added = 0 if change is None else (change.up.flatten(1) @ change.down.flatten(1)).view_as(weight)
+        assert torch.allclose(weight, weights[name] + added, atol=1e-6), name
+
+
+def test_groups_of_layers_give_the_same_weights(
+    data: ErasureData, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safemax_sd.recording.pruning.FEWEST_ROWS", 400)
-    found = importance(family, data.retain_bank, data.retain, torch.Generator().manual_seed(0), description="")
-    by_name = dict(zip((name for name, _ in family.denoiser.named_parameters()), found, strict=True))
-    # Each of a channel's H·W outputs has derivative 1 with respect to its last bias; the other outputs have 0.
-    height, width = data.latent_shape[1:]
-    assert by_name["conv_out.bias"].tolist() == pytest.approx([height * width] * data.latent_shape[0], rel=0.5)
-    assert not any(weight.requires_grad for weight in family.denoiser.parameters())
+    families, calls = [load_family(LoadOptions(str(tiny_model))) for _ in range(2)], []
+    for family in families:
+        layers = pruned_layers(family, LORA)
+        calls.append(prune(family, layers, data, RATIO, batch_size=4, seed=0)[1])
+        monkeypatch.setattr("safemax_sd.recording.pruning.MOMENT_BYTES", 200_000)
+    groups = len(layer_groups(pruned_layers(families[0], LORA)))
+    assert groups > 1 and calls[1] == groups * calls[0]
+    whole, parts = (family.denoiser.state_dict() for family in families)
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-6) for name in whole)
 
 
-def test_the_weights_with_the_highest_ratio_are_removed(data: ErasureData, family: ModelFamily) -> None:
-    before = [weight.clone() for weight in family.denoiser.parameters()]
-    generator = torch.Generator().manual_seed(3)
-    forget = importance(family, data.forget_bank, data.forget, generator, description="")
-    retain = importance(family, data.retain_bank, data.retain, generator, description="")
-    # The banks of 6 and 12 rows are repeated until 48 rows of each are passed.
-    assert (len(data.forget_bank), len(data.retain_bank)) == (6, 12)
-    assert prune(family, data, FRACTION, seed=3) == 48 + 48
-    ratio = torch.cat([(a / b.clamp(min=TINY)).flatten() for a, b in zip(forget, retain, strict=True)])
-    after = torch.cat([weight.flatten() for weight in family.denoiser.parameters()])
-    changed = after != torch.cat([weight.flatten() for weight in before])
-    assert not after[changed].any()
-    removed = torch.zeros_like(changed)
-    removed[ratio.topk(round(FRACTION * len(ratio))).indices] = True
-    assert not (changed & ~removed).any()
-    # Weights of the highest ratios that did not change were 0 before; ties at a ratio of 0 stay.
-    assert not after[removed & (ratio > ratio[removed].min())].any()
-
-
-def weights(output: Path, record: ErasureRecord) -> dict[str, Tensor]:
-    return load_file(output / record.family.denoiser_part / FULL_WEIGHTS)
-
-
-def test_a_pruned_training_leaves_the_whole_denoiser_and_resumes(config: TrainConfig) -> None:
-    output = train(config)
-    record = ErasureRecord.read(output)
-    assert record.full
-    assert not (output / WEIGHTS_NAME).exists()
-    assert record.cost.model_calls["prune"] > 0
-    whole = weights(output, record)
-    assert all(torch.equal(own, whole[name]) for name, own in load_result(output).denoiser.state_dict().items())
-    # Layers without a LoRA keep their zeros.
-    norms = torch.cat([tensor.flatten() for name, tensor in whole.items() if "norm" in name])
-    assert (norms == 0).any()
-    resumed = train(replace(config, resume_from_checkpoint="checkpoint-2"))
-    assert all(torch.equal(whole[name], tensor) for name, tensor in weights(resumed, record).items())
+def test_a_pruned_training_is_a_lora_on_the_base_model_and_resumes(
+    config: TrainConfig, data: ErasureData, family: ModelFamily
+) -> None:
+    run = replace(config, output_kohya_format=True)
+    output = train(run)
+    record, stored = ErasureRecord.read(output), load_file(output / WEIGHTS_NAME)
+    assert record.lora is not None and record.cost.model_calls["prune"] > 0
+    changes, _ = prune(family, pruned_layers(family, LORA), data, RATIO, batch_size=1, seed=config.seed)
+    assert record.lora.rank_pattern == {name: config.rank + len(change.down) for name, change in changes.items()}
+    for name, change in changes.items():
+        up, down = (stored[f"{family.denoiser_part}.{name}.lora_{part}.weight"] for part in "BA")
+        assert torch.allclose(up[:, config.rank :], change.up, atol=1e-5), name
+        assert torch.allclose(down[config.rank :], change.down, atol=1e-5), name
+    load_result(output)
+    resumed = train(replace(run, resume_from_checkpoint="checkpoint-2"))
+    assert all(torch.equal(stored[name], tensor) for name, tensor in load_file(resumed / WEIGHTS_NAME).items())
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trainable": "full"}, "--prune 0.2: goes with"),
-        ({"output_kohya_format": True}, "--output_kohya_format True: does not go"),
-        ({"prune": 1.0}, "--prune 1.0: must be"),
+        ({"trainable": "full"}, "--prune 3.0: goes with"),
+        ({"prune": 0.5}, "--prune 0.5: must be 0, or at least 1"),
     ],
 )
 def test_prune_is_refused(config: TrainConfig, changes: dict[str, object], message: str) -> None:
@@ -113,5 +194,5 @@ def test_prune_is_refused(config: TrainConfig, changes: dict[str, object], messa
 
 def test_an_anchor_has_nothing_to_prune(tiny_model: Path, tmp_path: Path) -> None:
     arguments = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", "--objective", "halting_anchor")
-    with pytest.raises(OptionError, match=r"--prune 0\.1: needs forget prompts"):
-        train(parse_config([*arguments, "--prune", "0.1"]))
+    with pytest.raises(OptionError, match=r"--prune 20\.0: needs forget prompts"):
+        train(parse_config([*arguments, "--prune", "20"]))

@@ -224,7 +224,7 @@ def test_int8_is_of_use_with_gradient_checkpointing(config: TrainConfig, caplog:
     ("changes", "message"),
     [
         ({"trainable": "full"}, "--quantize int8: goes with --trainable lora"),
-        ({"prune": 0.1}, "--prune 0.1: does not go with --quantize"),
+        ({"prune": 20.0}, "--prune 20.0: does not go with --quantize"),
         ({"quantize": "int4"}, "--quantize int4: must be one of int8, nf4"),
     ],
 )

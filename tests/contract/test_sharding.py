@@ -127,7 +127,7 @@ def test_an_unknown_block_ends_all_processes(tiny_model: Path, tmp_path: Path) -
         (fsdp("--fsdp_auto_wrap_policy", "SIZE_BASED_WRAP"), (), "use TRANSFORMER_BASED_WRAP"),
         ({**fsdp(), "WORLD_SIZE": "1"}, (), "use --num_processes 2 or more"),
         (fsdp(), ("--trainable", "full"), "--trainable full: does not go with accelerate launch --use_fsdp"),
-        (fsdp(), ("--prune", "0.04"), "--prune 0.04: does not go with"),
+        (fsdp(), ("--prune", "20"), "--prune 20.0: does not go with"),
         (fsdp(), ("--torch_compile", "eager"), "--torch_compile eager: does not go with"),
     ],
 )

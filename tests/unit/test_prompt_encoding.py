@@ -88,7 +88,7 @@ def test_equal_prompts_are_encoded_once(tiny_model: Path) -> None:
 
 
 def test_a_whole_run_encodes_each_prompt_once(tiny_model: Path, tmp_path: Path) -> None:
-    more = ("--prune", "0.1", "--retain_near_share", "0.5", "--validation_prompt", tiny.FORGET[0][0])
+    more = ("--prune", "20", "--retain_near_share", "0.5", "--validation_prompt", tiny.FORGET[0][0])
     config = settings(tiny_model, tmp_path, *more)
     seen: Counter[str] = Counter()
     encode = LatentFamily.encode_prompts
@@ -99,7 +99,6 @@ def test_a_whole_run_encodes_each_prompt_once(tiny_model: Path, tmp_path: Path) 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LatentFamily, "encode_prompts", counting)
-        patch.setattr("safemax_sd.recording.pruning.FEWEST_ROWS", 8)
         build_run(config, Accelerator(), *read_input(config), Stopwatch())
     assert seen.total() == len(seen) == ROWS + FORGET + 1  # the empty prompt
 

@@ -197,7 +197,7 @@ def test_methods_share_a_model_without_weights_and_plan_what_each_plans_alone(
     monkeypatch.setattr(dry_running, "load_configurations", counted)
     small = {"max_train_steps": 4, "forget_trajectories": 2, "retain_trajectories": 4}
     methods: dict[str, dict[str, Any]] = {
-        "pruned": {"objective": "safemax", "prune": 0.1, **small},
+        "pruned": {"objective": "safemax", "prune": 20.0, **small},
         "whole": {"objective": "salun", "trainable": "full", "learning_rate": 1e-5, **small},
     }
 
