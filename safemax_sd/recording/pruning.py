@@ -37,7 +37,7 @@ from safemax_sd.families import Conditioning, ModelFamily
 from safemax_sd.recording.data import ErasureData
 from safemax_sd.recording.replay import ReplayBank
 
-MOST_ROWS = 512
+MOST_ROWS = 4096
 """Most rows that are taken from a bank."""
 MOST_INPUTS = 4608
 """Most inputs of a convolution's patch; above, directions are those of its channels, the same in the whole patch."""
