@@ -22,20 +22,17 @@ RESULTS = DOCS / "results"
 DOCUMENTS = (DOCS / "attacks.md", DOCS / "emoji_benchmark.md")
 MARKED = re.compile(r"(<!-- table ([a-z ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 SHOWN = {
-    "bomb": ("base", "default", "pruned", "pruned5", "never_known"),
-    "dog": ("base", "default", "pruned", "pruned6", "never_known"),
-    "weapons": ("pruned",),
+    "bomb": ("base", "default", "directions", "never_known"),
+    "dog": ("base", "default", "directions", "never_known"),
+    "weapons": ("directions", "never_known"),
 }
-"""Targets of the table of depths by task, as the result file names them."""
-NAMES = {"default": "SAFEMax", "base": "base", "never_known": "never known"}
-PRUNED = {
-    ("bomb", "pruned"): ("bomb_pruned", 0.04),
-    ("bomb", "pruned5"): ("bomb_p5", 0.05),
-    ("dog", "pruned"): ("dog_pruned", 0.04),
-    ("dog", "pruned6"): ("dog_p6", 0.06),
-    ("weapons", "pruned"): ("weapons_pruned", 0.06),
+"""Targets of the table of depths by task, as the result files name them."""
+NAMES = {
+    "default": "SAFEMax",
+    "directions": "SAFEMax, `--prune 20`",
+    "base": "base",
+    "never_known": "never known",
 }
-"""Name of a pruned target's evaluation in that file, and the fraction pruned."""
 STEPS = (10, 20, 50, 100, 200)
 
 
@@ -46,16 +43,16 @@ def _read(name: str) -> dict[str, Any]:
 
 def depth() -> str:
     """Return the table of what attacks on token states and weights bring back."""
-    content = _read("2026-11-28-depth.json")
-    attacks = {(row["task"].removeprefix("emoji/"), row["target"], row["attack"]): row for row in content["rows"]}
-    kept = _kept(content["evaluation"])
+    files = [_read(name) for name in ("2026-11-28-depth.json", "2026-11-28-depth-directions.json")]
+    rows = [row for content in files for row in content["rows"]]
+    attacks = {(row["task"].removeprefix("emoji/"), row["target"], row["attack"]): row for row in rows}
+    kept = _kept(files[-1]["evaluation"])
     lines = []
     for task, target in ((task, target) for task, targets in SHOWN.items() for target in targets):
-        erasure, fraction = PRUNED.get((task, target), (f"{task}_{target}", None))
-        name = NAMES[target] if fraction is None else f"SAFEMax, `--prune {fraction}`"
         success, tries = (attacks[task, target, attack] for attack in ("state_inversion", "relearning"))
         relearnt = [f"{tries['tries'][f'full, rate 1e-4, {steps} steps']:.0f}" for steps in STEPS]
-        lines.append([task, name, kept.get(erasure, "–"), _rate(success["success"]), *relearnt])
+        both = kept.get(f"{task}_{target}", "–")
+        lines.append([task, NAMES[target], both, _rate(success["success"]), *relearnt])
     head = ["task", "target", "kept, neighbours %", "state inversion %", f"relearnt after {STEPS[0]}", *STEPS[1:]]
     return markdown_table(head, lines)
 
