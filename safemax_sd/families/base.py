@@ -43,6 +43,10 @@ class Conditioning:
         """Return the rows with the indices of an integer tensor [N], in that order."""
         return Conditioning({name: tensor[rows.to(tensor.device)] for name, tensor in self.tensors.items()})
 
+    def repeat(self, count: int) -> Conditioning:
+        """Return the first row `count` times."""
+        return self.select(torch.zeros(count, dtype=torch.long))
+
     def to(self, device: torch.device) -> Conditioning:
         """Copy the tensors to a device."""
         return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
@@ -196,7 +200,7 @@ class ModelFamily(ABC):
 
     def _empty_for(self, conditioning: Conditioning) -> Conditioning:
         """Return the empty prompt's conditioning with as many rows as `conditioning`."""
-        return self.empty.select(torch.zeros(len(conditioning), dtype=torch.long))
+        return self.empty.repeat(len(conditioning))
 
     def with_guidance(self, conditioning: Conditioning, guidance_scale: float | Tensor) -> Conditioning:
         """Return the conditioning for sampling at a guidance scale, which may be a tensor [B].

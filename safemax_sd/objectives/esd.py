@@ -134,7 +134,7 @@ class Esd(Objective):
             guidance_scale=self.config.start_guidance,
             num_inference_steps=self.config.esd_inference_steps,
         )
-        empty = self.data.empty.select(torch.zeros(len(t), dtype=torch.long)).to(x_t.device)
+        empty = self.data.empty.repeat(len(t)).to(x_t.device)
         both = Conditioning.cat([draw.conditioning, empty])
         conditional, free = self.frozen(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         calls = int((2 * draw.steps + 2).sum())

@@ -142,7 +142,7 @@ class SelectiveAmnesia(Objective):
                 clean = x0.expand(len(part), *x0.shape)
                 x_t = self.data.process.add_noise(clean, noise, part).to(student.device)
                 target = self.data.process.target(clean, noise, part).to(student.device)
-                rows = conditioning.select(torch.zeros(len(part), dtype=torch.long)).to(student.device)
+                rows = conditioning.repeat(len(part)).to(student.device)
                 error = student.predict(x_t, part.to(student.device), rows) - target
                 loss = error.square().flatten(1).mean(1).sum()
                 for total, gradient in zip(gradients, torch.autograd.grad(loss, student.parameters), strict=True):

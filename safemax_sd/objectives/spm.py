@@ -177,7 +177,7 @@ class Spm(Objective):
 
     def _targets(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, count: int) -> Tensor:
         """Return the targets: frozen predictions guided away from the forget prompts, and those for the anchors."""
-        empty = self.data.empty.select(torch.zeros(count, dtype=torch.long)).to(x_t.device)
+        empty = self.data.empty.repeat(count).to(x_t.device)
         asked = Conditioning.cat([conditioning, empty])
         predicted = self.frozen(torch.cat([x_t, x_t[:count]]), torch.cat([t, t[:count]]), asked)
         conditional, anchors, free = predicted[:count], predicted[count : len(t)], predicted[len(t) :]

@@ -49,7 +49,7 @@ def halt(process: DiffusionProcess, predict: Predict, pairs: Pairs, empty: Condi
     The target's velocity k·d shrinks a rollout's drift d from its start noise at the rate k, `restoring`. Noise without
     a rollout has d = 0 and the maximum-entropy prediction as its target. `predict` makes no gradients.
     """
-    both = Conditioning.cat([pairs.conditioning, empty.select(torch.zeros(len(pairs.t), dtype=torch.long))])
+    both = Conditioning.cat([pairs.conditioning, empty.repeat(len(pairs.t))])
     drift = torch.zeros_like(pairs.noise)
     rolled = torch.nonzero(pairs.guidance > 0).flatten()
     if len(rolled):
