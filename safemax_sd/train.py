@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.core.provenance import Cost, Stopwatch, provenance
-from safemax_sd.objectives.base import Batch, Draw, Positions
+from safemax_sd.objectives.batches import Batch, Draw, Positions
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.replay import start_noise
 from safemax_sd.results import hub

@@ -18,18 +18,9 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.families.base import LoraTargets
-from safemax_sd.objectives.base import (
-    AuthorsAdamW,
-    Batch,
-    Draw,
-    LossTerms,
-    Objective,
-    ObjectiveOptions,
-    Positions,
-    Predict,
-    Student,
-    squared_errors,
-)
+from safemax_sd.objectives.base import LossTerms, Objective, Predict, Student, squared_errors
+from safemax_sd.objectives.batches import Batch, Draw, Positions
+from safemax_sd.objectives.options import AuthorsAdamW, ObjectiveOptions
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 

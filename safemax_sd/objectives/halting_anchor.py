@@ -24,7 +24,8 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import POSITIVE, SHARE, Range, option
 from safemax_sd.core.provenance import write_tensors_atomic
 from safemax_sd.families import TOKEN_STATES, Conditioning
-from safemax_sd.objectives.base import ObjectiveOptions, Student
+from safemax_sd.objectives.base import Student
+from safemax_sd.objectives.options import ObjectiveOptions
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
 from safemax_sd.prompts import PromptOptions, PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds

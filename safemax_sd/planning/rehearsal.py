@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from safemax_sd.core.memory import size_of
 from safemax_sd.families import TOKEN_STATES, Conditioning, ModelFamily
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
-from safemax_sd.objectives.base import Batch, Positions
+from safemax_sd.objectives.batches import Batch, Positions
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ReplayNeeds
 from safemax_sd.recording.prompt_encoding import PromptEncoder

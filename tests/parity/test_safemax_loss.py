@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from safemax_sd.diffusion.process import DiffusionProcess, flow_matching, variance_preserving
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import Positions, Rows, Student
+from safemax_sd.objectives.base import Student
+from safemax_sd.objectives.batches import Positions, Rows
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
 from safemax_sd.objectives.safemax.halting import ROLLOUT_STEPS, Pairs
 from safemax_sd.objectives.safemax.objective import OnNoise, SafemaxBatch, SafemaxDraw

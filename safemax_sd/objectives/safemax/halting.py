@@ -15,7 +15,8 @@ from torch import Tensor
 
 from safemax_sd.diffusion.process import DiffusionProcess
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import Draw, Predict, Rows
+from safemax_sd.objectives.base import Predict
+from safemax_sd.objectives.batches import Draw, Rows
 
 ROLLOUT_STEPS, ROLLOUT_GUIDANCE = 2, (1.0, 7.5)
 """Euler steps of a rollout from pure noise, and the range of its guidance scale."""

@@ -11,20 +11,9 @@ from torch import Tensor
 
 from safemax_sd.core.options import NONZERO_SHARE, NOT_NEGATIVE, POSITIVE, SHARE, option
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import (
-    AUTO,
-    Batch,
-    Draw,
-    LearningRate,
-    LossTerms,
-    Objective,
-    ObjectiveOptions,
-    Positions,
-    Predict,
-    Rows,
-    Student,
-    mean_square,
-)
+from safemax_sd.objectives.base import LossTerms, Objective, Predict, Student, mean_square
+from safemax_sd.objectives.batches import Batch, Draw, Positions, Rows
+from safemax_sd.objectives.options import AUTO, LearningRate, ObjectiveOptions
 from safemax_sd.objectives.safemax.halting import ROLLOUT_GUIDANCE, Pairs, halt
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
