@@ -21,8 +21,8 @@ from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ReplayNeeds
 from safemax_sd.recording.prompt_encoding import PromptEncoder
 from safemax_sd.recording.pruning import pruning_calls
+from safemax_sd.recording.recording import Recording
 from safemax_sd.recording.replay import ReplayBank
-from safemax_sd.recording.schedule import Recording
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.probe import probe_calls
 

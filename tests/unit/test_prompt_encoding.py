@@ -22,7 +22,7 @@ from safemax_sd.objectives import OBJECTIVES, Student
 from safemax_sd.objectives.batches import Draw, Positions
 from safemax_sd.recording.data import ErasureData
 from safemax_sd.recording.prompt_encoding import PromptEncoder
-from safemax_sd.recording.schedule import Recording
+from safemax_sd.recording.recording import Recording
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
