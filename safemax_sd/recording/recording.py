@@ -120,7 +120,7 @@ class Recording:
             # With gradual recording, even the first trajectories should cover the whole file.
             shown = rows[dispersed(len(rows))] if self._last_step else rows
             conditioning = kept if name == "retain" else forbidden
-            self._recorders[name] = recorder(config, family, name, conditioning, shown, keep_steps=keep_steps)
+            self._recorders[name] = make_recorder(config, family, name, conditioning, shown, keep_steps=keep_steps)
         nothing = ReplayBank.empty(family.latent_shape(config.resolution))
         self._data = ErasureData(
             process=family.process,
@@ -219,7 +219,7 @@ def trajectory_prompts(
     }
 
 
-def recorder(
+def make_recorder(
     config: ReplayOptions,
     family: ModelFamily,
     name: str,
