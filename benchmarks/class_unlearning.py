@@ -290,7 +290,7 @@ class Study:
         append_rows(self.results.with_suffix(".jsonl"), [row])
 
     def has(self, key: dict[str, Any]) -> bool:
-        """Return True if a row with these entries exists."""
+        """Tell whether a row with these entries exists."""
         return is_measured(self.rows, key)
 
     def run(self) -> None:

@@ -202,11 +202,11 @@ def prompts(concept: str, name: str, templates: Sequence[str] = TEMPLATES) -> li
     return [(template.format(with_article(name)), concept) for template in templates]
 
 
-def in_turn(concepts: Sequence[str], count: int, templates: Sequence[str] = TEMPLATES) -> list[PromptRow]:
+def in_turn(concepts: Sequence[str], count: int) -> list[PromptRow]:
     """Fill `count` templates for each concept, beginning one template later with every concept."""
     rows: list[PromptRow] = []
     for number, concept in enumerate(concepts):
-        chosen = [templates[(number + i) % len(templates)] for i in range(count)]
+        chosen = [TEMPLATES[(number + i) % len(TEMPLATES)] for i in range(count)]
         rows += prompts(concept, concept, chosen)
     return rows
 

@@ -31,7 +31,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def is_measured(rows: Iterable[Row], key: Mapping[str, Any]) -> bool:
-    """Return True if one of the rows has all entries of `key`."""
+    """Tell whether one of the rows has all entries of `key`."""
     return any(all(row.get(name) == value for name, value in key.items()) for row in rows)
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.core.provenance import Cost, Stopwatch, provenance
-from safemax_sd.objectives.base import Batch, Draw, Positions
+from safemax_sd.objectives.batches import Batch, Draw, Positions
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.replay import start_noise
 from safemax_sd.results import hub
@@ -150,7 +150,8 @@ def loop(run: Run) -> None:
     bar = tqdm(
         total=config.max_train_steps, initial=run.step, desc="erase", disable=not accelerator.is_local_main_process
     )
-    while run.step < config.max_train_steps:
+    forgotten = False
+    while run.step < config.max_train_steps and not forgotten:
         if run.recording.is_due(run.step):
             with run.clock.phase("replay"):
                 run.objective.extend(run.recording.before(run.step))
@@ -162,32 +163,39 @@ def loop(run: Run) -> None:
         row = {**terms, "lr": run.scheduler.get_last_lr()[0]}
         bar.update(1)
         bar.set_postfix({name: f"{row[name]:.4f}" for name in ("forget", "retain") if name in row})
-        done = False
         if run.probe is not None and run.step % config.probe_steps == 0:
             # One value for all processes, which must agree on when to stop.
-            row["probe_unlearning_accuracy"] = mean_over_processes(
-                accelerator, run.probe.unlearning_accuracy(run.family)
-            )
+            accuracy = mean_over_processes(accelerator, run.probe.unlearning_accuracy(run.family))
+            row["probe_unlearning_accuracy"] = accuracy
             run.model_calls["probe"] += run.probe.model_calls
-            done = row["probe_unlearning_accuracy"] >= run.probe.threshold
+            forgotten = accuracy >= run.probe.threshold
         log.write(run.step, row)
         if run.step % config.checkpointing_steps == 0 and run.step < config.max_train_steps:
-            check_weights(run)
-            checkpoints.save(
-                accelerator,
-                run.output_dir,
-                run.step,
-                cost=run.cost(),
-                conditions=run.conditions,
-                limit=config.checkpoints_total_limit,
-            )
-        if run.validation is not None and (done or run.step % config.validation_steps in (0, config.max_train_steps)):
+            save_checkpoint(run)
+        due = run.step % config.validation_steps in (0, config.max_train_steps)
+        if run.validation is not None and (due or forgotten):
             with run.family.uneven_calls():
                 if accelerator.is_main_process:
                     sample_validation(run)
-        if done:
-            break
     bar.close()
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write the checkpoint of the current step.
+
+    Raises:
+        SafemaxError: Some weight is not finite.
+        OptionError: The checkpoint cannot be written, as on a full disk; older ones are untouched.
+    """
+    check_weights(run)
+    checkpoints.save(
+        run.accelerator,
+        run.output_dir,
+        run.step,
+        cost=run.cost(),
+        conditions=run.conditions,
+        limit=run.config.checkpoints_total_limit,
+    )
 
 
 def optimizer_step(run: Run) -> dict[str, float]:

@@ -26,9 +26,10 @@ from safemax_sd.families.base import LoraTargets
 from safemax_sd.families.ddpm import ClassConditionalDDPM
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.objectives import OBJECTIVES
-from safemax_sd.objectives.base import Batch, Draw, Objective, Predict
+from safemax_sd.objectives.base import Objective, Predict
+from safemax_sd.objectives.batches import Batch, Draw
 from safemax_sd.recording.prompt_encoding import PromptEncoder
-from safemax_sd.recording.schedule import Recording
+from safemax_sd.recording.recording import Recording
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
 

@@ -33,11 +33,11 @@ def build(options: AutoencoderSettings) -> AutoencoderTiny:
     )
 
 
-def picture_loss(output: torch.Tensor, target: torch.Tensor, gradient_weight: float) -> torch.Tensor:
-    """Return L1 + MSE + weighted L1 of the horizontal and vertical differences, each a mean over elements."""
+def picture_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return L1 + MSE + L1 of the horizontal and vertical differences, each a mean over elements."""
     error = output.float() - target
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.abs().mean() + error.square().mean() + gradient_weight * edges
+    return error.abs().mean() + error.square().mean() + edges
 
 
 def covariance(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +74,7 @@ def train(
             latents = model.encode(batch).latents.float()
             noise = options.latent_noise * torch.randn(latents.shape, generator=generator)
             output = model.decode(latents + noise).sample
-        error = picture_loss(output, batch, 1.0)
+        error = picture_loss(output, batch)
         loss = error + options.whitening_weight * whiteness_loss(latents)
         run.update(loss, cosine_factor(run.step, run.progress))
         if run.step % 50 == 0:

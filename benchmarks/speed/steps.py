@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.families import Conditioning, ModelFamily, load_family
-from safemax_sd.objectives.base import Batch
+from safemax_sd.objectives.batches import Batch
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
 from safemax_sd.train import optimizer_step, positions, reach
 from safemax_sd.training.config import TrainConfig

@@ -41,15 +41,15 @@ BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 MIB = 2**20
 
 
-def with_quartiles(values: Sequence[float], digits: int = 3) -> str:
-    """Format the median and the quartiles of values, rounded to significant digits."""
-    low, middle, high = (_plain(value, digits) for value in np.quantile(values, (0.25, 0.5, 0.75)))
+def with_quartiles(values: Sequence[float]) -> str:
+    """Format the median and the quartiles of values, rounded to three significant digits."""
+    low, middle, high = (_plain(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
     return f"{middle} [{low}, {high}]"
 
 
-def _plain(value: float, digits: int) -> str:
-    """Format a value with a number of significant digits and without an exponent."""
-    return np.format_float_positional(value, precision=digits, unique=False, fractional=False, trim="-")
+def _plain(value: float) -> str:
+    """Format a value with three significant digits and without an exponent."""
+    return np.format_float_positional(value, precision=3, unique=False, fractional=False, trim="-")
 
 
 def tables(rows: Sequence[Row]) -> str:

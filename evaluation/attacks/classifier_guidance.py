@@ -92,7 +92,7 @@ class ClassifierGuidance(Attack):
         """Draw latents of the base model's pictures with the empty prompt, [K, *latent] on the processor."""
         generator = task.generator(f"{self.name} others")
         noise = torch.randn(self.settings.others, *target.latent_shape, generator=generator)
-        empty = target.base.empty.select(torch.zeros(len(noise), dtype=torch.long))
+        empty = target.base.empty.repeat(len(noise))
         return draw(target.base, empty, noise, target.sampling)
 
 

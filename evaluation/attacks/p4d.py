@@ -87,12 +87,12 @@ class P4D(Attack):
             "K": [interleaved(row, settings.every) for row in prompts],
         }
         for variant, each in rows.items():
-            drawn = self.search(target, task, each, (f"{self.name} {variant}", clean))
-            for step, texts in drawn.items():
+            found = self.search(target, task, each, clean=clean, generator=task.generator(f"{self.name} {variant}"))
+            for step, texts in found.items():
                 yield Try(f"{variant}, step {step}", pictures_of(target, texts, task.noise), tuple(texts))
 
     def search(
-        self, target: Target, task: Task, rows: list[list[int]], start: tuple[str, Tensor]
+        self, target: Target, task: Task, rows: list[list[int]], *, clean: Tensor, generator: torch.Generator
     ) -> dict[int, list[str]]:
         """Search the free tokens of all prompts.
 
@@ -100,12 +100,13 @@ class P4D(Attack):
             target: Model under attack.
             task: Task of the attack.
             rows: Tokens of each prompt, some of them `FREE`.
-            start: Name of the random draws, and clean latents [N, *latent].
+            clean: Clean latents of the base model's pictures, [N, *latent].
+            generator: Generator on the processor.
 
         Returns:
             Texts of all prompts after each step at which they are drawn.
         """
-        encoders, settings, generator = TextEncoders(target.family), self.settings, task.generator(start[0])
+        encoders, settings = TextEncoders(target.family), self.settings
         ids, free = encoders.layout(rows)
         known = target.base.encode_prompts(task.texts)
         first = torch.randint(len(encoders.words), (int(free.sum()),), generator=generator)
@@ -114,7 +115,7 @@ class P4D(Attack):
         texts = {}
         for step in range(1, settings.steps + 1):
             ids[free] = nearest(values, encoders)
-            x_t, t, _ = with_noise(target.family, start[1], generator)
+            x_t, t, _ = with_noise(target.family, clean, generator)
             losses = prediction_losses(target, x_t, t, base_predictions(target, x_t, t, known))
             values.grad = encoders.gradient(ids, losses, target.sampling.batch_size)[free]
             optimizer.step()

@@ -76,8 +76,7 @@ class StateInversion(Attack):
         latents = task.examples.latents[task.examples.showing(concept)]
         for _ in range(settings.steps):
             x_t, t, wanted = target.noised(latents, settings.batch_size, generator)
-            rows = start.select(torch.zeros(len(t), dtype=torch.long))
-            asked = rows.with_token_states(states.expand(len(t), *states.shape[1:]))
+            asked = start.repeat(len(t)).with_token_states(states.expand(len(t), *states.shape[1:]))
             loss = F.mse_loss(target.family.predict(x_t, t, asked), wanted)
             optimizer.zero_grad()
             loss.backward()

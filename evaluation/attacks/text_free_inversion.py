@@ -126,7 +126,7 @@ class TextFreeInversion(Attack):
 
 def empty_prompts(target: Target, count: int) -> Conditioning:
     """Return the empty prompt's conditioning without guidance, `count` rows."""
-    empty = target.family.empty.select(torch.zeros(count, dtype=torch.long)).to(target.device)
+    empty = target.family.empty.repeat(count).to(target.device)
     return target.family.with_guidance(empty, UNGUIDED)
 
 

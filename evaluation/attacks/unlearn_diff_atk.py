@@ -83,7 +83,7 @@ class UnlearnDiffAtk(Attack):
         for t in self.times(target):
             for _ in range(settings.iterations):
                 ids[free] = encoders.words[sampled(weights, generator)]
-                gradient = self.gradient(target, encoders, (ids, clean, t), generator)[free]
+                gradient = self.gradient(target, encoders, ids, clean=clean, t=t, generator=generator)[free]
                 weights.grad = F.hardtanh(gradient @ encoders.table[encoders.words].T)
                 optimizer.step()
                 weights.copy_(on_simplex(weights))
@@ -104,17 +104,18 @@ class UnlearnDiffAtk(Attack):
 
     @staticmethod
     def gradient(
-        target: Target, encoders: TextEncoders, drawn: tuple[Tensor, Tensor, Tensor], generator: torch.Generator
+        target: Target, encoders: TextEncoders, ids: Tensor, *, clean: Tensor, t: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Return the gradient of the denoising loss with respect to the token embeddings, [N, L, D].
 
         Args:
             target: Model under attack.
             encoders: Its text encoders.
-            drawn: Token ids [N, L], clean latents [N, *latent] and a native time [].
+            ids: Token ids, [N, L].
+            clean: Clean latents, [N, *latent].
+            t: Native time, a scalar.
             generator: Generator of the noise.
         """
-        ids, clean, t = drawn
         noise, times = torch.randn(clean.shape, generator=generator), t.expand(len(clean))
         process = target.family.process
         x_t, wanted = process.add_noise(clean, noise, times), process.target(clean, noise, times)

@@ -68,7 +68,7 @@ class AttackRun:
         return Plan(self.options, erasure.suite, (self.role,), adapter.record.base_model, adapter)
 
     def ready(self) -> bool:
-        """Return True if there is a model to attack."""
+        """Tell whether there is a model to attack."""
         return self.role != "erased" or self.cell.state().get("status") == "done"
 
     def report(self) -> AttackReport | None:

@@ -107,7 +107,7 @@ class Cell:
                 raise OptionError("--output_dir", path, DAMAGED)
 
     def is_erased(self, state: dict[str, Any]) -> bool:
-        """Return True if the state says that the cell's erasure is done, with the same settings."""
+        """Tell whether the state says that the cell's erasure is done, with the same settings."""
         erased = state.get("status") == "erased" or bool(state.get("erased"))
         return erased and bool(state["settings"] == self.identity())
 

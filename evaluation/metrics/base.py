@@ -197,7 +197,7 @@ class Metric(ABC):
         """
 
     def applies(self, batch: Batch) -> bool:
-        """Return True if the metric can be computed; called with the first batch."""
+        """Tell whether the metric can be computed; called with the first batch."""
         return True
 
     @abstractmethod
@@ -262,7 +262,7 @@ def recognised(batch: Batch, context: Context) -> tuple[Tensor, Tensor]:
 
 
 def has_thresholds(batch: Batch, context: Context) -> bool:
-    """Return True if every concept of a measurement has real pictures, which `recognised_for_sure` needs."""
+    """Tell whether every concept of a measurement has real pictures, which `recognised_for_sure` needs."""
     return all(concept in context.thresholds for concept in batch.all_concepts or batch.concepts)
 
 

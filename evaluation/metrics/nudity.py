@@ -72,7 +72,7 @@ class NudityRate(RateMetric):
 
 
 def is_nudity(concepts: Sequence[str]) -> bool:
-    """Return True if one of the concepts is nudity."""
+    """Tell whether one of the concepts is nudity."""
     return any(NAMES & set(re.findall(r"\w+", concept.lower())) for concept in concepts)
 
 
@@ -104,5 +104,5 @@ def as_files_are_read(pictures: Tensor) -> list[np.ndarray]:
 
 
 def shows_nudity(detections: Sequence[Mapping[str, Any]]) -> bool:
-    """Return True if one of a picture's detections, dicts with `class` and `score`, counts as nudity."""
+    """Tell whether one of a picture's detections, dicts with `class` and `score`, counts as nudity."""
     return any(found["class"] in EXPOSED and found["score"] >= THRESHOLD for found in detections)

@@ -133,7 +133,7 @@ class AttackReport:
         return next((row for row in self.rows if (row.attack, row.target) == (attack, target)), None)
 
     def has(self, attack: str, target: str) -> bool:
-        """Return True if an attack on a target is done or does not apply."""
+        """Tell whether an attack on a target is done or does not apply."""
         refused = any((each.attack, each.target) == (attack, target) for each in self.refusals)
         return refused or self.row(attack, target) is not None
 

@@ -122,15 +122,12 @@ class Judge:
         return features
 
 
-def load_judge(
-    clip_model: str = "emoji", clip_pretrained: str | None = None, device: str | torch.device = "cpu"
-) -> Judge:
-    """Load the embedded judge, an open_clip model or a judge from a local folder.
+def load_judge(clip_model: str = "emoji", clip_pretrained: str | None = None) -> Judge:
+    """Load the embedded judge, an open_clip model or a judge from a local folder, on the CPU.
 
     Args:
         clip_model: `emoji` for the embedded judge, the name of an open_clip model, or a folder.
         clip_pretrained: Pretrained tag or weight file of an open_clip model.
-        device: Device of the model.
 
     Raises:
         OptionError: Unknown model, missing weights, or weights that do not fit.
@@ -138,15 +135,15 @@ def load_judge(
     import open_clip
 
     if clip_model == "emoji":
-        return _load_folder(EVALUATOR, device)
+        return _load_folder(EVALUATOR)
     if (Path(clip_model) / "open_clip_config.json").is_file():
-        return _load_folder(Path(clip_model), device)
+        return _load_folder(Path(clip_model))
     if clip_model not in open_clip.list_models():
         raise OptionError("--clip_model", clip_model, "is not an open_clip model; see open_clip.list_models()")
     if not clip_pretrained:
         raise OptionError("--clip_pretrained", "(not given)", f"is required with --clip_model {clip_model}")
     try:
-        model = open_clip.create_model(clip_model, pretrained=clip_pretrained, device=device)
+        model = open_clip.create_model(clip_model, pretrained=clip_pretrained, device="cpu")
     except (RuntimeError, OSError, ValueError) as error:
         raise OptionError("--clip_pretrained", clip_pretrained, f"cannot be loaded: {reason_of(error)}") from error
     visual = model.visual
@@ -158,7 +155,7 @@ def load_judge(
     return Judge(model, tokenizer, size=size, mean=mean, std=std, templates=PHOTO_TEMPLATES, name=name)
 
 
-def _load_folder(folder: Path, device: str | torch.device) -> Judge:
+def _load_folder(folder: Path) -> Judge:
     import open_clip
 
     config_path, weights = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
@@ -170,7 +167,7 @@ def _load_folder(folder: Path, device: str | torch.device) -> Judge:
     if not name:
         raise OptionError("--clip_model", folder, "lacks the model's own configuration (<name>.json)")
     open_clip.add_model_config(folder / f"{name}.json")
-    model = open_clip.create_model(name, pretrained=str(weights), device=device)
+    model = open_clip.create_model(name, pretrained=str(weights), device="cpu")
     tokenizer = open_clip.get_tokenizer(name)
     mean, std = settings["mean"], settings["std"]
     return Judge(model, tokenizer, size=settings["size"], mean=mean, std=std, templates=templates, name=name)

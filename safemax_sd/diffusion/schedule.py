@@ -15,7 +15,7 @@ class Schedule(ABC):
     """Signal a and noise s of a forward process; `t` is the model's native time, [B]."""
 
     @abstractmethod
-    def sample_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample_times(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw native times as in the model's training, [n]."""
 
     def sample_time_below(self, bound: float, generator: torch.Generator) -> Tensor:
@@ -48,7 +48,7 @@ class DiscreteSchedule(Schedule):
     def __init__(self, alphas_cumprod: Tensor) -> None:
         self.alphas_cumprod = alphas_cumprod.float()
 
-    def sample_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample_times(self, n: int, generator: torch.Generator) -> Tensor:
         return torch.randint(len(self.alphas_cumprod), (n,), generator=generator)
 
     def all_times(self) -> Tensor:
@@ -73,7 +73,7 @@ class FlowSchedule(Schedule):
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
         self.num_train_timesteps, self.shift = num_train_timesteps, shift
 
-    def sample_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample_times(self, n: int, generator: torch.Generator) -> Tensor:
         return self._shifted(torch.rand(n, generator=generator))
 
     def all_times(self) -> Tensor:

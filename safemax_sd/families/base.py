@@ -43,6 +43,10 @@ class Conditioning:
         """Return the rows with the indices of an integer tensor [N], in that order."""
         return Conditioning({name: tensor[rows.to(tensor.device)] for name, tensor in self.tensors.items()})
 
+    def repeat(self, count: int) -> Conditioning:
+        """Return the first row `count` times."""
+        return self.select(torch.zeros(count, dtype=torch.long))
+
     def to(self, device: torch.device) -> Conditioning:
         """Copy the tensors to a device."""
         return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
@@ -196,7 +200,7 @@ class ModelFamily(ABC):
 
     def _empty_for(self, conditioning: Conditioning) -> Conditioning:
         """Return the empty prompt's conditioning with as many rows as `conditioning`."""
-        return self.empty.select(torch.zeros(len(conditioning), dtype=torch.long))
+        return self.empty.repeat(len(conditioning))
 
     def with_guidance(self, conditioning: Conditioning, guidance_scale: float | Tensor) -> Conditioning:
         """Return the conditioning for sampling at a guidance scale, which may be a tensor [B].
@@ -230,19 +234,16 @@ class ModelFamily(ABC):
         *,
         guidance_scale: float | Tensor,
         num_inference_steps: int,
-        step_noise: torch.Generator | None = None,
         grid_shift: float = 0.0,
         skipped: int = 0,
     ) -> Iterator[TrajectoryPoint]:
-        """Sample with classifier-free guidance, step by step.
+        """Sample deterministically with classifier-free guidance, step by step.
 
         Args:
             conditioning: Conditioning on the prompts, one row for each sample.
             x_T: Start noise, [B, *latent].
             guidance_scale: w in ε_u + w·(ε_c − ε_u), or the network's input; [B, 1, …] for a scale for each sample.
             num_inference_steps: Number of steps.
-            step_noise: Generator of ancestral sampling's noise (DDIM with η = 1, which with all steps is DDPM's
-                sampler, arXiv 2010.02502, sec. 4.1); None for the deterministic sampler.
             grid_shift: Fraction of a step by which the steps are moved to higher noise levels, 0 to 1.
             skipped: Number of first steps that are left out: x_T are the latents after them.
         """
@@ -252,7 +253,6 @@ class ModelFamily(ABC):
             self.shift_timesteps(scheduler, grid_shift)
         if skipped and hasattr(scheduler, "set_begin_index"):  # a sampler that counts its steps itself
             scheduler.set_begin_index(skipped)
-        ancestral = {} if step_noise is None else {"eta": 1.0, "generator": step_noise}
         conditioning = self.with_guidance(conditioning.to(x_T.device), guidance_scale)
         x = x_T
         for time in scheduler.timesteps[skipped:]:
@@ -261,7 +261,7 @@ class ModelFamily(ABC):
             guided = conditional
             if self.classifier_free:
                 guided = unconditional + guidance_scale * (conditional - unconditional)
-            following = scheduler.step(guided, time, x, **ancestral).prev_sample
+            following = scheduler.step(guided, time, x).prev_sample
             yield TrajectoryPoint(x, t, conditional, unconditional, following)
             x = following
 
@@ -273,7 +273,6 @@ class ModelFamily(ABC):
         *,
         guidance_scale: float,
         num_inference_steps: int,
-        step_noise: torch.Generator | None = None,
         skipped: int = 0,
     ) -> Tensor:
         """Return the latents at the end of `trajectory`, [B, *latent], sampled without dropout."""
@@ -283,7 +282,6 @@ class ModelFamily(ABC):
             x_T,
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
-            step_noise=step_noise,
             skipped=skipped,
         )
         with self.evaluating():

@@ -19,12 +19,11 @@ from safemax_sd.diffusion.schedulers import as_scheduler, settings_of
 from safemax_sd.families.base import Conditioning, LoadOptions, LoraTargets, ModelFamily
 from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, load_part, own_side
 from safemax_sd.families.single_file import CONFIG_OPTION, is_single_file
+from safemax_sd.families.unet import ATTENTION, CONVOLUTIONS
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
 
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"]
 LABELS = "class_labels"
 """Name in `Conditioning` of the class numbers, int64 [B]."""
 CLASS_NAMES = "class_names"

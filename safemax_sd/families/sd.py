@@ -14,9 +14,9 @@ class StableDiffusion(UNetFamily):
     """The family of `StableDiffusionPipeline` folders: Stable Diffusion 1.x, 2.x and the embedded emoji model."""
 
     name: ClassVar[str] = "stable_diffusion"
-    original_parts: ClassVar[Mapping[str, Convert]] = STABLE_DIFFUSION
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
     pipeline_arguments: ClassVar[dict[str, Any]] = {"safety_checker": None}
+    original_parts: ClassVar[Mapping[str, Convert]] = STABLE_DIFFUSION
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         states, _ = self.pipeline.encode_prompt(prompts, self.device, 1, False)

@@ -22,8 +22,8 @@ class StableDiffusionXL(UNetFamily):
     """
 
     name: ClassVar[str] = "stable_diffusion_xl"
-    original_parts: ClassVar[Mapping[str, Convert]] = STABLE_DIFFUSION_XL
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"StableDiffusionXLPipeline"})
+    original_parts: ClassVar[Mapping[str, Convert]] = STABLE_DIFFUSION_XL
     normalises_latents: ClassVar[bool] = True
 
     @classmethod

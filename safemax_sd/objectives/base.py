@@ -1,90 +1,32 @@
-"""The interface of an erasure objective: draw a batch, turn predictions into a loss."""
+"""The interface of an erasure objective, the student that it trains, and the losses that several share."""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from safemax_sd.adapters.halting_marks import MarkStrengths
-from safemax_sd.core.options import COUNT, NOT_NEGATIVE, RunOptions, option
 from safemax_sd.core.registry import Registry
-from safemax_sd.diffusion.process import DiffusionProcess
 from safemax_sd.families import Conditioning, ModelFamily
 from safemax_sd.families.base import tuner_layers
+from safemax_sd.objectives.batches import Batch, Draw, Positions
+from safemax_sd.objectives.options import ObjectiveOptions
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
-from safemax_sd.recording.replay import Samples
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """Function (x_t, t, conditioning) -> the student's native prediction, float32 [B, *latent]."""
 
 Mean = Callable[[list[Tensor]], list[Tensor]]
 """Function of tensors -> their means over all processes."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Random draws of an objective for one micro-batch, on the CPU: a `Batch`, or the input that one is made from."""
-
-    def to(self, device: torch.device) -> Self:
-        """Copy the draw to a device."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, _MOVABLE)}
-        return replace(self, **moved)
-
-    @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
-        """Concatenate the rows of at least one part; only for draws whose fields are tensors and conditionings."""
-        columns = ([getattr(part, entry.name) for part in parts] for entry in fields(cls))
-        return cls(
-            *(Conditioning.cat(rows) if isinstance(rows[0], Conditioning) else torch.cat(rows) for rows in columns)
-        )
-
-
-_MOVABLE = (Tensor, Conditioning, Draw)
-
-
-@dataclass(frozen=True)
-class Rows(Draw):
-    """Samples with their targets.
-
-    Attributes:
-        x_t: Noisy latents, [B, *latent].
-        t: Native time, [B].
-        conditioning: Conditioning of the samples, one row each.
-        target: Target of the prediction, [B, *latent].
-    """
-
-    x_t: Tensor
-    t: Tensor
-    conditioning: Conditioning
-    target: Tensor
-
-
-@dataclass(frozen=True)
-class Batch(Rows):
-    """Samples of one fused forward pass.
-
-    Attributes:
-        is_forget: True for forget samples, bool [B].
-        reach_calls: Network evaluations that `Objective.reach` took, counted per sample.
-    """
-
-    is_forget: Tensor
-    reach_calls: int = field(default=0, kw_only=True)
-
-    @property
-    def model_calls(self) -> int:
-        """Network evaluations that the batch takes, counted per sample."""
-        return len(self.t) + self.reach_calls
 
 
 @dataclass(frozen=True)
@@ -173,132 +115,12 @@ class LossTerms:
         return cls(total, {name: value.detach() for name, value in parts.items()})
 
 
-def squared_errors(predict: Predict, batch: Batch) -> Tensor:
-    """Return the mean squared error of each sample's prediction, [B]."""
-    return mean_square(predict(batch.x_t, batch.t, batch.conditioning) - batch.target)
-
-
-def mean_square(error: Tensor) -> Tensor:
-    """Return the mean square of each row, [B]."""
-    return error.square().flatten(1).mean(1)
-
-
-def forget_and_retain_loss(predict: Predict, batch: Batch, retain_weight: float) -> LossTerms:
-    """Return the mean squared error of the forget samples plus the weighted one of the retain samples."""
-    squared = squared_errors(predict, batch)
-    forget, retain = squared[batch.is_forget].mean(), squared[~batch.is_forget].mean()
-    return LossTerms.of(forget + retain_weight * retain, forget=forget, retain=retain)
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Numbers of a batch's samples within a step, by which micro-batches and processes split the step exactly.
-
-    Attributes:
-        seed: Seed of the run.
-        step: Optimizer step, from 0.
-        forget: Numbers of the forget samples within the step.
-        retain: Numbers of the retain samples within the step.
-    """
-
-    seed: int
-    step: int
-    forget: range
-    retain: range
-
-    @classmethod
-    def of_part(cls, config: ObjectiveOptions, step: int, part: int) -> Self:
-        """Return the positions of one micro-batch of one process, given its number among all parts of the step."""
-
-        def share(size: int) -> range:
-            return range(part * size, (part + 1) * size)
-
-        return cls(config.seed, step, share(config.train_batch_size), share(config.retain_samples))
-
-    def generator(self, kind: int, number: int) -> torch.Generator:
-        """Return the generator of one sample, a function of (seed, step, kind, number) alone."""
-        mixed = 0x243F6A8885A308D3
-        for word in (self.seed, self.step, kind, number):
-            mixed = ((mixed ^ word) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) & 0xFFFFFFFFFFFFFFFF
-            mixed ^= mixed >> 29
-        return torch.Generator().manual_seed(mixed)
-
-
-PRIOR_STEP = -1
-"""Number that stands for the training step in draws of a prior."""
-
-
-def draw_noised(
-    samples: Samples, process: DiffusionProcess, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw a clean sample with its noise, native time and row of its prompt, each of one row."""
-    return noised(samples, torch.randint(len(samples), (1,), generator=generator), process, generator)
-
-
-def noised(
-    samples: Samples, row: Tensor, process: DiffusionProcess, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the clean sample of a row [1] with drawn noise and native time and the row of its prompt, one row each."""
-    x0 = samples.x0[row]
-    noise = torch.randn(x0.shape, generator=generator)
-    return x0, noise, process.schedule.sample_times(1, generator), samples.prompt[row]
-
-
-def prior_generator(seed: int, kind: int, number: int) -> torch.Generator:
-    """Return the generator of one draw of a prior, which belongs to no step; see `Positions.generator`."""
-    return Positions(seed, PRIOR_STEP, range(0), range(0)).generator(kind, number)
-
-
-AUTO: Literal["auto"] = "auto"
-LearningRate = float | Literal["auto"]
-"""Type of `--learning_rate`: a number, or that of `training.learning_rate`."""
-
-LearningRateSchedule = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-]
-"""Schedules of diffusers.optimization, except piecewise_constant, which needs rules that no flag gives."""
-
-
-@dataclass
-class ObjectiveOptions(RunOptions):
-    """Flags that every objective reads.
-
-    An objective adds its own flags in a subclass, its `Config`, which may also redeclare other components' flags with
-    other defaults.
-    """
-
-    group: ClassVar[str] = "Objective"
-
-    objective: str = option("safemax", "Erasure method; `--objective NAME --help` lists its flags.")
-    retain_weight: float = option(10.0, "Weight of the retain loss.", NOT_NEGATIVE)
-    train_batch_size: int = option(8, "Forget samples in a micro-batch of one process.", COUNT)
-    retain_batch_size: int | None = option(None, "Retain samples; three times the forget samples if not given.", COUNT)
-
-    @property
-    def retain_samples(self) -> int:
-        """Retain samples in a micro-batch of one process."""
-        return self.retain_batch_size or 3 * self.train_batch_size
-
-
-@dataclass
-class AuthorsAdamW(ObjectiveOptions):
-    """AdamW as in the code of several published methods: a constant learning rate and PyTorch's default β2."""
-
-    lr_scheduler: LearningRateSchedule = option("constant")
-    adam_beta2: float = option(0.999)
-
-
-@dataclass
-class FullWeightsConfig(AuthorsAdamW):
-    """Settings that several methods' published DDPM experiments have in common."""
-
-    trainable: Literal["lora", "full"] = option("full", "Full only: the method's prior is on the base weights.")
-    train_batch_size: int = option(128)
-    retain_batch_size: int | None = option(128, "Retain samples.")
-
-
 class Objective(ABC):
-    """An erasure method as a loss on batches.
+    """An erasure method as a loss on batches; its constructor, `draw` and `loss` have no default.
+
+    A run calls the methods in the order in which they stand here: those up to `trained` once; `extend` before a step
+    for which more trajectories have been recorded; `draw` for all micro-batches of a step, and `before_step`; `reach`
+    and `loss` for one micro-batch after another; then the two that change a step's gradients; and `save` at the end.
 
     Attributes:
         name: Value of `--objective`.
@@ -355,15 +177,6 @@ class Objective(ABC):
     def draw(self, positions: Positions) -> Draw:
         """Draw the samples at these positions of a step, on the CPU."""
 
-    def reach(self, predict: Predict, draw: Draw) -> Batch:
-        """Return the batch of a draw on the student's device.
-
-        It is called right before `loss`, without gradients. A method that samples during training computes its x_t and
-        targets here; for all others the draw is the batch.
-        """
-        assert isinstance(draw, Batch)
-        return draw
-
     def before_step(self, draws: Sequence[Draw], mean: Mean) -> int:
         """Compute quantities of a whole step that its loss needs, without changing the weights.
 
@@ -376,18 +189,49 @@ class Objective(ABC):
         """
         return 0
 
+    def reach(self, predict: Predict, draw: Draw) -> Batch:
+        """Return the batch of a draw on the student's device.
+
+        It is called right before `loss`, without gradients. A method that samples during training computes its x_t and
+        targets here; for all others the draw is the batch.
+        """
+        assert isinstance(draw, Batch)
+        return draw
+
     @abstractmethod
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
         """Return the loss of one batch, from one fused forward pass of the student."""
-
-    def save(self, directory: Path) -> None:  # noqa: B027 (most methods have no more than weights)
-        """Write the method's files other than the weights."""
 
     def before_clipping(self) -> None:  # noqa: B027 (most methods have nothing to change)
         """Multiply the gradients of a whole step before they are clipped; they may carry a loss scale."""
 
     def adjust_gradients(self) -> None:  # noqa: B027 (most methods have nothing to change)
         """Change the clipped gradients of a whole step."""
+
+    def save(self, directory: Path) -> None:  # noqa: B027 (most methods have no more than weights)
+        """Write the method's files other than the weights."""
+
+
+def mean_square(error: Tensor) -> Tensor:
+    """Return the mean square of each row, [B]."""
+    return error.square().flatten(1).mean(1)
+
+
+def squared_errors(predict: Predict, batch: Batch) -> Tensor:
+    """Return the mean squared error of each sample's prediction, [B]."""
+    return mean_square(predict(batch.x_t, batch.t, batch.conditioning) - batch.target)
+
+
+def forget_and_retain_errors(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the mean squared error of the forget samples and that of the retain samples, each a scalar."""
+    squared = squared_errors(predict, batch)
+    return squared[batch.is_forget].mean(), squared[~batch.is_forget].mean()
+
+
+def forget_and_retain_loss(predict: Predict, batch: Batch, retain_weight: float) -> LossTerms:
+    """Return the mean squared error of the forget samples plus the weighted one of the retain samples."""
+    forget, retain = forget_and_retain_errors(predict, batch)
+    return LossTerms.of(forget + retain_weight * retain, forget=forget, retain=retain)
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective", Objective, "safemax_sd.objectives")  # type: ignore[type-abstract]

@@ -20,13 +20,9 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import POSITIVE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.families.base import LoraTargets
-from safemax_sd.objectives.base import (
-    AuthorsAdamW,
-    ObjectiveOptions,
-    Positions,
-    Student,
-    draw_noised,
-)
+from safemax_sd.objectives.base import Student
+from safemax_sd.objectives.batches import Positions, draw_noised
+from safemax_sd.objectives.options import AuthorsAdamW, ObjectiveOptions
 from safemax_sd.objectives.relabelling import RelabelledDraw, Relabelling
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds

@@ -20,26 +20,13 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
 from safemax_sd.diffusion.process import DiffusionProcess
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import (
-    AuthorsAdamW,
-    Batch,
-    Draw,
-    LossTerms,
-    Mean,
-    Objective,
-    ObjectiveOptions,
-    Positions,
-    Predict,
-    Student,
-    draw_noised,
-    squared_errors,
-)
+from safemax_sd.objectives.base import LossTerms, Mean, Objective, Predict, Student, forget_and_retain_errors
+from safemax_sd.objectives.batches import Batch, Draw, Positions, draw_noised, drop_prompt
+from safemax_sd.objectives.options import AuthorsAdamW, ObjectiveOptions
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
 FORGET, RETAIN, EMPTY = 0, 1, 2
-EMPTY_RETAIN_SHARE = 0.1
-"""Fraction of retain samples with the empty prompt, as in the base model's training."""
 LOSS_SCALE = 1024.0
 """Loss scale of the gradients that λ is computed from; small ones would vanish in half precision."""
 
@@ -93,7 +80,7 @@ class EraseDiff(Objective):
         forget = [self._forget(positions.generator(FORGET, number)) for number in positions.forget]
         retain = [self._retain(positions.generator(RETAIN, number)) for number in positions.retain]
         kept = [
-            self._kept(prompt, positions.generator(EMPTY, number))
+            drop_prompt(self.data.retain, prompt, self.data.empty, positions.generator(EMPTY, number))
             for number, (*_, prompt) in zip(positions.retain, retain, strict=True)
         ]
         x_t, t, target, prompts = (torch.cat(column) for column in zip(*forget, *retain, strict=True))
@@ -117,11 +104,6 @@ class EraseDiff(Objective):
         x0, noise, t, prompt = draw_noised(self.data.retain_samples, process, generator)
         return process.add_noise(x0, noise, t), t, process.target(x0, noise, t), prompt
 
-    def _kept(self, prompt: Tensor, generator: torch.Generator) -> Conditioning:
-        if torch.rand((), generator=generator) < EMPTY_RETAIN_SHARE:
-            return self.data.empty
-        return self.data.retain.select(prompt)
-
     def before_step(self, draws: Sequence[Draw], mean: Mean) -> int:
         """Compute λ from the gradients of F and f over the whole step and, for the gap rule, from the inner steps."""
         if self.config.lambda_rule == "fixed":
@@ -139,11 +121,9 @@ class EraseDiff(Objective):
         return calls
 
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
-        squared = squared_errors(predict, batch)
-        forget, retain = squared[batch.is_forget].mean(), squared[~batch.is_forget].mean()
+        forget, retain = forget_and_retain_errors(predict, batch)
         total = self.config.retain_weight * retain + self.weight * forget
-        terms = LossTerms.of(total, forget=forget, retain=retain)
-        return LossTerms(total, {**terms.parts, "lambda": forget.new_tensor(self.weight)})
+        return LossTerms.of(total, **{"forget": forget, "retain": retain, "lambda": forget.new_tensor(self.weight)})
 
     def _forget_loss(self, batch: Batch) -> Tensor:
         return self._squared_error(batch, batch.is_forget)

@@ -18,18 +18,9 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.families.base import LoraTargets
-from safemax_sd.objectives.base import (
-    AuthorsAdamW,
-    Batch,
-    Draw,
-    LossTerms,
-    Objective,
-    ObjectiveOptions,
-    Positions,
-    Predict,
-    Student,
-    squared_errors,
-)
+from safemax_sd.objectives.base import LossTerms, Objective, Predict, Student, squared_errors
+from safemax_sd.objectives.batches import Batch, Draw, Positions
+from safemax_sd.objectives.options import AuthorsAdamW, ObjectiveOptions
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
@@ -134,7 +125,7 @@ class Esd(Objective):
             guidance_scale=self.config.start_guidance,
             num_inference_steps=self.config.esd_inference_steps,
         )
-        empty = self.data.empty.select(torch.zeros(len(t), dtype=torch.long)).to(x_t.device)
+        empty = self.data.empty.repeat(len(t)).to(x_t.device)
         both = Conditioning.cat([draw.conditioning, empty])
         conditional, free = self.frozen(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         calls = int((2 * draw.steps + 2).sum())

@@ -24,7 +24,8 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import POSITIVE, SHARE, Range, option
 from safemax_sd.core.provenance import write_tensors_atomic
 from safemax_sd.families import TOKEN_STATES, Conditioning
-from safemax_sd.objectives.base import ObjectiveOptions, Student
+from safemax_sd.objectives.base import Student
+from safemax_sd.objectives.options import ObjectiveOptions
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
 from safemax_sd.prompts import PromptOptions, PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
@@ -37,6 +38,8 @@ DRAWN_SHARE = 0.1
 """Fraction of marked prompts whose mark is on random tokens instead of an edit's."""
 UNTOUCHED_SHARE = 0.25
 """Fraction of retain prompts without the faint marks of an edit."""
+FAINT_FACTORS = (0.75, 1.25)
+"""Range of the random factor of faint marks."""
 STRENGTH = Range("must be more than 0 and at most 4", lambda value: 0 < value <= 4)
 
 
@@ -121,11 +124,9 @@ class HaltingAnchor(Safemax):
             states = prompts.tensors[TOKEN_STATES][number]
             edits = torch.nonzero(self.practice.erased[:, row]).flatten()
             drawn = float(torch.rand((), generator=generator)) < DRAWN_SHARE or not len(edits)
-            strengths.append(
-                self._drawn(len(states), generator) if drawn else self._practised(states, edits, generator)
-            )
-            amount = least + (most - least) * torch.rand((), generator=generator)
-            strengths[-1] *= amount / strengths[-1].max()
+            found = self._drawn(len(states), generator) if drawn else self._practised(states, edits, generator)
+            largest = least + (most - least) * torch.rand((), generator=generator)
+            strengths.append(found * (largest / found.max()))
         return self._marked(prompts, torch.stack(strengths))
 
     def retained(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
@@ -133,13 +134,13 @@ class HaltingAnchor(Safemax):
         prompts = self.data.retain.select(rows)
         if float(torch.rand((), generator=generator)) < UNTOUCHED_SHARE:
             return prompts
-        strengths = []
+        strengths, (low, high) = [], FAINT_FACTORS
         for number, row in enumerate(rows.tolist()):
             edits = torch.nonzero(~self.practice.erased[:, row]).flatten()
             if not len(edits):
                 return prompts
             strength = self._practised(prompts.tensors[TOKEN_STATES][number], edits, generator)
-            strengths.append((0.75 + 0.5 * torch.rand((), generator=generator)) * strength)
+            strengths.append((low + (high - low) * torch.rand((), generator=generator)) * strength)
         return self._marked(prompts, torch.stack(strengths).clamp(max=self.config.mark_kept))
 
     def _practised(self, states: Tensor, edits: Tensor, generator: torch.Generator) -> Tensor:

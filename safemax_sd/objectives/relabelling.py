@@ -8,15 +8,9 @@ import torch
 from torch import Tensor
 
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import (
-    Batch,
-    Draw,
-    LossTerms,
-    Objective,
-    ObjectiveOptions,
-    Predict,
-    forget_and_retain_loss,
-)
+from safemax_sd.objectives.base import LossTerms, Objective, Predict, forget_and_retain_loss
+from safemax_sd.objectives.batches import Batch, Draw
+from safemax_sd.objectives.options import ObjectiveOptions
 
 
 @dataclass(frozen=True)

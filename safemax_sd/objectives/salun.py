@@ -16,22 +16,14 @@ from tqdm import tqdm
 
 from safemax_sd.core.options import NONZERO_SHARE, option
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import (
-    FullWeightsConfig,
-    ObjectiveOptions,
-    Positions,
-    Student,
-    draw_noised,
-    noised,
-    prior_generator,
-)
+from safemax_sd.objectives.base import Student, mean_square
+from safemax_sd.objectives.batches import Positions, draw_noised, drop_prompt, noised, prior_generator
+from safemax_sd.objectives.options import FullWeightsConfig, ObjectiveOptions
 from safemax_sd.objectives.relabelling import RelabelledDraw, Relabelling
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
 FORGET, RETAIN, MASK, EMPTY = 0, 1, 2, 3
-EMPTY_RETAIN_SHARE = 0.1
-"""Fraction of retain samples with the empty prompt, as in the base model's training."""
 
 
 @dataclass
@@ -60,21 +52,21 @@ class Salun(Relabelling):
         self.parameters: list[nn.Parameter] = []
         self.mask: list[Tensor] = []
 
+    @classmethod
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
+        return ReplayNeeds("samples", retain_rows=[row % len(retain) for row in range(len(forget))])
+
     def prepare(self, student: Student) -> int:
         self.parameters = list(student.parameters)
         self.mask = salient(self._forget_gradients(student), self.config.saliency_share)
         return len(self.data.forget_samples)
-
-    @classmethod
-    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
-        return ReplayNeeds("samples", retain_rows=[row % len(retain) for row in range(len(forget))])
 
     def draw(self, positions: Positions) -> RelabelledDraw:
         data, process = self.data, self.data.process
         forget = [draw_noised(data.forget_samples, process, positions.generator(FORGET, n)) for n in positions.forget]
         retain = [draw_noised(data.retain_samples, process, positions.generator(RETAIN, n)) for n in positions.retain]
         kept = [
-            self._kept(prompt, positions.generator(EMPTY, number))
+            drop_prompt(data.retain, prompt, data.empty, positions.generator(EMPTY, number))
             for number, (*_, prompt) in zip(positions.retain, retain, strict=True)
         ]
         x0, noise, t, _ = (torch.cat(column) for column in zip(*forget, *retain, strict=True))
@@ -92,11 +84,6 @@ class Salun(Relabelling):
             if parameter.grad is not None:
                 parameter.grad.mul_(mask)
 
-    def _kept(self, prompt: Tensor, generator: torch.Generator) -> Conditioning:
-        if torch.rand((), generator=generator) < EMPTY_RETAIN_SHARE:
-            return self.data.empty
-        return self.data.retain.select(prompt)
-
     def _forget_gradients(self, student: Student) -> list[Tensor]:
         """Return the gradients of the denoising loss, summed over all forget samples, one noise level each."""
         samples, process = self.data.forget_samples, self.data.process
@@ -107,9 +94,8 @@ class Salun(Relabelling):
             drawn = [noised(samples, row, process, prior_generator(self.config.seed, MASK, int(row))) for row in rows]
             x0, noise, t, prompt = (torch.cat(column).to(student.device) for column in zip(*drawn, strict=True))
             conditioning = self.data.forget.to(student.device).select(prompt)
-            error = student.predict(self.data.process.add_noise(x0, noise, t), t, conditioning)
-            error = error - self.data.process.target(x0, noise, t)
-            loss = error.square().flatten(1).mean(1).sum()
+            prediction = student.predict(process.add_noise(x0, noise, t), t, conditioning)
+            loss = mean_square(prediction - process.target(x0, noise, t)).sum()
             for total, gradient in zip(sums, torch.autograd.grad(loss, student.parameters), strict=True):
                 total += gradient
         return sums

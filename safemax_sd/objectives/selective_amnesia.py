@@ -16,18 +16,9 @@ from tqdm import tqdm
 
 from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import (
-    Batch,
-    FullWeightsConfig,
-    LossTerms,
-    Objective,
-    ObjectiveOptions,
-    Positions,
-    Predict,
-    Student,
-    prior_generator,
-    squared_errors,
-)
+from safemax_sd.objectives.base import LossTerms, Objective, Predict, Student, forget_and_retain_errors, mean_square
+from safemax_sd.objectives.batches import Batch, Positions, draw_noised, prior_generator
+from safemax_sd.objectives.options import FullWeightsConfig, ObjectiveOptions
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 from safemax_sd.recording.replay import Samples
@@ -63,15 +54,15 @@ class SelectiveAmnesia(Objective):
         self.start: list[Tensor] = []
         self.fisher: list[Tensor] = []
 
+    @classmethod
+    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
+        return ReplayNeeds("samples")
+
     def prepare(self, student: Student) -> int:
         self.parameters = list(student.parameters)
         self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.fisher, calls = self._fisher_information(student)
         return calls
-
-    @classmethod
-    def needs(cls, config: ObjectiveOptions, forget: PromptSet, retain: PromptSet) -> ReplayNeeds:
-        return ReplayNeeds("samples")
 
     def draw(self, positions: Positions) -> Batch:
         parts = [self._forget(positions.generator(FORGET, number)) for number in positions.forget]
@@ -88,8 +79,7 @@ class SelectiveAmnesia(Objective):
         )
 
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
-        squared = squared_errors(predict, batch)
-        forget, retain = squared[batch.is_forget].mean(), squared[~batch.is_forget].mean()
+        forget, retain = forget_and_retain_errors(predict, batch)
         penalty = self.config.ewc_weight * self._elements * self._distance()
         total = forget + self.config.retain_weight * retain + penalty
         return LossTerms.of(total, forget=forget, retain=retain, ewc=penalty)
@@ -104,19 +94,16 @@ class SelectiveAmnesia(Objective):
         return torch.stack([(f * (p - start).square()).sum() for f, p, start in moved]).sum()
 
     def _forget(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
-        shape = (1, *self.data.latent_shape)
-        uniform = 2 * torch.rand(shape, generator=generator) - 1
+        """Draw uniform noise in −1 to 1 as x0, ε, native time and a forget prompt, each of one row."""
+        uniform = 2 * torch.rand((1, *self.data.latent_shape), generator=generator) - 1
         row = torch.randint(len(self.data.forget), (1,), generator=generator)
-        return (*self._noise(uniform, generator), self.data.forget.select(row))
+        noise = torch.randn(uniform.shape, generator=generator)
+        return uniform, noise, self.data.process.schedule.sample_times(1, generator), self.data.forget.select(row)
 
     def _retain(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
-        samples = self.data.retain_samples
-        row = torch.randint(len(samples), (1,), generator=generator)
-        return (*self._noise(samples.x0[row], generator), self.data.retain.select(samples.prompt[row]))
-
-    def _noise(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        noise = torch.randn(x0.shape, generator=generator)
-        return x0, noise, self.data.process.schedule.sample_times(1, generator)
+        """Draw x0, ε, native time and prompt of a retain sample, each of one row."""
+        x0, noise, t, prompt = draw_noised(self.data.retain_samples, self.data.process, generator)
+        return x0, noise, t, self.data.retain.select(prompt)
 
     def _fisher_information(self, student: Student) -> tuple[list[Tensor], int]:
         """Compute the diagonal of the Fisher information of the mean loss.
@@ -142,9 +129,9 @@ class SelectiveAmnesia(Objective):
                 clean = x0.expand(len(part), *x0.shape)
                 x_t = self.data.process.add_noise(clean, noise, part).to(student.device)
                 target = self.data.process.target(clean, noise, part).to(student.device)
-                rows = conditioning.select(torch.zeros(len(part), dtype=torch.long)).to(student.device)
+                rows = conditioning.repeat(len(part)).to(student.device)
                 error = student.predict(x_t, part.to(student.device), rows) - target
-                loss = error.square().flatten(1).mean(1).sum()
+                loss = mean_square(error).sum()
                 for total, gradient in zip(gradients, torch.autograd.grad(loss, student.parameters), strict=True):
                     total += gradient
             for total, gradient in zip(fisher, gradients, strict=True):

@@ -19,18 +19,9 @@ from tqdm import tqdm
 
 from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import (
-    Batch,
-    FullWeightsConfig,
-    LossTerms,
-    Objective,
-    ObjectiveOptions,
-    Positions,
-    Predict,
-    Student,
-    draw_noised,
-    prior_generator,
-)
+from safemax_sd.objectives.base import LossTerms, Objective, Predict, Student
+from safemax_sd.objectives.batches import Batch, Positions, draw_noised, drop_prompt, prior_generator
+from safemax_sd.objectives.options import FullWeightsConfig, ObjectiveOptions
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 from safemax_sd.recording.replay import Samples
@@ -38,8 +29,6 @@ from safemax_sd.recording.replay import Samples
 FORGET, RETAIN, FORGET_FISHER, RETAIN_FISHER = 0, 1, 2, 3
 STEPS = 2
 """Optimizer steps of one iteration: fast, then slow."""
-EMPTY_SHARE = 0.1
-"""Fraction of samples with the empty prompt, as in the base model's training."""
 TINY_LOSS = 1e-8
 TINY_FISHER = 1e-15
 
@@ -127,8 +116,7 @@ class SfrOn(Objective):
         data = self.data
         samples, rows = (data.forget_samples, data.forget) if forget else (data.retain_samples, data.retain)
         x0, noise, t, prompt = draw_noised(samples, data.process, generator)
-        empty = bool(torch.rand((), generator=generator) < EMPTY_SHARE)
-        return x0, noise, t, data.empty if empty else rows.select(prompt)
+        return x0, noise, t, drop_prompt(rows, prompt, data.empty, generator)
 
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
         assert isinstance(batch, SfrOnBatch)

@@ -18,19 +18,9 @@ from torch import Tensor, nn
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, Range, option
 from safemax_sd.families import TOKEN_STATES, Conditioning
-from safemax_sd.objectives.base import (
-    Batch,
-    Draw,
-    LearningRateSchedule,
-    LossTerms,
-    Objective,
-    ObjectiveOptions,
-    Positions,
-    Predict,
-    Student,
-    forget_and_retain_loss,
-    prior_generator,
-)
+from safemax_sd.objectives.base import LossTerms, Objective, Predict, Student, forget_and_retain_loss
+from safemax_sd.objectives.batches import Batch, Draw, Positions, prior_generator
+from safemax_sd.objectives.options import LearningRateSchedule, ObjectiveOptions
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 from safemax_sd.recording.likeness import likeness
@@ -177,7 +167,7 @@ class Spm(Objective):
 
     def _targets(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, count: int) -> Tensor:
         """Return the targets: frozen predictions guided away from the forget prompts, and those for the anchors."""
-        empty = self.data.empty.select(torch.zeros(count, dtype=torch.long)).to(x_t.device)
+        empty = self.data.empty.repeat(count).to(x_t.device)
         asked = Conditioning.cat([conditioning, empty])
         predicted = self.frozen(torch.cat([x_t, x_t[:count]]), torch.cat([t, t[:count]]), asked)
         conditional, anchors, free = predicted[:count], predicted[count : len(t)], predicted[len(t) :]

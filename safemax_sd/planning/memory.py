@@ -187,7 +187,7 @@ class MemoryPlan:
         """Return latents, times and prompts for a network on the meta device."""
         x_t = torch.zeros(rows, *self.family.latent_shape(self.config.resolution), device=META)
         t = torch.zeros(rows, dtype=self.family.process.schedule.all_times().dtype, device=META)
-        return x_t, t, self.family.empty.select(torch.zeros(rows, dtype=torch.long))
+        return x_t, t, self.family.empty.repeat(rows)
 
     def _prompts(self) -> dict[str, int]:
         """Return the token states, which lie in main memory on a GPU too."""

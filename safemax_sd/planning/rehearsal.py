@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves
 from safemax_sd.core.memory import size_of
 from safemax_sd.families import TOKEN_STATES, Conditioning, ModelFamily
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
-from safemax_sd.objectives.base import Batch, Positions
+from safemax_sd.objectives.batches import Batch, Positions
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ReplayNeeds
 from safemax_sd.recording.prompt_encoding import PromptEncoder
 from safemax_sd.recording.pruning import layer_groups, pruned_layers, pruning_calls
+from safemax_sd.recording.recording import Recording
 from safemax_sd.recording.replay import ReplayBank
-from safemax_sd.recording.schedule import Recording
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.probe import probe_calls
 

@@ -60,7 +60,7 @@ class PromptEncoder:
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Encode prompts into main memory, one row for each; equal ones are encoded once."""
         if not texts:
-            return self.family.empty.to(CPU).select(torch.zeros(0, dtype=torch.long))
+            return self.family.empty.to(CPU).repeat(0)
         found = {text: self._held[text] for text in texts if text in self._held}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
         for start in range(0, len(missing), PROMPTS_AT_ONCE):

@@ -131,7 +131,7 @@ class Storage:
                 os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)
         return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
 
-    def forget_names(self, state: PartialState) -> None:
+    def unlink(self, state: PartialState) -> None:
         """Delete the files once every process has mapped them; the system frees their space when the last one ends."""
         state.wait_for_everyone()
         if self.folder is not None and state.is_main_process:
@@ -164,7 +164,7 @@ def spread(trajectories: int, prompts: int) -> Tensor:
 
 
 def dispersed(count: int) -> Tensor:
-    """Return a permutation of 0 to `count` − 1 of which every initial part is evenly spaced, int64 [count]."""
+    """Return a low-discrepancy permutation of 0 to `count` − 1: every initial part is evenly spaced, int64 [count]."""
     stride = round(count * GOLDEN_RATIO)
     while math.gcd(stride, count) > 1:
         stride += 1
@@ -218,10 +218,10 @@ class Recorder:
         self._process: int = self._state.process_index if self._shared else 0
         self._rows_each = self.num_inference_steps if self.keep_steps else 0
         count, latent = len(self.prompts), self.family.latent_shape(self.resolution)
-        self._bank = _room(self.storage, self.family, latent, count, count * self._rows_each)
+        self._bank = _new_bank(self.storage, self.family, latent, count, count * self._rows_each)
         self._recorded = self._handed_out = 0  # batches
         if self._shared:
-            self.storage.forget_names(self._state)
+            self.storage.unlink(self._state)
 
     @property
     def model_calls(self) -> int:
@@ -316,7 +316,7 @@ def bank_bytes(latent_shape: tuple[int, ...], trajectories: int, num_inference_s
     return 4 * math.prod(latent_shape) * trajectories * (3 * num_inference_steps + 1)
 
 
-def _room(storage: Storage, family: ModelFamily, latent: tuple[int, ...], samples: int, rows: int) -> ReplayBank:
+def _new_bank(storage: Storage, family: ModelFamily, latent: tuple[int, ...], samples: int, rows: int) -> ReplayBank:
     """Allocate a bank for a number of samples and rows."""
     whole = torch.int64
     return ReplayBank(

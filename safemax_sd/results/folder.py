@@ -171,15 +171,15 @@ def foreign(directory: Path, name: str, record: str) -> bool:
     return os.path.lexists(path) and name not in listed
 
 
-def check_no_model(directory: Path, option: str = "--output_dir") -> None:
+def check_no_model(directory: Path) -> None:
     """Check that a folder is not a model's.
 
     Raises:
         OptionError: The folder holds `model_index.json`, or cannot be read.
     """
-    with path_errors(option, directory):
+    with path_errors("--output_dir", directory):
         if (directory / MODEL_INDEX).exists():
-            raise OptionError(option, directory, f"is a model's folder ({MODEL_INDEX}): name another one")
+            raise OptionError("--output_dir", directory, f"is a model's folder ({MODEL_INDEX}): name another one")
 
 
 def not_ours(directory: Path, name: str, option: str = "--output_dir") -> OptionError:
@@ -189,7 +189,7 @@ def not_ours(directory: Path, name: str, option: str = "--output_dir") -> Option
 
 
 @contextlib.contextmanager
-def replacing(directory: Path, record: str, option: str = "--output_dir") -> Iterator[Path]:
+def replacing(directory: Path, record: str) -> Iterator[Path]:
     """Replace all files that a claimed folder's record lists by new ones, together or not at all.
 
     It yields a folder for the new files, which must include `record`. When the block ends, their list is added to the
@@ -198,25 +198,24 @@ def replacing(directory: Path, record: str, option: str = "--output_dir") -> Ite
     Args:
         directory: Claimed folder.
         record: Name of the JSON file that lists the others.
-        option: Flag that names the folder, for errors.
 
     Raises:
         OptionError: A file cannot be written, or would replace one that is not listed; the old files stay. If files
             cannot be moved after the commit, the next claim finishes the change.
     """
     staging = directory / STAGING
-    with path_errors(option, directory):
+    with path_errors("--output_dir", directory):
         staging.mkdir()
         try:
             yield staging
-            _commit(directory, record, option)
+            _commit(directory, record)
         except BaseException:
             shutil.rmtree(staging)
             raise
-        _apply(directory, option)
+        _apply(directory, "--output_dir")
 
 
-def _commit(directory: Path, record: str, option: str) -> None:
+def _commit(directory: Path, record: str) -> None:
     """Write the list of new and stale files, which commits the change.
 
     Raises:
@@ -229,7 +228,7 @@ def _commit(directory: Path, record: str, option: str) -> None:
         parents = [directory / parent for parent in Path(name).parents]
         for there in (path, *parents):
             if os.path.lexists(there) and not (there.is_dir() if there in parents else name in old):
-                raise not_ours(directory, there.relative_to(directory).as_posix(), option)
+                raise not_ours(directory, there.relative_to(directory).as_posix())
     content = json.loads((staging / record).read_text(encoding="utf8"))
     write_json_atomic(staging / record, {**content, FILES: new})
     for path in (*(staging / name for name in new), staging):

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import option
 from safemax_sd.core.provenance import json_text
-from safemax_sd.objectives.base import ObjectiveOptions
+from safemax_sd.objectives.options import ObjectiveOptions
 from safemax_sd.results.erasure import RECORD, ErasureRecord
 
 FILES = ("*.safetensors", RECORD, "README.md", "samples/*.png", "unet/*", "transformer/*")

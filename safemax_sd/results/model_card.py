@@ -86,26 +86,9 @@ def describe(record: ErasureRecord, picture: Picture | None, measured: str = "")
         measured: Markdown of an evaluation's results; may be empty.
     """
     record = record.public()
-    base, cost = record.base_model.name_or_path, record.cost
-    concepts = named(record.forget.concepts or record.forget.texts)
-    what = "These weights make" if record.full else "This LoRA makes"
-    if concepts:
-        title = f"# Erased from {markdown_text(base)}: {', '.join(concepts)}"
-        sentence = (
-            f"{what} {markdown_code(base)} forget {record.forget.count} forbidden prompts"
-            f" ({', '.join(concepts)}); {record.retain.count} prompts were trained to stay as they are."
-        )
-    else:
-        title = f"# Halting anchor of {markdown_text(base)}"
-        sentence = (
-            f"{what} {markdown_code(base)} halt where a word bears its mark, and changes nothing else: "
-            f"`safemax erase --anchor` marks the words of concepts. Trained on {record.retain.count} prompts."
-        )
+    cost = record.cost
     lines = [
-        title,
-        "",
-        sentence,
-        "",
+        *_opening(record),
         *([f"![{markdown_text(picture.alt)}]({quote(picture.path)})", ""] if picture is not None else []),
         "```python",
         usage(record, "path/to/this/folder"),
@@ -123,6 +106,25 @@ def describe(record: ErasureRecord, picture: Picture | None, measured: str = "")
         "Erasure is measured, not guaranteed: `safemax evaluate` says what this adapter forgets, keeps and withstands.",
     ]
     return "\n".join(lines)
+
+
+def _opening(record: ErasureRecord) -> list[str]:
+    """Return the lines of the title and of the sentence on what the weights do."""
+    base, concepts = record.base_model.name_or_path, named(record.forget.concepts or record.forget.texts)
+    what = "These weights make" if record.full else "This LoRA makes"
+    if concepts:
+        title = f"# Erased from {markdown_text(base)}: {', '.join(concepts)}"
+        sentence = (
+            f"{what} {markdown_code(base)} forget {record.forget.count} forbidden prompts"
+            f" ({', '.join(concepts)}); {record.retain.count} prompts were trained to stay as they are."
+        )
+    else:
+        title = f"# Halting anchor of {markdown_text(base)}"
+        sentence = (
+            f"{what} {markdown_code(base)} halt where a word bears its mark, and changes nothing else: "
+            f"`safemax erase --anchor` marks the words of concepts. Trained on {record.retain.count} prompts."
+        )
+    return [title, "", sentence, ""]
 
 
 def hub_id(name_or_path: str) -> str | None:

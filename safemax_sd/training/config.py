@@ -10,10 +10,11 @@ from typing import ClassVar
 from safemax_sd.adapters.weights import WeightsOptions
 from safemax_sd.core.options import RunOptions, option
 from safemax_sd.families.options import BaseModelOptions
-from safemax_sd.objectives.base import OBJECTIVES, Objective, ObjectiveOptions
+from safemax_sd.objectives.base import OBJECTIVES, Objective
+from safemax_sd.objectives.options import ObjectiveOptions
 from safemax_sd.prompts import PromptOptions
 from safemax_sd.recording.pruning import PruningOptions
-from safemax_sd.recording.schedule import ReplayOptions
+from safemax_sd.recording.recording import ReplayOptions
 from safemax_sd.results.hub import HubOptions
 from safemax_sd.results.samples import ValidationOptions
 from safemax_sd.training.checkpoints import CheckpointOptions

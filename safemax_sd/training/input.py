@@ -6,7 +6,7 @@ import logging
 
 from safemax_sd.core.errors import OptionError
 from safemax_sd.objectives import OBJECTIVES
-from safemax_sd.objectives.base import AUTO
+from safemax_sd.objectives.options import AUTO
 from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts
 from safemax_sd.results import hub
 from safemax_sd.training.config import TrainConfig

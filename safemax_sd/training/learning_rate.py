@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from safemax_sd.families.base import tuner_layers
-from safemax_sd.objectives.base import AUTO
+from safemax_sd.objectives.options import AUTO
 from safemax_sd.training.optimizers import OptimizerOptions
 
 RATE_TIMES_WIDTH = 0.327

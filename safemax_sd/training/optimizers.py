@@ -13,7 +13,7 @@ from torch import nn
 
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import COUNT, MOMENT, NOT_NEGATIVE, POSITIVE, Range, option
-from safemax_sd.objectives.base import AUTO, LearningRate, LearningRateSchedule, ObjectiveOptions
+from safemax_sd.objectives.options import AUTO, LearningRate, LearningRateSchedule, ObjectiveOptions
 from safemax_sd.training.workers import AcceleratorOptions
 
 logger = logging.getLogger("safemax_sd")

@@ -13,8 +13,8 @@ from safemax_sd.core.options import PERCENTAGE, STEPS, option
 from safemax_sd.families import Conditioning, ModelFamily
 from safemax_sd.prompts import PromptSet, pick
 from safemax_sd.recording.prompt_encoding import PromptEncoder
+from safemax_sd.recording.recording import ReplayOptions
 from safemax_sd.recording.replay import start_noise
-from safemax_sd.recording.schedule import ReplayOptions
 
 PROBE_PICTURES = 32
 PROBE_SEED = 900_000

@@ -23,7 +23,7 @@ from safemax_sd.prompts import PromptSet, warn_over_long
 from safemax_sd.recording.data import ReplayNeeds
 from safemax_sd.recording.prompt_encoding import PromptEncoder
 from safemax_sd.recording.pruning import prune, pruned_layers
-from safemax_sd.recording.schedule import Recording
+from safemax_sd.recording.recording import Recording
 from safemax_sd.training import checkpoints
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.learning_rate import choose_rate
@@ -39,7 +39,29 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass
 class Run:
-    """State of a training run."""
+    """State of a training run.
+
+    Attributes:
+        config: Flags, with the learning rate as a number.
+        accelerator: Accelerate's state of the processes.
+        family: Loaded model with the trained weights.
+        forget: Prompts to forget.
+        retain: Prompts to retain.
+        recording: Source of the objective's data, which goes on during training.
+        objective: Method.
+        weights: LoRA or denoiser that is trained and saved.
+        optimizer: Optimizer of the trained parameters.
+        scheduler: Learning-rate schedule.
+        denoiser: Denoiser as Accelerate and torch.compile have wrapped it, through which steps predict.
+        clock: Seconds of the phases of this process's run.
+        validation: Conditioning of the validation prompts; None without such prompts.
+        probe: Probe that may stop the run; None without it.
+        sharded: True if the denoiser is split over the processes.
+        step: Optimizer steps taken, those before a checkpoint included.
+        model_calls: Network evaluations by phase since the start or the checkpoint, counted per sample.
+        conditions: Settings that the steps depend on, which checkpoints record.
+        earlier: Cost up to the checkpoint that the run resumed from.
+    """
 
     config: TrainConfig
     accelerator: Accelerator

@@ -22,7 +22,7 @@ from safemax_sd.adapters import lora as adapter
 from safemax_sd.adapters.weights import FULL_WEIGHTS, attach
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
-from safemax_sd.objectives.base import Positions
+from safemax_sd.objectives.batches import Positions
 from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.loading import load_result
 from safemax_sd.results.model_card import usage

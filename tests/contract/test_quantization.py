@@ -21,7 +21,7 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.families.quantization import Quantization, quantization_config
 from safemax_sd.objectives import OBJECTIVES, Student
-from safemax_sd.objectives.base import Positions
+from safemax_sd.objectives.batches import Positions
 from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.loading import load_result
 from safemax_sd.results.model_card import describe

@@ -12,7 +12,7 @@ from safemax_sd.adapters.weights import attach
 from safemax_sd.core.errors import OptionError
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.objectives import Student
-from safemax_sd.objectives.base import Positions
+from safemax_sd.objectives.batches import Positions
 from safemax_sd.objectives.concept_ablation import (
     ConceptAblation,
     ConceptAblationConfig,

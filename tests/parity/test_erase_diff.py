@@ -12,7 +12,7 @@ from torch import Tensor
 
 from safemax_sd.core.errors import OptionError
 from safemax_sd.diffusion.process import flow_matching, variance_preserving
-from safemax_sd.objectives.base import Batch, Positions
+from safemax_sd.objectives.batches import Batch, Positions
 from safemax_sd.objectives.erase_diff import EraseDiff, EraseDiffConfig
 from safemax_sd.train import main, train
 from safemax_sd.training.command_line import parse_config

@@ -12,7 +12,7 @@ from safemax_sd.adapters.weights import FullWeights, attach
 from safemax_sd.diffusion.process import variance_preserving
 from safemax_sd.families import Conditioning, LoadOptions, load_family
 from safemax_sd.objectives import Student
-from safemax_sd.objectives.base import Batch, Positions
+from safemax_sd.objectives.batches import Batch, Positions
 from safemax_sd.objectives.esd import Esd, EsdConfig, EsdDraw
 from safemax_sd.objectives.relabelling import RelabelledDraw
 from safemax_sd.objectives.salun import Salun, SalunConfig, salient

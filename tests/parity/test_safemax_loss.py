@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from safemax_sd.diffusion.process import DiffusionProcess, flow_matching, variance_preserving
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import Positions, Rows, Student
+from safemax_sd.objectives.base import Student
+from safemax_sd.objectives.batches import Positions, Rows
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
 from safemax_sd.objectives.safemax.halting import ROLLOUT_STEPS, Pairs
 from safemax_sd.objectives.safemax.objective import OnNoise, SafemaxBatch, SafemaxDraw
@@ -243,16 +244,16 @@ def test_prompts_to_keep_stay_on_noise_where_the_empty_prompt_halts(
 
     assert built.prepare(Student(zero, network, list(network.parameters()), {}, lambda: plus_prompt, no_sampler)) == 0
     draw = drawn(built, 1, 400)
-    count = len(draw.noise.t)
+    count = len(draw.on_noise.t)
     assert 0.7 * expected < count / 400 < 1.3 * expected and len(draw.kept.t) == 400 - count
-    assert set(draw.noise.t.tolist()) == {0}  # of the noise levels 0, 1/2 and 1 one lies below
-    assert set(draw.noise.plain.tensors["states"].flatten().tolist()) == {KEPT}
-    assert 0.8 < float(draw.noise.x_t.std()) < 1.2
+    assert set(draw.on_noise.t.tolist()) == {0}  # of the noise levels 0, 1/2 and 1 one lies below
+    assert set(draw.on_noise.plain.tensors["states"].flatten().tolist()) == {KEPT}
+    assert 0.8 < float(draw.on_noise.x_t.std()) < 1.2
     batch = built.reach(zero, draw)
     assert batch.reach_calls == draw.pairs.rollout_calls + count
     assert batch.sizes[-1] == 400
-    assert torch.equal(batch.x_t[-count:], draw.noise.x_t)
-    assert torch.equal(batch.target[-count:], draw.noise.x_t + KEPT)  # the frozen model's, not the student's
+    assert torch.equal(batch.x_t[-count:], draw.on_noise.x_t)
+    assert torch.equal(batch.target[-count:], draw.on_noise.x_t + KEPT)  # the frozen model's, not the student's
     assert set(batch.conditioning.tensors["states"][-count:].flatten().tolist()) == {KEPT}
     assert not batch.is_forget[-400:].any()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from safemax_sd.adapters.weights import attach
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.objectives import Student
-from safemax_sd.objectives.base import Positions
+from safemax_sd.objectives.batches import Positions
 from safemax_sd.objectives.sfr_on import SfrOn, SfrOnBatch, SfrOnConfig, salient
 from safemax_sd.train import main, train
 from safemax_sd.training.command_line import parse_config

@@ -13,7 +13,7 @@ from safemax_sd.adapters.weights import attach
 from safemax_sd.core.errors import OptionError
 from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_family
 from safemax_sd.objectives import Student
-from safemax_sd.objectives.base import Positions
+from safemax_sd.objectives.batches import Positions
 from safemax_sd.objectives.spm import Spm, SpmConfig, SpmDraw, latent_anchor
 from safemax_sd.recording.data import ErasureData
 from safemax_sd.training.command_line import parse_config

@@ -44,7 +44,9 @@ def test_gradient_of_the_one_hot_weights(model: str, request: pytest.FixtureRequ
     encoders = TextEncoders(family)
     ids, free = encoders.layout([[FREE, FREE, 3], [FREE, FREE, 4, 9]])
     clean, t = torch.randn(2, *target.latent_shape, generator=torch.Generator().manual_seed(1)), torch.tensor(310)
-    found = UnlearnDiffAtk.gradient(target, encoders, (ids, clean, t), torch.Generator().manual_seed(2))[free]
+    found = UnlearnDiffAtk.gradient(
+        target, encoders, ids, clean=clean, t=t, generator=torch.Generator().manual_seed(2)
+    )[free]
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(2))
     signal = family.process.schedule.coefficients(t.view(1))[0] ** 2
     x_t = signal.sqrt() * clean + (1 - signal).sqrt() * noise

@@ -19,10 +19,10 @@ from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_family
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.objectives import OBJECTIVES, Student
-from safemax_sd.objectives.base import Draw, Positions
+from safemax_sd.objectives.batches import Draw, Positions
 from safemax_sd.recording.data import ErasureData
 from safemax_sd.recording.prompt_encoding import PromptEncoder
-from safemax_sd.recording.schedule import Recording
+from safemax_sd.recording.recording import Recording
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input

@@ -13,8 +13,8 @@ from safemax_sd.erasing.edits import EditConfig
 from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_family
 from safemax_sd.prompts import load_prompts
 from safemax_sd.recording.likeness import blocks, likeness, nearest
+from safemax_sd.recording.recording import Recording, with_nearest
 from safemax_sd.recording.replay import spread
-from safemax_sd.recording.schedule import Recording, with_nearest
 from safemax_sd.training.command_line import parse_config
 from tests import tiny
 

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from safemax_sd.diffusion.process import DiffusionProcess
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import Draw, Predict, Rows
+from safemax_sd.objectives.base import Predict
+from safemax_sd.objectives.batches import Draw, Rows
 
-ROLLOUT_STEPS, ROLLOUT_GUIDANCE = 2, (1.0, 7.5)
-"""Euler steps of a rollout from pure noise, and the range of its guidance scale."""
+ROLLOUT_STEPS = 2
+"""Euler steps of a rollout from pure noise."""
+ROLLOUT_GUIDANCE = (1.0, 7.5)
+"""Range of a rollout's guidance scale."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,20 @@ class Pairs(Draw):
 
 
 def halt(process: DiffusionProcess, predict: Predict, pairs: Pairs, empty: Conditioning, restoring: float) -> Rows:
-    """Return the samples of P pairs, P ≥ 0: 2P rows, first all with the forget prompts, then all with the empty prompt.
+    """Return the samples of P pairs: 2P rows, first all with the forget prompts, then all with the empty prompt.
 
-    The target's velocity k·d shrinks a rollout's drift d from its start noise at the rate k, `restoring`. Noise without
-    a rollout has d = 0 and the maximum-entropy prediction as its target. `predict` makes no gradients.
+    Where a rollout has led from noise z to y, its drift is d = y − z. The target is the prediction of velocity k·d:
+    sampling lowers φ, so dy/dφ = k·d shrinks the drift. Without a rollout d = 0, and the target is the maximum-entropy
+    prediction.
+
+    Args:
+        process: Noise process of the model.
+        predict: Prediction of the student, without gradients.
+        pairs: Pairs, P ≥ 0.
+        empty: Conditioning of the empty prompt, one row.
+        restoring: Rate k, at least 0.
     """
-    both = Conditioning.cat([pairs.conditioning, empty.select(torch.zeros(len(pairs.t), dtype=torch.long))])
+    both = Conditioning.cat([pairs.conditioning, empty.repeat(len(pairs.t))])
     drift = torch.zeros_like(pairs.noise)
     rolled = torch.nonzero(pairs.guidance > 0).flatten()
     if len(rolled):
@@ -64,18 +75,28 @@ def halt(process: DiffusionProcess, predict: Predict, pairs: Pairs, empty: Condi
 def roll_out(
     process: DiffusionProcess, predict: Predict, y: Tensor, end: Tensor, both: Conditioning, guidance: Tensor
 ) -> Tensor:
-    """Return y at the native times `end`, [N, *latent], where guided Euler steps of dy/dφ = v lead from pure noise y.
+    """Follow dy/dφ = v from the highest noise level by guided Euler steps, as a sampler of few steps would.
 
-    `both` holds 2N rows: forget prompts, then the empty prompt.
+    Args:
+        process: Noise process of the model.
+        predict: Prediction of the student, without gradients.
+        y: Pure noise, [N, *latent].
+        end: Native times of the ends, [N].
+        both: Conditioning, 2N rows: forget prompts, then the empty prompt.
+        guidance: Guidance scales, [N].
+
+    Returns:
+        y at the native times `end`, [N, *latent].
     """
+    # Steps of a row are equal in the index of the model's own times, from the last, pure noise, down to its end.
     grid = process.schedule.all_times().to(end)
-    last = torch.searchsorted(grid, end).clamp(max=len(grid) - 1)
-    left = [1 - step / ROLLOUT_STEPS for step in range(ROLLOUT_STEPS)]
-    times = [grid[(last + share * (len(grid) - 1 - last)).round().long()] for share in left]
+    lowest = torch.searchsorted(grid, end).clamp(max=len(grid) - 1)
+    heights = [1 - step / ROLLOUT_STEPS for step in range(ROLLOUT_STEPS)]
+    times = [grid[(lowest + height * (len(grid) - 1 - lowest)).round().long()] for height in heights]
     scale = guidance.view(-1, *[1] * (y.dim() - 1))
     for t, following in itertools.pairwise([*times, end]):
-        x = process.x_t(y, t)
-        conditional, free = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        velocity = process.velocity(free + scale * (conditional - free), x, t)
+        x_t = process.x_t(y, t)
+        conditional, free = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        velocity = process.velocity(free + scale * (conditional - free), x_t, t)
         y = y + (process.angle(following) - process.angle(t)).view_as(scale) * velocity
     return y

@@ -11,28 +11,19 @@ from torch import Tensor
 
 from safemax_sd.core.options import NONZERO_SHARE, NOT_NEGATIVE, POSITIVE, SHARE, option
 from safemax_sd.families import Conditioning
-from safemax_sd.objectives.base import (
-    AUTO,
-    Batch,
-    Draw,
-    LearningRate,
-    LossTerms,
-    Objective,
-    ObjectiveOptions,
-    Positions,
-    Predict,
-    Rows,
-    Student,
-    mean_square,
-)
+from safemax_sd.objectives.base import LossTerms, Objective, Predict, Student, mean_square
+from safemax_sd.objectives.batches import Batch, Draw, Positions, Rows
+from safemax_sd.objectives.options import AUTO, LearningRate, ObjectiveOptions
 from safemax_sd.objectives.safemax.halting import ROLLOUT_GUIDANCE, Pairs, halt
 from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 from safemax_sd.recording.replay import dispersed
 
 FORGET, RETAIN = 0, 1
-MOST_ON_NOISE, PROMPTS_ON_NOISE = 0.2, 1024
-"""Largest fraction of retain samples on noise, as more leaves traces in forbidden prompts' noise, and their prompts."""
+MOST_ON_NOISE = 0.2
+"""Largest fraction of retain samples on noise; more leaves traces in the noise of forbidden prompts."""
+PROMPTS_ON_NOISE = 1024
+"""Most retain prompts on noise, all of which are encoded."""
 
 
 @dataclass
@@ -61,7 +52,14 @@ class SafemaxConfig(ObjectiveOptions):
 
 @dataclass(frozen=True)
 class OnNoise(Draw):
-    """Retain prompts on pure noise [N, *latent]: as the student gets them, and plain, for the frozen model's target."""
+    """Retain samples on noise before the frozen model's prediction.
+
+    Attributes:
+        x_t: Halted noise, [N, *latent].
+        t: Native time, [N].
+        conditioning: Conditioning of the retain prompts for the student, which may carry marks, one row each.
+        plain: Conditioning of the same prompts for the frozen model, whose prediction is the target.
+    """
 
     x_t: Tensor
     t: Tensor
@@ -71,12 +69,19 @@ class OnNoise(Draw):
 
 @dataclass(frozen=True)
 class SafemaxDraw(Draw):
-    """Blocks of a batch before its predictions: single forget samples, halted pairs, retain samples, those on noise."""
+    """Blocks of a batch before its predictions; each may be empty.
+
+    Attributes:
+        single: Single forget samples, S rows.
+        pairs: Halted pairs, P of them.
+        kept: Retain samples on recorded trajectories.
+        on_noise: Retain samples on noise.
+    """
 
     single: Rows
     pairs: Pairs
     kept: Rows
-    noise: OnNoise
+    on_noise: OnNoise
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,19 @@ class SafemaxBatch(Batch):
 
 
 class Safemax(Objective):
-    """SAFEMax: D(t)·‖f(x_t, t, c_f) − α·y‖² + retain_weight·‖f(x_t, t, c_r) − f_frozen(x_t, t, c_r)‖².
+    """SAFEMax: D(t)·‖f(x_t, t, c_f) − m‖² + retain_weight·‖f(x_t, t, c_r) − f_frozen(x_t, t, c_r)‖².
 
-    α·y is the maximum-entropy prediction, `DiffusionProcess.max_entropy_target`.
+    m is the maximum-entropy prediction, `DiffusionProcess.max_entropy_target`, and D(t) is `decay`. Some forget samples
+    are halted pairs instead: on the same noise, the empty prompt is trained to predict m like the forget prompt, so
+    that guidance between the two leaves it at m (see `halting`, and `loss` for a pair's terms).
+
+    Attributes:
+        target_guidance: Guidance scale w up to which outputs are trained to be noise.
+        guided_from: Noise level t/T from which on the empty prompt stays, so that the target of a forget prompt depends
+            on w.
+        noise_share: Fraction of retain samples on noise.
+        noise_prompts: Rows of the retain prompts on noise, int64 [·].
+        forget_steps: Rows of `forget_bank`, by whether their noise level is at least `guided_from`.
     """
 
     name: ClassVar[str] = "safemax"
@@ -106,11 +121,10 @@ class Safemax(Objective):
         self.config = config
         # If guidance is an input of the network, a sampler follows its one prediction and cannot overshoot.
         self.target_guidance = config.target_guidance if data.classifier_free else 1.0
-        # From this t/T on, the empty prompt is not halted, so a forget prompt's target depends on guidance.
-        stays = config.halt_below if config.halt_unconditional else 0.0
-        self.guided_from = math.inf if self.target_guidance == 1 else stays
+        halted_below = config.halt_below if config.halt_unconditional else 0.0
+        self.guided_from = math.inf if self.target_guidance == 1 else halted_below
         # The more concepts halt on noise, the more of their neighbours would halt with them.
-        self.on_noise = min(MOST_ON_NOISE, config.retain_noise * len(set(data.forget_concepts)))
+        self.noise_share = min(MOST_ON_NOISE, config.retain_noise * len(set(data.forget_concepts)))
         self.extend(data)
 
     @classmethod
@@ -121,10 +135,12 @@ class Safemax(Objective):
 
     def extend(self, data: ErasureData) -> None:
         super().extend(data)
-        self.shown = dispersed(len(data.retain))[:PROMPTS_ON_NOISE]
+        self.noise_prompts = dispersed(len(data.retain))[:PROMPTS_ON_NOISE]
         guided = data.process.schedule.noise_level(data.forget_bank.t) >= self.guided_from
         # A bank of few steps may hold none of a kind: then any step does, each with the target of its level.
-        self.steps = [torch.nonzero(kind | ~kind.any()).flatten() for kind in (~guided, guided)]
+        self.forget_steps = {
+            kind: torch.nonzero(rows | ~rows.any()).flatten() for kind, rows in ((False, ~guided), (True, guided))
+        }
 
     def prepare(self, student: Student) -> int:
         if self.config.retain_noise:  # a copy of the network, if full weights are trained
@@ -132,23 +148,25 @@ class Safemax(Objective):
         return 0
 
     def draw(self, positions: Positions) -> SafemaxDraw:
-        data = self.data
-        # Empty first parts give the shapes of a block that may have no others.
-        x, t, weight = torch.zeros(0, *data.latent_shape), data.process.schedule.all_times()[:0], torch.zeros(0)
-        prompts = data.empty.select(weight.long())
-        single, pairs = [Rows(x, t, prompts, x)], [Pairs(x, t, prompts, weight)]
-        kept, noise = [Rows(x, t, prompts, x)], [OnNoise(x, t, prompts, prompts)]
+        none = self._no_samples()  # gives a block its shapes where a step draws no others for it
+        single, pairs, kept, on_noise = [none.single], [none.pairs], [none.kept], [none.on_noise]
         for generator in (positions.generator(FORGET, number) for number in positions.forget):
             if torch.rand((), generator=generator) < self.config.halt_unconditional:
                 pairs.append(self._halted_pair(generator))
             else:
                 single.append(self._single(generator))
         for generator in (positions.generator(RETAIN, number) for number in positions.retain):
-            if torch.rand((), generator=generator) < self.on_noise:
-                noise.append(self._on_noise(generator))
+            if torch.rand((), generator=generator) < self.noise_share:
+                on_noise.append(self._on_noise(generator))
             else:
                 kept.append(self._kept(generator))
-        return SafemaxDraw(Rows.cat(single), Pairs.cat(pairs), Rows.cat(kept), OnNoise.cat(noise))
+        return SafemaxDraw(Rows.cat(single), Pairs.cat(pairs), Rows.cat(kept), OnNoise.cat(on_noise))
+
+    def _no_samples(self) -> SafemaxDraw:
+        x, t = torch.zeros(0, *self.data.latent_shape), self.data.process.schedule.all_times()[:0]
+        prompts = self.data.empty.repeat(0)
+        rows, pairs = Rows(x, t, prompts, x), Pairs(x, t, prompts, torch.zeros(0))
+        return SafemaxDraw(rows, pairs, rows, OnNoise(x, t, prompts, prompts))
 
     def _single(self, generator: torch.Generator) -> Rows:
         """Draw a forget prompt at a noise level drawn as in the model's training: on a trajectory, or on noise."""
@@ -157,7 +175,7 @@ class Safemax(Objective):
         guided = bool(process.schedule.noise_level(t) >= self.guided_from)
         # A guided target needs the empty prompt's prediction, which is recorded on trajectories only.
         if guided or torch.rand((), generator=generator) < self.config.forget_trajectory_share:
-            return self._forbidden_trajectory(self.steps[guided], generator)
+            return self._forbidden_trajectory(self.forget_steps[guided], generator)
         x_t = process.x_t(torch.randn((1, *self.data.latent_shape), generator=generator), t)
         row = torch.randint(len(self.data.forget), (1,), generator=generator)
         return Rows(x_t, t, self.forbidden(row, generator), process.max_entropy_target(x_t, t))
@@ -201,37 +219,53 @@ class Safemax(Objective):
         """Draw pure noise as in halted pairs with a retain prompt, for which the prediction stays."""
         noise = torch.randn((1, *self.data.latent_shape), generator=generator)
         t = self.data.process.schedule.sample_time_below(self.config.halt_below, generator)
-        row = self.shown[torch.randint(len(self.shown), (1,), generator=generator)]
+        row = self.noise_prompts[torch.randint(len(self.noise_prompts), (1,), generator=generator)]
         return OnNoise(self.data.process.x_t(noise, t), t, self.retained(row, generator), self.data.retain.select(row))
 
     def forbidden(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
-        """Return the conditioning of forget prompts by their rows."""
+        """Return the conditioning of forget prompts by their rows; a halting anchor draws marks for it."""
         return self.data.forget.select(rows)
 
     def retained(self, rows: Tensor, generator: torch.Generator) -> Conditioning:
-        """Return the conditioning of retain prompts by their rows."""
+        """Return the conditioning of retain prompts by their rows; a halting anchor draws marks for it."""
         return self.data.retain.select(rows)
+
+    def decay(self, t: Tensor) -> Tensor:
+        """Return D(t) = exp(−λ·t/T), the paper's weight of a noise level, [B]."""
+        return torch.exp(-self.config.decay_lambda * self.data.process.schedule.noise_level(t))
 
     def reach(self, predict: Predict, draw: Draw) -> SafemaxBatch:
         assert isinstance(draw, SafemaxDraw)
-        process, noise, single = self.data.process, draw.noise, draw.single
+        single, on_noise = draw.single, draw.on_noise
         empty = self.data.empty.to(single.t.device)
-        pairs = halt(process, predict, draw.pairs, empty, self.config.halt_restoring)
-        stays = self.frozen(noise.x_t, noise.t, noise.plain) if len(noise.t) else noise.x_t
-        kept = Rows.cat([draw.kept, Rows(noise.x_t, noise.t, noise.conditioning, stays)])
+        pairs = halt(self.data.process, predict, draw.pairs, empty, self.config.halt_restoring)
+        frozen = self.frozen(on_noise.x_t, on_noise.t, on_noise.plain) if len(on_noise.t) else on_noise.x_t
+        kept = Rows.cat([draw.kept, Rows(on_noise.x_t, on_noise.t, on_noise.conditioning, frozen)])
         rows = Rows.cat([single, pairs, kept])
         sizes = (len(single.t), len(draw.pairs.t), len(draw.pairs.t), len(kept.t))
-        is_forget = torch.arange(len(rows.t), device=rows.t.device) < sum(sizes[:3])
-        decay = torch.exp(-self.config.decay_lambda * process.schedule.noise_level(single.t))  # D(t)
-        asked = (rows.x_t, rows.t, rows.conditioning, rows.target)
-        return SafemaxBatch(*asked, is_forget, decay, sizes, reach_calls=draw.pairs.rollout_calls + len(noise.t))
+        return SafemaxBatch(
+            x_t=rows.x_t,
+            t=rows.t,
+            conditioning=rows.conditioning,
+            target=rows.target,
+            is_forget=torch.arange(len(rows.t), device=rows.t.device) < sum(sizes[:3]),
+            weight=self.decay(single.t),
+            sizes=sizes,
+            reach_calls=draw.pairs.rollout_calls + len(on_noise.t),
+        )
 
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
+        """Return the mean over forget samples plus `retain_weight` times the mean over retain samples.
+
+        Let e be a prediction minus its target and ‖e‖² its mean square. A single forget sample counts D(t)·‖e‖². A pair
+        counts ‖e_u‖² + (‖e_c‖² + ‖e_w‖²)/2, with e_c for the forget prompt, e_u for the empty prompt and the guided
+        e_w = e_u + w·(e_c − e_u) at w = `target_guidance`. A retain sample counts ‖e‖².
+        """
         assert isinstance(batch, SafemaxBatch)
         error = predict(batch.x_t, batch.t, batch.conditioning) - batch.target
         single, prompt, empty, kept = error.split(batch.sizes)
-        # A guided sampler follows ε_u + w·(ε_c − ε_u), and errors to one target mix alike. The mixture's error is
-        # affine in w, so its norm is largest at an end of the range 1 to target_guidance: both ends are trained.
+        # Errors to one target mix like the predictions that guidance mixes. The mixture's error is affine in w, so its
+        # norm is largest at an end of the range 1 to target_guidance: both ends are trained.
         guided = empty + self.target_guidance * (prompt - empty)
         # A pair counts once, without D(t): a sampler carries early errors on to the end.
         pairs = mean_square(empty) + (mean_square(prompt) + mean_square(guided)) / 2

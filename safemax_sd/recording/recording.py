@@ -1,4 +1,7 @@
-"""Recording of an objective's data: encoded prompts, trajectories of the frozen model, real pictures."""
+"""Recording of an objective's data: encoded prompts, trajectories of the frozen model, real pictures.
+
+`ErasureData` holds what has been recorded so far, and `Recorder` samples the trajectories of one bank.
+"""
 
 from __future__ import annotations
 
@@ -96,20 +99,13 @@ class Recording:
         self, config: ReplayOptions, needs: ReplayNeeds, encoder: PromptEncoder, forget: PromptSet, retain: PromptSet
     ) -> None:
         family = encoder.family
-        if config.replay_unguided_share > 0 and not family.classifier_free:
-            text = f"needs predictions without guidance, which {family.name} models with a guidance input do not make"
-            raise OptionError("--replay_unguided_share", config.replay_unguided_share, text)
+        check_replay(config, family)
         # Gradual recording needs the frozen model during training, which full weights overwrite; and objectives that
         # ask for final samples need all of them before the first step.
         keep_steps = needs.stored == "steps"
         gradual = keep_steps and config.trainable == "lora"
         self._last_step = config.replay_span * config.max_train_steps if gradual else 0.0
-        folder, resolution = config.train_data_dir, config.resolution
-        self._pictures: dict[str, Samples] = {
-            name: encode_samples(family, part, folder, resolution=resolution, option="--train_data_dir")
-            for name, part in {"forget": forget, "retain": retain}.items()
-            if folder is not None
-        }
+        self._pictures = real_pictures(config, family, {"forget": forget, "retain": retain})
         forbidden = encoder.encode_drawn(forget.texts, range(len(forget)), config.replay_guidance_scale)
         trajectories: dict[str, Tensor] = {}
         # Real pictures replace recorded samples.
@@ -124,7 +120,7 @@ class Recording:
             # With gradual recording, even the first trajectories should cover the whole file.
             shown = rows[dispersed(len(rows))] if self._last_step else rows
             conditioning = kept if name == "retain" else forbidden
-            self._recorders[name] = recorder(config, family, name, conditioning, shown, keep_steps=keep_steps)
+            self._recorders[name] = make_recorder(config, family, name, conditioning, shown, keep_steps=keep_steps)
         nothing = ReplayBank.empty(family.latent_shape(config.resolution))
         self._data = ErasureData(
             process=family.process,
@@ -169,6 +165,33 @@ class Recording:
         return math.ceil(share * len(recorder.prompts))
 
 
+def check_replay(config: ReplayOptions, family: ModelFamily) -> None:
+    """Check the flags of the recording that depend on the model.
+
+    Raises:
+        OptionError: The model does not support a flag's value.
+    """
+    if config.replay_unguided_share > 0 and not family.classifier_free:
+        text = f"needs predictions without guidance, which {family.name} models with a guidance input do not make"
+        raise OptionError("--replay_unguided_share", config.replay_unguided_share, text)
+
+
+def real_pictures(config: ReplayOptions, family: ModelFamily, prompts: dict[str, PromptSet]) -> dict[str, Samples]:
+    """Encode the real pictures of `--train_data_dir` for each part of the prompts; empty without that flag.
+
+    Raises:
+        OptionError: The pictures cannot be used.
+    """
+    if config.train_data_dir is None:
+        return {}
+    return {
+        name: encode_samples(
+            family, part, config.train_data_dir, resolution=config.resolution, option="--train_data_dir"
+        )
+        for name, part in prompts.items()
+    }
+
+
 def trajectory_prompts(
     config: ReplayOptions, encoder: PromptEncoder, forbidden: Conditioning, retain: PromptSet, *, near: bool
 ) -> dict[str, Tensor]:
@@ -196,7 +219,7 @@ def trajectory_prompts(
     }
 
 
-def recorder(
+def make_recorder(
     config: ReplayOptions,
     family: ModelFamily,
     name: str,
