@@ -47,7 +47,7 @@ def halt(process: DiffusionProcess, predict: Predict, pairs: Pairs, empty: Condi
     """Return the samples of P pairs, P ≥ 0: 2P rows, first all with the forget prompts, then all with the empty prompt.
 
     The target's velocity k·d shrinks a rollout's drift d from its start noise at the rate k, `restoring`. Noise without
-    a rollout has d = 0 and the maximum-entropy prediction as its target. `predict` makes no gradients.
+    a rollout has d = 0 and the maximum-entropy prediction as its target. `predict` runs without gradients.
     """
     both = Conditioning.cat([pairs.conditioning, empty.select(torch.zeros(len(pairs.t), dtype=torch.long))])
     drift = torch.zeros_like(pairs.noise)
