@@ -259,10 +259,10 @@ def check_weights(run: Run) -> None:
 
 
 def stop_if_diverged(run: Run) -> None:
-    """Stop a run that has lost what is to be kept without forgetting: at such a rate it does not recover.
+    """Stop a run whose errors on forget and on retain samples show that it has diverged: it does not recover.
 
     Raises:
-        SafemaxError: It has; earlier results stay.
+        SafemaxError: The run has diverged; earlier results stay.
     """
     if not run.objective.retains:
         return

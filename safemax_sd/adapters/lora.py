@@ -50,7 +50,7 @@ class LoraSettings:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     def target_modules(self, family: ModelFamily) -> list[str]:
-        """Return the names of the layers in a family's denoiser, or what these end with."""
+        """Return the names of the layers in a family's denoiser, or their endings."""
         if self.targets == "token_projections":
             return list(family.token_projections())
         return family.lora_target_modules(self.targets)

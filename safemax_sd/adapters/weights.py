@@ -150,7 +150,7 @@ def save_denoiser(family: ModelFamily, directory: Path) -> None:
 def attach(
     family: ModelFamily, options: WeightsOptions, *, changes: Mapping[str, LowRank] | None = None
 ) -> TrainedWeights:
-    """Let the weights train that `--trainable` names.
+    """Make the weights that `--trainable` names trainable.
 
     Args:
         family: Loaded, frozen model.

@@ -46,7 +46,7 @@ class Memory:
     judges: dict[tuple[str, str], Judge] = field(default_factory=dict)
 
     def load(self, folders: Sequence[str]) -> SideBySide:
-        """Return the models of runs, loaded unless they are those of the last time.
+        """Return the models of runs; those of the previous call are not loaded again.
 
         Raises:
             OptionError: See `SideBySide`.

@@ -73,10 +73,10 @@ class Form:
             raise OptionError("More flags", self.more, f"cannot be read: {error}") from error
 
     def check(self) -> None:
-        """Check that the fields say what is to be forgotten, in one way.
+        """Check that the fields name what is to be forgotten, by words or by files.
 
         Raises:
-            OptionError: They do not.
+            OptionError: Neither words nor two prompt files are given, or both.
         """
         files = (self.forget_prompts, self.retain_prompts)
         if self.named and any(files):
@@ -166,7 +166,7 @@ def suite_of(form: Form, run: Path) -> str:
     """Return the folder of the suite that a run is measured on.
 
     Raises:
-        OptionError: The prompt files are no suite's.
+        OptionError: The prompt files do not form a suite.
     """
     if form.named:
         return str(run.with_name(f"{run.name}_prompts"))
@@ -194,7 +194,7 @@ def new_folder(queue: Queue, title: str) -> Path:
 
 
 def model_of(preset: str | None, model: str) -> str:
-    """Return the model of a preset, or else the one that the page has."""
+    """Return the model of a preset, or the page's own if no preset is chosen."""
     return str(read_yaml(str(preset_path(preset))).get(MODEL, model)) if preset else model
 
 

@@ -43,7 +43,7 @@ class Entry:
         state: State; `stopping` once it was asked to stop.
         finished: Number of commands that have succeeded.
         starts: Number of times that it was started.
-        message: Reason of the end, in one line; empty if it has not ended, or as wanted.
+        message: Reason for the end, in one line; empty while the entry has not ended, or if it succeeded.
     """
 
     number: int
@@ -86,7 +86,7 @@ class Queue:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def entries(self) -> list[Entry]:
-        """Return all entries in order; one that a worker which is gone was at is shown as stopped.
+        """Return all entries in order; one whose worker has ended in the middle of it is shown as stopped.
 
         Raises:
             OptionError: The file of an entry is damaged.
@@ -133,7 +133,7 @@ class Queue:
                 self._write(replace(entry, state="waiting", message=""))
 
     def remove(self, number: int) -> None:
-        """Take an entry that no worker is at out of the queue; its run's files stay."""
+        """Remove an entry from the queue unless a worker is carrying it out; its run's files stay."""
         with self._lock():
             entry = self._read(number)
             if entry is not None and not (entry.active and self._worker_lives()):
@@ -149,7 +149,7 @@ class Queue:
         return last_line(self.log(number), LAST_BYTES)
 
     def begin_work(self) -> bool:
-        """Make this process the worker, unless there is one; what an earlier one left behind is stopped.
+        """Make this process the worker, unless there is one; entries that an ended worker left running are stopped.
 
         Returns:
             True if this process is the worker now, until `take` finds nothing or the process ends.
@@ -164,7 +164,7 @@ class Queue:
         return True
 
     def take(self) -> Entry | None:
-        """Start the first entry that waits and return it; without one, this process is the worker no longer.
+        """Start the first entry that waits and return it; if none waits, this process stops being the worker.
 
         Both happen under the lock, so that no entry is added between the search and the worker's end.
         """
@@ -179,7 +179,7 @@ class Queue:
         return started
 
     def change(self, number: int, **values: Any) -> Entry:
-        """Change fields of the entry that the worker is at, and return it as it is now."""
+        """Change fields of the entry that is being carried out, and return the changed entry."""
         with self._lock():
             entry = self._read(number)
             assert entry is not None

@@ -26,7 +26,7 @@ def resolve_anchor(name_or_path: str) -> Path:
 
 
 def accept_tiny_autoencoder(record: logging.LogRecord) -> bool:
-    """Tell whether to log a record: not diffusers' warning of an AutoencoderTiny in a pipeline, which works."""
+    """Tell whether to log a record; False for diffusers' warning about an AutoencoderTiny, which works here."""
     return "Expected types for vae" not in record.getMessage()
 
 

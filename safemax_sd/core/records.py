@@ -17,7 +17,7 @@ class EntryError(SafemaxError):
     """An entry that is missing, of another type or out of its range.
 
     Args:
-        entry: Its name, such as `cost.seconds.total`.
+        entry: Name of the entry, such as `cost.seconds.total`.
     """
 
     def __init__(self, entry: str) -> None:

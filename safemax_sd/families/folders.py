@@ -57,7 +57,7 @@ def download_configuration(
 
     Raises:
         OSError: The hub cannot be reached or has no such model, or the files are not in the cache.
-        ValueError: The id is none.
+        ValueError: `hub_id` is no valid id.
     """
     from huggingface_hub import snapshot_download
 

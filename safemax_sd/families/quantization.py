@@ -22,7 +22,7 @@ def check_device(kind: Quantization, device: torch.device) -> None:
     """Check that a device supports a quantization.
 
     Raises:
-        OptionError: It does not.
+        OptionError: The device does not support it.
     """
     if kind == "nf4" and device.type != "cuda":
         raise OptionError(OPTION, kind, f"needs a CUDA device and this is a {device.type} device: use int8")

@@ -141,7 +141,7 @@ def load_single_file(
 
 
 def of_denoiser(names: Iterable[str]) -> set[str]:
-    """Return which of a file's weights are the denoiser's; a file of nothing else may name them without a prefix."""
+    """Select the names of the denoiser's weights; a file that holds nothing else may lack their prefix."""
     every = set(names)
     others = (T5, AVERAGES, *(prefix for prefixes in PREFIXES.values() for prefix in prefixes))
     return {name for name in every if name.startswith(DENOISER)} or {n for n in every if not n.startswith(others)}

@@ -107,7 +107,7 @@ def make_plan(config: TrainConfig) -> Plan:
 
 
 def warn_of_lengths(tokenizer: object, forget: PromptSet, retain: PromptSet) -> None:
-    """Warn of prompts that the tokenizer cuts, or that they cannot be checked."""
+    """Warn about prompts that the tokenizer cuts, or that their lengths cannot be checked."""
     if tokenizer is None:
         return
     if not has_vocabulary(tokenizer):

@@ -54,7 +54,7 @@ def check_pruning(config: TrainConfig) -> None:
     """Check that `--prune` goes with the other flags.
 
     Raises:
-        OptionError: It does not.
+        OptionError: Another flag rules it out.
     """
     if not config.prune:
         return
@@ -70,7 +70,7 @@ def check_quantization(config: TrainConfig) -> None:
     """Check that `--quantize` goes with the other flags, and warn if it saves no memory.
 
     Raises:
-        OptionError: It does not.
+        OptionError: Another flag rules it out.
     """
     if config.quantize is None:
         return

@@ -1,4 +1,4 @@
-"""Early stopping: at times, sample forget prompts and let the judge say if the concepts are still recognised."""
+"""Early stopping: sample forget prompts at intervals and ask the judge whether it still recognises the concepts."""
 
 from __future__ import annotations
 

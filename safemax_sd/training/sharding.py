@@ -117,7 +117,7 @@ def check_sharding(config: TrainConfig) -> None:
     """Check that the way Accelerate splits the model, if it does, is supported and goes with the flags.
 
     Raises:
-        SafemaxError: It is not, or does not.
+        SafemaxError: The way is not supported, or a flag does not go with it.
     """
     if Sharding.asked() is None:
         return

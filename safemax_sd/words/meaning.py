@@ -37,7 +37,7 @@ class Concept:
         word: Word as the user typed it.
         name: Name that a judge is asked for.
         wordings: Phrases that fill the templates of forget prompts.
-        others: Phrases that mean the same or a kind of it without the word; they fill those of paraphrases.
+        others: Synonyms, hyponyms and descriptions without the word; they fill the templates of paraphrases.
         near: Phrases near to it in meaning, the nearest first.
         forbidden: Names that no retained prompt may hold, as `lists.plain` returns them.
         source: Origin of all this, for the user and the suite's README.

@@ -76,7 +76,7 @@ def choose(
     model: ModelWords | None,
     own: Sequence[PromptRow] = (),
 ) -> Chosen:
-    """Choose what lies near the concepts and what to retain; nothing of it holds a forbidden word.
+    """Choose neighbours of the concepts and what else to retain; none of it contains a forbidden word.
 
     Args:
         concepts: Concepts to forget.

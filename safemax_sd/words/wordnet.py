@@ -121,11 +121,11 @@ class WordNet:
         return Synset(offset, int(words[1]), tuple(names), tuple(pointers), _definition(text))
 
     def below(self, synset: Synset) -> list[Synset]:
-        """Return a meaning's kinds and instances at any depth, the nearest first."""
+        """Return the hyponyms and instances of a meaning at any depth, the nearest first."""
         return self._reached(synset, (KINDS, INSTANCES))
 
     def above(self, synset: Synset) -> list[Synset]:
-        """Return what a meaning is a kind or an instance of, the nearest first."""
+        """Return the hypernyms of a meaning and what it is an instance of, at any height, the nearest first."""
         return self._reached(synset, (KIND_OF, INSTANCE_OF))
 
     def _reached(self, synset: Synset, symbols: tuple[str, ...]) -> list[Synset]:
@@ -138,9 +138,9 @@ class WordNet:
         return list(found.values())
 
     def beside(self, synset: Synset, least: int) -> list[Synset]:
-        """Return other kinds of what a meaning is a kind of; if they are fewer than `least`, of what that is as well.
+        """Return co-hyponyms of a meaning; if they are fewer than `least`, also those of its hypernyms.
 
-        Those of each level come with the words that are used most first.
+        Within each level, the words that are used most come first.
         """
         own = {synset.offset, *(one.offset for one in self.below(synset)), *(one.offset for one in self.above(synset))}
         found: dict[int, Synset] = {}
@@ -164,7 +164,7 @@ class WordNet:
         return sorted(synsets, key=rank)
 
     def names_meaning(self, synset: Synset) -> list[str]:
-        """Return the names of a meaning that most often have this meaning: for a car not `machine`, for example."""
+        """Return the names that are mostly used with this meaning: for a car not `machine`, for example."""
         return [name for name in synset.names if [one.offset for one in self.senses(name)][:1] == [synset.offset]]
 
 
@@ -182,7 +182,7 @@ def find_wordnet(given: str | None, *, required: bool = True) -> WordNet | None:
         required: False to do without if there is none to be found.
 
     Raises:
-        OptionError: None is there though it is required, or its files cannot be read.
+        OptionError: WordNet is required and not found, or its files cannot be read.
     """
     if given == NONE:
         return None
