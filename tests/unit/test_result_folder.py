@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from safemax_sd.core.errors import OptionError
-from safemax_sd.results.folder import LOCK, claimed, finish, listed_files, replacing
+from safemax_sd.results.folder import LOCK, claimed, copy_folder, finish, listed_files, replacing
 from tests.kills import kills
 
 RECORD = "record.json"
@@ -107,6 +109,33 @@ def test_an_error_leaves_the_old_state(tmp_path: Path) -> None:
         (new / "a.bin").write_text("new")
         raise ValueError("broken")
     assert state(tmp_path) == before
+
+
+def test_a_read_only_source_gives_its_files_and_not_its_permissions(tmp_path: Path) -> None:
+    source, usual = tmp_path / "model", tmp_path / "usual"
+    (source / "part" / "nested").mkdir(parents=True)
+    (source / "part" / "nested" / "config.json").write_text("{}")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "vocab.json").write_text("{}")
+    (source / "part" / "link").symlink_to(tmp_path / "linked")
+    for path in (source / "part" / "nested" / "config.json", source / "part" / "nested", source / "part"):
+        path.chmod(path.stat().st_mode & ~0o222)
+    usual.mkdir()
+    copy_folder(source / "part", tmp_path / "copy")
+    folders = [tmp_path / "copy", tmp_path / "copy" / "nested", tmp_path / "copy" / "link"]
+    assert {folder.stat().st_mode for folder in folders} == {usual.stat().st_mode}
+    assert state(tmp_path / "copy") == {"link/vocab.json": "{}", "nested/config.json": "{}"}
+    (source / "part").chmod(0o755)  # pytest removes it
+    (source / "part" / "nested").chmod(0o755)
+
+
+def test_new_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    with claimed(tmp_path / "out"), replacing(tmp_path / "out", RECORD) as new:
+        save_file({"weight": np.zeros(1)}, new / "a.safetensors")  # for their owner alone
+        (new / RECORD).write_text("{}")
+    usual = (tmp_path / "usual").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {usual}
 
 
 @pytest.mark.parametrize("name", ["b.bin", "unet/x.bin", "unet"])
