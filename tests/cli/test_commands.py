@@ -70,6 +70,21 @@ def test_suites(capsys: pytest.CaptureFixture[str]) -> None:
     assert "emoji/bomb: " in capsys.readouterr().out
 
 
+def test_an_output_that_cannot_be_written_to_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "safemax_sd.cli", "suites"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: standard output: cannot be written to (No space left on device)\n",
+    )
+
+
 def test_the_source_tree_works_without_an_editable_install() -> None:
     root = Path(__file__).parents[2]
     code = (
