@@ -152,13 +152,13 @@ def files_in(folder: Path) -> list[str]:
 
 
 def listed_files(directory: Path, record: str) -> frozenset[str]:
-    """Return the files that a folder's record lists; none if there is no such record.
+    """Return the files that a folder's record lists; none if there is no such record, or it cannot be read.
 
     A record may come from elsewhere, so that paths outside the folder are left out.
     """
     try:
         content: Any = json.loads((directory / record).read_text(encoding="utf8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return frozenset()
     names = content.get(FILES) if isinstance(content, dict) else None
     if not isinstance(names, list):

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from safemax_sd.core.errors import OptionError
-from safemax_sd.results.folder import LOCK, claimed, copy_folder, finish, listed_files, replacing
+from safemax_sd.results.folder import LOCK, claimed, copy_folder, finish, foreign, listed_files, replacing
 from tests.kills import kills
 
 RECORD = "record.json"
@@ -205,7 +205,17 @@ def test_a_committed_change_from_elsewhere_touches_nothing_outside(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", '{"files": null}', '{"files": "a.bin"}', "\x00", '{"content": "an older version"}']
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        '{"files": null}',
+        '{"files": "a.bin"}',
+        "\x00",
+        '{"content": "an older version"}',
+        "[" * 100_000,
+    ],
 )
 def test_a_record_that_lists_nothing_proves_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / RECORD).write_text(text)
@@ -213,6 +223,17 @@ def test_a_record_that_lists_nothing_proves_nothing(tmp_path: Path, text: str) -
     with pytest.raises(OptionError, match="which is not known to be a result of safemax_sd"):
         write(tmp_path, "new", "a.bin")
     assert state(tmp_path) == {RECORD: text, "a.bin": "theirs"}
+
+
+def test_a_folder_in_place_of_the_record_proves_nothing(tmp_path: Path) -> None:
+    (tmp_path / RECORD).mkdir()
+    (tmp_path / RECORD / "notes.txt").write_text("theirs")
+    (tmp_path / "a.bin").write_text("theirs")
+    before = state(tmp_path)
+    with pytest.raises(OptionError, match="which is not known to be a result of safemax_sd"):
+        write(tmp_path, "new", "a.bin")
+    assert foreign(tmp_path, "a.bin", RECORD)
+    assert state(tmp_path) == before
 
 
 def test_leftovers_are_swept(tmp_path: Path) -> None:
