@@ -60,6 +60,15 @@ def test_train_help_lists_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
         assert flag in shown
 
 
+def test_plan_help_is_that_of_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: safemax plan ")
+    assert "--measure" in shown
+    assert "writes a LoRA" not in shown
+
+
 def test_evaluate_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--adapter", str(tmp_path)]) == 2
     assert "must be a finished run's folder" in capsys.readouterr().err
