@@ -235,6 +235,12 @@ def test_a_model_of_classes_cannot_rank(tiny_ddpm: Path) -> None:
         (["bomb"], {"sense": ["bomb=9"]}, "--sense bomb=9: WordNet has 3 meanings of 'bomb'"),
         (["bomb"], {"sense": ["bombe=1"]}, "--sense bombe=1: must be WORD=N"),
         (["bomb"], {"sense": ["bomb"]}, "--sense bomb: must be WORD=N"),
+        (
+            ["bomb"],
+            {"sense": ["bomb=1"], "kind": "object", "wordnet": "none"},
+            "bomb=1: has no effect with --wordnet none",
+        ),
+        (["bomb"], {"sense": ["bomb=1"], "kind": "brand"}, "bomb=1: has no effect with --kind brand"),
         (["xyzzy"], {}, "--kind .*name one of object"),
         (["bomb"], {"wordnet": "/nowhere"}, "--wordnet /nowhere: holds no WordNet .*apt install wordnet-base"),
         (["bomb"], {"concepts": "/nowhere.txt"}, "--concepts /nowhere.txt: cannot be read"),
