@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -51,6 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = " ".join(error.format_message().split())  # type: ignore[attr-defined]
         print(f"error: {text} ({command} --help)", file=sys.stderr)
         return 2
+    except OSError as error:
+        try:
+            print(flush=True)  # tells whether standard output is what failed
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would add an error of its own
+            print(f"error: standard output: cannot be written to ({error.strerror})", file=sys.stderr)
+            return 2
+        raise
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ def plan(context: typer.Context) -> None:
     from safemax_sd.training.command_line import parse_config
 
     with one_line_errors():
-        config = parse_config(context.args, own=PlanOptions)
+        description = "Say what a training would take; nothing is written."
+        config = parse_config(context.args, own=PlanOptions, prog="safemax plan", description=description)
         for line in describe(make_plan(config)):
             say(line)

@@ -29,6 +29,7 @@ from safemax_sd.families.latent import LatentFamily
 from safemax_sd.families.original_checkpoint import whole_names
 from safemax_sd.families.single_file import AVERAGES, EIGHT_BITS, is_single_file, of_denoiser, with_configuration
 from safemax_sd.results.erasure import ErasureRecord
+from safemax_sd.results.folder import copy_folder
 
 PLAIN_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
 
@@ -189,7 +190,7 @@ class FolderBase(ExportBase):
         shutil.copyfile(self.folder / "model_index.json", folder / "model_index.json")
         for name in index:
             if name != source.part and (self.folder / name).is_dir():
-                shutil.copytree(self.folder / name, folder / name)
+                copy_folder(self.folder / name, folder / name)
         prediction_type = source.record.base_model.prediction_type
         if prediction_type is not None:  # --prediction_type of the run overrides the base model's
             config = {**self.scheduler_config(), "prediction_type": prediction_type}

@@ -137,19 +137,28 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder's files, but not their permissions: copies of a read-only model's could not be moved into place."""
+    for here, _, names in os.walk(source, followlinks=True):
+        there = target / Path(here).relative_to(source)
+        there.mkdir(parents=True)
+        for name in names:
+            shutil.copyfile(Path(here) / name, there / name)
+
+
 def files_in(folder: Path) -> list[str]:
     """List the files in a folder and its subfolders, relative to it, sorted."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
 def listed_files(directory: Path, record: str) -> frozenset[str]:
-    """Return the files that a folder's record lists; none if there is no such record.
+    """Return the files that a folder's record lists; none if there is no such record, or it cannot be read.
 
     A record may come from elsewhere, so that paths outside the folder are left out.
     """
     try:
         content: Any = json.loads((directory / record).read_text(encoding="utf8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return frozenset()
     names = content.get(FILES) if isinstance(content, dict) else None
     if not isinstance(names, list):
@@ -231,6 +240,8 @@ def _commit(directory: Path, record: str) -> None:
                 raise not_ours(directory, there.relative_to(directory).as_posix())
     content = json.loads((staging / record).read_text(encoding="utf8"))
     write_json_atomic(staging / record, {**content, FILES: new})
+    for name in new:  # safetensors makes files for their owner alone; the record has the permissions of the umask
+        shutil.copymode(staging / record, staging / name)
     for path in (*(staging / name for name in new), staging):
         _flush(path)
     others = [name for name in new if name != record]

@@ -22,12 +22,20 @@ from safemax_sd.training.config import TrainConfig, config_class
 MERGE = "tag:yaml.org,2002:merge"
 
 
-def parse_config(arguments: Sequence[str] | None = None, *, own: type[Options] | None = None) -> TrainConfig:
+def parse_config(
+    arguments: Sequence[str] | None = None,
+    *,
+    own: type[Options] | None = None,
+    prog: str = "safemax train",
+    description: str = "Erase concepts; writes a LoRA.",
+) -> TrainConfig:
     """Parse a command line; flags in a `--config` file become the defaults, before those of a `--preset`.
 
     Args:
         arguments: Words of the command line; None for this process's own.
         own: Flags of a command beside those of a training; they become fields of the result.
+        prog: Command that the help text names.
+        description: Description of that command.
 
     Returns:
         Flags of the objective that `--objective` names.
@@ -50,7 +58,7 @@ def parse_config(arguments: Sequence[str] | None = None, *, own: type[Options] |
     defaults: dict[str, Any] = {}
     for file, content in files.items():
         defaults |= check_types(content, chosen, file)
-    parser = flag_parser(chosen, prog="safemax train", description="Erase concepts; writes a LoRA.")
+    parser = flag_parser(chosen, prog=prog, description=description)
     parser.set_defaults(**defaults)
     known, unknown = parser.parse_known_args(words)
     if unknown:

@@ -89,8 +89,11 @@ def concept_of(word: str, kind: str, wordnet: WordNet | None, sense: int | None)
         sense: Number of its meaning in WordNet, from 1; None to choose.
 
     Raises:
-        OptionError: The word has no meaning of that number.
+        OptionError: The word has no meaning of that number, or is not looked up in WordNet.
     """
+    if sense is not None and (wordnet is None or kind == "brand"):
+        given = "--wordnet none" if wordnet is None else "--kind brand"
+        raise OptionError("--sense", f"{word}={sense}", f"has no effect with {given}: leave one of them out")
     entry = listed(kind, word)
     if entry is not None and sense is None:
         return _from_list(word, kind, entry)

@@ -76,8 +76,14 @@ class WordNet:
             text = f"holds no WordNet that can be read ({DATA}, {INDEX}): {REMEDY}"
             raise OptionError(OPTION, folder, text) from error
         lines = (line.split() for line in index.splitlines() if not line.startswith(" "))
-        self._index = {fields[0]: fields[1:] for fields in lines}
+        self._folder, self._index = folder, {fields[0]: fields[1:] for fields in lines if fields}
+        if not self._index:
+            raise self._damaged()
         self._irregular = {pair[0]: pair[1] for pair in pairs if len(pair) > 1}
+
+    def _damaged(self) -> OptionError:
+        text = f"holds a damaged WordNet ({DATA} and {INDEX} do not fit each other): {REMEDY}"
+        return OptionError(OPTION, self._folder, text)
 
     @property
     def version(self) -> str:
@@ -95,9 +101,17 @@ class WordNet:
         return next((form for form in self._forms(word) if form in self._index), None)
 
     def senses(self, word: str) -> list[Synset]:
-        """Return the meanings of a word in the singular or plural, the most frequent first; none if it is unknown."""
+        """Return the meanings of a word in the singular or plural, the most frequent first; none if it is unknown.
+
+        Raises:
+            OptionError: The files are damaged.
+        """
         fields = self._index.get(self.lemma(word) or "", ["n", "0"])
-        return [self.synset(int(offset)) for offset in fields[len(fields) - int(fields[1]) :]]
+        try:
+            offsets = [int(offset) for offset in fields[len(fields) - int(fields[1]) :]]
+        except (ValueError, IndexError) as error:
+            raise self._damaged() from error
+        return [self.synset(offset) for offset in offsets]
 
     def _forms(self, word: str) -> Iterator[str]:
         """Yield the spellings under which a word may be listed."""
@@ -110,15 +124,25 @@ class WordNet:
             yield from (form, form.replace("_", "-"), form.replace("_", ""), form.replace("-", "_"))
 
     def synset(self, offset: int) -> Synset:
-        """Read the meaning at a place in `data.noun`."""
-        line = self._data[offset : self._data.index(b"\n", offset)].decode("utf8")
-        fields, _, text = line.partition("|")
-        words = fields.split()
-        count = int(words[3], 16)
-        names = [words[4 + 2 * i].replace("_", " ") for i in range(count)]
-        rest = words[5 + 2 * count :]
-        pointers = [(rest[i], int(rest[i + 1])) for i in range(0, len(rest) - 3, 4) if rest[i + 2] == "n"]
-        return Synset(offset, int(words[1]), tuple(names), tuple(pointers), _definition(text))
+        """Read the meaning at a place in `data.noun`.
+
+        Raises:
+            OptionError: No meaning begins there, as in a truncated file, or one of another version.
+        """
+        try:
+            line = self._data[offset : self._data.index(b"\n", offset)].decode("utf8")
+            fields, _, text = line.partition("|")
+            words = fields.split()
+            count = int(words[3], 16)
+            names = [words[4 + 2 * i].replace("_", " ") for i in range(count)]
+            rest = words[5 + 2 * count :]
+            pointers = [(rest[i], int(rest[i + 1])) for i in range(0, len(rest) - 3, 4) if rest[i + 2] == "n"]
+            named, file = int(words[0]), int(words[1])
+        except (ValueError, IndexError) as error:
+            raise self._damaged() from error
+        if named != offset:
+            raise self._damaged()
+        return Synset(offset, file, tuple(names), tuple(pointers), _definition(text))
 
     def below(self, synset: Synset) -> list[Synset]:
         """Return the hyponyms and instances of a meaning at any depth, the nearest first."""
@@ -159,7 +183,10 @@ class WordNet:
 
         def rank(synset: Synset) -> int:
             fields = self._index.get(synset.names[0].replace(" ", "_").casefold())
-            return -int(fields[-int(fields[1]) - 1]) if fields else 0
+            try:
+                return -int(fields[-int(fields[1]) - 1]) if fields else 0
+            except (ValueError, IndexError) as error:
+                raise self._damaged() from error
 
         return sorted(synsets, key=rank)
 

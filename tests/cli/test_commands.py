@@ -60,6 +60,15 @@ def test_train_help_lists_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
         assert flag in shown
 
 
+def test_plan_help_is_that_of_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: safemax plan ")
+    assert "--measure" in shown
+    assert "writes a LoRA" not in shown
+
+
 def test_evaluate_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--adapter", str(tmp_path)]) == 2
     assert "must be a finished run's folder" in capsys.readouterr().err
@@ -68,6 +77,21 @@ def test_evaluate_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFi
 def test_suites(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["suites"]) == 0
     assert "emoji/bomb: " in capsys.readouterr().out
+
+
+def test_an_output_that_cannot_be_written_to_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "safemax_sd.cli", "suites"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: standard output: cannot be written to (No space left on device)\n",
+    )
 
 
 def test_the_source_tree_works_without_an_editable_install() -> None:

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from safemax_sd.core.errors import OptionError
-from safemax_sd.results.folder import LOCK, claimed, finish, listed_files, replacing
+from safemax_sd.results.folder import LOCK, claimed, copy_folder, finish, foreign, listed_files, replacing
 from tests.kills import kills
 
 RECORD = "record.json"
@@ -109,6 +111,33 @@ def test_an_error_leaves_the_old_state(tmp_path: Path) -> None:
     assert state(tmp_path) == before
 
 
+def test_a_read_only_source_gives_its_files_and_not_its_permissions(tmp_path: Path) -> None:
+    source, usual = tmp_path / "model", tmp_path / "usual"
+    (source / "part" / "nested").mkdir(parents=True)
+    (source / "part" / "nested" / "config.json").write_text("{}")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "vocab.json").write_text("{}")
+    (source / "part" / "link").symlink_to(tmp_path / "linked")
+    for path in (source / "part" / "nested" / "config.json", source / "part" / "nested", source / "part"):
+        path.chmod(path.stat().st_mode & ~0o222)
+    usual.mkdir()
+    copy_folder(source / "part", tmp_path / "copy")
+    folders = [tmp_path / "copy", tmp_path / "copy" / "nested", tmp_path / "copy" / "link"]
+    assert {folder.stat().st_mode for folder in folders} == {usual.stat().st_mode}
+    assert state(tmp_path / "copy") == {"link/vocab.json": "{}", "nested/config.json": "{}"}
+    (source / "part").chmod(0o755)  # pytest removes it
+    (source / "part" / "nested").chmod(0o755)
+
+
+def test_new_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    with claimed(tmp_path / "out"), replacing(tmp_path / "out", RECORD) as new:
+        save_file({"weight": np.zeros(1)}, new / "a.safetensors")  # for their owner alone
+        (new / RECORD).write_text("{}")
+    usual = (tmp_path / "usual").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {usual}
+
+
 @pytest.mark.parametrize("name", ["b.bin", "unet/x.bin", "unet"])
 def test_files_of_others_are_not_replaced(tmp_path: Path, name: str) -> None:
     write(tmp_path, "old", "a.bin")
@@ -176,7 +205,17 @@ def test_a_committed_change_from_elsewhere_touches_nothing_outside(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", '{"files": null}', '{"files": "a.bin"}', "\x00", '{"content": "an older version"}']
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        '{"files": null}',
+        '{"files": "a.bin"}',
+        "\x00",
+        '{"content": "an older version"}',
+        "[" * 100_000,
+    ],
 )
 def test_a_record_that_lists_nothing_proves_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / RECORD).write_text(text)
@@ -184,6 +223,17 @@ def test_a_record_that_lists_nothing_proves_nothing(tmp_path: Path, text: str) -
     with pytest.raises(OptionError, match="which is not known to be a result of safemax_sd"):
         write(tmp_path, "new", "a.bin")
     assert state(tmp_path) == {RECORD: text, "a.bin": "theirs"}
+
+
+def test_a_folder_in_place_of_the_record_proves_nothing(tmp_path: Path) -> None:
+    (tmp_path / RECORD).mkdir()
+    (tmp_path / RECORD / "notes.txt").write_text("theirs")
+    (tmp_path / "a.bin").write_text("theirs")
+    before = state(tmp_path)
+    with pytest.raises(OptionError, match="which is not known to be a result of safemax_sd"):
+        write(tmp_path, "new", "a.bin")
+    assert foreign(tmp_path, "a.bin", RECORD)
+    assert state(tmp_path) == before
 
 
 def test_leftovers_are_swept(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,25 @@ def test_meanings_of_a_thing_that_a_picture_can_show(wordnet: WordNet) -> None:
     assert pistols.wordings == ("pistols",) and "a revolver" in pistols.others
     assert {("firearm",), ("derringer",), ("handgun",)} <= pistols.forbidden
     assert not {"a child", "a pistol"} & {*concept_of("children", "object", wordnet, None).others, *pistols.others}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("data.noun", lambda content: b""),
+        ("data.noun", lambda content: content[: len(content) // 20]),
+        ("data.noun", lambda content: content.replace(b"\n", b"\r\n")),
+        ("index.noun", lambda content: b""),
+        ("index.noun", lambda content: re.sub(rb"(?m)^bomb n .*$", b"bomb n", content)),
+        ("index.noun", lambda content: re.sub(rb"(?m)^(bomb n .*) \d+ *$", rb"\1 12", content)),
+    ],
+)
+def test_a_damaged_wordnet_is_one_line(tmp_path: Path, name: str, damage: Callable[[bytes], bytes]) -> None:
+    for path in EXTRACT.glob("*noun*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    with pytest.raises(OptionError, match=r"--wordnet .* holds a damaged WordNet .*apt install wordnet-base"):
+        concept_of("bomb", "object", WordNet(tmp_path), None)
 
 
 def test_a_name_that_usually_means_something_else_is_no_paraphrase(wordnet: WordNet) -> None:
@@ -214,6 +235,12 @@ def test_a_model_of_classes_cannot_rank(tiny_ddpm: Path) -> None:
         (["bomb"], {"sense": ["bomb=9"]}, "--sense bomb=9: WordNet has 3 meanings of 'bomb'"),
         (["bomb"], {"sense": ["bombe=1"]}, "--sense bombe=1: must be WORD=N"),
         (["bomb"], {"sense": ["bomb"]}, "--sense bomb: must be WORD=N"),
+        (
+            ["bomb"],
+            {"sense": ["bomb=1"], "kind": "object", "wordnet": "none"},
+            "bomb=1: has no effect with --wordnet none",
+        ),
+        (["bomb"], {"sense": ["bomb=1"], "kind": "brand"}, "bomb=1: has no effect with --kind brand"),
         (["xyzzy"], {}, "--kind .*name one of object"),
         (["bomb"], {"wordnet": "/nowhere"}, "--wordnet /nowhere: holds no WordNet .*apt install wordnet-base"),
         (["bomb"], {"concepts": "/nowhere.txt"}, "--concepts /nowhere.txt: cannot be read"),
