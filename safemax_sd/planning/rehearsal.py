@@ -164,7 +164,11 @@ def _rehearse(
     probes = config.max_train_steps // config.probe_steps
     calls["probe"] = 0 if config.stop_at_unlearning_accuracy is None else probes * probe_calls(config)
     leaves = (leaf for leaf in tree_leaves(vars(objective)) if isinstance(leaf, Tensor))
-    kept = [leaf for leaf in leaves if leaf.shape == (WEIGHTS,) and not isinstance(leaf, nn.Parameter)]
+    kept = [
+        leaf
+        for leaf in leaves
+        if leaf.shape == (WEIGHTS,) and leaf.is_floating_point() and not isinstance(leaf, nn.Parameter)
+    ]
     return Rehearsal(
         model_calls=calls,
         exact=counted == config.max_train_steps,
