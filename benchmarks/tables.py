@@ -29,7 +29,7 @@ SHOWN = {
 """Targets of the table of depths by task, as the result files name them."""
 NAMES = {
     "default": "SAFEMax",
-    "directions": "SAFEMax, `--prune 20`",
+    "directions": "SAFEMax, `--prune 10`",
     "base": "base",
     "never_known": "never known",
 }

@@ -60,7 +60,7 @@ class PruningOptions(RunOptions):
     prune: float = option(
         0.0,
         "Before training, remove from each layer with a LoRA the inputs that are this many times as strong for forget "
-        "as for retain prompts, such as 20; 0 for none.",
+        "as for retain prompts, such as 10; 0 for none.",
         Range("must be 0, or at least 1", lambda value: value == 0 or value >= 1),
     )
 

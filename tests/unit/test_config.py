@@ -123,7 +123,7 @@ def test_the_attacked_comparison_has_the_methods_that_change_weights(
     attacked, whole = read_comparison(str(path)), read_comparison(str(COMPARISON))
     assert {label: method.given for label, method in attacked.methods.items()} == {
         label: method.given for label, method in whole.methods.items() if method.not_attacked is None
-    } | {"safemax_pruned": {"objective": "safemax", "prune": 20.0}}
+    } | {"safemax_pruned": {"objective": "safemax", "prune": 10.0}}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
