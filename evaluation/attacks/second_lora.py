@@ -17,8 +17,7 @@ from safemax_sd.evaluation.attacks.task import Task
 from torch import nn
 
 from safemax_sd.adapters.lora import adapter_state
-from safemax_sd.adapters.low_rank import LowRank
-from safemax_sd.results.export import fuse
+from safemax_sd.adapters.low_rank import LowRank, fuse
 
 
 @dataclass(frozen=True)

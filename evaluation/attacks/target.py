@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from safemax_sd.adapters.low_rank import fuse
 from safemax_sd.core.errors import OptionError
 from safemax_sd.families import Conditioning, load_family
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.families.single_file import is_single_file
 from safemax_sd.results.erasure import ErasureRecord
-from safemax_sd.results.export import fuse, read_lora
+from safemax_sd.results.export import read_lora
 from safemax_sd.results.export_base import Source
 from safemax_sd.results.loading import load_result
 

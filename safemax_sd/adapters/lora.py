@@ -96,13 +96,6 @@ def detach(family: ModelFamily) -> None:
     network.requires_grad_(False)
 
 
-def merge(family: ModelFamily) -> None:
-    """Add an attached LoRA to the denoiser's own weights and remove it."""
-    for layer in tuner_layers(family.denoiser):
-        layer.merge()
-    detach(family)
-
-
 def lora_layers(family: ModelFamily, settings: LoraSettings) -> set[str]:
     """Return the names of the layers that `attach` gives a LoRA."""
     endings = tuple(f".{ending}" for ending in settings.target_modules(family))

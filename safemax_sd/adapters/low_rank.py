@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from safemax_sd.core.errors import SafemaxError
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,24 @@ def fused(parts: Mapping[int, LowRank], count: int) -> LowRank:
     for columns, (number, change) in zip(up.split(ranks, dim=1), parts.items(), strict=True):
         columns[number * size : (number + 1) * size] = change.up
     return LowRank(up=up, down=torch.cat([change.down for change in parts.values()]))
+
+
+@torch.no_grad()
+def fuse(denoiser: nn.Module, changes: Mapping[str, LowRank], base: str) -> None:
+    """Add changes to the weights in float32, and round the sum to the weights' own type.
+
+    Args:
+        denoiser: Network whose weights are changed in place.
+        changes: Changes by layer.
+        base: Base model as text, for errors.
+
+    Raises:
+        SafemaxError: A layer is missing or has another size, so that the changes belong to another base model.
+    """
+    weights = dict(denoiser.named_parameters())
+    for layer, change in changes.items():
+        weight, size = weights.get(f"{layer}.weight"), (len(change.up), *change.down.shape[1:])
+        if weight is None or weight.shape != size:
+            raise SafemaxError(f"the adapter does not fit {base}: no layer {layer} of size {tuple(size)}")
+        added = (change.up.flatten(1) @ change.down.flatten(1)).view(size)
+        weight.copy_(weight.float() + added.to(weight.device))

@@ -76,9 +76,8 @@ class MemoryPlan:
         self.networks = _by_part(family)
         self.token_states = rehearsal.prompts * size_of(row[0] for row in family.empty.tensors.values())
         self.phases = [self._start()]
-        settings = config.lora()
-        if config.prune and settings is not None:
-            self.phases.append(self._pruning(pruned_layers(family, settings)))
+        if config.prune:
+            self.phases.append(self._pruning(pruned_layers(family, config.lora())))
         weights = attach(family, config)
         family.denoiser.to(META)  # peft makes a LoRA's matrices on the CPU
         weights.restrict(self._trained(weights))

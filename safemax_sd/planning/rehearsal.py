@@ -122,8 +122,7 @@ def rehearse(
     exact = elements <= MOST_ELEMENTS and not brief
     twin = without_network(family, own if exact else (own[0], SMALL_SIDE, SMALL_SIDE))
     config = replace(config, replay_memory_gib=math.inf)  # nothing may be written
-    settings = config.lora()
-    groups = 0 if settings is None else len(layer_groups(pruned_layers(family, settings)))
+    groups = len(layer_groups(pruned_layers(family, config.lora()))) if config.prune else 0
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars of what takes a moment here
         found = _rehearse(config, twin, groups, forget, retain, MOST_IN_BRIEF if brief else MOST_SAMPLES)
     return replace(found, exact=exact and found.exact, largest=_in_full(found.largest, own, family.empty))

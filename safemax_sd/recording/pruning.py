@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from safemax_sd.adapters.lora import LoraSettings, lora_layers
-from safemax_sd.adapters.low_rank import LowRank
+from safemax_sd.adapters.low_rank import LowRank, fuse
 from safemax_sd.core.options import Range, RunOptions, option
 from safemax_sd.families import Conditioning, ModelFamily
 from safemax_sd.recording.data import ErasureData
@@ -95,10 +95,7 @@ def prune(
             if found.numel():
                 changes[name] = removal(layer, found, dual)
     # All layers change at the end: those of a later group would otherwise read less of the concept.
-    with torch.no_grad():
-        for name, change in changes.items():
-            weight = layers[name].weight
-            weight += (change.up.flatten(1) @ change.down.flatten(1)).view_as(weight).to(weight.dtype)
+    fuse(family.denoiser, changes, family.options.name_or_path)
     return changes, pruning_calls(len(groups), len(data.forget_bank), len(data.retain_bank))
 
 
@@ -107,9 +104,9 @@ def pruning_calls(groups: int, *rows: int) -> int:
     return groups * sum(min(count, MOST_ROWS) for count in rows)
 
 
-def pruned_layers(family: ModelFamily, settings: LoraSettings) -> dict[str, Layer]:
-    """Return the layers that lose input directions: those that get a LoRA, which takes the change up."""
-    names = lora_layers(family, settings)
+def pruned_layers(family: ModelFamily, settings: LoraSettings | None) -> dict[str, Layer]:
+    """Return the layers that lose input directions: those that get a LoRA, which takes the change up; none without."""
+    names = set() if settings is None else lora_layers(family, settings)
     return {
         name: layer
         for name, layer in family.denoiser.named_modules()

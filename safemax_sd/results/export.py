@@ -15,10 +15,9 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from safetensors.torch import save, save_file
-from torch import nn
 
 from safemax_sd.adapters.lora import KOHYA_NAME, WEIGHTS_NAME, layer_alpha, read_weights, to_kohya
-from safemax_sd.adapters.low_rank import LowRank
+from safemax_sd.adapters.low_rank import LowRank, fuse
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.provenance import provenance, public_path, sorted_metadata, write_json_atomic
 from safemax_sd.results.erasure import ErasureRecord
@@ -199,27 +198,6 @@ def weighted_sum(sources: Sequence[Source]) -> dict[str, LowRank]:
         layer: LowRank(up=torch.cat([c.up for c in changes], dim=1), down=torch.cat([c.down for c in changes]))
         for layer, changes in found.items()
     }
-
-
-@torch.no_grad()
-def fuse(denoiser: nn.Module, changes: dict[str, LowRank], base: str) -> None:
-    """Add changes to the weights in float32, and round the sum to the weights' own type.
-
-    Args:
-        denoiser: Network whose weights are changed in place.
-        changes: Changes by layer.
-        base: Base model as text, for errors.
-
-    Raises:
-        SafemaxError: A layer is missing or has another size, so that the changes belong to another base model.
-    """
-    weights = dict(denoiser.named_parameters())
-    for layer, change in changes.items():
-        weight, size = weights.get(f"{layer}.weight"), (len(change.up), *change.down.shape[1:])
-        if weight is None or weight.shape != size:
-            raise SafemaxError(f"the adapter does not fit {base}: no layer {layer} of size {tuple(size)}")
-        added = (change.up.flatten(1) @ change.down.flatten(1)).view(size)
-        weight.copy_(weight.float() + added.to(weight.device))
 
 
 def _metadata(changes: dict[str, LowRank]) -> dict[str, Any]:

@@ -200,14 +200,13 @@ def pruned(
     Returns:
         The layers' changes, and the network evaluations of that phase, if it was run.
     """
-    settings = config.lora()
-    if not config.prune or settings is None:
+    if not config.prune:
         return {}, {}
     # The objective's own trajectories are recorded after this: a LoRA that sees those of the unpruned model learns back
     # what has been removed.
     with clock.phase("prune"):
         recording = Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), encoder, forget, retain)
-        layers, data = pruned_layers(encoder.family, settings), recording.before(0)
+        layers, data = pruned_layers(encoder.family, config.lora()), recording.before(0)
         size = config.replay_batch_size
         changes, calls = prune(encoder.family, layers, data, config.prune, batch_size=size, seed=config.seed)
     return changes, {"prune": calls + recording.model_calls}

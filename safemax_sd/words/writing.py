@@ -69,14 +69,17 @@ def write_suite(
     if blank is not None:
         raise OptionError("word to forget", repr(blank), "is empty: name what is to be forgotten")
     senses = options.senses(asked)
-    known = options.kind or _drawn_kind(asked, base)
+    captions = _captions(base)
+    known = options.kind or _drawn_kind(asked, captions)
+    given = None if known is None else given_concepts(options, known, captions)
     # Where a file says what lies near, WordNet only adds paraphrases.
-    required = bool(senses) or known is None or given_concepts(options, known, base) is None
+    required = bool(senses) or given is None
     looks = options.wordnet is not None or bool(senses) or _looks_up(asked, known)
     wordnet = find_wordnet(options.wordnet, required=required) if looks else None
     kind = known or kind_of(asked, wordnet)
     concepts = [concept_of(word, kind, wordnet, senses.get(word)) for word in asked]
-    given = given_concepts(options, kind, base)
+    if known is None:
+        given = given_concepts(options, kind, captions)
     model = None if base is None or not ranked else ModelWords(load_family(base))
     names = [] if given is None else dict.fromkeys(prompt.shows for prompt in given.prompts)
     phrases = None if given is None else [noun_phrase(name) if kind == "object" else name for name in names]
@@ -107,15 +110,15 @@ def write_suite(
     return WrittenSuite(kind, files, record, tuple(notes))
 
 
-def given_concepts(options: WordOptions, kind: str, base: LoadOptions | None) -> PromptSet | None:
-    """Load what the model draws: the file of `--concepts`, or for objects an embedded base model's own; or None.
+def given_concepts(options: WordOptions, kind: str, captions: PromptSet | None) -> PromptSet | None:
+    """Return what the model draws: the file of `--concepts`, or for objects an embedded base model's captions; or None.
 
     Raises:
         OptionError: The file cannot be read.
     """
     if options.concepts:
         return load_prompts(options.concepts, option="--concepts")
-    return _captions(base) if kind == "object" else None
+    return captions if kind == "object" else None
 
 
 def _captions(base: LoadOptions | None) -> PromptSet | None:
@@ -124,9 +127,8 @@ def _captions(base: LoadOptions | None) -> PromptSet | None:
     return None if path is None else load_prompts(path, option="--concepts")
 
 
-def _drawn_kind(words: Sequence[str], base: LoadOptions | None) -> str | None:
-    """Return `object` if an embedded base model draws all the words; otherwise None."""
-    captions = _captions(base)
+def _drawn_kind(words: Sequence[str], captions: PromptSet | None) -> str | None:
+    """Return `object` if the captions of an embedded base model show all the words; otherwise None."""
     names = [] if captions is None else dict.fromkeys(prompt.shows for prompt in captions.prompts)
     drawn = all(any(same_or_end(name, word) for name in names) for word in words)
     return "object" if drawn else None

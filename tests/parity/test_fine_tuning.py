@@ -12,9 +12,9 @@ from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Examples
 from torch import Tensor
 
+from safemax_sd.adapters.low_rank import fuse
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.families.latent import LatentFamily
-from safemax_sd.results.export import fuse
 
 PROMPTS = ("a red apple", "a green pear")
 RATE = 1e-3
