@@ -146,6 +146,8 @@ def _read(path: Path, option: str) -> tuple[bytes, Table]:
         readable = ", ".join(name for name in READERS if name)
         hint = "; write one JSON object a line and name it .jsonl" if ending == ".json" else ""
         raise OptionError(option, path, f"is none of the formats that are read, {readable}{hint}")
+    if path.is_char_device():  # such as /dev/zero, which never ends
+        raise OptionError(option, path, "is a device, not a file")
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")

@@ -135,6 +135,11 @@ def test_other_encodings_are_refused(tmp_path: Path, encoding: str, name: str) -
         load_prompts(tmp_path / name, option="--x")
 
 
+def test_a_device_which_never_ends_is_refused() -> None:
+    with pytest.raises(OptionError, match="^--x '?/dev/zero.* is a device, not a file"):
+        load_prompts("/dev/zero", option="--x")
+
+
 @pytest.mark.parametrize("value", ["-1", "4294967296", "1" * 5000, "inf", "nan", "1e30", "4.5", "x"])
 def test_seeds_that_no_generator_takes_are_named_with_their_line(tmp_path: Path, value: str) -> None:
     message = r"p\.csv, line 3: evaluation_seed must be a whole number from 0 to 4294967295, not"
