@@ -2,6 +2,7 @@
 
     python -m benchmarks.emoji.rates --base_model emoji_build/width_32 --work_dir emoji_build/rates_32 \\
       --rates 1e-3 2e-3 4e-3 8e-3 1.6e-2 --output docs/results/DATE-rates.jsonl
+    python -m benchmarks.emoji.rates --rank 64 --work_dir emoji_build/rank_64 --output docs/results/DATE-rates.jsonl
     python -m benchmarks.emoji.rates --output docs/results/DATE-rates.jsonl --table
 
 Each rate erases emoji/tuning with two seeds, beside Prodigy, as one `safemax compare` that resumes. Unlearning and
@@ -16,7 +17,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ from safemax_sd.training.output import LOG, read_log
 TASK, SEEDS, LAST_STEPS = "emoji/tuning", (0, 1), 100
 LOSSES = ("loss", "retain")
 """Entries of a training's log that rates are compared by."""
+FLAGS = {"rank": 16, "train_batch_size": 6}
+"""Flags of a training that the best rate may depend on, with their defaults, which the oldest rows do not state."""
 SETTINGS = {
-    "num_images": 128,
     "num_sweep_images": 0,
     "guidance_scale": 5.0,
     "num_inference_steps": 25,
@@ -59,13 +61,23 @@ def width_of_base(base_model: str) -> float:
     return width_of(tuner_layers(family.denoiser))
 
 
-def measured(base_model: str, rates: Sequence[float], work_dir: Path) -> Iterator[Row]:
-    """Run a base model's comparison and yield the row of each training."""
-    methods: dict[str, dict[str, Any]] = {
-        label_of(rate): {"objective": "safemax", "learning_rate": rate} for rate in rates
-    }
-    methods[PRODIGY] = {"objective": "safemax", "optimizer": "prodigy", "learning_rate": 1.0}
-    content = {"base_model": base_model, "tasks": [TASK], "seeds": list(SEEDS), **SETTINGS, "methods": methods}
+def measured(
+    base_model: str, rates: Sequence[float], work_dir: Path, *, flags: Mapping[str, int], num_images: int
+) -> Iterator[Row]:
+    """Run a base model's comparison and yield the row of each training.
+
+    Args:
+        base_model: Name or folder of the base model.
+        rates: Learning rates.
+        work_dir: Folder of the comparison.
+        flags: Flags of every training, `FLAGS`.
+        num_images: Pictures of each kind in an evaluation.
+    """
+    shared = {"objective": "safemax", **flags}
+    methods: dict[str, dict[str, Any]] = {label_of(rate): {**shared, "learning_rate": rate} for rate in rates}
+    methods[PRODIGY] = {**shared, "optimizer": "prodigy", "learning_rate": 1.0}
+    content = {"base_model": base_model, "tasks": [TASK], "seeds": list(SEEDS), **SETTINGS, "num_images": num_images}
+    content["methods"] = methods
     work_dir.mkdir(parents=True, exist_ok=True)
     config = work_dir.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf8")
@@ -75,14 +87,15 @@ def measured(base_model: str, rates: Sequence[float], work_dir: Path) -> Iterato
     found = json.loads((folder / "compare.json").read_text(encoding="utf8"))
     values = {line["label"]: line["values"] for line in found["summary"]}
     width = width_of_base(base_model)
-    for label, flags in methods.items():
+    for label, method in methods.items():
         for seed in SEEDS:
             log = read_log(folder / label / TASK / str(seed) / LOG)[-LAST_STEPS:]
             yield {
                 "base": Path(base_model).name,
                 "width": width,
                 "label": label,
-                "rate": flags["learning_rate"],
+                "rate": method["learning_rate"],
+                **flags,
                 "seed": seed,
                 **{name: statistics.fmean(row[name] for row in log) for name in LOSSES},
                 "values of both seeds": values[label],
@@ -105,9 +118,11 @@ def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
 
 
 def lines(rows: Sequence[Row]) -> Iterator[list[str]]:
-    """Yield a line for each base model and criterion: its width, mean losses by rate, Prodigy's, and the best rate."""
-    for base in dict.fromkeys(row["base"] for row in rows):
-        own = [row for row in rows if row["base"] == base]
+    """Yield a line for each base model, rank, batch size and criterion, with mean losses by rate and the best rate."""
+    rows = [{**FLAGS, **row} for row in rows]
+    groups = dict.fromkeys((row["base"], row["rank"], row["train_batch_size"]) for row in rows)
+    for base, rank, batch in groups:
+        own = [row for row in rows if (row["base"], row["rank"], row["train_batch_size"]) == (base, rank, batch)]
         rates = sorted({row["rate"] for row in own if row["label"] != PRODIGY})
         for name in LOSSES:
             means = [statistics.fmean(row[name] for row in own if row["rate"] == rate) for rate in rates]
@@ -115,6 +130,8 @@ def lines(rows: Sequence[Row]) -> Iterator[list[str]]:
             found = [f"{rate:g}: {mean:.4f}" for rate, mean in zip(rates, means, strict=True)]
             yield [
                 base,
+                str(rank),
+                str(batch),
                 f"{own[0]['width']:.0f}",
                 name,
                 ", ".join(found),
@@ -127,14 +144,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", default="emoji")
     parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3])
+    for name, default in FLAGS.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--num_images", type=int, default=128)
     parser.add_argument("--work_dir", type=Path, default=Path("emoji_build/rates_64"))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--table", action="store_true", help="Print the table of the rows that exist.")
     arguments = parser.parse_args()
-    rows = read_rows(arguments.output)
-    if not arguments.table and not is_measured(rows, {"base": Path(arguments.base_model).name}):
-        append_rows(arguments.output, measured(arguments.base_model, arguments.rates, arguments.work_dir))
-    heads = ["base", "w", "criterion", "mean of both seeds by rate", "Prodigy", "best rate"]
+    flags = {name: getattr(arguments, name) for name in FLAGS}
+    rows = [{**FLAGS, **row} for row in read_rows(arguments.output)]
+    if not arguments.table and not is_measured(rows, {"base": Path(arguments.base_model).name, **flags}):
+        found = measured(
+            arguments.base_model, arguments.rates, arguments.work_dir, flags=flags, num_images=arguments.num_images
+        )
+        append_rows(arguments.output, found)
+    heads = ["base", "rank", "batch", "w", "criterion", "mean of both seeds by rate", "Prodigy", "best rate"]
     print(markdown_table(heads, lines(read_rows(arguments.output))), end="")
 
 
