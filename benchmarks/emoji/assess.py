@@ -2,9 +2,11 @@
 
     python -m benchmarks.emoji.assess --num_images 1000
     python -m benchmarks.emoji.assess --retrained emoji_build/retrained --contact_sheet docs/images/emoji_retrained.png
+    python -m benchmarks.emoji.assess --other_width emoji_build/width_32 --contact_sheet emoji_build/width_32.png
 
 Appends a line to `benchmarks/emoji/results.jsonl` and writes a contact sheet. `--retrained` measures the model of
 `benchmarks.emoji.retrained` instead of the packaged one; concepts that it never learned are a group of their own.
+`--other_width` measures a model of `benchmarks.emoji.widths`.
 """
 
 from __future__ import annotations
@@ -81,10 +83,13 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=1000)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
     parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--retrained", type=Path)
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--retrained", type=Path)
+    model.add_argument("--other_width", type=Path)
     parser.add_argument("--contact_sheet", type=Path, default=Path("docs/images/emoji_base.png"))
     arguments = parser.parse_args()
-    pipeline = StableDiffusionPipeline.from_pretrained(arguments.retrained or ASSETS / "emoji", safety_checker=None)
+    base = arguments.retrained or arguments.other_width or ASSETS / "emoji"
+    pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     judge = load_judge("emoji")
@@ -99,6 +104,8 @@ def main() -> None:
         print(name, json.dumps(result[name]))
     result["provenance"] = asdict(provenance(SEED, torch.device("cpu")))
     benchmark = "emoji model retrained without erased concepts" if arguments.retrained else "emoji base model"
+    if arguments.other_width:
+        benchmark = f"emoji base model with {pipeline.unet.config.block_out_channels} channels"
     append_rows(RESULTS, [{"benchmark": benchmark, **result}])
     every = CONCEPTS[:: len(CONCEPTS) // 16][:16]
     shown = [(concept, style) for style in STYLES for concept in every]
