@@ -79,6 +79,6 @@ BASES = {
         ema_decay=0.9999,
         flip=True,
     ),
-    "cifar10_folded": SHAPES["patch_2_deep"],
+    "cifar10_folded": SHAPES["patch_2_shallow"],
 }
 """Settings of the base model of each data set."""
