@@ -93,9 +93,10 @@ class MemoryPlan:
         """Measure encoding and recording: all networks are in memory."""
         config, family = self.config, self.family
         calls: list[Callable[[], object]] = [
-            lambda: family.encode_prompts([""] * min(PROMPTS_AT_ONCE, self.rehearsal.prompts)),
-            lambda: family.predict_both(*self._inputs(config.replay_batch_size)),
+            lambda: family.encode_prompts([""] * min(PROMPTS_AT_ONCE, self.rehearsal.prompts))
         ]
+        if self.rehearsal.recorded_at_once:
+            calls.append(lambda: family.predict_both(*self._inputs(self.rehearsal.recorded_at_once)))
         if config.train_data_dir is not None:
             pictures = torch.zeros(PICTURES_AT_ONCE, 3, *[family.picture_size(config.resolution)] * 2, device=META)
             calls.append(lambda: family.encode_pictures(pictures))

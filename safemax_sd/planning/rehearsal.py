@@ -45,6 +45,7 @@ class Rehearsal:
         objective: The prepared objective.
         largest: The batch with the most rows, with latents of the run's shape.
         banks: Samples and recorded steps of the replay banks.
+        recorded_at_once: Most trajectories that are recorded in one batch.
         prompts: Number of prompts with token states in memory.
         kept_each: Bytes that the objective keeps for each trained weight.
         frozen_copy: True if the objective keeps a copy of the frozen denoiser.
@@ -55,6 +56,7 @@ class Rehearsal:
     objective: Objective
     largest: Batch
     banks: dict[str, tuple[int, int]]
+    recorded_at_once: int
     prompts: int
     kept_each: float
     frozen_copy: bool
@@ -162,6 +164,8 @@ def _rehearse(
     calls["replay"] = recording.model_calls
     probes = config.max_train_steps // config.probe_steps
     calls["probe"] = 0 if config.stop_at_unlearning_accuracy is None else probes * probe_calls(config)
+    banks = {"forget": _size(data.forget_bank), "retain": _size(data.retain_bank)}
+    trajectories = max(needs.extra_trajectories, *(samples for samples, _ in banks.values()))
     leaves = (leaf for leaf in tree_leaves(vars(objective)) if isinstance(leaf, Tensor))
     kept = [
         leaf
@@ -173,7 +177,8 @@ def _rehearse(
         exact=counted == config.max_train_steps,
         objective=objective,
         largest=largest,
-        banks={"forget": _size(data.forget_bank), "retain": _size(data.retain_bank)},
+        banks=banks,
+        recorded_at_once=min(config.replay_batch_size, trajectories),
         prompts=sum(map(_encoded, (data.forget, data.retain))) + len(needs.extra_prompts),
         kept_each=size_of(kept) / WEIGHTS,
         frozen_copy=bool(frozen) and config.trainable == "full",

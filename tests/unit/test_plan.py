@@ -113,6 +113,13 @@ def test_activations_are_those_of_a_real_step(flags: tuple[str, ...]) -> None:
     assert found["activations"] + found["gradients"] == pytest.approx(memory.peak - before, rel=CLOSE)
 
 
+def test_few_trajectories_are_recorded_in_a_smaller_batch() -> None:
+    few, many = (planned("--retain_trajectories", count).memory.phases[0] for count in ("4", "64"))
+    limited = planned("--retain_trajectories", "64", "--replay_batch_size", "4").memory.phases[0]
+    assert few.name == "encoding and replay"
+    assert few.parts["activations"] == limited.parts["activations"] < many.parts["activations"]
+
+
 def test_checkpointing_and_smaller_batches_take_less(emoji: Plan) -> None:
     activations = [parts(plan)["activations"] for plan in (emoji, planned("--gradient_checkpointing"))]
     assert activations[1] < 0.6 * activations[0]
