@@ -136,7 +136,7 @@ def test_other_encodings_are_refused(tmp_path: Path, encoding: str, name: str) -
 
 
 def test_a_device_which_never_ends_is_refused() -> None:
-    with pytest.raises(OptionError, match="^--x '?/dev/zero.* is a device, not a file"):
+    with pytest.raises(OptionError, match=r"^--x '?/dev/zero.* is a device, not a file"):
         load_prompts("/dev/zero", option="--x")
 
 
