@@ -7,8 +7,8 @@
 
 Each rate erases emoji/tuning with two seeds, beside Prodigy, as one `safemax compare` that resumes. Unlearning and
 retention hardly change over a factor of eight, so the criterion is the mean loss of the last hundred steps: that of
-SAFEMax and its retain term alone. The best rate is the vertex of the parabola, in the logarithm of the rate, through
-the lowest mean over seeds and its neighbours.
+SAFEMax and its retain term alone; null if the training was stopped because it diverged. The best rate is the vertex of
+the parabola, in the logarithm of the rate, through the lowest mean over seeds and its neighbours.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safemax_sd.evaluation.comparison.cell import STATE
 from safemax_sd.evaluation.comparison.grid import compare
 
 from benchmarks.results import Row, append_rows, is_measured, markdown_table, read_rows
@@ -82,14 +83,16 @@ def measured(
     config = work_dir.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf8")
     folder, failed = compare(str(config), str(work_dir))
-    if failed:
-        raise SystemExit("\n".join(failed))
+    if other := [reason for reason in failed if "--learning_rate" not in reason]:
+        raise SystemExit("\n".join(other))
     found = json.loads((folder / "compare.json").read_text(encoding="utf8"))
     values = {line["label"]: line["values"] for line in found["summary"]}
     width = width_of_base(base_model)
     for label, method in methods.items():
         for seed in SEEDS:
-            log = read_log(folder / label / TASK / str(seed) / LOG)[-LAST_STEPS:]
+            cell = folder / label / TASK / str(seed)
+            stopped = json.loads((cell / STATE).read_text(encoding="utf8"))["status"] == "failed"
+            log = read_log(cell / LOG)[-LAST_STEPS:]
             yield {
                 "base": Path(base_model).name,
                 "width": width,
@@ -97,16 +100,16 @@ def measured(
                 "rate": method["learning_rate"],
                 **flags,
                 "seed": seed,
-                **{name: statistics.fmean(row[name] for row in log) for name in LOSSES},
-                "values of both seeds": values[label],
+                **{name: None if stopped else statistics.fmean(row[name] for row in log) for name in LOSSES},
+                "values of both seeds": values.get(label),
                 "provenance": found["provenance"],
             }
 
 
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """Return the vertex of the parabola through the lowest loss and its neighbours; NaN if it is the first or last."""
+    """Return the vertex of the parabola through the lowest loss and its neighbours; NaN if a neighbour is missing."""
     place = min(range(len(losses)), key=losses.__getitem__)
-    if place in (0, len(losses) - 1):
+    if place in (0, len(losses) - 1) or math.isinf(losses[place + 1]):
         return math.nan
     (x0, x1, x2), (y0, y1, y2) = (
         [math.log(rate) for rate in rates[place - 1 : place + 2]],
@@ -125,7 +128,8 @@ def lines(rows: Sequence[Row]) -> Iterator[list[str]]:
         own = [row for row in rows if (row["base"], row["rank"], row["train_batch_size"]) == (base, rank, batch)]
         rates = sorted({row["rate"] for row in own if row["label"] != PRODIGY})
         for name in LOSSES:
-            means = [statistics.fmean(row[name] for row in own if row["rate"] == rate) for rate in rates]
+            losses = {rate: [row[name] for row in own if row["rate"] == rate] for rate in rates}
+            means = [math.inf if None in each else statistics.fmean(each) for each in losses.values()]
             prodigy = statistics.fmean(row[name] for row in own if row["label"] == PRODIGY)
             found = [f"{rate:g}: {mean:.4f}" for rate, mean in zip(rates, means, strict=True)]
             yield [
