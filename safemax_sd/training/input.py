@@ -44,6 +44,8 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
         raise OptionError("--trainable", config.trainable, text)
     if config.learning_rate == AUTO and config.trainable == "full":
         raise OptionError("--learning_rate", AUTO, "is for a LoRA: give a number with --trainable full, such as 1e-5")
+    if config.learning_rate == AUTO and config.scale_lr:
+        raise OptionError("--learning_rate", AUTO, "does not go with --scale_lr: it depends on the batch size already")
     check_pruning(config)
     check_quantization(config)
     check_sharding(config)

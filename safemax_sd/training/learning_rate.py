@@ -1,4 +1,4 @@
-"""The rate of `--learning_rate auto`, from the widths of the layers that get a LoRA; see docs/learning_rate.md."""
+"""The rate of `--learning_rate auto`: from the layers' widths, rank and batch size; see docs/learning_rate.md."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 
 from safemax_sd.families.base import tuner_layers
 from safemax_sd.objectives.options import AUTO
-from safemax_sd.training.optimizers import OptimizerOptions
+from safemax_sd.training.config import TrainConfig
 
-RATE_TIMES_WIDTH = 0.327
-"""Product of learning rate and width at which SAFEMax with AdamW was found best at several widths, for rank 16."""
+FACTOR = 0.042
+"""Factor of the rule, found with SAFEMax and AdamW on the embedded model."""
 PRODIGY_RATE = 1.0
 
 
@@ -27,17 +27,20 @@ def _inputs_of(layer: nn.Module) -> int:
     return layer.in_features if isinstance(layer, nn.Linear) else layer.weight[0].numel()  # type: ignore[index,return-value]
 
 
-def choose_rate(config: OptimizerOptions, denoiser: nn.Module) -> tuple[float, str]:
+def choose_rate(config: TrainConfig, denoiser: nn.Module, processes: int = 1) -> tuple[float, str]:
     """Return the learning rate of the flags, and the reason if it was chosen here.
 
     Args:
         config: Flags.
         denoiser: Denoiser with the LoRA attached.
+        processes: Number of processes, which all draw their own samples.
     """
     if config.learning_rate != AUTO:
         return config.learning_rate, ""
     if config.optimizer == "prodigy":
         return PRODIGY_RATE, "Prodigy finds the size of its steps itself"
     width = width_of(tuner_layers(denoiser))
-    reason = f"{RATE_TIMES_WIDTH:g} over {width:.0f}, the mean number of inputs of a layer"
-    return float(f"{RATE_TIMES_WIDTH / width:.2g}"), reason
+    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+    rate = FACTOR * math.sqrt(batch / (width * config.rank))
+    reason = f"layers have {width:.0f} inputs in the mean, the rank is {config.rank}, a step has {batch} forget samples"
+    return float(f"{rate:.2g}"), reason

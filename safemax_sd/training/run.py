@@ -172,7 +172,7 @@ def load(config: TrainConfig, accelerator: Accelerator, sharding: Sharding | Non
 
 def with_rate(config: TrainConfig, accelerator: Accelerator, family: ModelFamily) -> TrainConfig:
     """Return the flags with the learning rate as a number, and print it if `auto` was to choose it."""
-    rate, reason = choose_rate(config, family.denoiser)
+    rate, reason = choose_rate(config, family.denoiser, accelerator.num_processes)
     if reason and accelerator.is_main_process:
         print(f"--learning_rate auto is {rate:.3g}: {reason}")
     return replace(config, learning_rate=rate)

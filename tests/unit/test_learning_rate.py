@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from safemax_sd.adapters.weights import attach
@@ -18,7 +19,7 @@ from safemax_sd.train import train
 from safemax_sd.training.command_line import check_types, parse_config
 from safemax_sd.training.config import config_class
 from safemax_sd.training.input import read_input
-from safemax_sd.training.learning_rate import RATE_TIMES_WIDTH, choose_rate, width_of
+from safemax_sd.training.learning_rate import FACTOR, choose_rate, width_of
 from tests import tiny
 
 FILES = ("--forget_prompts", "f.csv", "--retain_prompts", "r.csv", "--output_dir", "out")
@@ -44,7 +45,23 @@ def test_the_embedded_models_rate_is_the_measured_one() -> None:
     attach(family, config)
     rate, reason = choose_rate(config, family.denoiser)
     assert rate == 2e-3
-    assert f"{RATE_TIMES_WIDTH:g} over {width_of(tuner_layers(family.denoiser)):.0f}" in reason
+    width = width_of(tuner_layers(family.denoiser))
+    assert reason == f"layers have {width:.0f} inputs in the mean, the rank is 16, a step has 6 forget samples"
+
+
+def test_a_rate_falls_with_the_rank_and_rises_with_the_batch_of_all_processes() -> None:
+    denoiser = nn.Sequential(nn.Linear(100, 1))
+    inject_adapter_in_model(LoraConfig(target_modules=["0"]), denoiser)
+    config = parse_config(FILES)
+    parted = replace(config, train_batch_size=2, gradient_accumulation_steps=3)
+    rates = [
+        choose_rate(replace(config, rank=64), denoiser)[0],
+        choose_rate(config, denoiser)[0],
+        choose_rate(parted, denoiser)[0],
+        choose_rate(parted, denoiser, processes=4)[0],
+    ]
+    default = FACTOR * (6 / (100 * 16)) ** 0.5
+    assert rates == pytest.approx([factor * default for factor in (0.5, 1, 1, 2)], rel=0.05)
 
 
 def test_numbers_and_prodigy_have_rates_of_their_own() -> None:
@@ -78,6 +95,12 @@ def test_full_weights_need_a_number(tiny_model: Path, tmp_path: Path) -> None:
         tiny_model, tmp_path, tmp_path / "out", "--trainable", "full", "--learning_rate", "auto"
     )
     with pytest.raises(OptionError, match="--learning_rate auto: is for a LoRA"):
+        read_input(parse_config(words))
+
+
+def test_auto_refuses_to_be_scaled_once_more(tiny_model: Path, tmp_path: Path) -> None:
+    words = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", "--learning_rate", "auto", "--scale_lr")
+    with pytest.raises(OptionError, match="--learning_rate auto: does not go with --scale_lr"):
         read_input(parse_config(words))
 
 
