@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import RLock
 
+import torch
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -33,6 +34,8 @@ def forked(
     """
 
     def run() -> None:
+        # PyTorch replaces its pool of threads after a fork, which fails if several threads are the first to use it.
+        torch.set_num_threads(torch.get_num_threads())
         tqdm.set_lock(RLock())  # tqdm's own is one for all processes, and stays locked if its holder is killed
         os.environ.update(environment or {})
         AcceleratorState._reset_state(reset_partial_state=True)  # state of the tests' process
