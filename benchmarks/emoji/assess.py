@@ -103,8 +103,10 @@ def main() -> None:
         }
         print(name, json.dumps(result[name]))
     result["provenance"] = asdict(provenance(SEED, torch.device("cpu")))
-    benchmark = "emoji model retrained without erased concepts" if arguments.retrained else "emoji base model"
-    if arguments.other_width:
+    benchmark = "emoji base model"
+    if arguments.retrained:
+        benchmark = "emoji model retrained without erased concepts"
+    elif arguments.other_width:
         benchmark = f"emoji base model with {pipeline.unet.config.block_out_channels} channels"
     append_rows(RESULTS, [{"benchmark": benchmark, **result}])
     every = CONCEPTS[:: len(CONCEPTS) // 16][:16]

@@ -106,6 +106,11 @@ def measured(
             }
 
 
+def read_complete(path: Path) -> list[Row]:
+    """Read the rows of a result file, each with all of `FLAGS`."""
+    return [{**FLAGS, **row} for row in read_rows(path)]
+
+
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
     """Return the vertex of the parabola through the lowest loss and its neighbours; NaN if a neighbour is missing."""
     place = min(range(len(losses)), key=losses.__getitem__)
@@ -122,7 +127,6 @@ def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
 
 def lines(rows: Sequence[Row]) -> Iterator[list[str]]:
     """Yield a line for each base model, rank, batch size and criterion, with mean losses by rate and the best rate."""
-    rows = [{**FLAGS, **row} for row in rows]
     groups = dict.fromkeys((row["base"], row["rank"], row["train_batch_size"]) for row in rows)
     for base, rank, batch in groups:
         own = [row for row in rows if (row["base"], row["rank"], row["train_batch_size"]) == (base, rank, batch)]
@@ -156,14 +160,14 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="Print the table of the rows that exist.")
     arguments = parser.parse_args()
     flags = {name: getattr(arguments, name) for name in FLAGS}
-    rows = [{**FLAGS, **row} for row in read_rows(arguments.output)]
-    if not arguments.table and not is_measured(rows, {"base": Path(arguments.base_model).name, **flags}):
+    key = {"base": Path(arguments.base_model).name, **flags}
+    if not arguments.table and not is_measured(read_complete(arguments.output), key):
         found = measured(
             arguments.base_model, arguments.rates, arguments.work_dir, flags=flags, num_images=arguments.num_images
         )
         append_rows(arguments.output, found)
     heads = ["base", "rank", "batch", "w", "criterion", "mean of both seeds by rate", "Prodigy", "best rate"]
-    print(markdown_table(heads, lines(read_rows(arguments.output))), end="")
+    print(markdown_table(heads, lines(read_complete(arguments.output))), end="")
 
 
 if __name__ == "__main__":

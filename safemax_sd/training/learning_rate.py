@@ -10,6 +10,7 @@ from torch import nn
 from safemax_sd.families.base import tuner_layers
 from safemax_sd.objectives.options import AUTO
 from safemax_sd.training.config import TrainConfig
+from safemax_sd.training.optimizers import forget_samples
 
 FACTOR = 0.042
 """Factor of the rule, found with SAFEMax and AdamW on the embedded model."""
@@ -40,7 +41,7 @@ def choose_rate(config: TrainConfig, denoiser: nn.Module, processes: int = 1) ->
     if config.optimizer == "prodigy":
         return PRODIGY_RATE, "Prodigy finds the size of its steps itself"
     width = width_of(tuner_layers(denoiser))
-    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+    batch = forget_samples(config, processes)
     rate = FACTOR * math.sqrt(batch / (width * config.rank))
     reason = f"layers have {width:.0f} inputs in the mean, the rank is {config.rank}, a step has {batch} forget samples"
     return float(f"{rate:.2g}"), reason

@@ -84,6 +84,11 @@ def _optional(package: str, flag: str) -> Any:
         raise SafemaxError(f"{flag} needs the {package} package: pip install {package}") from error
 
 
+def forget_samples(config: OptimizerOptions, processes: int) -> int:
+    """Return the number of forget samples of a step, over all its micro-batches and processes."""
+    return config.train_batch_size * config.gradient_accumulation_steps * processes
+
+
 def make_optimizer(
     config: OptimizerOptions, parameters: Sequence[nn.Parameter], processes: int
 ) -> torch.optim.Optimizer:
@@ -100,7 +105,7 @@ def make_optimizer(
     learning_rate = config.learning_rate
     assert learning_rate != AUTO, "the rate is chosen before the optimizer is made"
     if config.scale_lr:
-        learning_rate *= config.gradient_accumulation_steps * config.train_batch_size * processes
+        learning_rate *= forget_samples(config, processes)
     optimizer: torch.optim.Optimizer = optimizer_class(config)(
         list(parameters),
         lr=learning_rate,
