@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.families import Conditioning, ModelFamily, load_family
+from safemax_sd.families.unet import memory_format
 from safemax_sd.objectives.batches import Batch
 from safemax_sd.objectives.safemax import Safemax, SafemaxConfig
 from safemax_sd.train import optimizer_step, positions, reach
@@ -102,7 +103,7 @@ class Bench:
 
         def prepare(number: int) -> Step:
             batch = drawn(self.still, number)
-            x_t = batch.x_t.to(memory_format=torch.channels_last)
+            x_t = batch.x_t.to(memory_format=memory_format(self.device))
             self.clear_gradients()
 
             def step() -> None:

@@ -21,6 +21,14 @@ FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"]
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Return the layout of a UNet's weights and inputs.
+
+    channels_last helps tensor cores. On a CPU the plain layout is as fast in float32 and faster in bfloat16.
+    """
+    return torch.contiguous_format if device.type == "cpu" else torch.channels_last
+
+
 class UNetFamily(LatentFamily):
     """A `UNet2DConditionModel` that attends to token states, with a variance-preserving noise process."""
 
@@ -29,13 +37,12 @@ class UNetFamily(LatentFamily):
             text = "takes its guidance scale as an input (time_cond_proj_dim, models distilled like LCM): not supported"
             raise OptionError("--pretrained_model_name_or_path", options.name_or_path, text)
         super().__init__(pipeline, options)
-        # channels_last doubles the speed of convolutions on a CPU and helps tensor cores too.
-        self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.denoiser.to(memory_format=memory_format(self.device))  # type: ignore[call-overload]
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None) -> Tensor:
         network = self.denoiser if denoiser is None else denoiser
         dtype = self.pipeline.unet.dtype
-        inputs = x_t.to(dtype=dtype, memory_format=torch.channels_last)
+        inputs = x_t.to(dtype=dtype, memory_format=memory_format(self.device))
         states = conditioning.tensors[TOKEN_STATES].to(dtype)
         more = self._added_conditions(inputs, conditioning)
         output: Tensor = network(inputs, t, states, added_cond_kwargs=more, return_dict=False)[0]

@@ -46,7 +46,7 @@ FITTING = {"tiny_flux": ("--resolution", "64"), "tiny_ddpm": ("--lora_targets", 
 """Flags for models whose default pictures are large, or that have no cross-attention."""
 RESULTS = (adapter.WEIGHTS_NAME, adapter.KOHYA_NAME, "erasure.json", "halting_marks.safetensors", "README.md")
 """Files that a run writes after its last step, besides the folder of full weights."""
-SPLIT, APART = 0.1, 2.0
+SPLIT, APART = 0.2, 2.0
 """Differences of weights, in learning rates: at most between whole and split batches, at least between seeds."""
 WITHOUT_CROSS_ATTENTION = {"tiny_ddpm", "tiny_sd3", "tiny_flux"}
 Case = tuple[str, str, str]
