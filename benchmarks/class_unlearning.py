@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,21 @@ from benchmarks.classes.base import train_base
 from benchmarks.classes.classifier import Classifier, load_classifier
 from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
 from benchmarks.classes.data import Dataset, load_dataset, write_folder
-from benchmarks.classes.measure import Sampling, draw, forgetting, pictures, retention, verdict_on_noise
+from benchmarks.classes.measure import (
+    KeptClass,
+    Sampling,
+    draw,
+    forgetting,
+    kept_class,
+    pictures,
+    retention,
+    verdict_on_noise,
+)
 from benchmarks.classes.settings import BASES
 from benchmarks.classes.summary import gallery, plot, summary
 from benchmarks.prompt_files import write_prompts
 from benchmarks.results import append_rows, is_measured, read_rows
+from benchmarks.training import has_bfloat16
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.results.erasure import RECORD, ErasureRecord
 from safemax_sd.results.loading import load_result
@@ -127,7 +137,7 @@ SMALL = ("digits", "cifar10_folded")
 SAMPLINGS = {
     "digits": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=1800),
     "cifar10": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=4500),
-    "cifar10_folded": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=1800),
+    "cifar10_folded": Sampling(GUIDANCE, num_inference_steps=25, num_forget=500, num_retain=900, bfloat16=True),
 }
 
 
@@ -152,6 +162,8 @@ class Study:
             settings = replace(settings, minutes=arguments.base_minutes)
         self.base = train_base(self.dataset, self.folder / "base", settings)
         self.classifier: Classifier = load_classifier(self.dataset, self.folder, arguments.classifier_file)
+        # The base model keeps every class, so that ten rows share its pictures.
+        self.kept_by_base = cache(lambda number: self.kept_class(self.model(None), number))
 
     def prompt_files(self, forgotten: int) -> dict[str, str]:
         """Write the prompt files of a class; return their paths by flag.
@@ -173,6 +185,8 @@ class Study:
             settings |= PUBLISHED.get(method, {})
         elif self.dataset.name == "cifar10_folded":
             settings |= SMALL_CIFAR10.get(method, {})
+        if self.sampling.bfloat16 and has_bfloat16():
+            settings["mixed_precision"] = "bf16"
         if variant.real_data:
             settings["train_data_dir"] = str(write_folder(self.dataset, self.folder / "pictures"))
         return config_class(variant.objective)(
@@ -219,8 +233,15 @@ class Study:
 
     def measure(self, output: Path | None, forgotten: int) -> dict[str, Any]:
         """Measure forgetting and retention of a run; of the base model if `output` is None."""
-        common = (self.model(output), self.dataset, self.classifier, forgotten, self.sampling)
-        return {**forgetting(*common), **retention(*common)}
+        family = self.model(output)
+        judged = self.kept_by_base if output is None else partial(self.kept_class, family)
+        return {
+            **forgetting(family, self.dataset, self.classifier, forgotten, self.sampling),
+            **retention(judged, self.dataset, self.classifier, forgotten),
+        }
+
+    def kept_class(self, family: ModelFamily, number: int) -> KeptClass:
+        return kept_class(family, self.dataset, self.classifier, self.sampling, number)
 
     def part(self, method: str, forgotten: int, batch_fraction: float) -> TrainConfig:
         """Return the configuration of a run with a small part of the priors and a fraction of each batch."""

@@ -144,6 +144,11 @@ def min_snr_weights(signal: Tensor, gamma: float) -> Tensor:
     return (gamma * (1 - signal) / signal).clamp(max=1.0)
 
 
-def mixed_precision() -> torch.autocast:
-    """Return autocast to bfloat16, disabled on processors without hardware for it, where it is ten times slower."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+def has_bfloat16() -> bool:
+    """Tell whether the processor has hardware for bfloat16, without which it is ten times slower."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def mixed_precision(wanted: bool = True) -> torch.autocast:
+    """Return autocast to bfloat16, disabled if it is not wanted or the processor has no hardware for it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=wanted and has_bfloat16())

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor
 
 from benchmarks.classes.classifier import load_classifier
@@ -74,8 +74,10 @@ class BaseTraining:
             num_class_embeds=len(dataset.class_names) + 1,
             **settings.network,
         )
-        # In bfloat16 on a CPU the fused attention's backward pass takes a fifth of a step.
-        self.network.set_attn_processor(AttnProcessor())
+        for module in self.network.modules():
+            if isinstance(module, Attention):
+                # In bfloat16 on a CPU the fused attention's backward pass takes a fifth of a step.
+                module.set_processor(AttnProcessor())
         self.scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
         signal = self.scheduler.alphas_cumprod
         gamma = settings.snr_gamma

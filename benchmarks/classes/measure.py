@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 
 from benchmarks.classes.classifier import Classifier
 from benchmarks.classes.data import Dataset
+from benchmarks.training import mixed_precision
 from safemax_sd.families import ModelFamily
 from safemax_sd.recording.replay import start_noise
 
@@ -31,6 +33,7 @@ class Sampling:
         num_forget: Number of pictures of the forgotten class in a measurement.
         num_retain: Number of pictures of all kept classes together.
         batch_size: Pictures drawn at once.
+        bfloat16: True to evaluate the network in bfloat16 where the processor has hardware for it.
     """
 
     guidance_scale: float
@@ -38,6 +41,7 @@ class Sampling:
     num_forget: int = 0
     num_retain: int = 0
     batch_size: int = 250
+    bfloat16: bool = False
 
 
 def draw(family: ModelFamily, label: str, count: int, seed: int, sampling: Sampling) -> Tensor:
@@ -47,14 +51,14 @@ def draw(family: ModelFamily, label: str, count: int, seed: int, sampling: Sampl
         seeds = list(range(seed + start, seed + min(start + sampling.batch_size, count)))
         noise = start_noise(family.latent_shape(None), seeds, torch.device("cpu"))
         rows = family.encode_prompts([label]).select(torch.zeros(len(seeds), dtype=torch.long))
-        parts.append(
-            family.sample(
+        with mixed_precision(sampling.bfloat16):
+            drawn = family.sample(
                 rows,
                 noise,
                 guidance_scale=sampling.guidance_scale,
                 num_inference_steps=sampling.num_inference_steps,
             )
-        )
+        parts.append(drawn)
     return torch.cat(parts)
 
 
@@ -107,19 +111,44 @@ def forgetting(
     }
 
 
+@dataclass(frozen=True)
+class KeptClass:
+    """What the classifier makes of pictures drawn of a kept class.
+
+    Attributes:
+        features: Last layer's features of the pictures, [N, F].
+        right: Number of pictures that are recognised, with rejection.
+    """
+
+    features: Tensor
+    right: int
+
+
+def kept_class(
+    family: ModelFamily, dataset: Dataset, classifier: Classifier, sampling: Sampling, number: int
+) -> KeptClass:
+    """Draw and judge a kept class's part of `sampling.num_retain` pictures."""
+    names = dataset.class_names
+    each, seed = sampling.num_retain // (len(names) - 1), RETAIN_SEED + 100_000 * number
+    shown = pictures(family, dataset, draw(family, names[number], each, seed, sampling))
+    return KeptClass(classifier.features(shown), int(classifier.recognised(shown, number)[1].sum()))
+
+
 def retention(
-    family: ModelFamily, dataset: Dataset, classifier: Classifier, forgotten: int, sampling: Sampling
+    judged: Callable[[int], KeptClass], dataset: Dataset, classifier: Classifier, forgotten: int
 ) -> dict[str, Any]:
-    """Measure FID and KID of the kept classes against all their training pictures, and the percentage recognised."""
+    """Measure FID and KID of the kept classes against all their training pictures, and the percentage recognised.
+
+    Args:
+        judged: Function that draws and judges a class's pictures.
+        dataset: Data set of the classes.
+        classifier: Classifier of the pictures.
+        forgotten: Number of the class that is not kept.
+    """
     kept = [number for number in range(len(dataset.class_names)) if number != forgotten]
-    each = sampling.num_retain // len(kept)
-    features, right = [], 0
-    for number in kept:
-        seed = RETAIN_SEED + 100_000 * number
-        shown = pictures(family, dataset, draw(family, dataset.class_names[number], each, seed, sampling))
-        features.append(classifier.features(shown))
-        right += int(classifier.recognised(shown, number)[1].sum())
-    made, real = torch.cat(features), classifier.train_features[dataset.rows_of(kept)]
+    parts = [judged(number) for number in kept]
+    made, right = torch.cat([part.features for part in parts]), sum(part.right for part in parts)
+    real = classifier.train_features[dataset.rows_of(kept)]
     statistics = [fid_features_to_statistics(part.clone()) for part in (made, real)]
     kid = kid_features_to_metric(made.clone(), real.clone(), kid_subset_size=min(1000, len(made), len(real)), **KID)
     accuracy = wilson(right, len(made))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.class_unlearning import VARIANTS, Variant
 from benchmarks.classes.classifier import Classifier
 from benchmarks.classes.data import Dataset, read_sheets, write_folder
-from benchmarks.classes.measure import Sampling, forgetting, retention
+from benchmarks.classes.measure import Sampling, forgetting, kept_class, retention
 from safemax_sd.core.memory import TensorMemory
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.recording.picture_folder import PictureFolder
@@ -96,7 +97,7 @@ def test_the_tables_quantities(dataset: Dataset, tiny_ddpm: Path) -> None:
     forgotten = forgetting(family, dataset, classifier, 0, sampling)
     assert 0 <= forgotten["entropy"] <= math.log(3)
     assert forgotten["unlearning_accuracy_with_rejection"] >= forgotten["unlearning_accuracy"]
-    kept = retention(family, dataset, classifier, 0, sampling)
+    kept = retention(partial(kept_class, family, dataset, classifier, sampling), dataset, classifier, 0)
     assert kept["num_retain"] == 20
     assert kept["fid"] > 0
     assert forgetting(family, dataset, classifier, 0, sampling) == forgotten
