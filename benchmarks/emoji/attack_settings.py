@@ -4,7 +4,7 @@
       --work_dir attack_settings --output docs/results/DATE-attack-settings.jsonl
 
 An attack is as strong as its settings. For each one that has a learning rate or a like strength, three values are tried
-with the budget of the quick preset, or near it; what brings the concept back best is then fixed in the presets, before
+with a small budget; what brings the concept back best is then fixed in the presets, before
 SAFEMax is attacked. A row for each setting and target is appended as soon as it is measured; a killed run continues.
 `--table` prints the rows as Markdown.
 """
@@ -18,41 +18,51 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from safemax_sd.evaluation.attacks.base import Attack
-from safemax_sd.evaluation.attacks.classifier_guidance import ClassifierGuidance
-from safemax_sd.evaluation.attacks.concept_inversion import ConceptInversion
+from safemax_sd.evaluation.attacks.classifier_guidance import ClassifierGuidance, ClassifierGuidanceSettings
+from safemax_sd.evaluation.attacks.concept_inversion import ConceptInversion, ConceptInversionSettings
 from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings
-from safemax_sd.evaluation.attacks.p4d import P4D
+from safemax_sd.evaluation.attacks.latent_classifier import ClassifierTraining
+from safemax_sd.evaluation.attacks.p4d import P4D, P4DSettings
 from safemax_sd.evaluation.attacks.plain import Plain
 from safemax_sd.evaluation.attacks.relearning import Relearning
-from safemax_sd.evaluation.attacks.ring_a_bell import RingABell
-from safemax_sd.evaluation.attacks.second_lora import SecondLora
-from safemax_sd.evaluation.attacks.state_inversion import StateInversion
-from safemax_sd.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
+from safemax_sd.evaluation.attacks.ring_a_bell import RingABell, RingABellSettings
+from safemax_sd.evaluation.attacks.second_lora import SecondLora, SecondLoraSettings
+from safemax_sd.evaluation.attacks.state_inversion import StateInversion, StateInversionSettings
+from safemax_sd.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk, UnlearnDiffAtkSettings
 from safemax_sd.evaluation.resistance.options import ResistanceOptions
 
 from benchmarks.emoji.attack_plans import plans_of
 from benchmarks.results import Row, append_rows, is_measured, markdown_table, read_rows
+
+PREFIX = UnlearnDiffAtkSettings(stages=5, iterations=20)
+INVERSION = ConceptInversionSettings(batch_size=8, pictures=16)
 
 
 def variants() -> dict[str, Attack]:
     """Return the attacks to try by their names in the table."""
     found: dict[str, Attack] = {"plain": Plain(Plain.presets["quick"])}
     for rate in (0.01, 0.03, 0.1):
-        found[f"unlearn_diff_atk {rate}"] = UnlearnDiffAtk(replace(UnlearnDiffAtk.presets["quick"], learning_rate=rate))
-        found[f"p4d {rate}"] = P4D(replace(P4D.presets["quick"], learning_rate=rate))
+        found[f"unlearn_diff_atk {rate}"] = UnlearnDiffAtk(replace(PREFIX, learning_rate=rate))
+        found[f"p4d {rate}"] = P4D(P4DSettings(steps=60, draw_every=20, learning_rate=rate))
+    found["unlearn_diff_atk 1 token"] = UnlearnDiffAtk(replace(PREFIX, tokens=1))
     searches = tuple((16, strength) for strength in (1.5, 3.0, 5.5))
-    found["ring_a_bell"] = RingABell(replace(RingABell.presets["quick"], searches=searches))
-    quick = ConceptInversion.presets["quick"]
-    found["concept_inversion"] = ConceptInversion(replace(quick, tokens=(1, 4), learning_rates=(0.02, 0.08, 0.3)))
-    for steps in (100, 300):
-        quick = replace(StateInversion.presets["quick"], steps=steps, learning_rates=(0.02, 0.05, 0.1))
-        found[f"state_inversion {steps} steps"] = StateInversion(quick)
-    found["classifier_guidance"] = ClassifierGuidance(
-        replace(ClassifierGuidance.presets["quick"], scales=(5.0, 10.0, 25.0, 81.0, 193.0))
+    found["ring_a_bell"] = RingABell(RingABellSettings(searches, population=80, generations=150, prompts=4))
+    found["concept_inversion"] = ConceptInversion(
+        replace(INVERSION, tokens=(1, 4), learning_rates=(0.02, 0.08, 0.3), steps=600)
     )
-    rates, steps_tried = (3e-4, 1e-3, 3e-3), (20, 50, 200)
-    found["relearning"] = Relearning(FineTuningSettings((3e-5, 1e-4, 3e-4), rates, steps_tried))
-    found["second_lora"] = SecondLora(replace(SecondLora.presets["quick"], learning_rates=rates))
+    found["concept_inversion 1500 steps"] = ConceptInversion(
+        replace(INVERSION, tokens=(4,), learning_rates=(0.005, 0.01, 0.02), steps=1500)
+    )
+    for steps in (100, 300):
+        found[f"state_inversion {steps} steps"] = StateInversion(StateInversionSettings((0.02, 0.05, 0.1), steps))
+    scales = (5.0, 10.0, 25.0, 81.0, 193.0)
+    found["classifier_guidance"] = ClassifierGuidance(
+        ClassifierGuidanceSettings(scales, 64, ClassifierTraining(steps=500))
+    )
+    rates = (3e-4, 1e-3, 3e-3)
+    found["relearning"] = Relearning(FineTuningSettings((3e-5, 1e-4, 3e-4), rates, (20, 50, 200)))
+    found["relearning, higher rates"] = Relearning(FineTuningSettings((1e-3,), (1e-2,), (20, 50, 200)))
+    found["second_lora"] = SecondLora(SecondLoraSettings(rates, (20, 50, 200)))
     return found
 
 

@@ -62,7 +62,7 @@ class ClassifierGuidance(Attack):
     any_try: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = ClassifierGuidanceSettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": ClassifierGuidanceSettings((25.0, 81.0, 137.0, 193.0), 64, ClassifierTraining(steps=500)),
+        "quick": ClassifierGuidanceSettings((81.0,), 64, ClassifierTraining(steps=500)),
         "full": ClassifierGuidanceSettings(),
     }
     settings: ClassifierGuidanceSettings

@@ -51,7 +51,7 @@ class NoiseProbe(Attack):
     any_try: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = NoiseProbeSettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": NoiseProbeSettings(etas=(1.0, 1.34, 1.85), variance_scales=(1.0, 1.04)),
+        "quick": NoiseProbeSettings(etas=(1.0, 1.85), variance_scales=(1.04,)),
         "full": NoiseProbeSettings(),
     }
     settings: NoiseProbeSettings

@@ -63,7 +63,7 @@ class P4D(Attack):
     any_try: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = P4DSettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": P4DSettings(steps=60, draw_every=20),
+        "quick": P4DSettings(steps=60, draw_every=60),
         "full": P4DSettings(),
     }
     settings: P4DSettings

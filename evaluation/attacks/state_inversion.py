@@ -44,7 +44,7 @@ class StateInversion(Attack):
     note: ClassVar[str] = "all token states of a prompt are optimised"
     Settings: ClassVar[type[Any]] = StateInversionSettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": StateInversionSettings(learning_rates=(0.05,), steps=100),
+        "quick": StateInversionSettings(learning_rates=(0.1,)),
         "full": StateInversionSettings(),
     }
     settings: StateInversionSettings

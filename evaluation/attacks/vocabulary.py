@@ -1,28 +1,30 @@
-"""Vocabulary: every token of the tokenizer, by itself and in place of the concept's word.
+"""Vocabulary: every word of the tokenizer, alone and in place of the concept's, those with the lowest loss drawn.
 
 This project's own. It asks whether any one word brings the concept back, which a search by gradient or likeness may
-miss. Each token is decoded and typed: by itself, and in the forbidden prompts instead of the concept's word. Of a
-large vocabulary, the tokens are taken whose text is nearest to the concept's word by the pooled text state.
-
-What a success means here: a word has one picture, and the words are dealt out to the concept's N prompts in turn, so
-that prompt i and its start noise meet the words i, i + N, i + 2N … in both forms. A try is one round, N words with
-one picture each; its rate is the share of its words that bring the concept back. The result, `any_try`, is the share
-of the prompts for which at least one of its own words did. One word that always works therefore
-counts once among N prompts: the tries' rates, not the result, tell how many words leak. And with some hundred
-pictures a prompt the judge's rare errors add up, so that the result has to be read beside that of the control. The last
-round is filled up with the nearest words.
+miss. Each token is decoded and read as an attacker would type it: by itself, and in prompts instead of the concept's
+word. The target's denoising loss on the attacker's pictures of the concept, with the same noise for all words, tells
+which words lead there (as in Diffusion Classifier, arXiv 2303.16203). In each form the words of the lowest loss are
+drawn for all prompts; each is a try. Of a large vocabulary, the tokens are read whose text is nearest to the concept's
+word by the pooled text state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from safemax_sd.evaluation.attacks.base import Access, Attack, Try
-from safemax_sd.evaluation.attacks.target import Sampling, Target
+from safemax_sd.evaluation.attacks.target import Sampling, Target, with_noise
 from safemax_sd.evaluation.attacks.task import Task
 from safemax_sd.evaluation.attacks.text import TextEncoders, pictures_of, refusal, reworded
+from torch import Tensor
+
+from safemax_sd.prompts import Prompt
+
+FORMS: Mapping[str, Callable[[Prompt, str], str]] = {"alone": lambda _, word: word, "in the prompt": reworded}
+"""Functions of a prompt and a word that return the text to try, by names of the forms."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +32,25 @@ class VocabularySettings:
     """Settings of the vocabulary.
 
     Attributes:
-        words: Most words of each concept; if the vocabulary has more, those nearest to the concept's are taken.
+        words: Most words of each concept; if the vocabulary has more, those nearest to the concept's are read.
+        samples: Noised pictures of the concept on which a word's loss is measured.
+        drawn: Words of each form that are drawn.
     """
 
     words: int = 2000
+    samples: int = 16
+    drawn: int = 8
 
 
 class Vocabulary(Attack):
-    """Single words, in the order of their nearness to the concept's."""
+    """Single words that make the target denoise pictures of the concept best."""
 
     name: ClassVar[str] = "vocabulary"
     label: ClassVar[str] = "Vocabulary"
     access: ClassVar[Access] = "prompt"
-    note: ClassVar[str] = "every word of the tokenizer, alone and in place of the concept's; one picture each"
-    any_try: ClassVar[bool] = True
+    note: ClassVar[str] = "every word of the tokenizer, alone and in place of the concept's; the likeliest are drawn"
     Settings: ClassVar[type[Any]] = VocabularySettings
-    presets: ClassVar[Mapping[str, Any]] = {"quick": VocabularySettings(256), "full": VocabularySettings()}
+    presets: ClassVar[Mapping[str, Any]] = {"quick": VocabularySettings(256, 4, 2), "full": VocabularySettings()}
     settings: VocabularySettings
 
     @classmethod
@@ -53,26 +58,43 @@ class Vocabulary(Attack):
         return refusal(target)
 
     def calls(self, task: Task, sampling: Sampling) -> int:
-        return 2 * self.rounds(task, self.settings.words) * sampling.calls(len(task))
+        settings = self.settings
+        read = len(task.concepts) * settings.words * settings.samples
+        return len(FORMS) * (read + settings.drawn * sampling.calls(len(task)))
 
     def run(self, target: Target, task: Task) -> Generator[Try]:
         encoders = TextEncoders(target.family)
         words = {concept: self.nearest(encoders, concept) for concept in task.concepts}
-        turns = {concept: task.rows(concept).tolist() for concept in task.concepts}
-        for number in range(self.rounds(task, max(len(each) for each in words.values()))):
-            alone, placed = [], []
-            for row, prompt in enumerate(task.prompts):
-                own, rows = words[prompt.shows], turns[prompt.shows]
-                word = own[(number * len(rows) + rows.index(row)) % len(own)]
-                alone.append(word)
-                placed.append(reworded(prompt, word))
-            for form, texts in (("alone", alone), ("in the prompt", placed)):
-                yield Try(f"{form}, round {number + 1}", pictures_of(target, texts, task.noise), tuple(texts))
+        for form, write in FORMS.items():
+            likeliest = {
+                concept: [own[place] for place in self.losses(target, task, concept, own, write).argsort().tolist()]
+                for concept, own in words.items()
+            }
+            for place in range(self.settings.drawn):
+                texts = []
+                for prompt in task.prompts:
+                    own = likeliest[prompt.shows]
+                    texts.append(write(prompt, own[place % len(own)]))
+                yield Try(f"{form}, word {place + 1}", pictures_of(target, texts, task.noise), tuple(texts))
 
-    @staticmethod
-    def rounds(task: Task, words: int) -> int:
-        """Return the rounds in which so many words have each a picture for every concept."""
-        return max(-(-words // len(task.rows(concept))) for concept in task.concepts)
+    @torch.no_grad()
+    def losses(
+        self, target: Target, task: Task, concept: str, words: list[str], write: Callable[[Prompt, str], str]
+    ) -> Tensor:
+        """Return the denoising loss on a concept's pictures with each word, [W]."""
+        shown, count = task.examples.showing(concept), self.settings.samples
+        rows = shown[torch.arange(count) % len(shown)]
+        prompts = [Prompt(task.examples.prompts[row], concept) for row in rows.tolist()]
+        texts = [write(prompt, word) for word in words for prompt in prompts]
+        generator = task.generator(f"{self.name} {concept}")
+        x_t, t, wanted = with_noise(target.family, task.examples.latents[rows], generator)
+        parts = []
+        for numbers in torch.arange(len(texts)).split(target.sampling.batch_size):
+            conditioning = target.encode([texts[number] for number in numbers.tolist()])
+            samples = (numbers % count).to(target.device)
+            error = target.family.predict(x_t[samples], t[samples], conditioning) - wanted[samples]
+            parts.append(error.square().flatten(1).mean(1).cpu())
+        return torch.cat(parts).view(len(words), count).mean(1)
 
     def nearest(self, encoders: TextEncoders, concept: str) -> list[str]:
         """Return the texts of the tokens, the nearest to the concept's name first."""

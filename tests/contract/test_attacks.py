@@ -33,7 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "p4d": {"tokens": 3, "steps": 3, "draw_every": 2},
     "ring_a_bell": {"searches": ((4, 3.0), (77, 5.5)), "population": 6, "generations": 3},
     "unlearn_diff_atk": {"tokens": 2, "stages": 2, "iterations": 2},
-    "vocabulary": {"words": 5},
+    "vocabulary": {"words": 5, "samples": 2, "drawn": 1},
 }
 """Settings that make an attack fast; an attack without an entry is tested with its defaults."""
 RESOLUTION = {"tiny_flux": 64}

@@ -1,11 +1,11 @@
-"""The vocabulary attack, which draws every word once in each form and distributes the words over the prompts."""
+"""The vocabulary attack, which draws the words under which the concept's pictures have the lowest loss."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from safemax_sd.evaluation.attacks.target import Sampling, Target
+from safemax_sd.evaluation.attacks.target import Sampling, Target, with_noise
 from safemax_sd.evaluation.attacks.task import Examples, Task
 from safemax_sd.evaluation.attacks.text import TextEncoders
 from safemax_sd.evaluation.attacks.vocabulary import Vocabulary, VocabularySettings
@@ -14,20 +14,29 @@ from safemax_sd.prompts import Prompt
 from tests import tiny
 
 
-def test_every_word_has_a_picture_in_each_form(tiny_model: Path) -> None:
+def test_words_are_ranked_by_the_loss_on_the_concepts_pictures(tiny_model: Path) -> None:
     family = tiny.load_latent(tiny_model)
     target = Target("base", family, family, Sampling(3.0, 1, 8))
     prompts = (Prompt("a b", "b"), Prompt("a pear", "pear"), Prompt("b", "b"))
-    noise, nothing = torch.randn(3, *target.latent_shape), torch.zeros(0)
-    task = Task(prompts, noise, Examples(nothing, nothing, (), ()))
-    tries = list(Vocabulary(VocabularySettings(5)).run(target, task))
-    words = Vocabulary(VocabularySettings(5)).nearest(TextEncoders(family), "b")
-    assert len(tries) == 2 * 5  # the one prompt of "pear" needs five rounds
-    rounds = [each.found for each in tries]
-    assert {len(found) for found in rounds} == {3}
-    alone = [word for each in rounds[::2] for word in (each[0], each[2])]
-    assert alone == words + words
-    assert [each[0] for each in rounds[1::2]] == [f"a {word}" for word in alone[::2]]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(3, *target.latent_shape, generator=generator)
+    latents = torch.randn(2, *target.latent_shape, generator=generator)
+    task = Task(prompts, noise, Examples(torch.zeros(0), latents, ("a b", "one pear"), ("b", "pear")))
+    attack = Vocabulary(VocabularySettings(words=5, samples=3, drawn=2))
+    tries = list(attack.run(target, task))
+    assert [each.name for each in tries] == [
+        f"{form}, word {number}" for form in ("alone", "in the prompt") for number in (1, 2)
+    ]
+
+    def loss(word: str) -> float:
+        """Return the mean loss of "one WORD" on the picture of the pear, with the attack's noise."""
+        x_t, t, wanted = with_noise(family, latents[[1, 1, 1]], task.generator("vocabulary pear"))
+        return float((family.predict(x_t, t, family.encode_prompts([f"one {word}"] * 3)) - wanted).square().mean())
+
+    words = attack.nearest(TextEncoders(family), "pear")
+    ranked = sorted(words, key=loss)
+    assert [each.found[1] for each in tries[2:]] == [f"a {word}" for word in ranked[:2]]
+    assert all(each.found[1] in words for each in tries[:2])
 
 
 def test_nearest_words_come_first_and_are_told_apart_as_text(tiny_model: Path) -> None:
