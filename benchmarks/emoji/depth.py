@@ -1,11 +1,11 @@
 """Attack erasures of a task and its controls through token states and weights, where the concept may still be known.
 
     python -m benchmarks.emoji.depth --task emoji/bomb --adapter default=no_bomb --adapter pruned=no_bomb_pruned \\
-      --never_known emoji_build/retrained --output_dir emoji_build/depth
+      --never_known benchmarks/emoji/never_known --output_dir emoji_build/depth
 
-The attacks are state inversion at two learning rates and relearning of all weights, with budgets between the presets of
-`safemax attack`. Each target gets a folder with attacks.json and its page; a killed run continues. Prints a Markdown
-table.
+The attacks are state inversion at two learning rates and relearning of all weights at three, with budgets between the
+presets of `safemax attack`; the strongest rate counts, for relearning at each number of steps. Each target gets a
+folder with attacks.json and its page; a killed run continues. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings
 from safemax_sd.evaluation.attacks.plain import Plain
 from safemax_sd.evaluation.attacks.relearning import Relearning
 from safemax_sd.evaluation.attacks.state_inversion import StateInversion, StateInversionSettings
+from safemax_sd.evaluation.resistance.curves import curves
 from safemax_sd.evaluation.resistance.options import ResistanceOptions
 from safemax_sd.evaluation.resistance.page import format_rate
 from safemax_sd.evaluation.resistance.report import AttackRow
@@ -25,13 +26,14 @@ from benchmarks.emoji.attack_plans import plans_of
 from benchmarks.results import markdown_line, markdown_table
 
 INVERSION = StateInversionSettings(learning_rates=(0.05, 0.1), steps=300)
-RELEARNING = FineTuningSettings(full_rates=(1e-4,), lora_rates=(), steps=(10, 20, 50, 100, 200))
+RELEARNING = FineTuningSettings(full_rates=(1e-4, 3e-4, 1e-3), lora_rates=(), steps=(10, 20, 50, 100, 200))
 
 
 def line(name: str, rows: tuple[AttackRow, ...]) -> str:
     """Return a target's line of the table."""
     by_attack = {row.attack: row for row in rows}
-    relearnt = [f"{tried.success.value:.0f}" for tried in by_attack[Relearning.name].tries]
+    (curve,) = curves(by_attack[Relearning.name]).values()
+    relearnt = [f"{success.value:.0f}" for success in curve.values()]
     rates = [format_rate(by_attack[attack].success) for attack in (Plain.name, StateInversion.name)]
     return markdown_line([name, *rates, *relearnt])
 
