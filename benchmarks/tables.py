@@ -33,6 +33,8 @@ NAMES = {
     "base": "base",
     "never_known": "never known",
 }
+ATTACKED = ("base", "esd", "salun")
+"""Models in the table of attacks' settings."""
 STEPS = (10, 20, 50, 100, 200)
 
 
@@ -55,6 +57,24 @@ def depth() -> str:
         lines.append([task, NAMES[target], both, _rate(success["success"]), *relearnt])
     head = ["task", "target", "kept, neighbours %", "state inversion %", f"relearnt after {STEPS[0]}", *STEPS[1:]]
     return markdown_table(head, lines)
+
+
+def attack_settings() -> str:
+    """Return the table of attacks' settings with the strongest try of each on each model."""
+    found: dict[str, dict[str, tuple[float, str]]] = {}
+    for row in read_rows(RESULTS / "2026-11-29-attack-settings.jsonl"):
+        best = found.setdefault(row["setting"], {})
+        tried = (row["value"], row["try"])
+        best[row["target"]] = max(best.get(row["target"], tried), tried, key=lambda each: each[0])
+    lines = []
+    for setting, best in found.items():
+        lines.append([f"`{setting}`", *(_tried(*best[target]) for target in ATTACKED)])
+    return markdown_table(["attack and setting", "base, %", "ESD, %", "SalUn, %"], lines)
+
+
+def _tried(value: float, name: str) -> str:
+    """Return a success with the name of its try, which tells nothing where nothing succeeded."""
+    return f"{value:.0f} ({name})" if value and name else f"{value:.0f}"
 
 
 def _kept(rows: list[dict[str, Any]]) -> dict[str, str]:
@@ -105,6 +125,7 @@ def comparison_by_task() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "depth": depth,
+    "attack settings": attack_settings,
     "comparison": comparison,
     "comparison by task": comparison_by_task,
     "search": lambda: search_table(read_rows(RESULTS / "emoji_search.jsonl")),

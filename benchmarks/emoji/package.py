@@ -1,6 +1,10 @@
-"""Write the trained models in float16 and the real pictures to `safemax_sd/assets/`, with their model cards.
+"""Write the trained models in float16 and the real pictures where they are committed, with their model cards.
 
-python -m benchmarks.emoji.package --build_dir emoji_build
+    python -m benchmarks.emoji.package --build_dir emoji_build
+    python -m benchmarks.emoji.package --parts never_known
+
+The first command writes what the package embeds, to `safemax_sd/assets/`; the second the control of the attacks, which
+`benchmarks.emoji.retrained` has trained, to `benchmarks/emoji/never_known/`.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from benchmarks.emoji.data import Pictures, load_pictures
+from benchmarks.emoji.retrained import ERASED
 from benchmarks.emoji.settings import ART_SETS, CONCEPTS, JUDGE_ART_SETS, RESOLUTION, ArtSet
 from safemax_sd.assets import ASSETS, EVALUATOR, PICTURES
 
+NEVER_KNOWN = Path(__file__).parent / "never_known"
 SHEET_COLUMNS = 28
 LIMIT_BYTES = 40_000_000
 
@@ -44,6 +50,11 @@ Names and tags: emojibase-data 17.0.0 (MIT). Recipe: `benchmarks/emoji/` of the 
 MODEL_TEXT = f"""A small Stable Diffusion (`StableDiffusionPipeline`, 64 px) that draws {len(CONCEPTS)} emoji in
 {len(ART_SETS)} art styles from captions such as "an emoji of a bomb in the noto style". It exists to study concept
 erasure where no large model fits: prompts outside its vocabulary give nothing sensible."""
+NEVER_KNOWN_TEXT = f"""The embedded emoji model's recipe without {len(ERASED)} concepts: trained from scratch, it has
+seen neither their pictures nor their names. It is the control of `safemax attack --never_known`: what an attack draws
+from it, the attack has taught. Latents and tokens are those of the embedded model.
+
+It has not seen: {", ".join(ERASED)}."""
 JUDGE_TEXT = """A small open_clip model that names the concept and the style of an emoji picture. It shares no weights
 with the diffusion model. Load it with `safemax_sd.core.judge.load_judge("emoji")`."""
 PICTURES_TEXT = """The real pictures (64 px, on white) behind the embedded models: `pictures.webp` is a sheet of them in
@@ -84,14 +95,17 @@ def write_pictures(pictures: Pictures, folder: Path) -> None:
     write_card(folder, "Emoji pictures", PICTURES_TEXT)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build_dir", type=Path, default=Path("emoji_build"))
-    build_dir = parser.parse_args().build_dir
-    pipeline = StableDiffusionPipeline.from_pretrained(build_dir / "model", dtype=torch.float16)
-    pipeline.save_pretrained(ASSETS / "emoji", safe_serialization=True)
-    clean_configs(ASSETS / "emoji")
-    write_card(ASSETS / "emoji", "The embedded emoji model", MODEL_TEXT)
+def write_model(trained: Path, folder: Path, title: str, text: str) -> None:
+    """Write a trained pipeline in float16 with its card."""
+    pipeline = StableDiffusionPipeline.from_pretrained(trained, dtype=torch.float16)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    clean_configs(folder)
+    write_card(folder, title, text)
+
+
+def write_embedded(build_dir: Path) -> None:
+    """Write what the package embeds: model, judge and real pictures."""
+    write_model(build_dir / "model", ASSETS / "emoji", "The embedded emoji model", MODEL_TEXT)
     shutil.copytree(build_dir / "evaluator", EVALUATOR, dirs_exist_ok=True)
     write_card(EVALUATOR, "The embedded judge", JUDGE_TEXT, (*ART_SETS, *JUDGE_ART_SETS))
     write_pictures(load_pictures(build_dir).concepts_only(), PICTURES)
@@ -99,6 +113,17 @@ def main() -> None:
     print(f"{total / 1e6:.1f} MB in {ASSETS}")
     if total > LIMIT_BYTES:
         raise SystemExit(f"the embedded models must stay below {LIMIT_BYTES / 1e6:.0f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build_dir", type=Path, default=Path("emoji_build"))
+    parser.add_argument("--parts", choices=["embedded", "never_known"], default="embedded")
+    arguments = parser.parse_args()
+    if arguments.parts == "embedded":
+        write_embedded(arguments.build_dir)
+    else:
+        write_model(arguments.build_dir / "retrained", NEVER_KNOWN, "The model that never knew", NEVER_KNOWN_TEXT)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class BenignTuning(Attack):
     x_is_cost: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = FineTuningSettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": FineTuningSettings(full_rates=(3e-4,), lora_rates=(3e-3,), steps=(200,)),
+        "quick": FineTuningSettings(full_rates=(3e-4,), lora_rates=(), steps=(200,)),
         "full": FineTuningSettings(),
     }
     settings: FineTuningSettings

@@ -65,7 +65,7 @@ class ConceptInversion(Attack):
     note: ClassVar[str] = "new tokens are learnt from pictures of the concept"
     Settings: ClassVar[type[Any]] = ConceptInversionSettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": ConceptInversionSettings((1,), (0.08,), steps=600, batch_size=8, pictures=16),
+        "quick": ConceptInversionSettings((4,), (0.02,), steps=600, batch_size=8, pictures=16),
         "full": ConceptInversionSettings(),
     }
     settings: ConceptInversionSettings

@@ -32,7 +32,7 @@ class Relearning(Attack):
     x_is_cost: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = FineTuningSettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": FineTuningSettings(full_rates=(3e-4,), lora_rates=(3e-3,), steps=(20, 50, 200)),
+        "quick": FineTuningSettings(full_rates=(1e-3,), lora_rates=(1e-2,), steps=(20, 50, 200)),
         "full": FineTuningSettings(),
     }
     settings: FineTuningSettings

@@ -49,7 +49,7 @@ class SecondLora(Attack):
     x_is_cost: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = SecondLoraSettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": SecondLoraSettings(learning_rates=(1e-3,), steps=(50, 200)),
+        "quick": SecondLoraSettings(learning_rates=(1e-3,), steps=(200,)),
         "full": SecondLoraSettings(),
     }
     settings: SecondLoraSettings

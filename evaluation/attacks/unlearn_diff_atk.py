@@ -11,7 +11,8 @@ Deviations: all stages are drawn, and any success counts, which is the same resu
 success is reported apart and not added: on a base model, which draws the concept anyway, the sum would be 100 %.
 Begin, end and padding are no candidates: nobody can type them. The projection is exact (by sorting) where the public
 code bisects. The picture's latents are not decoded and encoded again. Sampler, steps and guidance are those of the
-report. Models that predict v are attacked with the loss in their own prediction.
+report. Models that predict v are attacked with the loss in their own prediction. The quick preset puts one token before
+the prompt: with three a small text encoder no longer reads its short prompts, and the base model fails as well.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class UnlearnDiffAtk(Attack):
     any_try: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = UnlearnDiffAtkSettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": UnlearnDiffAtkSettings(stages=5, iterations=20),
+        "quick": UnlearnDiffAtkSettings(tokens=1, stages=3, iterations=20),
         "full": UnlearnDiffAtkSettings(),
     }
     settings: UnlearnDiffAtkSettings

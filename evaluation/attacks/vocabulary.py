@@ -50,7 +50,7 @@ class Vocabulary(Attack):
     access: ClassVar[Access] = "prompt"
     note: ClassVar[str] = "every word of the tokenizer, alone and in place of the concept's; the likeliest are drawn"
     Settings: ClassVar[type[Any]] = VocabularySettings
-    presets: ClassVar[Mapping[str, Any]] = {"quick": VocabularySettings(256, 4, 2), "full": VocabularySettings()}
+    presets: ClassVar[Mapping[str, Any]] = {"quick": VocabularySettings(256, 4, 1), "full": VocabularySettings()}
     settings: VocabularySettings
 
     @classmethod

@@ -116,10 +116,12 @@ def test_the_attacked_comparison_has_the_methods_that_change_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # a folder without a control
-    with pytest.raises(OptionError, match="never_known emoji_build/retrained is no model's folder"):
+    with pytest.raises(OptionError, match="never_known benchmarks/emoji/never_known is no model's folder"):
         read_comparison(str(ATTACKED))
     path = tmp_path / "compare.yaml"
-    path.write_text(ATTACKED.read_text().replace("emoji_build/retrained", "emoji"))  # another model of the same kind
+    path.write_text(
+        ATTACKED.read_text().replace("benchmarks/emoji/never_known", "emoji")
+    )  # another model of the same kind
     attacked, whole = read_comparison(str(path)), read_comparison(str(COMPARISON))
     assert {label: method.given for label, method in attacked.methods.items()} == {
         label: method.given for label, method in whole.methods.items() if method.not_attacked is None
