@@ -52,7 +52,7 @@ MODEL_TEXT = f"""A small Stable Diffusion (`StableDiffusionPipeline`, 64 px) tha
 erasure where no large model fits: prompts outside its vocabulary give nothing sensible."""
 NEVER_KNOWN_TEXT = f"""The embedded emoji model's recipe without {len(ERASED)} concepts: trained from scratch, it has
 seen neither their pictures nor their names. It is the control of `safemax attack --never_known`: what an attack draws
-from it, the attack has taught. Latents and tokens are those of the embedded model.
+from it, the attack has taught. Its latents are those of the embedded model, and its tokenizer has the same tokens.
 
 It has not seen: {", ".join(ERASED)}."""
 JUDGE_TEXT = """A small open_clip model that names the concept and the style of an emoji picture. It shares no weights

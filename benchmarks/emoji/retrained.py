@@ -6,8 +6,8 @@ Needs `python -m benchmarks.emoji.data` first. Autoencoder and vocabulary are th
 latents and tokens have the same meaning in both. UNet and text encoder are trained from scratch and see no picture and
 no caption of the concepts in `ERASED`. The embedded model was trained for 80 minutes with two threads. This run uses
 one thread and counts processor time, so that it can share a machine. 100 minutes give about the same number of steps:
-the embedded model's took 5.2 steps per second, this one 4.2 on that machine and 4.4 on a slower one, with a faster
-attention. Writes `emoji_build/retrained/`, a
+the embedded model's took 5.2 steps per second, this one 4.2 on that machine. In bfloat16 the steps are faster since;
+110 minutes on a slower machine gave the 24,800 steps of the model in `never_known/`. Writes `emoji_build/retrained/`, a
 StableDiffusionPipeline folder; a killed run continues.
 """
 
