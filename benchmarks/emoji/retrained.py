@@ -7,7 +7,7 @@ latents and tokens have the same meaning in both. UNet and text encoder are trai
 no caption of the concepts in `ERASED`. The embedded model was trained for 80 minutes with two threads. This run uses
 one thread and counts processor time, so that it can share a machine. 100 minutes give about the same number of steps:
 the embedded model's took 5.2 steps per second, this one 4.2 on that machine. In bfloat16 the steps are faster since;
-110 minutes on a slower machine gave the 24,800 steps of the model in `never_known/`. Writes `emoji_build/retrained/`, a
+110 minutes on a slower machine gave the 25,100 steps of the model in `never_known/`. Writes `emoji_build/retrained/`, a
 StableDiffusionPipeline folder; a killed run continues.
 """
 
