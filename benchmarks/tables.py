@@ -30,6 +30,7 @@ SHOWN = {
 NAMES = {
     "default": "SAFEMax",
     "directions": "SAFEMax, `--prune 10`",
+    "pruned": "SAFEMax, `--prune 10`",
     "base": "base",
     "never_known": "never known",
 }
@@ -57,6 +58,18 @@ def depth() -> str:
         lines.append([task, NAMES[target], both, _rate(success["success"]), *relearnt])
     head = ["task", "target", "kept, neighbours %", "state inversion %", f"relearnt after {STEPS[0]}", *STEPS[1:]]
     return markdown_table(head, lines)
+
+
+def depth_at_the_strongest_rates() -> str:
+    """Return the table of the bomb's depth, with the best rate and kind of relearning at each number of steps."""
+    rows = {(row["target"], row["attack"]): row for row in _read("2026-11-29-depth-strongest-rates.json")["rows"]}
+    lines = []
+    for target in ("base", "default", "pruned", "never_known"):
+        tries = rows[target, "relearning"]["tries"].items()
+        best = [max(value for name, value in tries if name.endswith(f" {steps} steps")) for steps in STEPS]
+        inversion = _rate(rows[target, "state_inversion"]["success"])
+        lines.append([NAMES[target], inversion, *(f"{value:.0f}" for value in best)])
+    return markdown_table(["target", "state inversion %", f"relearnt after {STEPS[0]}", *STEPS[1:]], lines)
 
 
 def attack_settings() -> str:
@@ -125,6 +138,7 @@ def comparison_by_task() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "depth": depth,
+    "depth at the strongest rates": depth_at_the_strongest_rates,
     "attack settings": attack_settings,
     "comparison": comparison,
     "comparison by task": comparison_by_task,
