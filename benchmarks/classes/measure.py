@@ -113,7 +113,7 @@ def forgetting(
 
 @dataclass(frozen=True)
 class KeptClass:
-    """What the classifier makes of pictures drawn of a kept class.
+    """Features of a kept class's pictures, and the number of those that the classifier recognises.
 
     Attributes:
         features: Last layer's features of the pictures, [N, F].

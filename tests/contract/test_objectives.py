@@ -46,8 +46,11 @@ FITTING = {"tiny_flux": ("--resolution", "64"), "tiny_ddpm": ("--lora_targets", 
 """Flags for models whose default pictures are large, or that have no cross-attention."""
 RESULTS = (adapter.WEIGHTS_NAME, adapter.KOHYA_NAME, "erasure.json", "halting_marks.safetensors", "README.md")
 """Files that a run writes after its last step, besides the folder of full weights."""
-SPLIT, APART = 0.2, 2.0
-"""Differences of weights, in learning rates: at most between whole and split batches, at least between seeds."""
+SPLIT, APART = 0.05, 2.0
+"""Differences of weights, in learning rates: at most between whole and split batches, at least between seeds.
+
+The first is a tensor's root mean square: where a gradient is almost zero, Adam turns rounding into a step.
+"""
 WITHOUT_CROSS_ATTENTION = {"tiny_ddpm", "tiny_sd3", "tiny_flux"}
 Case = tuple[str, str, str]
 """Objective, model and weights."""
@@ -277,7 +280,8 @@ def test_accumulation_splits_a_batch_exactly(config: TrainConfig, finished: Path
     whole = stored(finished, config)
     split = stored(train(replace(config, **sizes, gradient_accumulation_steps=parts)), config)
     for name in whole:
-        assert torch.allclose(whole[name], split[name], atol=SPLIT * config.learning_rate), name
+        apart = float((whole[name] - split[name]).square().mean().sqrt())
+        assert apart < SPLIT * config.learning_rate, name
 
 
 @CASES
