@@ -1,4 +1,4 @@
-"""Training of base models and judges: a time budget, resuming, several processes, learning rates, averaged weights."""
+"""Training of base models and judges: a time budget, resuming, learning rates and averaged weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,23 +19,8 @@ SAVE_SECONDS = 120
 """Seconds between two saves of a run."""
 
 
-def place() -> tuple[int, int]:
-    """Return this process's rank and the number of processes that train together."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def slowest(seconds: float) -> float:
-    """Return the largest of the processes' seconds, so that all of them end with the same step."""
-    longest = torch.tensor(seconds, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
-    return float(longest)
-
-
 class TimedRun:
     """A training of a set number of minutes, which continues after it was killed.
-
-    If several processes train together, the first one saves.
 
     Schedules follow the fraction of the budget that is spent rather than a number of steps: on a slower machine the
     same minutes give fewer steps, but still a complete schedule.
@@ -77,8 +61,7 @@ class TimedRun:
             self.step, self.spent = stored["step"], stored["spent"]
             for name, part in self._state.items():
                 part.load_state_dict(stored[name])
-        shown = {"total": round(self.budget), "initial": round(self.spent), "unit": "s", "desc": label}
-        self.bar = tqdm(**shown, disable=place()[0] > 0)
+        self.bar = tqdm(total=round(self.budget), initial=round(self.spent), unit="s", desc=label)
         self._last, self._saved = clock(), time.monotonic()
 
     @property
@@ -87,9 +70,7 @@ class TimedRun:
         return min(1.0, self.spent / self.budget)
 
     def restart_clock(self) -> None:
-        """Leave the time since the last step out of the budget, after work that is not training in any process."""
-        if dist.is_initialized():
-            dist.barrier()
+        """Leave the time since the last step out of the budget, after work that is not training."""
         self._last = self.clock()
 
     def update(self, loss: Tensor, factor: float) -> None:
@@ -106,7 +87,7 @@ class TimedRun:
         self.optimizer.step()
         self._average()
         now = self.clock()
-        self.spent, self._last, self.step = self.spent + slowest(now - self._last), now, self.step + 1
+        self.spent, self._last, self.step = self.spent + now - self._last, now, self.step + 1
         if time.monotonic() - self._saved > SAVE_SECONDS or self.spent >= self.budget:
             self.save()
         self.bar.update(round(self.spent) - self.bar.n)
@@ -119,9 +100,7 @@ class TimedRun:
         torch._foreach_lerp_(averaged, [p.detach() for p in self.network.parameters()], 1 - decay)
 
     def save(self) -> None:
-        """Save the run, in the first process."""
-        if place()[0] > 0:
-            return
+        """Save the run."""
         parts = {name: part.state_dict() for name, part in self._state.items()}
         temporary = self.path.with_suffix(".tmp")
         torch.save({"step": self.step, "spent": self.spent, **parts}, temporary)

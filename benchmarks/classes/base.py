@@ -6,10 +6,7 @@
 Writes `study/<dataset>/base/`, a DDPMPipeline folder, which `benchmarks.class_unlearning` takes. A killed training goes
 on where it was last saved. Minutes are processor time for each thread, so that other load does not shorten it. Every
 `--every` of them 200 pictures are drawn and judged, in time that does not count: `progress.jsonl` gets a row with loss,
-images a second and class accuracy, and the pictures are written beside it. Under torchrun every process takes its part
-of each batch, which two cores do faster than two threads:
-
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m benchmarks.classes.base --dataset cifar10_folded …
+images a second and class accuracy, and the pictures are written beside it.
 """
 
 from __future__ import annotations
@@ -17,32 +14,21 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.classes.classifier import load_classifier
 from benchmarks.classes.data import Dataset, load_dataset
 from benchmarks.classes.progress import ProgressLog
 from benchmarks.classes.settings import BASES, BaseSettings
-from benchmarks.training import (
-    TimedRun,
-    linear_factor,
-    min_snr_weights,
-    mixed_precision,
-    place,
-    positive,
-    processor_seconds,
-)
+from benchmarks.training import TimedRun, linear_factor, min_snr_weights, mixed_precision, positive, processor_seconds
 from safemax_sd.families.ddpm import ClassConditionalDDPM
 
 SEED = 0
@@ -54,7 +40,7 @@ class BaseTraining:
     """A base model's training.
 
     Every step seeds all random numbers anew with its own number, so that a training that continues after it was killed
-    draws what it would have drawn. If torch.distributed is initialized, each process takes its part of a batch.
+    draws what it would have drawn.
 
     Args:
         dataset: Data set to train on.
@@ -92,7 +78,6 @@ class BaseTraining:
             if isinstance(module, Attention):
                 # In bfloat16 on a CPU the fused attention's backward pass takes a fifth of a step.
                 module.set_processor(AttnProcessor())
-        self.trained = DistributedDataParallel(self.network) if dist.is_initialized() else self.network
         self.scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
         signal = self.scheduler.alphas_cumprod
         gamma = settings.snr_gamma
@@ -126,10 +111,7 @@ class BaseTraining:
         self.run.save()
 
     def batch_loss(self) -> Tensor:
-        """Return the loss of this process's part of the step's batch.
-
-        The whole batch depends on nothing but the number of the step.
-        """
+        """Return the loss of the step's own batch, which depends on nothing but weights and number of the step."""
         data, settings = self.dataset, self.settings
         generator = torch.manual_seed(SEED + self.run.step)  # the global one, which dropout draws from too
         rows = torch.randint(len(data.train), (settings.batch_size,), generator=generator)
@@ -142,10 +124,8 @@ class BaseTraining:
         times = torch.randint(len(self.weights), (len(rows),), generator=generator)
         noise = torch.randn(samples.shape, generator=generator)
         noisy = self.scheduler.add_noise(samples, noise, times)
-        rank, count = place()
-        noisy, times, labels, noise = (whole[rank::count] for whole in (noisy, times, labels, noise))
         with mixed_precision():
-            output = self.trained(noisy, times, class_labels=labels).sample
+            output = self.network(noisy, times, class_labels=labels).sample
         return ((output.float() - noise).square().mean((1, 2, 3)) * self.weights[times]).mean()
 
     def show(self) -> None:
@@ -183,12 +163,9 @@ def main() -> None:
     parser.add_argument("--data_file", type=Path, help="CIFAR-10 as an .npz of sheets; default: download it.")
     parser.add_argument("--classifier_file", type=Path, help="Weights of a CIFAR-10 ResNet-56.")
     arguments = parser.parse_args()
-    if "WORLD_SIZE" in os.environ:  # started by torchrun
-        dist.init_process_group("gloo")
     dataset = load_dataset(arguments.dataset, arguments.data_file)
     folder = arguments.work_dir / arguments.dataset
-    leads = place()[0] == 0
-    classifier = load_classifier(dataset, folder, arguments.classifier_file) if leads else None
+    classifier = load_classifier(dataset, folder, arguments.classifier_file)
     settings = BASES[arguments.dataset]
     if arguments.minutes is not None:
         settings = replace(settings, minutes=arguments.minutes)
@@ -197,11 +174,9 @@ def main() -> None:
     while training.run.progress < 1:
         rows = math.floor(training.run.spent / (60 * arguments.every)) + 1
         training.train(min(1.0, rows * arguments.every / settings.minutes))
-        if classifier is not None:
-            log.append(training.family(), dataset, classifier, training.loss)
-    if leads:
-        training.family().save_base(folder / "base")
-        print(f"base model: {folder / 'base'}")
+        log.append(training.family(), dataset, classifier, training.loss)
+    training.family().save_base(folder / "base")
+    print(f"base model: {folder / 'base'}")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,7 +20,6 @@ from benchmarks.results import read_rows
 from benchmarks.training import min_snr_weights
 from safemax_sd.families import LoadOptions, load_family
 from tests import tiny
-from tests.processes import in_two_processes
 
 STEPS = 6
 SETTINGS = BaseSettings(
@@ -87,34 +84,6 @@ def test_time_between_two_calls_is_not_counted(dataset: Dataset, tmp_path: Path)
         run.run.clock()
     run.train()
     assert run.run.step == STEPS
-
-
-def test_two_processes_train_as_one(dataset: Dataset, tmp_path: Path) -> None:
-    steady = replace(SETTINGS, network={**SETTINGS.network, "dropout": 0.0})
-
-    def start(folder: Path) -> BaseTraining:
-        return BaseTraining(dataset, folder, steady, clock=itertools.count().__next__)
-
-    def gradient(run: BaseTraining) -> Tensor:
-        run.batch_loss().backward()
-        return torch.cat([weight.grad.flatten() for weight in run.network.parameters() if weight.grad is not None])
-
-    def work(arguments: list[str]) -> int:
-        dist.init_process_group("gloo")
-        run = start(Path(arguments[0]))
-        found = gradient(run)
-        if dist.get_rank() == 0:
-            torch.save(found, arguments[1])
-        run.train()
-        return 0
-
-    stored = tmp_path / "gradient.pt"
-    in_two_processes(work, [str(tmp_path / "two"), str(stored)])
-    alone, both = start(tmp_path / "one"), start(tmp_path / "two")
-    expected = gradient(alone)
-    assert float((torch.load(stored) - expected).norm() / expected.norm()) < 0.02  # bfloat16 rounds otherwise
-    assert both.run.step == STEPS
-    assert both.run.spent == STEPS
 
 
 def test_a_folder_is_a_folded_model_and_is_logged(dataset: Dataset, tmp_path: Path) -> None:
