@@ -163,7 +163,7 @@ class Study:
         self.base = train_base(self.dataset, self.folder / "base", settings)
         self.classifier: Classifier = load_classifier(self.dataset, self.folder, arguments.classifier_file)
         # The base model keeps every class, so that ten rows share its pictures.
-        self.kept_by_base = cache(lambda number: self.kept_class(self.model(None), number))
+        self.kept_by_base = cache(self.judged(self.model(None)))
 
     def prompt_files(self, forgotten: int) -> dict[str, str]:
         """Write the prompt files of a class; return their paths by flag.
@@ -234,14 +234,15 @@ class Study:
     def measure(self, output: Path | None, forgotten: int) -> dict[str, Any]:
         """Measure forgetting and retention of a run; of the base model if `output` is None."""
         family = self.model(output)
-        judged = self.kept_by_base if output is None else partial(self.kept_class, family)
+        judged = self.kept_by_base if output is None else self.judged(family)
         return {
             **forgetting(family, self.dataset, self.classifier, forgotten, self.sampling),
             **retention(judged, self.dataset, self.classifier, forgotten),
         }
 
-    def kept_class(self, family: ModelFamily, number: int) -> KeptClass:
-        return kept_class(family, self.dataset, self.classifier, self.sampling, number)
+    def judged(self, family: ModelFamily) -> partial[KeptClass]:
+        """Return the function that draws and judges a kept class's pictures."""
+        return partial(kept_class, family, self.dataset, self.classifier, self.sampling)
 
     def part(self, method: str, forgotten: int, batch_fraction: float) -> TrainConfig:
         """Return the configuration of a run with a small part of the priors and a fraction of each batch."""

@@ -18,7 +18,7 @@ import torch
 from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target, with_noise
 from safemax_sd.evaluation.attacks.task import Task
-from safemax_sd.evaluation.attacks.text import TextEncoders, pictures_of, refusal, reworded
+from safemax_sd.evaluation.attacks.text import TextEncoders, pictures_of, prediction_losses, refusal, reworded
 from torch import Tensor
 
 from safemax_sd.prompts import Prompt
@@ -87,14 +87,14 @@ class Vocabulary(Attack):
         prompts = [Prompt(task.examples.prompts[row], concept) for row in rows.tolist()]
         texts = [write(prompt, word) for word in words for prompt in prompts]
         generator = task.generator(f"{self.name} {concept}")
-        x_t, t, wanted = with_noise(target.family, task.examples.latents[rows], generator)
-        parts = []
-        for numbers in torch.arange(len(texts)).split(target.sampling.batch_size):
-            conditioning = target.encode([texts[number] for number in numbers.tolist()])
-            samples = (numbers % count).to(target.device)
-            error = target.family.predict(x_t[samples], t[samples], conditioning) - wanted[samples]
-            parts.append(error.square().flatten(1).mean(1).cpu())
-        return torch.cat(parts).view(len(words), count).mean(1)
+        losses = prediction_losses(target, *with_noise(target.family, task.examples.latents[rows], generator))
+        encoders = TextEncoders(target.family)
+        ids, _ = encoders.layout(encoders.tokens(texts))
+        parts = [
+            losses(encoders.encode(ids[numbers]), numbers % count)
+            for numbers in torch.arange(len(texts)).split(target.sampling.batch_size)
+        ]
+        return torch.cat(parts).view(len(words), count).mean(1).cpu()
 
     def nearest(self, encoders: TextEncoders, concept: str) -> list[str]:
         """Return the texts of the tokens, the nearest to the concept's name first."""

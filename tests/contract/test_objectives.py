@@ -46,11 +46,8 @@ FITTING = {"tiny_flux": ("--resolution", "64"), "tiny_ddpm": ("--lora_targets", 
 """Flags for models whose default pictures are large, or that have no cross-attention."""
 RESULTS = (adapter.WEIGHTS_NAME, adapter.KOHYA_NAME, "erasure.json", "halting_marks.safetensors", "README.md")
 """Files that a run writes after its last step, besides the folder of full weights."""
-SPLIT, APART = 0.05, 2.0
-"""Differences of weights, in learning rates: at most between whole and split batches, at least between seeds.
-
-The first is a tensor's root mean square: where a gradient is almost zero, Adam turns rounding into a step.
-"""
+SPLIT, APART = 0.1, 2.0
+"""Differences of weights, in learning rates: at most between whole and split batches, at least between seeds."""
 WITHOUT_CROSS_ATTENTION = {"tiny_ddpm", "tiny_sd3", "tiny_flux"}
 Case = tuple[str, str, str]
 """Objective, model and weights."""
@@ -102,6 +99,8 @@ def config(request: Request, tmp_path: Path, objective: str, model: str, weights
     path: Path = request.getfixturevalue(model)
     arguments = tiny.train_arguments(path, tmp_path, tmp_path / "out", "--objective", objective, "--trainable", weights)
     batch = ("--train_batch_size", "4", "--retain_batch_size", "12")
+    # With the default ε, Adam turns rounding into steps where a gradient is almost zero.
+    batch = (*batch, "--adam_epsilon", "1e-6")
     return parse_config([*arguments, *batch, *QUICK.get(objective, ()), *FITTING.get(model, ())])
 
 
@@ -280,8 +279,7 @@ def test_accumulation_splits_a_batch_exactly(config: TrainConfig, finished: Path
     whole = stored(finished, config)
     split = stored(train(replace(config, **sizes, gradient_accumulation_steps=parts)), config)
     for name in whole:
-        apart = float((whole[name] - split[name]).square().mean().sqrt())
-        assert apart < SPLIT * config.learning_rate, name
+        assert torch.allclose(whole[name], split[name], atol=SPLIT * config.learning_rate), name
 
 
 @CASES

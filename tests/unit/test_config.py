@@ -119,9 +119,8 @@ def test_the_attacked_comparison_has_the_methods_that_change_weights(
     with pytest.raises(OptionError, match="never_known benchmarks/emoji/never_known is no model's folder"):
         read_comparison(str(ATTACKED))
     path = tmp_path / "compare.yaml"
-    path.write_text(
-        ATTACKED.read_text().replace("benchmarks/emoji/never_known", "emoji")
-    )  # another model of the same kind
+    # Another model of the same kind takes the control's place.
+    path.write_text(ATTACKED.read_text().replace("benchmarks/emoji/never_known", "emoji"))
     attacked, whole = read_comparison(str(path)), read_comparison(str(COMPARISON))
     assert {label: method.given for label, method in attacked.methods.items()} == {
         label: method.given for label, method in whole.methods.items() if method.not_attacked is None
