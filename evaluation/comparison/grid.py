@@ -24,10 +24,10 @@ from safemax_sd.results.folder import claimed, foreign, not_ours
 
 
 def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]]:
-    """Run the unfinished cells of a comparison and write its results.
+    """Run the unfinished cells of a comparison, and write the results of all that are done after each.
 
     Several processes may run one comparison at once, for example one on each GPU. Each runs cells and attacks that no
-    other process holds, and the last one to end writes the results of all.
+    other process holds.
 
     Args:
         config: Path of the YAML file.
@@ -54,12 +54,20 @@ def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]
     for part, before in bar:
         bar.set_description(printable(part.name))
         run_part(part, before, comparison.folder / CACHE)
-    with results_folder(comparison.folder):  # states read earlier could miss parts that other processes have run
+        publish(comparison, parts)
+    return comparison.folder, publish(comparison, parts)
+
+
+def publish(comparison: Comparison, parts: Sequence[Part]) -> list[str]:
+    """Write the results of all parts that are done, also by other processes.
+
+    Returns:
+        The name and reason of each part that failed.
+    """
+    with results_folder(comparison.folder):
         states = [(part, part.state()) for part in parts]
         write_results(comparison, states)
-    return comparison.folder, [
-        f"{part.name}: {state['reason']}" for part, state in states if state.get("status") == "failed"
-    ]
+    return [f"{part.name}: {state['reason']}" for part, state in states if state.get("status") == "failed"]
 
 
 def run_part(part: Part, before: dict[str, Any], base_cache: Path) -> None:

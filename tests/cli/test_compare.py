@@ -333,6 +333,26 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(grid: Path, place: Path
     assert {cell["status"] for cell in read(grid)["cells"]} == {"done"}
 
 
+def test_a_stopped_comparison_has_the_results_of_what_is_done(
+    grid: Path, place: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(cell: Cell, base_cache: Path) -> Shown:
+        if cell.label == "negative":
+            raise KeyboardInterrupt
+        return evaluate_cell(cell, base_cache)
+
+    for label in ("closed", "negative"):
+        shutil.rmtree(grid / label)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("safemax_sd.evaluation.comparison.cell.evaluate_cell", stopped)
+        compare(str(write_config(place, tiny_model)))
+    statuses = {cell["label"]: cell["status"] for cell in read(grid)["cells"]}
+    assert statuses == {"ours": "done", "closed": "done", "negative": "waiting"}
+    assert "negative" not in (grid / "compare.md").read_text()
+    compare(str(write_config(place, tiny_model)))
+    assert "negative" in (grid / "compare.md").read_text()
+
+
 def test_a_killed_comparison_takes_its_training_along(place: Path, tiny_model: Path, tmp_path: Path) -> None:
     long = {"objective": "safemax", **QUICK, "max_train_steps": 100_000}
     config = write_config(place, tiny_model, methods={"long": long}, output_dir=str(tmp_path / "long"))
