@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from benchmarks.classes.measure import (
     retention,
     verdict_on_noise,
 )
+from benchmarks.classes.methods import GUIDANCE, SMALL, VARIANTS
 from benchmarks.classes.settings import BASES
 from benchmarks.classes.summary import gallery, plot, summary
 from benchmarks.prompt_files import write_prompts
@@ -56,84 +57,6 @@ PART_PICTURES = 128
 """Number of real pictures of each class in a measurement on part of a run."""
 TIMED_FRACTION = {"digits": 1.0, "cifar10": 0.25, "cifar10_folded": 1.0}
 """Fraction of the batch in a timed step. A published CIFAR-10 batch needs over 24 GB; time is proportional to size."""
-GUIDANCE = 3.0
-SAFEMAX: dict[str, Any] = {
-    "replay_guidance_scale": GUIDANCE,
-    "target_guidance": GUIDANCE,
-    "train_batch_size": 12,
-    "max_train_steps": 550,
-    "learning_rate": 5e-4,
-    "lr_warmup_steps": 10,
-    "forget_trajectories": 64,
-    "retain_trajectories": 512,
-    "replay_inference_steps": 20,
-    "replay_span": 0.0,
-    "retain_noise": 0.0,  # with full weights it would take a copy of the network
-}
-"""Settings of the study, fixed here so that later defaults do not change it."""
-REPLAYED: dict[str, Any] = {"replay_guidance_scale": GUIDANCE, "replay_inference_steps": 20, "replay_batch_size": 250}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A method with its settings; flags that are not named keep the objective's defaults, the published values.
-
-    Attributes:
-        objective: Value of `--objective`.
-        settings: Flags for every data set.
-        small: Flags for small networks, which need fewer steps.
-        real_data: True if the method trains on the data set's pictures.
-    """
-
-    objective: str
-    settings: dict[str, Any]
-    small: dict[str, Any]
-    real_data: bool = False
-
-
-SMALL_SAFEMAX = {
-    "trainable": "full",
-    "learning_rate": 1e-3,
-    "max_train_steps": 200,
-    "train_batch_size": 24,
-    "retain_trajectories": 360,
-    "halt_unconditional": 0.6,
-    "halt_below": 0.4,
-    "halt_rollout": 0.0,
-}
-"""Flags for small networks, which halt without rollouts; rollouts would raise the FID of the kept classes."""
-VARIANTS: dict[str, Variant] = {
-    "safemax": Variant("safemax", SAFEMAX, SMALL_SAFEMAX),
-    "safemax_lora": Variant("safemax", SAFEMAX, {**SMALL_SAFEMAX, "trainable": "lora", "learning_rate": 2e-3}),
-    "safemax_lambda_0": Variant("safemax", {**SAFEMAX, "decay_lambda": 0.0}, SMALL_SAFEMAX),
-    "safemax_lambda_2": Variant("safemax", {**SAFEMAX, "decay_lambda": 2.0}, SMALL_SAFEMAX),
-    "safemax_lambda_4": Variant("safemax", {**SAFEMAX, "decay_lambda": 4.0}, SMALL_SAFEMAX),
-    "salun": Variant("salun", {}, {}, real_data=True),
-    "selective_amnesia": Variant(
-        "selective_amnesia",
-        REPLAYED,
-        # With the published λ = 10 no class is forgotten, since a small model's gradients, and so F, are far larger.
-        {
-            "max_train_steps": 500,
-            "learning_rate": 1e-3,
-            "ewc_weight": 1.0,
-            "fisher_samples": 50,
-            "retain_trajectories": 900,
-        },
-    ),
-}
-"""Methods by name. `safemax` trains all weights of a small network, as the others do, but a LoRA of the published."""
-PUBLISHED = {
-    "selective_amnesia": {"max_train_steps": 20_000, "learning_rate": 1e-4, "ewc_weight": 10.0, "fisher_samples": 5000,
-                          "retain_trajectories": 4500, "replay_inference_steps": 50},
-}  # fmt: skip
-"""Counts of steps and priors for the published network, and for small ones with `--published_counts`."""
-SMALL_CIFAR10 = {
-    "salun": {"max_train_steps": 200},
-    "selective_amnesia": {"max_train_steps": 300, "retain_trajectories": 225},
-}
-"""Counts below the published ones, since a step with 256 pictures takes seconds on two cores."""
-SMALL = ("digits", "cifar10_folded")
 SAMPLINGS = {
     "digits": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=1800),
     "cifar10": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=4500),
@@ -180,22 +103,18 @@ class Study:
 
     def config(self, method: str, forgotten: int, output_dir: Path, **changes: Any) -> TrainConfig:
         variant = VARIANTS[method]
-        settings = {**variant.settings, **(variant.small if self.dataset.name in SMALL else {})}
-        if self.counts == "published":
-            settings |= PUBLISHED.get(method, {})
-        elif self.dataset.name == "cifar10_folded":
-            settings |= SMALL_CIFAR10.get(method, {})
+        flags = variant.flags_for(self.dataset.name, published=self.counts == "published")
         if self.sampling.bfloat16 and has_bfloat16():
-            settings["mixed_precision"] = "bf16"
+            flags["mixed_precision"] = "bf16"
         if variant.real_data:
-            settings["train_data_dir"] = str(write_folder(self.dataset, self.folder / "pictures"))
+            flags["train_data_dir"] = str(write_folder(self.dataset, self.folder / "pictures"))
         return config_class(variant.objective)(
             **self.prompt_files(forgotten),
             pretrained_model_name_or_path=str(self.base),
             output_dir=str(output_dir),
             overwrite_output_dir=True,
             seed=self.arguments.seed,
-            **{"checkpointing_steps": 1_000_000, **settings, **changes},
+            **{"checkpointing_steps": 1_000_000, **flags, **changes},
         )
 
     def row(self, method: str, forgotten: int) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.class_unlearning import VARIANTS, Variant
 from benchmarks.classes.classifier import Classifier
 from benchmarks.classes.data import Dataset, read_sheets, write_folder
 from benchmarks.classes.measure import Sampling, forgetting, kept_class, retention
+from benchmarks.classes.methods import VARIANTS, Variant
 from safemax_sd.core.memory import TensorMemory
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.recording.picture_folder import PictureFolder
@@ -122,4 +122,4 @@ def test_memory_counts_what_is_alive() -> None:
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
 def test_every_variant_sets_flags_that_exist(variant: Variant) -> None:
     known = {field.name for field in dataclasses.fields(config_class(variant.objective))}
-    assert {*variant.settings, *variant.small} <= known
+    assert {*variant.flags, *variant.small, *variant.folded, *variant.published} <= known

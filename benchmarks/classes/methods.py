@@ -1,0 +1,106 @@
+"""Methods of the study with their settings, for the published network and for small ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SMALL = ("digits", "cifar10_folded")
+"""Data sets whose network is small enough for two cores."""
+GUIDANCE = 3.0
+SAFEMAX: Mapping[str, Any] = {
+    "replay_guidance_scale": GUIDANCE,
+    "target_guidance": GUIDANCE,
+    "train_batch_size": 12,
+    "max_train_steps": 550,
+    "learning_rate": 5e-4,
+    "lr_warmup_steps": 10,
+    "forget_trajectories": 64,
+    "retain_trajectories": 512,
+    "replay_inference_steps": 20,
+    "replay_span": 0.0,
+    "retain_noise": 0.0,  # with full weights it would take a copy of the network
+}
+"""SAFEMax's flags, fixed here so that later defaults do not change the study."""
+SMALL_SAFEMAX: Mapping[str, Any] = {
+    "trainable": "full",
+    "learning_rate": 1e-3,
+    "max_train_steps": 200,
+    "train_batch_size": 24,
+    "retain_trajectories": 360,
+    "halt_unconditional": 0.6,
+    "halt_below": 0.4,
+    "halt_rollout": 0.0,
+}
+"""Flags for small networks, which halt without rollouts; rollouts would raise the FID of the kept classes."""
+REPLAYED: Mapping[str, Any] = {
+    "replay_guidance_scale": GUIDANCE,
+    "replay_inference_steps": 20,
+    "replay_batch_size": 250,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with its flags; those that are not named keep the objective's defaults, the published values.
+
+    Attributes:
+        objective: Value of `--objective`.
+        flags: Flags for every data set.
+        small: Flags for small networks, which need fewer steps.
+        folded: Flags for `cifar10_folded` besides, since a step with 256 pictures takes seconds on two cores.
+        published: Counts of steps and priors for the published network, and for small ones with `--published_counts`.
+        real_data: True if the method trains on the data set's pictures.
+    """
+
+    objective: str
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    small: Mapping[str, Any] = field(default_factory=dict)
+    folded: Mapping[str, Any] = field(default_factory=dict)
+    published: Mapping[str, Any] = field(default_factory=dict)
+    real_data: bool = False
+
+    def flags_for(self, dataset: str, *, published: bool) -> dict[str, Any]:
+        """Return the flags for a data set.
+
+        Args:
+            dataset: Name of the data set.
+            published: True for the published counts.
+        """
+        flags = {**self.flags, **(self.small if dataset in SMALL else {})}
+        if published:
+            return flags | self.published
+        return flags | (self.folded if dataset == "cifar10_folded" else {})
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "safemax": Variant("safemax", SAFEMAX, SMALL_SAFEMAX),
+    "safemax_lora": Variant("safemax", SAFEMAX, {**SMALL_SAFEMAX, "trainable": "lora", "learning_rate": 2e-3}),
+    "safemax_lambda_0": Variant("safemax", {**SAFEMAX, "decay_lambda": 0.0}, SMALL_SAFEMAX),
+    "safemax_lambda_2": Variant("safemax", {**SAFEMAX, "decay_lambda": 2.0}, SMALL_SAFEMAX),
+    "safemax_lambda_4": Variant("safemax", {**SAFEMAX, "decay_lambda": 4.0}, SMALL_SAFEMAX),
+    "salun": Variant("salun", folded={"max_train_steps": 200}, real_data=True),
+    "selective_amnesia": Variant(
+        "selective_amnesia",
+        REPLAYED,
+        # With the published λ = 10 no class is forgotten, since a small model's gradients, and so F, are far larger.
+        small={
+            "max_train_steps": 500,
+            "learning_rate": 1e-3,
+            "ewc_weight": 1.0,
+            "fisher_samples": 50,
+            "retain_trajectories": 900,
+        },
+        folded={"max_train_steps": 300, "retain_trajectories": 225},
+        published={
+            "max_train_steps": 20_000,
+            "learning_rate": 1e-4,
+            "ewc_weight": 10.0,
+            "fisher_samples": 5000,
+            "retain_trajectories": 4500,
+            "replay_inference_steps": 50,
+        },
+    ),
+}
+"""Methods by name. `safemax` trains all weights of a small network, as the others do, but a LoRA of the published."""
