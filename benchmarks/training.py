@@ -134,14 +134,19 @@ def cosine_factor(step: int, progress: float, *, warmup_steps: int = 100) -> flo
     return min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def min_snr_weights(signal: Tensor, gamma: float) -> Tensor:
-    """Return the weights of the ε-loss that bound its weight as an x0-loss by `gamma` (arXiv 2303.09556, eq. 5).
+def min_snr_weights(signal: Tensor, gamma: float, prediction_type: str = "epsilon") -> Tensor:
+    """Return the weights of the loss on predictions that bound its weight as an x0-loss by `gamma`.
+
+    As an x0-loss, one on ε has the weight SNR (arXiv 2303.09556, eq. 5) and one on v the weight SNR + 1 (arXiv
+    2202.00512, section 4).
 
     Args:
         signal: Signal power a² of a variance-preserving process by timestep, [T].
         gamma: Highest weight of the x0-loss.
+        prediction_type: `epsilon` or `v_prediction`.
     """
-    return (gamma * (1 - signal) / signal).clamp(max=1.0)
+    of_x0 = {"epsilon": signal / (1 - signal), "v_prediction": 1 / (1 - signal)}[prediction_type]
+    return (gamma / of_x0).clamp(max=1.0)
 
 
 def has_bfloat16() -> bool:

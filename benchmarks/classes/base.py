@@ -29,6 +29,7 @@ from benchmarks.classes.data import Dataset, load_dataset
 from benchmarks.classes.progress import ProgressLog
 from benchmarks.classes.settings import BASES, BaseSettings
 from benchmarks.training import TimedRun, linear_factor, min_snr_weights, mixed_precision, positive, processor_seconds
+from safemax_sd.diffusion.process import from_scheduler
 from safemax_sd.families.ddpm import ClassConditionalDDPM
 
 SEED = 0
@@ -78,10 +79,18 @@ class BaseTraining:
             if isinstance(module, Attention):
                 # In bfloat16 on a CPU the fused attention's backward pass takes a fifth of a step.
                 module.set_processor(AttnProcessor())
-        self.scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-        signal = self.scheduler.alphas_cumprod
-        gamma = settings.snr_gamma
-        self.weights = torch.ones_like(signal) if gamma is None else min_snr_weights(signal, gamma)
+        self.scheduler = DDPMScheduler(
+            beta_start=1e-4,
+            beta_end=0.02,
+            beta_schedule="linear",
+            clip_sample=False,
+            prediction_type=settings.prediction_type,
+        )
+        self.process = from_scheduler(self.scheduler)
+        signal, gamma = self.scheduler.alphas_cumprod, settings.snr_gamma
+        self.weights = torch.ones_like(signal)
+        if gamma is not None:
+            self.weights = min_snr_weights(signal, gamma, settings.prediction_type)
         self.run = TimedRun(
             folder / "training.pt",
             self.network,
@@ -123,10 +132,10 @@ class BaseTraining:
         labels[torch.rand(len(rows), generator=generator) < settings.class_dropout] = len(data.class_names)
         times = torch.randint(len(self.weights), (len(rows),), generator=generator)
         noise = torch.randn(samples.shape, generator=generator)
-        noisy = self.scheduler.add_noise(samples, noise, times)
+        noisy, wanted = self.process.add_noise(samples, noise, times), self.process.target(samples, noise, times)
         with mixed_precision():
             output = self.network(noisy, times, class_labels=labels).sample
-        return ((output.float() - noise).square().mean((1, 2, 3)) * self.weights[times]).mean()
+        return ((output.float() - wanted).square().mean((1, 2, 3)) * self.weights[times]).mean()
 
     def show(self) -> None:
         """Show the loss and the images a second since the last call in the progress bar."""

@@ -15,7 +15,8 @@ class BaseSettings:
         minutes: Minutes of training.
         patch_size: Side of the squares of pixels that are folded into channels.
         flip: True to mirror half of the pictures at random.
-        snr_gamma: γ of min-SNR weighting; None for the plain ε-loss.
+        prediction_type: Prediction of the network, as diffusers' schedulers name it: `epsilon` or `v_prediction`.
+        snr_gamma: γ of `min_snr_weights`; None for the plain loss.
     """
 
     network: dict[str, Any]
@@ -26,6 +27,7 @@ class BaseSettings:
     class_dropout: float = 0.1
     patch_size: int = 1
     flip: bool = False
+    prediction_type: str = "epsilon"
     snr_gamma: float | None = None
 
 
@@ -48,6 +50,8 @@ def _folded(patch_size: int, learning_rate: float, network: dict[str, Any]) -> B
         ema_decay=0.9995,
         patch_size=patch_size,
         flip=True,
+        # A picture by ε is divided by as little as 1/158, so that the few steps here leave its colours wrong.
+        prediction_type="v_prediction",
         snr_gamma=5.0,
     )
 

@@ -36,6 +36,7 @@ SETTINGS = BaseSettings(
     batch_size=16,
     patch_size=2,
     flip=True,
+    prediction_type="v_prediction",
     snr_gamma=5.0,
 )
 
@@ -103,6 +104,7 @@ def test_a_folder_is_a_folded_model_and_is_logged(dataset: Dataset, tmp_path: Pa
     run.family().save_base(tmp_path / "base")
     family = load_family(LoadOptions(str(tmp_path / "base")))
     assert family.latent_shape(None) == (4, 4, 4)
+    assert family.process.parametrisation == "v_prediction"
     verdict = verdict_on_noise(family, dataset, classifier)
     assert verdict.startswith("1000 draws of N(0, I): ")
     assert sum(int(part.split()[0]) for part in verdict.split(": ")[1].split(";")[0].split(", ")) == 1000
@@ -112,6 +114,7 @@ def test_min_snr_bounds_the_weight_of_the_pictures_loss() -> None:
     signal = torch.tensor([0.99, 0.5, 0.01])
     snr = signal / (1 - signal)
     assert torch.allclose(min_snr_weights(signal, 5.0) * snr, snr.clamp(max=5.0))
+    assert torch.allclose(min_snr_weights(signal, 5.0, "v_prediction") * (snr + 1), (snr + 1).clamp(max=5.0))
 
 
 def test_stored_features_are_those_of_the_same_weights(dataset: Dataset, tmp_path: Path) -> None:
