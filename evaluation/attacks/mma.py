@@ -76,7 +76,7 @@ class MMA(Attack):
         def search(row: int) -> str:
             return self.search(encoders, task.prompts[row], task.generator(f"{self.name} {row}"))
 
-        texts = searched(task, self.settings.prompts, search)
+        texts = searched(encoders, task, self.settings.prompts, search, name=f"{self.name} {self.settings}")
         yield Try("", pictures_of(target, texts, task.noise), tuple(texts))
 
     def search(self, encoders: TextEncoders, prompt: Prompt, generator: torch.Generator) -> str:

@@ -80,7 +80,8 @@ class RingABell(Attack):
                 states(encoders, [prompt.text])[0] + strength * directions[prompt.shows] for prompt in task.prompts
             ]
             search = partial(self.text, encoders, task, goals, min(tokens, encoders.room))
-            texts = searched(task, settings.prompts, search)
+            name = f"{self.name} {settings}, {tokens} tokens, strength {strength}"
+            texts = searched(encoders, task, settings.prompts, search, name=name)
             pictures = pictures_of(target, texts, task.noise)
             yield Try(f"{tokens} tokens, strength {strength:g}", pictures, tuple(texts))
 

@@ -6,6 +6,7 @@ what an attacker can type: where the tokenizer reads that text in other tokens, 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ FREE = -1
 """Placeholder in a row of tokens for one that an attack chooses."""
 ROWS_AT_ONCE = 512
 CLIP = "clip_text_model"
+FOUND: dict[str, list[str]] = {}
+"""Texts that `searched` has found in this process, by a hash of everything that they depend on."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,15 @@ class TextEncoders:
         words = [token for token in range(len(self._tokenizer)) if token not in special]
         self.words = torch.tensor(words, device=self.table.device)
         self.room = int(self._tokenizer.model_max_length) - 2
+
+    def digest(self) -> str:
+        """Return a hash of the vocabulary and of all weights."""
+        found = hashlib.sha256(repr(sorted(self._tokenizer.get_vocab().items())).encode())
+        for encoder in self._encoders:
+            for name, tensor in encoder.state_dict().items():
+                found.update(name.encode())
+                found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each text, without begin and end, cut to `room`."""
@@ -215,17 +227,28 @@ def reworded(prompt: Prompt, word: str) -> str:
     return " ".join((text if count else f"{word} {text}").split())
 
 
-def searched(task: Task, most: int | None, search: Callable[[int], str]) -> list[str]:
-    """Search a text for the prompts of each concept, and return one for each prompt.
+def searched(
+    encoders: TextEncoders, task: Task, most: int | None, search: Callable[[int], str], *, name: str
+) -> list[str]:
+    """Search a text for the prompts of each concept with the text encoders alone, and return one for each prompt.
+
+    What one target's search has found is taken for all others with the same text encoders: most erasures, and the base
+    model, have the same.
 
     Args:
+        encoders: The target's text encoders.
         task: Task of the attack.
         most: Prompts of each concept that are searched for; the others take these texts in turn. None for all.
         search: Function of a prompt's index that returns its text.
+        name: Name of the search with all its settings.
     """
-    texts = {}
-    for concept in task.concepts:
-        rows = task.rows(concept).tolist()
-        found = [search(row) for row in rows[:most]]
-        texts.update({row: found[place % len(found)] for place, row in enumerate(rows)})
-    return [texts[row] for row in range(len(task))]
+    own = f"{encoders.digest()} {name} {most} {task.seed} {task.prompts}"
+    key = hashlib.sha256(own.encode()).hexdigest()
+    if key not in FOUND:
+        texts = {}
+        for concept in task.concepts:
+            rows = task.rows(concept).tolist()
+            found = [search(row) for row in rows[:most]]
+            texts.update({row: found[place % len(found)] for place, row in enumerate(rows)})
+        FOUND[key] = [texts[row] for row in range(len(task))]
+    return FOUND[key]

@@ -14,6 +14,7 @@ from safemax_sd.evaluation.attacks.base import PRESETS, Attack
 from safemax_sd.evaluation.attacks.latent_classifier import ClassifierTraining
 from safemax_sd.evaluation.attacks.target import Role, Sampling, Target
 from safemax_sd.evaluation.attacks.task import Examples, Task
+from safemax_sd.evaluation.attacks.text import FOUND
 
 from safemax_sd.prompts import Prompt
 from tests import tiny
@@ -130,11 +131,43 @@ def check_as_before(networks: Sequence[torch.nn.Module], before: Sequence[dict[s
 def test_an_attack_is_reproducible(attack: Attack, tiny_model: Path) -> None:
     drawn = []
     for _ in range(2):
+        FOUND.clear()
         target = build_target(tiny_model, None)
         drawn.append(list(attack.run(target, two_apples(target))))
     for first, second in zip(*drawn, strict=True):
         assert (first.name, first.found) == (second.name, second.found)
         assert torch.equal(first.pictures, second.pictures)
+
+
+@pytest.mark.parametrize("name", ["mma", "ring_a_bell"])
+def test_a_search_with_the_text_encoder_alone_serves_all_models_that_have_it(
+    attack: Attack, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(attack: Attack, target: Target, **changes: Any) -> list[tuple[str, ...]]:
+        return [each.found for each in attack.run(target, replace(two_apples(target), **changes))]
+
+    FOUND.clear()
+    search, searches = type(attack).search, []  # type: ignore[attr-defined]
+
+    def counted(*args: Any) -> Any:
+        searches.append(args)
+        return search(*args)
+
+    monkeypatch.setattr(type(attack), "search", counted)
+    target, base = build_target(tiny_model, None), build_target(tiny_model, None, "base")
+    first, count = found(attack, target), len(searches)
+    assert count > 0
+    assert found(attack, base) == first
+    assert len(searches) == count
+    found(attack, target, seed=1)
+    assert len(searches) == 2 * count
+    found(type(attack)(replace(attack.settings, prompts=1)), target)
+    assert len(searches) > 2 * count
+    before = len(searches)
+    for parameter in target.family.pipeline.text_encoder.parameters():
+        parameter.data *= 1.01
+    found(attack, target)
+    assert len(searches) == before + count
 
 
 def two_apples(target: Target) -> Task:
