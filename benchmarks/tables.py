@@ -22,18 +22,18 @@ RESULTS = DOCS / "results"
 DOCUMENTS = (DOCS / "attacks.md", DOCS / "emoji_benchmark.md")
 MARKED = re.compile(r"(<!-- table ([a-z ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 SHOWN = {
-    "bomb": ("base", "default", "directions", "never_known"),
-    "dog": ("base", "default", "directions", "never_known"),
-    "weapons": ("directions", "never_known"),
+    "bomb": ("base", "default", "pruned", "never_known"),
+    "dog": ("base", "default", "pruned", "never_known"),
+    "weapons": ("pruned", "never_known"),
 }
 """Targets of the table of depths by task, as the result files name them."""
 NAMES = {
     "default": "SAFEMax",
-    "directions": "SAFEMax, `--prune 10`",
     "pruned": "SAFEMax, `--prune 10`",
     "base": "base",
     "never_known": "never known",
 }
+DEPTHS = ("2026-11-29-depth-strongest-rates.json", "2026-11-29-depth-strongest-rates-dog-weapons.json")
 ATTACKED = ("base", "esd", "salun")
 """Models in the table of attacks' settings."""
 STEPS = (10, 20, 50, 100, 200)
@@ -45,31 +45,22 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def depth() -> str:
-    """Return the table of what attacks on token states and weights bring back."""
-    files = [_read(name) for name in ("2026-11-28-depth.json", "2026-11-28-depth-directions.json")]
-    rows = [row for content in files for row in content["rows"]]
+    """Return the table of what attacks on token states and weights bring back.
+
+    Of relearning, the best rate and kind of training counts at each number of steps.
+    """
+    rows = [row for name in DEPTHS for row in _read(name)["rows"]]
     attacks = {(row["task"].removeprefix("emoji/"), row["target"], row["attack"]): row for row in rows}
-    kept = _kept(files[-1]["evaluation"])
+    kept = _kept(_read("2026-11-28-depth-directions.json")["evaluation"])
     lines = []
     for task, target in ((task, target) for task, targets in SHOWN.items() for target in targets):
         success, tries = (attacks[task, target, attack] for attack in ("state_inversion", "relearning"))
-        relearnt = [f"{tries['tries'][f'full, rate 1e-4, {steps} steps']:.0f}" for steps in STEPS]
+        ends = [f" {steps} steps" for steps in STEPS]
+        relearnt = [max(value for name, value in tries["tries"].items() if name.endswith(end)) for end in ends]
         both = kept.get(f"{task}_{target}", "–")
-        lines.append([task, NAMES[target], both, _rate(success["success"]), *relearnt])
+        lines.append([task, NAMES[target], both, _rate(success["success"]), *(f"{value:.0f}" for value in relearnt)])
     head = ["task", "target", "kept, neighbours %", "state inversion %", f"relearnt after {STEPS[0]}", *STEPS[1:]]
     return markdown_table(head, lines)
-
-
-def depth_at_the_strongest_rates() -> str:
-    """Return the table of the bomb's depth, with the best rate and kind of relearning at each number of steps."""
-    rows = {(row["target"], row["attack"]): row for row in _read("2026-11-29-depth-strongest-rates.json")["rows"]}
-    lines = []
-    for target in ("base", "default", "pruned", "never_known"):
-        tries = rows[target, "relearning"]["tries"].items()
-        best = [max(value for name, value in tries if name.endswith(f" {steps} steps")) for steps in STEPS]
-        inversion = _rate(rows[target, "state_inversion"]["success"])
-        lines.append([NAMES[target], inversion, *(f"{value:.0f}" for value in best)])
-    return markdown_table(["target", "state inversion %", f"relearnt after {STEPS[0]}", *STEPS[1:]], lines)
 
 
 def attack_settings() -> str:
@@ -91,13 +82,17 @@ def _tried(value: float, name: str) -> str:
 
 
 def _kept(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Return what is recognised of retain prompts and of neighbours, by erasure; of SAFEMax's own, seed 0's."""
+    """Return what is recognised of retain prompts and of neighbours, by erasure, of separate runs with the same flags.
+
+    Args:
+        rows: Measurements of erasures with pruning; of SAFEMax's own, seed 0's are taken.
+    """
     found: dict[str, list[float]] = {}
     for part in ("retain", "neighbours"):
         wanted = {"metric": "clip_accuracy", "model": "erased", "subset": part}
         for row in rows:
             if wanted.items() <= row.items():
-                found.setdefault(row["erasure"], []).append(row["value"])
+                found.setdefault(row["erasure"].replace("directions", "pruned"), []).append(row["value"])
     for row in _read("2026-11-28-safemax-defaults.json")["rows"]:
         name = f"{row['task'].removeprefix('emoji/')}_default"
         if (row["code"], row["seed"]) == ("now", 0):
@@ -138,7 +133,6 @@ def comparison_by_task() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "depth": depth,
-    "depth at the strongest rates": depth_at_the_strongest_rates,
     "attack settings": attack_settings,
     "comparison": comparison,
     "comparison by task": comparison_by_task,

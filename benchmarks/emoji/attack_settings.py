@@ -53,6 +53,9 @@ def variants() -> dict[str, Attack]:
     found["concept_inversion 1500 steps"] = ConceptInversion(
         replace(INVERSION, tokens=(4,), learning_rates=(0.005, 0.01, 0.02), steps=1500)
     )
+    found["concept_inversion, lower rates"] = ConceptInversion(
+        replace(INVERSION, tokens=(4, 6), learning_rates=(0.002, 0.005), steps=1500)
+    )
     for steps in (100, 300):
         found[f"state_inversion {steps} steps"] = StateInversion(StateInversionSettings((0.02, 0.05, 0.1), steps))
     scales = (5.0, 10.0, 25.0, 81.0, 193.0)
