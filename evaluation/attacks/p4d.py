@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ class P4DSettings:
     """Settings of P4D.
 
     Attributes:
+        variants: Variants, N or K; each is a try.
         tokens: Tokens of P4D-N, instead of the prompt.
         every: Tokens of the prompt between two of P4D-K's.
         steps: Optimizer steps.
@@ -44,6 +45,7 @@ class P4DSettings:
         weight_decay: AdamW's weight decay.
     """
 
+    variants: tuple[Literal["N", "K"], ...] = ("N", "K")
     tokens: int = 16
     every: int = 3
     steps: int = 3000
@@ -63,7 +65,7 @@ class P4D(Attack):
     any_try: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = P4DSettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": P4DSettings(steps=60, draw_every=60),
+        "quick": P4DSettings(("K",), steps=60, draw_every=60),
         "full": P4DSettings(),
     }
     settings: P4DSettings
@@ -77,7 +79,7 @@ class P4D(Attack):
     def calls(self, task: Task, sampling: Sampling) -> int:
         settings, drawn = self.settings, sampling.calls(len(task))
         searched = 2 * settings.steps * len(task) + settings.steps // settings.draw_every * drawn
-        return drawn + 2 * searched  # the base's pictures, then N and K
+        return drawn + len(settings.variants) * searched  # the base's pictures besides
 
     def run(self, target: Target, task: Task) -> Generator[Try]:
         encoders, settings = TextEncoders(target.family), self.settings
@@ -86,8 +88,9 @@ class P4D(Attack):
             "N": [[FREE] * settings.tokens for _ in prompts],
             "K": [interleaved(row, settings.every) for row in prompts],
         }
-        for variant, each in rows.items():
-            found = self.search(target, task, each, clean=clean, generator=task.generator(f"{self.name} {variant}"))
+        for variant in settings.variants:
+            generator = task.generator(f"{self.name} {variant}")
+            found = self.search(target, task, rows[variant], clean=clean, generator=generator)
             for step, texts in found.items():
                 yield Try(f"{variant}, step {step}", pictures_of(target, texts, task.noise), tuple(texts))
 

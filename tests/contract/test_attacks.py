@@ -31,7 +31,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "second_lora": {"steps": (1, 2), "batch_size": 2},
     "state_inversion": {"learning_rates": (0.05, 0.1), "steps": 2, "batch_size": 2},
     "mma": {"tokens": 5, "steps": 2, "candidates": 8, "best": 4},
-    "p4d": {"tokens": 3, "steps": 3, "draw_every": 2},
+    "p4d": {"variants": ("N", "K"), "tokens": 3, "steps": 3, "draw_every": 2},
     "ring_a_bell": {"searches": ((4, 3.0), (77, 5.5)), "population": 6, "generations": 3},
     "unlearn_diff_atk": {"tokens": 2, "stages": 2, "iterations": 2},
     "vocabulary": {"words": 5, "samples": 2, "drawn": 1},
