@@ -6,6 +6,7 @@ import argparse
 import copy
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ class TimedRun:
         clock: Clock in seconds; `time.process_time` makes the budget independent of other load on the machine.
 
     Attributes:
+        previous: File with the save before the last, for a training that has diverged.
         ema: Network with averaged parameters.
         step: Number of steps taken.
         bar: Progress bar in seconds.
@@ -52,6 +54,7 @@ class TimedRun:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path, self.network, self.optimizer, self.clock = path, network, optimizer, clock
+        self.previous = path.with_suffix(".previous.pt")
         self.ema, self.ema_decay = copy.deepcopy(network).eval().requires_grad_(False), ema_decay
         self.learning_rate = float(optimizer.param_groups[0]["lr"])
         self.step, self.spent, self.budget = 0, 0.0, 60.0 * minutes
@@ -104,6 +107,8 @@ class TimedRun:
         parts = {name: part.state_dict() for name, part in self._state.items()}
         temporary = self.path.with_suffix(".tmp")
         torch.save({"step": self.step, "spent": self.spent, **parts}, temporary)
+        if self.path.exists():
+            shutil.copyfile(self.path, self.previous)
         os.replace(temporary, self.path)
         self._saved = time.monotonic()
 

@@ -29,12 +29,15 @@ from benchmarks.classes.data import Dataset, load_dataset
 from benchmarks.classes.progress import ProgressLog
 from benchmarks.classes.settings import BASES, BaseSettings
 from benchmarks.training import TimedRun, linear_factor, min_snr_weights, mixed_precision, positive, processor_seconds
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.diffusion.process import from_scheduler
 from safemax_sd.families.ddpm import ClassConditionalDDPM
 
 SEED = 0
 BAR_STEPS = 10
 """Steps between two updates of the progress bar's figures."""
+DIVERGED = 1.5
+"""Factor above its lowest value at which the average loss has diverged."""
 
 
 class BaseTraining:
@@ -52,6 +55,7 @@ class BaseTraining:
 
     Attributes:
         loss: Average loss of about the last hundred steps; NaN before the first.
+        lowest: Lowest average loss so far.
     """
 
     def __init__(
@@ -64,7 +68,8 @@ class BaseTraining:
         clock: Callable[[], float] = processor_seconds,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.dataset, self.settings, self.loss = dataset, settings, math.nan
+        self.dataset, self.settings = dataset, settings
+        self.loss, self.lowest = math.nan, math.inf
         torch.manual_seed(SEED)
         channels = dataset.train.shape[1] * settings.patch_size**2
         # channels_last is left out: in bfloat16 and at these sizes it is slower than the plain format.
@@ -94,7 +99,7 @@ class BaseTraining:
         self.run = TimedRun(
             folder / "training.pt",
             self.network,
-            torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate),
+            torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate, betas=settings.betas),
             minutes=settings.minutes,
             ema_decay=settings.ema_decay,
             label=label,
@@ -108,16 +113,27 @@ class BaseTraining:
         return ClassConditionalDDPM(unet, self.scheduler, names, torch.device("cpu"), self.settings.patch_size)
 
     def train(self, until: float = 1.0) -> None:
-        """Train until this fraction of the budget is spent, and save."""
+        """Train until this fraction of the budget is spent, and save; raise if the training diverges."""
         self.run.restart_clock()
         while self.run.progress < until:
             loss = self.batch_loss()
+            self.watch(loss.item())
             self.run.update(loss, linear_factor(self.run.step, self.run.progress, warmup_steps=100, decay_fraction=0.4))
-            value = loss.item()
-            self.loss = value if math.isnan(self.loss) else self.loss + 0.01 * (value - self.loss)
             if self.run.step % BAR_STEPS == 0:
                 self.show()
         self.run.save()
+
+    def watch(self, loss: float) -> None:
+        """Put a step's loss into the average.
+
+        Raises:
+            SafemaxError: The training has diverged.
+        """
+        self.loss = loss if math.isnan(self.loss) else self.loss + 0.01 * (loss - self.loss)
+        self.lowest = min(self.lowest, self.loss)
+        if not self.loss < DIVERGED * self.lowest:
+            text = f"the loss has risen from {self.lowest:.4f} to {self.loss:.4f} by step {self.run.step}: copy "
+            raise SafemaxError(f"{text}{self.run.previous} to {self.run.path} and lower the learning rate")
 
     def batch_loss(self) -> Tensor:
         """Return the loss of the step's own batch, which depends on nothing but weights and number of the step."""

@@ -17,6 +17,7 @@ class BaseSettings:
         flip: True to mirror half of the pictures at random.
         prediction_type: Prediction of the network, as diffusers' schedulers name it: `epsilon` or `v_prediction`.
         snr_gamma: γ of `min_snr_weights`; None for the plain loss.
+        betas: AdamW's β1 and β2.
     """
 
     network: dict[str, Any]
@@ -29,6 +30,7 @@ class BaseSettings:
     flip: bool = False
     prediction_type: str = "epsilon"
     snr_gamma: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 def _network(channels: tuple[int, ...], attention: tuple[bool, ...], layers: int) -> dict[str, Any]:
@@ -53,13 +55,14 @@ def _folded(patch_size: int, learning_rate: float, network: dict[str, Any]) -> B
         # A picture by ε is divided by as little as 1/158, so that the few steps here leave its colours wrong.
         prediction_type="v_prediction",
         snr_gamma=5.0,
+        betas=(0.9, 0.99),
     )
 
 
 SHAPES = {
-    "patch_2_deep": _folded(2, 1e-3, _network((64, 128, 128), (False, True, False), 2)),
-    "patch_2_shallow": _folded(2, 1e-3, _network((64, 128, 192), (False, True, True), 1)),
-    "patch_4": _folded(4, 7e-4, _network((128, 192), (True, True), 1)),
+    "patch_2_deep": _folded(2, 5e-4, _network((64, 128, 128), (False, True, False), 2)),
+    "patch_2_shallow": _folded(2, 5e-4, _network((64, 128, 192), (False, True, True), 1)),
+    "patch_4": _folded(4, 5e-4, _network((128, 192), (True, True), 1)),
 }
 """Base models for CIFAR-10 on a CPU, 6.5 to 7.7 M parameters, compared by `benchmarks.classes.shapes`.
 

@@ -18,6 +18,7 @@ from benchmarks.classes.progress import EACH, PROGRESS, ProgressLog
 from benchmarks.classes.settings import BaseSettings
 from benchmarks.results import read_rows
 from benchmarks.training import min_snr_weights
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.families import LoadOptions, load_family
 from tests import tiny
 
@@ -85,6 +86,20 @@ def test_time_between_two_calls_is_not_counted(dataset: Dataset, tmp_path: Path)
         run.run.clock()
     run.train()
     assert run.run.step == STEPS
+
+
+def test_a_training_that_diverges_ends_and_leaves_the_save_before_the_last(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = training(dataset, tmp_path)
+    run.train(2 / STEPS)
+    run.train(3 / STEPS)
+    rising = iter((1.0, 60.0))
+    monkeypatch.setattr(run, "batch_loss", lambda: next(rising) * next(run.network.parameters()).sum() ** 0)
+    run.loss = run.lowest = 1.0
+    with pytest.raises(SafemaxError, match=r"risen from 1\.0000 to 1\.5900 by step 4: copy .*training\.previous\.pt"):
+        run.train()
+    assert [torch.load(path)["step"] for path in (run.run.previous, run.run.path)] == [2, 3]
 
 
 def test_a_folder_is_a_folded_model_and_is_logged(dataset: Dataset, tmp_path: Path) -> None:
