@@ -15,8 +15,8 @@ from safemax_sd.evaluation.resistance.report import STRONG, Rate, excess
 NOTE = (
     "Attacks on the erased models: pictures in which the judge sees the erased concept, pooled over tasks and seeds, "
     "with Wilson's 95 % interval; lower is better. base: the same attacks on the base model; too weak: below "
-    "{strong:.0f} % there, so that the attack proves nothing. {known}Bold: the lowest value, and every value whose "
-    "interval holds that one or that lies in its interval. –: not attacked, or the attack does not apply. "
+    "{strong:.0f} % there, so that the attack proves nothing. {known}Bold: a line's lowest value, and every value "
+    "whose interval holds that one or that lies in its interval. –: not attacked, or the attack does not apply. "
     "Runs: attacked of planned."
 )
 KNOWN = (
@@ -115,27 +115,28 @@ def attack_grid(
     not_attacked: Mapping[str, str],
     refusals: Iterable[str],
 ) -> Grid:
-    """Lay out the table of attacks, with the `leaders` among the methods marked.
+    """Lay out the table of attacks, a line for each, with the `leaders` among the methods marked.
 
     Args:
-        table: Lines of the controls and of the methods that were attacked.
-        columns: Columns of the table.
-        methods: Labels of all methods, in the order of the lines.
+        table: Summaries of the controls and of the methods that were attacked.
+        columns: Columns of the summaries, which are the lines here: there are more attacks than methods.
+        methods: Labels of all methods, in their order.
         not_attacked: Reasons why methods cannot be attacked, by label.
         refusals: Attacks that do not apply to a model, each with its reason.
     """
     summary = {line.label: line for line in table}
     best = leaders([line for line in table if line.label in methods], columns)
-    lines = []
-    for label in (BASE, NEVER_KNOWN, *methods):
-        if label in summary:
-            line = summary[label]
-            entries = [Entry.of(line.values[c.name], c.unit, best=(label, c.name) in best) for c in columns]
-            lines.append((label, [*entries, Entry(f"{line.runs}/{line.planned}")]))
-        elif label in not_attacked:
-            lines.append((label, [Entry(DASH)] * (len(columns) + 1)))
-    head = ["method", *(column.heading for column in columns), "runs"]
-    return Grid(head, lines, _note(NEVER_KNOWN in summary, not_attacked, refusals), title="Attacks")
+    labels = [label for label in (BASE, NEVER_KNOWN, *methods) if label in summary or label in not_attacked]
+
+    def entry(label: str, column: Column) -> Entry:
+        if label not in summary:
+            return Entry(DASH)
+        return Entry.of(summary[label].values[column.name], column.unit, best=(label, column.name) in best)
+
+    lines = [(column.heading, [entry(label, column) for label in labels]) for column in columns]
+    runs = [f"{summary[label].runs}/{summary[label].planned}" if label in summary else DASH for label in labels]
+    lines.append(("runs", [Entry(text) for text in runs]))
+    return Grid(["attack", *labels], lines, _note(NEVER_KNOWN in summary, not_attacked, refusals), title="Attacks")
 
 
 def _note(known: bool, not_attacked: Mapping[str, str], refusals: Iterable[str]) -> str:

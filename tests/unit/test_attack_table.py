@@ -56,16 +56,18 @@ def test_the_lowest_is_marked_unless_the_attack_is_too_weak() -> None:
     table = summaries([*CONTROLS, *RUNS], ["base", "never_known", "ours", "theirs"], 4, columns)
     refused = {"steered": "it has no weights", "other": "it has no weights"}
     grid = attack_grid(table, columns, ["ours", "steered", "theirs", "other"], refused, ["Mist (no mist)"] * 2)
-    assert [label for label, _ in grid.lines] == ["base", "never_known", "ours", "steered", "theirs", "other"]
-    best = {label: [entry.best for entry in line] for label, line in grid.lines}
-    assert best["ours"] == [False, False, True, True, False]
-    assert not any(any(line) for label, line in best.items() if label != "ours")
-    lines = dict(grid.lines)
-    assert {entry.value for entry in lines["steered"]} == {"–"}
-    assert lines["ours"][-1].value == "2/4"
+    assert grid.head == ["attack", "base", "never_known", "ours", "steered", "theirs", "other"]
+    lines = {label: dict(zip(grid.head[1:], line, strict=True)) for label, line in grid.lines}
+    assert list(lines) == [*(column.heading for column in columns), "runs"]
+    best = {label: {method for method, entry in line.items() if entry.best} for label, line in lines.items()}
+    assert best == {"Adapter scale %": {"ours"}, "Adapter scale: excess": {"ours"}} | {
+        label: set() for label in ("No attack % (too weak)", "No attack: excess", "runs")
+    }
+    assert {line["steered"].value for line in lines.values()} == {"–"}
+    assert lines["runs"]["ours"].value == "2/4"
     assert "Not attacked: steered and other (it has no weights)." in grid.note
     assert "Not for every model: Mist (no mist)." in grid.note
-    assert "| ours | 0.0 [" in markdown([grid])
+    assert "| runs | 2/4 | 2/4 | 2/4 | – | 2/4 | – |" in markdown([grid])
 
 
 def test_without_a_control_there_is_no_excess() -> None:
