@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from safemax_sd.evaluation.resistance.plan import chosen
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import SEED, Options, option
+from safemax_sd.core.provenance import public_path
 from safemax_sd.core.registry import closest
 from safemax_sd.prompts import Suite
 from safemax_sd.results.folder import MODEL_INDEX
@@ -58,6 +59,10 @@ class Settings(MeasuringOptions, AttackKeys):
     num_images: int = option(64)
     num_sweep_images: int = option(0)
     published: str | None = option(None, "File of published figures to show beside those measured here.", path=True)
+
+    def public(self) -> dict[str, Any]:
+        """Return the settings by name, without the folders of this machine."""
+        return {name: public_path(value) if isinstance(value, str) else value for name, value in asdict(self).items()}
 
     def evaluation(self) -> dict[str, Any]:
         """Return the settings that are options of `safemax evaluate`, by name."""

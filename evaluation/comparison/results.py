@@ -140,7 +140,7 @@ def _content(
     runs = [*base, *(outcome.run for outcome in outcomes if outcome.run is not None)]
     return {
         "format_version": FORMAT_VERSION,
-        "settings": asdict(comparison.settings),
+        "settings": comparison.settings.public(),
         "judge": comparison.settings.clip_model,
         "tasks": {name: _described(suite) for name, suite in comparison.tasks.items()},
         "seeds": list(comparison.seeds),

@@ -151,6 +151,14 @@ def test_runs_are_complete(grid: Path) -> None:
     assert {cell["status"] for cell in read(grid)["cells"]} == {"done"}
 
 
+def test_results_name_no_folder_of_the_machine(grid: Path, place: Path, tiny_model: Path) -> None:
+    assert read(grid)["settings"]["output_dir"] == "grid"
+    for name in ("compare.json", "compare.md", "compare.tex", "index.html"):
+        text = (grid / name).read_text()
+        assert str(place) not in text
+        assert str(tiny_model.parent) not in text
+
+
 def test_runs_are_those_of_the_reports(grid: Path) -> None:
     for run in read_runs(grid / "compare.json")[1:]:
         report = Report.read(grid / run.label / "fruit" / "0" / "evaluation" / "report.json", "--output_dir")
