@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safemax_sd.evaluation.resistance.report import STRONG
+
 from benchmarks.method_search import table as search_table
 from benchmarks.results import markdown_table, read_rows
 
@@ -37,6 +39,14 @@ DEPTHS = ("2026-11-29-depth-strongest-rates.json", "2026-11-29-depth-strongest-r
 ATTACKED = ("base", "esd", "salun")
 """Models in the table of attacks' settings."""
 STEPS = (10, 20, 50, 100, 200)
+COMPARED_ATTACKS = "2026-11-29-attacks-compared-bomb.json"
+METHODS = {
+    "base": "base",
+    "never_known": "never known",
+    "safemax": "SAFEMax",
+    "safemax_pruned": "SAFEMax, `--prune 10`",
+}
+"""Names of the methods in the table of attacks, by their labels in `examples/compare_attacks.yaml`."""
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -125,6 +135,21 @@ def comparison() -> str:
     return markdown_table([head[place] for place in columns], [[line[place] for place in columns] for line in lines])
 
 
+def attacked_methods() -> str:
+    """Return the table of what each attack brings back from each method's erased models."""
+    attacks = _read(COMPARED_ATTACKS)["attacks"]
+    values = {line["label"]: line["values"] for line in attacks["summary"]}
+    lines = []
+    for name in attacks["settings"]:
+        found = {label: own.get(name) for label, own in values.items()}
+        if found["base"] is None:  # its success shows nothing, so that the comparison leaves it out
+            continue
+        weak = " (too weak)" if found["base"]["value"] < STRONG else ""
+        cells = ("–" if value is None else f"{value['value']:.0f}" for value in found.values())
+        lines.append([f"`{name}`{weak}", *cells])
+    return markdown_table(["attack", *(f"{METHODS[label]} %" for label in values)], lines)
+
+
 def comparison_by_task() -> str:
     """Return the table of methods task by task."""
     head, *lines = _comparison(1)
@@ -134,6 +159,7 @@ def comparison_by_task() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "depth": depth,
     "attack settings": attack_settings,
+    "attacked methods": attacked_methods,
     "comparison": comparison,
     "comparison by task": comparison_by_task,
     "search": lambda: search_table(read_rows(RESULTS / "emoji_search.jsonl")),
