@@ -32,21 +32,17 @@ SHOWN = {
 NAMES = {
     "default": "SAFEMax",
     "pruned": "SAFEMax, `--prune 10`",
+    "safemax": "SAFEMax",
+    "safemax_pruned": "SAFEMax, `--prune 10`",
     "base": "base",
     "never_known": "never known",
 }
+"""Names of the models in the tables, by those in the result files."""
 DEPTHS = ("2026-11-29-depth-strongest-rates.json", "2026-11-29-depth-strongest-rates-dog-weapons.json")
 ATTACKED = ("base", "esd", "salun")
 """Models in the table of attacks' settings."""
 STEPS = (10, 20, 50, 100, 200)
 COMPARED_ATTACKS = "2026-11-29-attacks-compared-bomb.json"
-METHODS = {
-    "base": "base",
-    "never_known": "never known",
-    "safemax": "SAFEMax",
-    "safemax_pruned": "SAFEMax, `--prune 10`",
-}
-"""Names of the methods in the table of attacks, by their labels in `examples/compare_attacks.yaml`."""
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -147,7 +143,7 @@ def attacked_methods() -> str:
         weak = " (too weak)" if found["base"]["value"] < STRONG else ""
         cells = ("–" if value is None else f"{value['value']:.0f}" for value in found.values())
         lines.append([f"`{name}`{weak}", *cells])
-    return markdown_table(["attack", *(f"{METHODS[label]} %" for label in values)], lines)
+    return markdown_table(["attack", *(f"{NAMES[label]} %" for label in values)], lines)
 
 
 def comparison_by_task() -> str:

@@ -51,11 +51,12 @@ def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]
                 raise not_ours(comparison.folder, name)
     waiting = [(part, state) for part in parts if (state := part.state()).get("status") != "done"]
     bar = tqdm(waiting, desc="compare", unit="run", initial=len(parts) - len(waiting), total=len(parts))
+    failed = [] if waiting else publish(comparison, parts)  # the page may be of an older version
     for part, before in bar:
         bar.set_description(printable(part.name))
         run_part(part, before, comparison.folder / CACHE)
-        publish(comparison, parts)
-    return comparison.folder, publish(comparison, parts)
+        failed = publish(comparison, parts)
+    return comparison.folder, failed
 
 
 def publish(comparison: Comparison, parts: Sequence[Part]) -> list[str]:
