@@ -63,10 +63,32 @@ def test_a_word_takes_the_concepts_place(text: str, concept: str, wanted: str) -
     assert reworded(Prompt(text, concept), "dog") == wanted
 
 
-def test_searched_texts_are_shared_by_the_prompts_of_a_concept() -> None:
-    prompts = tuple(Prompt(str(number), concept) for number, concept in enumerate("ababa"))
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> Task:
+    """A task of two concepts, before anything has been searched for it."""
+    monkeypatch.setattr("safemax_sd.evaluation.attacks.text.FOUND", {})
     nothing = torch.zeros(0)
-    task = Task(prompts, torch.zeros(5, 1), Examples(nothing, nothing, (), ()))
-    assert searched(task, None, str) == ["0", "1", "2", "3", "4"]
-    assert searched(task, 2, str) == ["0", "1", "2", "3", "0"]
-    assert searched(task, 1, str) == ["0", "1", "0", "1", "0"]
+    prompts = tuple(Prompt(str(number), concept) for number, concept in enumerate("ababa"))
+    return Task(prompts, torch.zeros(5, 1), Examples(nothing, nothing, (), ()))
+
+
+def test_searched_texts_are_shared_by_the_prompts_of_a_concept(tiny_model: Path, searches: Task) -> None:
+    encoders = TextEncoders(tiny.load_latent(tiny_model))
+    assert searched(encoders, searches, None, str, name="all") == ["0", "1", "2", "3", "4"]
+    assert searched(encoders, searches, 2, str, name="two") == ["0", "1", "2", "3", "0"]
+    assert searched(encoders, searches, 1, str, name="one") == ["0", "1", "0", "1", "0"]
+
+
+def test_searched_texts_serve_every_model_with_these_text_encoders(tiny_model: Path, searches: Task) -> None:
+    def in_vain(row: int) -> str:
+        raise AssertionError(f"prompt {row} was searched for again")
+
+    encoders, others = (TextEncoders(tiny.load_latent(tiny_model)) for _ in range(2))
+    found = searched(encoders, searches, None, str, name="search")
+    assert searched(others, searches, None, in_vain, name="search") == found
+    with pytest.raises(AssertionError, match="searched for again"):
+        searched(others, searches, None, in_vain, name="another search")
+    with torch.no_grad():
+        next(others._encoders[0].parameters()).view(-1)[0] += 1
+    with pytest.raises(AssertionError, match="searched for again"):
+        searched(others, searches, None, in_vain, name="search")
