@@ -16,8 +16,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from safemax_sd.core.errors import SafemaxError
+
 SAVE_SECONDS = 120
 """Seconds between two saves of a run."""
+DIVERGED = 1.5
+"""Factor above its lowest value at which the average loss of a diffusion model has diverged."""
 
 
 class TimedRun:
@@ -33,9 +37,12 @@ class TimedRun:
         minutes: Budget in minutes of `clock`.
         ema_decay: Decay of the averaged network.
         label: Label of the progress bar.
+        highest_rise: Factor above its lowest value at which the average loss has diverged; without limit by default.
         clock: Clock in seconds; `time.process_time` makes the budget independent of other load on the machine.
 
     Attributes:
+        loss: Average loss of about the last hundred steps; NaN before the first.
+        lowest: Lowest average loss so far.
         previous: File with the save before the last, for a training that has diverged.
         ema: Network with averaged parameters.
         step: Number of steps taken.
@@ -51,6 +58,7 @@ class TimedRun:
         minutes: float,
         ema_decay: float,
         label: str,
+        highest_rise: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path, self.network, self.optimizer, self.clock = path, network, optimizer, clock
@@ -58,10 +66,12 @@ class TimedRun:
         self.ema, self.ema_decay = copy.deepcopy(network).eval().requires_grad_(False), ema_decay
         self.learning_rate = float(optimizer.param_groups[0]["lr"])
         self.step, self.spent, self.budget = 0, 0.0, 60.0 * minutes
+        self.loss, self.lowest, self.highest_rise = math.nan, math.inf, highest_rise
         self._state: dict[str, Any] = {"model": network, "ema": self.ema, "optimizer": optimizer}
         if path.exists():
             stored = torch.load(path, weights_only=True)
             self.step, self.spent = stored["step"], stored["spent"]
+            self.loss, self.lowest = stored["loss"], stored["lowest"]
             for name, part in self._state.items():
                 part.load_state_dict(stored[name])
         self.bar = tqdm(total=round(self.budget), initial=round(self.spent), unit="s", desc=label)
@@ -82,7 +92,11 @@ class TimedRun:
         Args:
             loss: Loss of the step.
             factor: Factor of the learning rate.
+
+        Raises:
+            SafemaxError: The training has diverged.
         """
+        self._watch(loss.item())
         self.optimizer.param_groups[0]["lr"] = self.learning_rate * factor
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -95,6 +109,14 @@ class TimedRun:
             self.save()
         self.bar.update(round(self.spent) - self.bar.n)
 
+    def _watch(self, loss: float) -> None:
+        """Put a step's loss into the average; raise if that has risen too far."""
+        self.loss = loss if math.isnan(self.loss) else self.loss + 0.01 * (loss - self.loss)
+        self.lowest = min(self.lowest, self.loss)
+        if not self.loss <= self.highest_rise * self.lowest:
+            text = f"the loss has risen from {self.lowest:.4f} to {self.loss:.4f} by step {self.step}: copy "
+            raise SafemaxError(f"{text}{self.previous} to {self.path} and lower the learning rate")
+
     @torch.no_grad()
     def _average(self) -> None:
         """Move the averaged parameters toward the current ones, faster in the first steps."""
@@ -106,7 +128,8 @@ class TimedRun:
         """Save the run."""
         parts = {name: part.state_dict() for name, part in self._state.items()}
         temporary = self.path.with_suffix(".tmp")
-        torch.save({"step": self.step, "spent": self.spent, **parts}, temporary)
+        numbers = {"step": self.step, "spent": self.spent, "loss": self.loss, "lowest": self.lowest}
+        torch.save({**numbers, **parts}, temporary)
         if self.path.exists():
             shutil.copyfile(self.path, self.previous)
         os.replace(temporary, self.path)

@@ -28,16 +28,21 @@ from benchmarks.classes.classifier import load_classifier
 from benchmarks.classes.data import Dataset, load_dataset
 from benchmarks.classes.progress import ProgressLog
 from benchmarks.classes.settings import BASES, BaseSettings
-from benchmarks.training import TimedRun, linear_factor, min_snr_weights, mixed_precision, positive, processor_seconds
-from safemax_sd.core.errors import SafemaxError
+from benchmarks.training import (
+    DIVERGED,
+    TimedRun,
+    linear_factor,
+    min_snr_weights,
+    mixed_precision,
+    positive,
+    processor_seconds,
+)
 from safemax_sd.diffusion.process import from_scheduler
 from safemax_sd.families.ddpm import ClassConditionalDDPM
 
 SEED = 0
 BAR_STEPS = 10
 """Steps between two updates of the progress bar's figures."""
-DIVERGED = 1.5
-"""Factor above its lowest value at which the average loss has diverged."""
 
 
 class BaseTraining:
@@ -52,10 +57,6 @@ class BaseTraining:
         settings: Settings of the network and the training.
         label: Label of the progress bar.
         clock: Clock of the budget, as in `TimedRun`.
-
-    Attributes:
-        loss: Average loss of about the last hundred steps; NaN before the first.
-        lowest: Lowest average loss so far.
     """
 
     def __init__(
@@ -69,7 +70,6 @@ class BaseTraining:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.dataset, self.settings = dataset, settings
-        self.loss, self.lowest = math.nan, math.inf
         torch.manual_seed(SEED)
         channels = dataset.train.shape[1] * settings.patch_size**2
         # channels_last is left out: in bfloat16 and at these sizes it is slower than the plain format.
@@ -103,6 +103,7 @@ class BaseTraining:
             minutes=settings.minutes,
             ema_decay=settings.ema_decay,
             label=label,
+            highest_rise=DIVERGED,
             clock=clock,
         )
         self._shown = self.run.step, self.run.spent
@@ -116,24 +117,11 @@ class BaseTraining:
         """Train until this fraction of the budget is spent, and save; raise if the training diverges."""
         self.run.restart_clock()
         while self.run.progress < until:
-            loss = self.batch_loss()
-            self.watch(loss.item())
-            self.run.update(loss, linear_factor(self.run.step, self.run.progress, warmup_steps=100, decay_fraction=0.4))
+            factor = linear_factor(self.run.step, self.run.progress, warmup_steps=100, decay_fraction=0.4)
+            self.run.update(self.batch_loss(), factor)
             if self.run.step % BAR_STEPS == 0:
                 self.show()
         self.run.save()
-
-    def watch(self, loss: float) -> None:
-        """Put a step's loss into the average.
-
-        Raises:
-            SafemaxError: The training has diverged.
-        """
-        self.loss = loss if math.isnan(self.loss) else self.loss + 0.01 * (loss - self.loss)
-        self.lowest = min(self.lowest, self.loss)
-        if not self.loss < DIVERGED * self.lowest:
-            text = f"the loss has risen from {self.lowest:.4f} to {self.loss:.4f} by step {self.run.step}: copy "
-            raise SafemaxError(f"{text}{self.run.previous} to {self.run.path} and lower the learning rate")
 
     def batch_loss(self) -> Tensor:
         """Return the loss of the step's own batch, which depends on nothing but weights and number of the step."""
@@ -158,7 +146,7 @@ class BaseTraining:
         step, spent = self._shown
         rate = self.settings.batch_size * (self.run.step - step) / max(self.run.spent - spent, 1e-9)
         self._shown = self.run.step, self.run.spent
-        self.run.bar.set_postfix(step=self.run.step, loss=f"{self.loss:.4f}", images_per_s=f"{rate:.0f}")
+        self.run.bar.set_postfix(step=self.run.step, loss=f"{self.run.loss:.4f}", images_per_s=f"{rate:.0f}")
 
 
 def train_base(dataset: Dataset, folder: Path, settings: BaseSettings) -> Path:
@@ -199,7 +187,7 @@ def main() -> None:
     while training.run.progress < 1:
         rows = math.floor(training.run.spent / (60 * arguments.every)) + 1
         training.train(min(1.0, rows * arguments.every / settings.minutes))
-        log.append(training.family(), dataset, classifier, training.loss)
+        log.append(training.family(), dataset, classifier)
     training.family().save_base(folder / "base")
     print(f"base model: {folder / 'base'}")
 

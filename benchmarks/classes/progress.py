@@ -36,14 +36,13 @@ class ProgressLog:
         self.run, self.batch_size, self.folder = run, batch_size, folder
         self._last = run.step, run.spent
 
-    def append(self, family: ModelFamily, dataset: Dataset, classifier: Classifier, loss: float) -> Row:
+    def append(self, family: ModelFamily, dataset: Dataset, classifier: Classifier) -> Row:
         """Draw and judge pictures of every class; append and return a row.
 
         Args:
             family: Model with averaged weights.
             dataset: Data set of the classes.
             classifier: Classifier of the pictures.
-            loss: Average training loss.
         """
         steps, seconds = self.run.step - self._last[0], self.run.spent - self._last[1]
         self._last = self.run.step, self.run.spent
@@ -58,7 +57,7 @@ class ProgressLog:
             "step": self.run.step,
             "minutes": minutes,
             "images_per_second": self.batch_size * steps / max(seconds, 1e-9),
-            "loss": loss,
+            "loss": self.run.loss,
             "class_accuracy": 100 * float(named.mean()),
             "class_accuracy_with_rejection": 100 * float(accepted.mean()),
             "class_accuracy_by_class": (100 * named).tolist(),

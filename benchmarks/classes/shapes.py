@@ -46,7 +46,7 @@ def main() -> None:
             until = (turn + 1) / arguments.turns
             if training.run.progress < until:
                 training.train(until)
-                logs[name].append(training.family(), dataset, classifier, training.loss)
+                logs[name].append(training.family(), dataset, classifier)
     rows = {name: read_rows(folder / name / PROGRESS)[-1] for name in trainings}
     (folder / "shapes.md").write_text(table(trainings, rows), encoding="utf8")
     print(table(trainings, rows))

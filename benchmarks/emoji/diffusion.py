@@ -24,7 +24,7 @@ from benchmarks.emoji.autoencoder import encode
 from benchmarks.emoji.captions import Captioner, concept_synonyms
 from benchmarks.emoji.data import load_pictures, npm_folder
 from benchmarks.emoji.settings import SEED, DiffusionSettings
-from benchmarks.training import TimedRun, linear_factor, min_snr_weights, mixed_precision
+from benchmarks.training import DIVERGED, TimedRun, linear_factor, min_snr_weights, mixed_precision
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -192,12 +192,12 @@ def train(
         minutes=options.minutes,
         ema_decay=options.ema_decay,
         label=name,
+        highest_rise=DIVERGED,
         clock=clock,
     )
     batches.generator = np.random.default_rng([SEED, run.step])
     generator = torch.Generator().manual_seed(SEED + run.step)
     weights = min_snr_weights(scheduler.alphas_cumprod, options.snr_gamma)
-    average = 1.0
     while run.progress < 1:
         latents, captions = batches.next()
         times = torch.randint(1000, (len(latents),), generator=generator)
@@ -211,9 +211,8 @@ def train(
             run.step, run.progress, warmup_steps=options.warmup_steps, decay_fraction=options.decay_fraction
         )
         run.update(loss, factor)
-        average += 0.01 * (loss.item() - average)
         if run.step % 50 == 0:
-            run.bar.set_postfix(step=run.step, loss=f"{average:.4f}")
+            run.bar.set_postfix(step=run.step, loss=f"{run.loss:.4f}")
     unet, text_encoder = run.ema[0], run.ema[1]  # type: ignore[index]
     return pipeline(vae, text_encoder, tokenizer, unet, scheduler)
 

@@ -73,6 +73,7 @@ def test_a_training_continues_bit_for_bit(dataset: Dataset, tmp_path: Path) -> N
     torch.rand(7)  # what is drawn in between does not matter
     second = training(dataset, tmp_path / "parts")
     assert (first.run.step, second.run.step) == (STEPS // 2, STEPS // 2)
+    assert (first.run.loss, first.run.lowest) == (second.run.loss, second.run.lowest)
     second.train()
     assert whole.run.step == second.run.step == STEPS
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second), strict=True))
@@ -96,7 +97,7 @@ def test_a_training_that_diverges_ends_and_leaves_the_save_before_the_last(
     run.train(3 / STEPS)
     rising = iter((1.0, 60.0))
     monkeypatch.setattr(run, "batch_loss", lambda: next(rising) * next(run.network.parameters()).sum() ** 0)
-    run.loss = run.lowest = 1.0
+    run.run.loss = run.run.lowest = 1.0
     with pytest.raises(SafemaxError, match=r"risen from 1\.0000 to 1\.5900 by step 4: copy .*training\.previous\.pt"):
         run.train()
     assert [torch.load(path)["step"] for path in (run.run.previous, run.run.path)] == [2, 3]
@@ -107,7 +108,7 @@ def test_a_folder_is_a_folded_model_and_is_logged(dataset: Dataset, tmp_path: Pa
     log = ProgressLog(run.run, SETTINGS.batch_size, tmp_path)
     run.train()
     classifier = Classifier(judge(), dataset)
-    log.append(run.family(), dataset, classifier, run.loss)
+    log.append(run.family(), dataset, classifier)
     (row,) = read_rows(tmp_path / PROGRESS)
     assert row["images_per_second"] == SETTINGS.batch_size  # the clock advances by a second a step
     assert row["num_pictures"] == 3 * EACH
