@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,10 @@ from safemax_sd.evaluation.resistance.run import Resistance
 
 from safemax_sd.cli import main
 from safemax_sd.core.errors import SafemaxError
-from tests.cli.test_compare import METHODS, write_config, write_task
+from tests.comparisons import METHODS, in_this_process, write_config, write_task
 
 ASKED = {"attacks": ["adapter_scale"], "attack_images": 2}
 ROLES = ("erased", "base", "never_known")
-
-
-def in_this_process(words: Sequence[str], output: Path) -> None:
-    """Run a command in this process; another one would import all libraries again."""
-    assert words[0] == "safemax_sd.cli"
-    assert main(list(words[1:])) == 0
-    output.touch()
 
 
 def config(place: Path, tiny_model: Path, **changes: Any) -> str:

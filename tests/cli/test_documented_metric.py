@@ -14,7 +14,7 @@ from safemax_sd.evaluation.report import Report
 
 from safemax_sd.cli import main
 from tests import tiny
-from tests.cli.test_compare import write_config, write_task
+from tests.comparisons import write_config, write_task
 from tests.processes import SECONDS, forked, importing
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "adding_a_metric.md"

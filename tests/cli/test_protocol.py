@@ -11,7 +11,7 @@ import yaml
 from safemax_sd.evaluation.comparison.grid import compare
 from safemax_sd.evaluation.comparison.runs import read_runs
 
-from tests.cli.test_compare_attacks import in_this_process
+from tests.comparisons import in_this_process
 
 PUBLISHED = """\
 title: A stand-in's board

@@ -24,7 +24,7 @@ from safemax_sd.results.folder import claimed, finish
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
 from tests import tiny
-from tests.cli.test_compare import METHODS, write_config, write_task
+from tests.comparisons import METHODS, write_config, write_task
 from tests.kills import kills
 
 pytestmark = pytest.mark.xdist_group("result_folders")
