@@ -65,7 +65,7 @@ def test_a_word_takes_the_concepts_place(text: str, concept: str, wanted: str) -
 
 @pytest.fixture
 def searches(monkeypatch: pytest.MonkeyPatch) -> Task:
-    """A task of two concepts, before anything has been searched for it."""
+    """Build a task of two concepts, before anything has been searched for it."""
     monkeypatch.setattr("safemax_sd.evaluation.attacks.text.FOUND", {})
     nothing = torch.zeros(0)
     prompts = tuple(Prompt(str(number), concept) for number, concept in enumerate("ababa"))
