@@ -16,12 +16,13 @@ from typing import Any
 
 from safemax_sd.evaluation.resistance.report import STRONG
 
+from benchmarks.classes.claims import claim_table
 from benchmarks.method_search import table as search_table
 from benchmarks.results import markdown_table, read_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "results"
-DOCUMENTS = (DOCS / "attacks.md", DOCS / "emoji_benchmark.md")
+DOCUMENTS = (DOCS / "attacks.md", DOCS / "class_unlearning.md", DOCS / "emoji_benchmark.md")
 MARKED = re.compile(r"(<!-- table ([a-z ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 SHOWN = {
     "bomb": ("base", "default", "pruned", "never_known"),
@@ -42,6 +43,8 @@ DEPTHS = ("2026-11-29-depth-strongest-rates.json", "2026-11-29-depth-strongest-r
 ATTACKED = ("base", "esd", "salun")
 """Models in the table of attacks' settings."""
 STEPS = (10, 20, 50, 100, 200)
+STUDIES = {"digits": "class_unlearning_digits.jsonl", "published network": "class_unlearning_cifar10.jsonl"}
+"""Studies of class unlearning that published claims are compared with."""
 COMPARED_ATTACKS = "2026-11-29-attacks-compared-bomb.json"
 
 
@@ -152,7 +155,13 @@ def comparison_by_task() -> str:
     return markdown_table([name.removeprefix("emoji/") for name in head], lines)
 
 
+def claims() -> str:
+    """Return the table of what the studies say of each published claim."""
+    return claim_table({study: read_rows(RESULTS / name) for study, name in STUDIES.items()})
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "claims": claims,
     "depth": depth,
     "attack settings": attack_settings,
     "attacked methods": attacked_methods,

@@ -1,0 +1,167 @@
+"""The claims of the published study (arXiv 2508.20773), each beside what the rows of our studies say of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.classes.summary import SECONDS, paired_difference, value
+from benchmarks.results import Row, markdown_table
+
+ALL = 99.5
+"""Unlearning accuracy in percent that counts as that of a forgotten class."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer of a study to a claim.
+
+    Attributes:
+        figure: Our figure, as text.
+        agrees: True if the claim is reproduced.
+    """
+
+    figure: str
+    agrees: bool
+
+    def text(self) -> str:
+        return f"{'reproduced' if self.agrees else 'not reproduced'}: {self.figure}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the published study.
+
+    Attributes:
+        text: The claim with its figure.
+        ask: Function of a study's rows that returns their answer; None if they do not hold what it needs.
+    """
+
+    text: str
+    ask: Callable[[Sequence[Row]], Answer | None]
+
+
+def pairs(rows: Sequence[Row], method: str, quantity: Callable[[Row], float]) -> list[tuple[float, float]]:
+    """Return a quantity of another method and of SAFEMax for each class, seed and repeat that both have a row of."""
+
+    def by_key(name: str) -> dict[tuple[int, int, int], float]:
+        own = (row for row in rows if row["method"] == name)
+        return {(row["class"], row["seed"], row.get("repeat", 0)): quantity(row) for row in own}
+
+    others, own = by_key(method), by_key("safemax")
+    return [(others[key], own[key]) for key in sorted(others.keys() & own.keys())]
+
+
+def faster(method: str, wanted: float, *, priors: bool) -> Callable[[Sequence[Row]], Answer | None]:
+    """Return the question how many times SAFEMax's seconds another method takes.
+
+    Estimates of runs with the published counts answer it, and only where there are none the measured runs.
+
+    Args:
+        method: The other method.
+        wanted: Published ratio.
+        priors: True to count the seconds of both methods' priors too.
+    """
+
+    def estimated(row: Row) -> float:
+        return float(row["seconds"] if priors else row["seconds_step"] * row["steps"])
+
+    def measured(row: Row) -> float:
+        return value(row, SECONDS if priors else "seconds_training")
+
+    def ask(rows: Sequence[Row]) -> Answer | None:
+        for kind, seconds, origin in (("rates", estimated, ", from the rates of parts"), ("class", measured, "")):
+            found = pairs(of_kind(rows, kind), method, seconds)
+            if found:
+                ratios = [other / own for other, own in found]
+                median = statistics.median(ratios)
+                spread = f" ({min(ratios):.1f} to {max(ratios):.1f})" if len(ratios) > 1 else ""
+                return Answer(f"{median:.1f}{spread}{origin}", median >= wanted)
+        return None
+
+    return ask
+
+
+def less_memory(method: str, wanted: float) -> Callable[[Sequence[Row]], Answer | None]:
+    """Return the question how many percent less memory a step of SAFEMax needs than one of another method.
+
+    Args:
+        method: The other method.
+        wanted: Published percentage.
+    """
+
+    def ask(rows: Sequence[Row]) -> Answer | None:
+        for kind in ("memory", "class"):
+            found = pairs(of_kind(rows, kind), method, lambda row: float(row["step_memory_bytes"]))
+            if found:
+                median = statistics.median(100 * (1 - own / other) for other, own in found)
+                return Answer(f"{median:.0f} %", median >= wanted)
+        return None
+
+    return ask
+
+
+def of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
+    return [row for row in rows if row["kind"] == kind]
+
+
+def decay(rows: Sequence[Row]) -> Answer | None:
+    """Answer by how many percent λ = 1 lowers the FID of λ = 0."""
+    found = paired_difference(rows, "safemax_lambda_0", "safemax", "fid")
+    if found is None or found.interval is None:
+        return None
+    both = pairs(of_kind(rows, "class"), "safemax_lambda_0", lambda row: float(row["fid"]))
+    without = statistics.fmean(other for other, _ in both)
+    low, mean, high = (100 * part / without for part in (found.interval[0], found.mean, found.interval[1]))
+    return Answer(f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}] over {found.pairs} pairs", low > 0)
+
+
+def forgotten(rows: Sequence[Row]) -> Answer | None:
+    """Answer in how many classes UA is 100 %, and which class noise is called."""
+    own = {row["class"]: row for row in of_kind(rows, "class") if row["method"] == "safemax" and row["seed"] == 0}
+    if not own:
+        return None
+    plain, rejecting = (
+        [number for number, row in own.items() if row[column] < ALL]
+        for column in ("unlearning_accuracy", "unlearning_accuracy_with_rejection")
+    )
+    count = len(own)
+    figure = f"{count - len(plain)} of {count} classes; with rejection {count - len(rejecting)} of {count}"
+    return Answer(figure, len(plain) == 1)
+
+
+def highest_entropy(rows: Sequence[Row]) -> Answer | None:
+    """Answer in how many classes SAFEMax's H is above that of both other methods."""
+    runs = of_kind(rows, "class")
+    others = [pairs(runs, method, lambda row: float(row["entropy"])) for method in ("selective_amnesia", "salun")]
+    if not all(others):
+        return None
+    counts = [sum(own > other for other, own in found) for found in others]
+    figure = f"above SA's in {counts[0]} of {len(others[0])} classes, above SalUn's in {counts[1]} of {len(others[1])}"
+    return Answer(figure, all(count == len(found) for count, found in zip(counts, others, strict=True)))
+
+
+CLAIMS = (
+    Claim("30 times faster than SA", faster("selective_amnesia", 30, priors=False)),
+    Claim("230 times faster than SA with priors", faster("selective_amnesia", 230, priors=True)),
+    Claim("2 times faster than SalUn", faster("salun", 2, priors=True)),
+    Claim("45 % less memory than SA", less_memory("selective_amnesia", 45)),
+    Claim("59 % less memory than SalUn", less_memory("salun", 59)),
+    Claim("the decay (λ = 1) lowers the FID by 5.62 %", decay),
+    Claim("UA is 100 % in all classes but the one that noise is called", forgotten),
+    Claim("H is the highest in every class", highest_entropy),
+)
+
+
+def claim_table(studies: Mapping[str, Sequence[Row]]) -> str:
+    """Return a table with a line for each claim and a column for each study.
+
+    Args:
+        studies: Rows of the studies, by their names.
+    """
+    lines = []
+    for claim in CLAIMS:
+        answers = [claim.ask(rows) for rows in studies.values()]
+        lines.append([claim.text, *("not testable" if answer is None else answer.text() for answer in answers)])
+    return markdown_table(["published claim", *studies], lines)
