@@ -32,6 +32,7 @@ from benchmarks.training import (
     DIVERGED,
     TimedRun,
     linear_factor,
+    lognormal_times,
     min_snr_weights,
     mixed_precision,
     positive,
@@ -94,8 +95,11 @@ class BaseTraining:
         self.process = from_scheduler(self.scheduler)
         signal, gamma = self.scheduler.alphas_cumprod, settings.snr_gamma
         self.weights = torch.ones_like(signal)
+        self.times = torch.ones_like(signal)
         if gamma is not None:
             self.weights = min_snr_weights(signal, gamma, settings.prediction_type)
+        if settings.log_sigma is not None:
+            self.times = lognormal_times(signal, *settings.log_sigma)
         self.run = TimedRun(
             folder / "training.pt",
             self.network,
@@ -134,7 +138,7 @@ class BaseTraining:
             pictures[mirrored] = pictures[mirrored].flip(-1)
         samples = F.pixel_unshuffle(pictures, settings.patch_size)
         labels[torch.rand(len(rows), generator=generator) < settings.class_dropout] = len(data.class_names)
-        times = torch.randint(len(self.weights), (len(rows),), generator=generator)
+        times = torch.multinomial(self.times, len(rows), replacement=True, generator=generator)
         noise = torch.randn(samples.shape, generator=generator)
         noisy, wanted = self.process.add_noise(samples, noise, times), self.process.target(samples, noise, times)
         with mixed_precision():

@@ -17,6 +17,7 @@ class BaseSettings:
         flip: True to mirror half of the pictures at random.
         prediction_type: Prediction of the network, as diffusers' schedulers name it: `epsilon` or `v_prediction`.
         snr_gamma: γ of `min_snr_weights`; None for the plain loss.
+        log_sigma: Mean and standard deviation of ln σ in `lognormal_times`; None for timesteps that are drawn evenly.
         betas: AdamW's β1 and β2.
     """
 
@@ -30,6 +31,7 @@ class BaseSettings:
     flip: bool = False
     prediction_type: str = "epsilon"
     snr_gamma: float | None = None
+    log_sigma: tuple[float, float] | None = None
     betas: tuple[float, float] = (0.9, 0.999)
 
 
@@ -43,26 +45,27 @@ def _network(channels: tuple[int, ...], attention: tuple[bool, ...], layers: int
     }
 
 
-def _folded(patch_size: int, learning_rate: float, network: dict[str, Any]) -> BaseSettings:
+def _folded(patch_size: int, network: dict[str, Any]) -> BaseSettings:
     return BaseSettings(
         network={**network, "attention_head_dim": 32},
         minutes=600.0,
-        batch_size=64,  # the time of a step is in proportion, and there are few enough steps
-        learning_rate=learning_rate,
+        batch_size=32,  # the time of a step is in proportion, and there are few enough steps
+        learning_rate=4e-4,
         ema_decay=0.9995,
         patch_size=patch_size,
         flip=True,
         # A picture by ε is divided by as little as 1/158, so that the few steps here leave its colours wrong.
         prediction_type="v_prediction",
         snr_gamma=5.0,
+        log_sigma=(0.0, 1.2),
         betas=(0.9, 0.99),
     )
 
 
 SHAPES = {
-    "patch_2_deep": _folded(2, 5e-4, _network((64, 128, 128), (False, True, False), 2)),
-    "patch_2_shallow": _folded(2, 5e-4, _network((64, 128, 192), (False, True, True), 1)),
-    "patch_4": _folded(4, 5e-4, _network((128, 192), (True, True), 1)),
+    "patch_2_deep": _folded(2, _network((64, 128, 128), (False, True, False), 2)),
+    "patch_2_shallow": _folded(2, _network((64, 128, 192), (False, True, True), 1)),
+    "patch_4": _folded(4, _network((128, 192), (True, True), 1)),
 }
 """Base models for CIFAR-10 on a CPU, 6.5 to 7.7 M parameters, compared by `benchmarks.classes.shapes`.
 

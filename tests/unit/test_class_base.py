@@ -17,7 +17,7 @@ from benchmarks.classes.measure import verdict_on_noise
 from benchmarks.classes.progress import EACH, PROGRESS, ProgressLog
 from benchmarks.classes.settings import BaseSettings
 from benchmarks.results import read_rows
-from benchmarks.training import min_snr_weights
+from benchmarks.training import lognormal_times, min_snr_weights
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.families import LoadOptions, load_family
 from tests import tiny
@@ -39,6 +39,7 @@ SETTINGS = BaseSettings(
     flip=True,
     prediction_type="v_prediction",
     snr_gamma=5.0,
+    log_sigma=(0.0, 1.2),
 )
 
 
@@ -131,6 +132,16 @@ def test_min_snr_bounds_the_weight_of_the_pictures_loss() -> None:
     snr = signal / (1 - signal)
     assert torch.allclose(min_snr_weights(signal, 5.0) * snr, snr.clamp(max=5.0))
     assert torch.allclose(min_snr_weights(signal, 5.0, "v_prediction") * (snr + 1), (snr + 1).clamp(max=5.0))
+
+
+def test_timesteps_have_a_lognormal_ratio_of_noise_to_signal() -> None:
+    signal = (1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0)
+    times = lognormal_times(signal, 0.0, 1.2)
+    log_sigma = (1 / signal - 1).log() / 2
+    mean = (times * log_sigma).sum()
+    assert times.sum() == pytest.approx(1)
+    assert mean == pytest.approx(0, abs=0.01)
+    assert (times * (log_sigma - mean) ** 2).sum().sqrt() == pytest.approx(1.2, abs=0.02)
 
 
 def test_stored_features_are_those_of_the_same_weights(dataset: Dataset, tmp_path: Path) -> None:
