@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from safemax_sd.core.memory import TensorMemory
@@ -19,6 +18,7 @@ from safemax_sd.train import optimizer_step
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
 from safemax_sd.training.run import build_run
+from safemax_sd.training.workers import make_accelerator
 
 TRAJECTORIES, INFERENCE_STEPS, FISHER_TIMESTEPS, STEPS = 8, 2, 256, 3
 MEMORY_FRACTIONS = (0.25, 0.5)
@@ -49,7 +49,7 @@ def seconds_by_parts(whole: TrainConfig, part: TrainConfig, batch_fraction: floa
         batch_fraction: Fraction of the batch in that part; the time of a step is proportional to its batch.
     """
     clock = Stopwatch()
-    run = build_run(part, Accelerator(), *read_input(part), clock)
+    run = build_run(part, make_accelerator(part), *read_input(part), clock)
     optimizer_step(run)  # the first step, which allocates memory, is not timed
     with clock.phase("steps"):
         for _ in range(STEPS):
@@ -98,7 +98,7 @@ def step_memory(part: Callable[[float], TrainConfig]) -> int:
 
 def _measured_memory(config: TrainConfig) -> int:
     """Measure the peak bytes of tensors during the first two steps of a run."""
-    run = build_run(config, Accelerator(), *read_input(config), Stopwatch())
+    run = build_run(config, make_accelerator(config), *read_input(config), Stopwatch())
     with TensorMemory() as memory:
         held = [*run.family.denoiser.parameters(), *run.family.denoiser.buffers()]
         for tensor in [*held, *torch.utils._pytree.tree_leaves(vars(run.objective))]:

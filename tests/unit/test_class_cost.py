@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
 from safemax_sd.core import provenance
@@ -61,3 +63,12 @@ def test_real_pictures_are_not_replayed_and_the_forgotten_ones_make_the_prior(
 def test_memory_grows_with_the_batch(tiny_ddpm: Path, tmp_path: Path) -> None:
     run = whole(tiny_ddpm, tmp_path, "safemax")
     assert step_memory(lambda share: part_of(run, 2 * share)) > 1.5 * step_memory(lambda share: part_of(run, share))
+
+
+def test_memory_is_that_of_the_runs_precision(tiny_ddpm: Path, tmp_path: Path) -> None:
+    found = []
+    for precision in ("no", "bf16"):
+        run = replace(whole(tiny_ddpm, tmp_path, "safemax"), mixed_precision=precision)
+        found.append(step_memory(partial(part_of, run)))
+        AcceleratorState._reset_state(True)
+    assert found[1] < 0.9 * found[0]
