@@ -45,7 +45,7 @@ from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
 from safemax_sd.training.output import RunLog, clear, run_folder
 from safemax_sd.training.resume import check_conditions, conditions
-from safemax_sd.training.run import Run, build_run
+from safemax_sd.training.run import Run, build_run, recording_precision
 from safemax_sd.training.sharding import average_gradients
 from safemax_sd.training.workers import (
     PROCESS_LOST,
@@ -153,7 +153,7 @@ def loop(run: Run) -> None:
     forgotten = False
     while run.step < config.max_train_steps and not forgotten:
         if run.recording.is_due(run.step):
-            with run.clock.phase("replay"):
+            with run.clock.phase("replay"), recording_precision(accelerator):
                 run.objective.extend(run.recording.before(run.step))
             run.model_calls["replay"] = run.recording.model_calls
         terms = optimizer_step(run)

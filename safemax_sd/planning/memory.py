@@ -73,6 +73,7 @@ class MemoryPlan:
         precision = config.mixed_precision or "no"
         self.autocast = Kernels(device, None if precision == "no" else DTYPES[precision])
         self.plain = Kernels(device, None)
+        self.recording = self.autocast if device == "cpu" else self.plain
         self.networks = _by_part(family)
         self.token_states = rehearsal.prompts * size_of(row[0] for row in family.empty.tensors.values())
         self.phases = [self._start()]
@@ -95,13 +96,15 @@ class MemoryPlan:
         calls: list[Callable[[], object]] = [
             lambda: family.encode_prompts([""] * min(PROMPTS_AT_ONCE, self.rehearsal.prompts))
         ]
-        if self.rehearsal.recorded_at_once:
-            calls.append(lambda: family.predict_both(*self._inputs(self.rehearsal.recorded_at_once)))
         if config.train_data_dir is not None:
             pictures = torch.zeros(PICTURES_AT_ONCE, 3, *[family.picture_size(config.resolution)] * 2, device=META)
             calls.append(lambda: family.encode_pictures(pictures))
         held = [tensor for network in family.networks().values() for tensor in tensors_of(network)]
         activations = max(self._without_gradients(call, held) for call in calls)
+        if self.rehearsal.recorded_at_once:
+            inputs = self._inputs(self.rehearsal.recorded_at_once)
+            recorded = self._without_gradients(lambda: family.predict_both(*inputs), held, self.recording)
+            activations = max(activations, recorded)
         return Phase("encoding and replay", {**self.networks, **self._prompts(), "activations": activations})
 
     def _pruning(self, layers: Layers) -> Phase:
@@ -193,9 +196,11 @@ class MemoryPlan:
         """Return the token states, which lie in main memory on a GPU too."""
         return {"token states": self.token_states} if self.device == "cpu" else {}
 
-    def _without_gradients(self, call: Callable[[], object], held: Iterable[Tensor]) -> int:
+    def _without_gradients(
+        self, call: Callable[[], object], held: Iterable[Tensor], kernels: Kernels | None = None
+    ) -> int:
         with torch.no_grad():
-            return transient(call, held, self.plain)
+            return transient(call, held, kernels or self.plain)
 
 
 def transient(call: Callable[[], object], held: Iterable[Tensor], kernels: Kernels) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,11 +111,12 @@ def build_run(
         encoder = PromptEncoder(family)
         validation = encoder.encode(config.validation_prompt) if config.validation_prompt else None
         probe = UnlearningProbe.build(config, encoder, forget, retain)
-    changes, pruning_calls = pruned(config, encoder, forget, retain, clock)
+    changes, pruning_calls = pruned(config, accelerator, encoder, forget, retain, clock)
     with clock.phase("replay"):
         needs = OBJECTIVES.get(config.objective).needs(config, forget, retain)
         recording = Recording(config, needs, encoder, forget, retain)
-        data = recording.before(0)
+        with recording_precision(accelerator):
+            data = recording.before(0)
     family.free_encoders(decoder=validation is None and probe is None)
     objective = OBJECTIVES.get(config.objective)(config, data)  # type: ignore[arg-type]
     weights = attach(family, config, changes=changes)
@@ -193,7 +195,12 @@ def stepping(config: TrainConfig, accelerator: Accelerator, weights: TrainedWeig
 
 
 def pruned(
-    config: TrainConfig, encoder: PromptEncoder, forget: PromptSet, retain: PromptSet, clock: Stopwatch
+    config: TrainConfig,
+    accelerator: Accelerator,
+    encoder: PromptEncoder,
+    forget: PromptSet,
+    retain: PromptSet,
+    clock: Stopwatch,
 ) -> tuple[dict[str, LowRank], dict[str, int]]:
     """Prune the frozen model if `--prune` asks for it.
 
@@ -206,8 +213,9 @@ def pruned(
     # what has been removed.
     with clock.phase("prune"):
         recording = Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), encoder, forget, retain)
-        layers, data = pruned_layers(encoder.family, config.lora()), recording.before(0)
-        size = config.replay_batch_size
+        with recording_precision(accelerator):
+            data = recording.before(0)
+        layers, size = pruned_layers(encoder.family, config.lora()), config.replay_batch_size
         changes, calls = prune(encoder.family, layers, data, config.prune, batch_size=size, seed=config.seed)
     return changes, {"prune": calls + recording.model_calls}
 
@@ -231,3 +239,8 @@ def frozen_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """Return the type that the frozen weights are loaded in."""
     # On a processor autocast alone is used: half-precision weights would be converted at every layer.
     return torch.float32 if device.type == "cpu" else DTYPES[config.mixed_precision or "no"]
+
+
+def recording_precision(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """Return the context in which trajectories are recorded in the precision of the steps; see `frozen_dtype`."""
+    return accelerator.autocast() if accelerator.device.type == "cpu" else nullcontext()

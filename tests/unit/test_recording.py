@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safemax_sd.erasing.edits import EditConfig
 from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_family
 from safemax_sd.prompts import load_prompts
+from safemax_sd.recording.data import ErasureData
 from safemax_sd.recording.likeness import blocks, likeness, nearest
 from safemax_sd.recording.recording import Recording, with_nearest
 from safemax_sd.recording.replay import spread
+from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
 from tests import tiny
 
@@ -174,3 +177,21 @@ def test_what_is_held_to_compare_prompts_grows_with_their_number_alone() -> None
     with Largest() as largest:
         assert len(order(many, many)) == count
     assert 0 < largest.count <= 2**24  # one matrix of all pairs would have 100 million
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_trajectories_are_recorded_in_the_precision_of_the_steps(
+    precision: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noting(self: Recording, step: int) -> ErasureData:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return before(self, step)
+
+    seen: list[bool] = []
+    before = Recording.before
+    monkeypatch.setattr(Recording, "before", noting)
+    flags = ("--mixed_precision", precision, "--prune", "10", "--replay_span", "1", "--max_train_steps", "2")
+    train(parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *flags)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert len(seen) > 2  # for pruning, before the first step, and during the training
+    assert set(seen) == {precision == "bf16"}
