@@ -118,7 +118,7 @@ def decay(rows: Sequence[Row]) -> Answer | None:
 
 
 def forgotten(rows: Sequence[Row]) -> Answer | None:
-    """Answer in how many classes UA is 100 %, and which class noise is called."""
+    """Answer in how many classes UA is 100 %, without and with rejection; exactly one may be below it without."""
     own = {row["class"]: row for row in of_kind(rows, "class") if row["method"] == "safemax" and row["seed"] == 0}
     if not own:
         return None

@@ -95,7 +95,10 @@ def entropy(logits: Tensor) -> Tensor:
 def forgetting(
     family: ModelFamily, dataset: Dataset, classifier: Classifier, forgotten: int, sampling: Sampling
 ) -> dict[str, Any]:
-    """Measure H (nats), UA (%), UA with rejection (%) and the outputs' standard deviation on the forgotten class."""
+    """Measure H (nats), UA (%), UA with rejection (%) and the outputs' root mean square on the forgotten class.
+
+    The last, named `forget_std`, is 1 for N(0, I).
+    """
     samples = draw(family, dataset.class_names[forgotten], sampling.num_forget, FORGET_SEED, sampling)
     shown = pictures(family, dataset, samples)
     named, recognised = classifier.recognised(shown, forgotten)

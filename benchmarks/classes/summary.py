@@ -118,7 +118,7 @@ def method_table(rows: Sequence[Row]) -> str:
                 "" if memory is None else f"{memory:.0f}",
             ]
         )
-    header = ["method", "runs", "UA %", "UA with rejection % (lowest)", "H", "standard deviation of the outputs", "FID",
+    header = ["method", "runs", "UA %", "UA with rejection % (lowest)", "H", "root mean square of the outputs", "FID",
               "kept classes recognised %", "seconds", "step memory MiB"]  # fmt: skip
     return markdown_table(header, body)
 

@@ -1,4 +1,4 @@
-"""Vocabulary: every word of the tokenizer, alone and in place of the concept's, those with the lowest loss drawn.
+"""Vocabulary: words of the tokenizer, alone and in place of the concept's, those with the lowest loss drawn.
 
 This project's own. It asks whether any one word brings the concept back, which a search by gradient or likeness may
 miss. Each token is decoded and read as an attacker would type it: by itself, and in prompts instead of the concept's
@@ -48,7 +48,7 @@ class Vocabulary(Attack):
     name: ClassVar[str] = "vocabulary"
     label: ClassVar[str] = "Vocabulary"
     access: ClassVar[Access] = "prompt"
-    note: ClassVar[str] = "every word of the tokenizer, alone and in place of the concept's; the likeliest are drawn"
+    note: ClassVar[str] = "words near the concept's, alone and in its place; those with the lowest loss are drawn"
     Settings: ClassVar[type[Any]] = VocabularySettings
     presets: ClassVar[Mapping[str, Any]] = {"quick": VocabularySettings(256, 4, 1), "full": VocabularySettings()}
     settings: VocabularySettings

@@ -7,7 +7,6 @@ import pkgutil
 import re
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import pytest
 import yaml
@@ -31,6 +30,11 @@ ROWS = {
     "neighbours recognised: the concepts most like the forbidden ones": ("clip_accuracy", "neighbours"),
 }
 """Metric and subset of a report for each rate in README's table of results."""
+BY_SEED = {
+    "FID of retained pictures": ("fid/retain", ".4f"),
+    "correlation of neighbouring forbidden latents (noise: 0)": ("latent_lag1_autocorrelation/forget", ".2f"),
+}
+"""Metric of a report and format for each value by seed in that table."""
 RESULT = ROOT / "docs" / "results" / "2026-11-28-safemax-defaults.json"
 TASKS = ("emoji/bomb", "emoji/weapons", "emoji/style_blob")
 """Result file and tasks of that table, by column."""
@@ -93,17 +97,12 @@ def test_readme_gives_the_figures_of_its_result_file() -> None:
             assert shown == f"{round(pooled.value, 1):g} % [{low:g}, {high:g}]"
             assert before in ("", f"{round(mean(row['base'][name] for row in runs), 1):g} %")
             assert table["pictures of each prompt set"][column] == str(n)
-        fids = [", ".join(f"{value:.4f}" for value in own) for own in zip(*(fid_of(row) for row in runs), strict=True)]
-        assert table["FID of retained pictures, by seed"][column] == ", base ".join(fids)
-        stds = ", ".join(f"{row['metrics']['latent_std/forget']['value']:.2f}" for row in runs)
-        assert table["standard deviation of forbidden outputs (noise: 1), by seed"][column] == stds
+        for label, (name, form) in BY_SEED.items():
+            both = [(row["metrics"][name]["value"], row["base"][name]) for row in runs]
+            shown = ", base ".join(", ".join(f"{value:{form}}" for value in own) for own in zip(*both, strict=True))
+            assert table[f"{label}, by seed"][column] == shown
         calls = runs[0]["model_calls"]
         assert table["network evaluations: replay, training"][column] == f"{calls['replay']:,}, {calls['train']:,}"
-
-
-def fid_of(row: dict[str, Any]) -> tuple[float, float]:
-    """Return the FID of retained pictures of a run and of the base model."""
-    return row["metrics"]["fid/retain"]["value"], row["base"]["fid/retain"]
 
 
 def test_the_citation_is_of_this_version() -> None:
