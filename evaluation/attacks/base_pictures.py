@@ -1,4 +1,4 @@
-"""Pictures by the base model that a white-box attack has before its eyes."""
+"""Pictures by the base model that a white-box attack can see."""
 
 from __future__ import annotations
 

@@ -79,11 +79,12 @@ class RingABell(Attack):
             goals = [
                 states(encoders, [prompt.text])[0] + strength * directions[prompt.shows] for prompt in task.prompts
             ]
-            search = partial(self.text, encoders, task, goals, min(tokens, encoders.room))
-            name = f"{self.name} {settings}, {tokens} tokens, strength {strength}"
+            length = min(tokens, encoders.room)
+            search = partial(self.text, encoders, task, goals, length)
+            name = f"{self.name} {settings}, {length} tokens, strength {strength}"
             texts = searched(encoders, task, settings.prompts, search, name=name)
             pictures = pictures_of(target, texts, task.noise)
-            yield Try(f"{tokens} tokens, strength {strength:g}", pictures, tuple(texts))
+            yield Try(f"{length} tokens, strength {strength:g}", pictures, tuple(texts))
 
     @staticmethod
     def direction(encoders: TextEncoders, task: Task, concept: str) -> Tensor:

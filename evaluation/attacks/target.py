@@ -140,7 +140,8 @@ class Target:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Put the denoiser's weights back at the end of the block; inside it they may be changed and trained."""
-        kept = {name: tensor.clone() for name, tensor in self.family.denoiser.state_dict().items()}
+        # In main memory: on a GPU a second denoiser may not fit.
+        kept = {name: tensor.to("cpu", copy=True) for name, tensor in self.family.denoiser.state_dict().items()}
         try:
             yield
         finally:

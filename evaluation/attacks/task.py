@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -45,6 +45,8 @@ class Task:
         examples: Pictures of the same concepts.
         seed: Seed of every random draw.
         kept: Pictures of other concepts, for attacks with `needs_kept`; None until such an attack is to run.
+        searches: Texts that searches with text encoders alone have found, by a hash of all that they depend on; targets
+            with the same encoders share them.
     """
 
     prompts: tuple[Prompt, ...]
@@ -52,6 +54,7 @@ class Task:
     examples: Examples
     seed: int = 0
     kept: Examples | None = None
+    searches: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)

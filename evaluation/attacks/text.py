@@ -26,13 +26,11 @@ FREE = -1
 """Placeholder in a row of tokens for one that an attack chooses."""
 ROWS_AT_ONCE = 512
 CLIP = "clip_text_model"
-FOUND: dict[str, list[str]] = {}
-"""Texts that `searched` has found in this process, by a hash of everything that they depend on."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Prompts behind the text encoders.
+    """Encoded prompts.
 
     Attributes:
         conditioning: Inputs of the denoiser, one row for each prompt.
@@ -135,7 +133,7 @@ class TextEncoders:
 
     @torch.no_grad()
     def pooled(self, ids: Tensor) -> Tensor:
-        """Return the pooled states of prompts [N, L], as many as there are, [N, P]."""
+        """Return the pooled states of any number of prompts [N, L], [N, P]."""
         return torch.cat([self.encode(part).pooled for part in ids.split(ROWS_AT_ONCE)])
 
     def gradient(self, ids: Tensor, losses: Callable[[Encoded, Tensor], Tensor], batch_size: int) -> Tensor:
@@ -221,10 +219,20 @@ def pictures_of(target: Target, texts: Sequence[str], noise: Tensor) -> Tensor:
 
 
 def reworded(prompt: Prompt, word: str) -> str:
-    """Put a word in place of the concept in a prompt, or in front of a prompt that does not name its concept."""
-    concept = re.compile(rf"(?<!\w){re.escape(prompt.shows)}(?!\w)", re.IGNORECASE)
-    text, count = concept.subn(lambda _: word, prompt.text)
-    return " ".join((text if count else f"{word} {text}").split())
+    """Put a word in place of the concept in a prompt.
+
+    Of a name that the prompt does not have as it stands, the longest part of more than half of its words is replaced,
+    as in "a harbour in the style of Claude Monet" for "Claude Monet style". In front of a prompt without any the word
+    is added, so that the rest may still lead to the concept.
+    """
+    name = prompt.shows.split()
+    for size in range(len(name), len(name) // 2, -1):
+        for start in range(len(name) - size + 1):
+            part = r"\s+".join(map(re.escape, name[start : start + size]))
+            text, count = re.subn(rf"(?<!\w){part}(?!\w)", lambda _: word, prompt.text, flags=re.IGNORECASE)
+            if count:
+                return " ".join(text.split())
+    return " ".join(f"{word} {prompt.text}".split())
 
 
 def searched(
@@ -244,11 +252,11 @@ def searched(
     """
     own = f"{encoders.digest()} {name} {most} {task.seed} {task.prompts}"
     key = hashlib.sha256(own.encode()).hexdigest()
-    if key not in FOUND:
+    if key not in task.searches:
         texts = {}
         for concept in task.concepts:
             rows = task.rows(concept).tolist()
             found = [search(row) for row in rows[:most]]
             texts.update({row: found[place % len(found)] for place, row in enumerate(rows)})
-        FOUND[key] = [texts[row] for row in range(len(task))]
-    return FOUND[key]
+        task.searches[key] = [texts[row] for row in range(len(task))]
+    return task.searches[key]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -88,10 +89,12 @@ class AttackResults:
 
     @cached_property
     def table(self) -> list[Summary]:
-        """Lines of the table."""
+        """Lines of the table, each with the number of runs whose attacks are all done."""
         planned = len(self.comparison.tasks) * len(self.comparison.seeds)
         runs = [outcome.run for outcome in self.outcomes if outcome.attempts]
-        return summaries(runs, [BASE, NEVER_KNOWN, *self.comparison.methods], planned, self.columns)
+        lines = summaries(runs, [BASE, NEVER_KNOWN, *self.comparison.methods], planned, self.columns)
+        done = Counter(outcome.run.label for outcome in self.outcomes if outcome.state["status"] == "done")
+        return [replace(line, runs=done[line.label]) for line in lines]
 
     def grids(self) -> list[Grid]:
         """Return the table as text; nothing if the configuration asks for no attacks."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safemax_sd.evaluation.attacks.target import Role
-from safemax_sd.evaluation.comparison.cell import Cell, failure_reason
+from safemax_sd.evaluation.comparison.cell import Cell
 from safemax_sd.evaluation.comparison.config import ATTACK_KEYS, CONTROLS, Comparison
 from safemax_sd.evaluation.comparison.runs import Attempt
 from safemax_sd.evaluation.resistance.options import ResistanceOptions
@@ -17,7 +17,7 @@ from safemax_sd.evaluation.resistance.report import AttackReport, AttackRow, Ref
 from safemax_sd.evaluation.resistance.run import run_plan
 from safemax_sd.evaluation.subjects import Adapter
 
-from safemax_sd.core.errors import OptionError, path_errors
+from safemax_sd.core.errors import OptionError, failure_reason, path_errors
 from safemax_sd.core.provenance import atomic_write_text
 from safemax_sd.families import LoadOptions
 from safemax_sd.results.erasure import BaseModel
@@ -35,12 +35,14 @@ class AttackRun:
         role: Target.
         options: Options of the attacks.
         folder: Folder of the attacks.
+        searches: `Task.searches` of all attacks of the comparison.
     """
 
     cell: Cell
     role: Role
     options: ResistanceOptions
     folder: Path
+    searches: dict[str, list[str]]
 
     @property
     def label(self) -> str:
@@ -89,9 +91,14 @@ class AttackRun:
         return {"status": "waiting" if report is None else "started"}
 
     def attempts(self) -> tuple[Attempt, ...]:
-        """Return those of the configuration's attacks that are done, in the order in which they run."""
+        """Return those of the configuration's attacks that are done, in the order in which they run.
+
+        Those whose success shows nothing by itself are left out: only `attacks.json` has their figures.
+        """
         report = self.report()
-        found: list[AttackRow | Refusal] = [] if report is None else [*report.rows, *report.refusals]
+        found: list[AttackRow | Refusal] = []
+        if report is not None:
+            found = [*(row for row in report.rows if row.success_counts), *report.refusals]
         own = {each.attack: Attempt.of(each) for each in found if each.target == self.role}
         return tuple(own[attack.name] for attack in chosen(self.options.attacks) if attack.name in own)
 
@@ -104,20 +111,18 @@ class AttackRun:
         report = self.report()
         if report is None or not self.ready():
             return
-        for name, now in self.plan().conditions().items():
-            before = report.conditions.get(name)
-            if before != now:
-                values = "is another" if isinstance(now, dict) else f"was {before}, is {now}"
-                what = f"{ATTACK_KEYS.get(name, name)} {values}"
-                text = f"holds other attacks ({what}): remove the folder, or name another --output_dir"
-                raise OptionError("--output_dir", self.folder, text)
+        for name, before, now in self.plan().differences(report):
+            values = "is another" if isinstance(now, dict) else f"was {before}, is {now}"
+            what = f"{ATTACK_KEYS.get(name, name)} {values}"
+            text = f"holds other attacks ({what}): remove the folder, or name another --output_dir"
+            raise OptionError("--output_dir", self.folder, text)
 
     def run(self) -> None:
         """Run the attacks that are not done yet; record a failure with its reason."""
         with path_errors("--output_dir", self.folder):
             (self.folder / FAILURE).unlink(missing_ok=True)
         try:
-            run_plan(self.plan(), self.folder)
+            run_plan(self.plan(), self.folder, self.searches)
         except Exception as error:  # whatever fails, the other parts can still be run
             with path_errors("--output_dir", self.folder):
                 atomic_write_text(self.folder / FAILURE, failure_reason(error))
@@ -129,18 +134,20 @@ Part = Cell | AttackRun
 def with_attacks(comparison: Comparison, cells: Sequence[Cell]) -> list[Part]:
     """Put the attacks of each cell after it, and those of the controls of a task and seed before its first cell."""
     settings, parts, begun = comparison.settings, list[Part](), set[tuple[str, int]]()
+    searches: dict[str, list[str]] = {}
     for cell in cells:
         suite, seed = cell.erasure.suite, cell.erasure.seed
         if settings.attacks and (cell.task, seed) not in begun:
             begun.add((cell.task, seed))
-            parts += _controls(comparison, cell)
+            parts += _controls(comparison, cell, searches)
         parts.append(cell)
         if settings.attacks and cell.method.not_attacked is None:
-            parts.append(AttackRun(cell, "erased", settings.resistance(suite, seed), cell.folder / "attacks"))
+            options = settings.resistance(suite, seed)
+            parts.append(AttackRun(cell, "erased", options, cell.folder / "attacks", searches))
     return parts
 
 
-def _controls(comparison: Comparison, cell: Cell) -> list[AttackRun]:
+def _controls(comparison: Comparison, cell: Cell, searches: dict[str, list[str]]) -> list[AttackRun]:
     """Return the attacks on the controls of a cell's task and seed, which depend on no method."""
     known: list[tuple[Role, str | None]] = [("base", None)]
     if comparison.settings.never_known is not None:
@@ -152,6 +159,7 @@ def _controls(comparison: Comparison, cell: Cell) -> list[AttackRun]:
             role,
             comparison.settings.resistance(suite, seed, never_known=folder),
             comparison.folder / CONTROLS / role / cell.task / str(seed),
+            searches,
         )
         for role, folder in known
     ]

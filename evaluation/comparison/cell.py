@@ -20,7 +20,7 @@ from safemax_sd.evaluation.outputs import CACHE, Shown, evaluation_folder
 from safemax_sd.evaluation.report import REPORT, Report
 from safemax_sd.evaluation.run import Evaluation, run_and_write
 
-from safemax_sd.core.errors import OptionError, SafemaxError, path_errors, reason_of
+from safemax_sd.core.errors import OptionError, failure_reason, path_errors
 from safemax_sd.core.provenance import Stopwatch, write_json_atomic
 from safemax_sd.training.checkpoints import all_checkpoints, discard
 
@@ -178,11 +178,6 @@ def run_cell(cell: Cell, base_cache: Path) -> None:
         cell.write("done", prompts=shown.prompts, subsets=shown.subsets)
     except Exception as error:  # whatever fails, the other cells can still be run
         cell.write("failed", reason=failure_reason(error), erased=erased)
-
-
-def failure_reason(error: Exception) -> str:
-    """Return the reason of a failure in one line."""
-    return str(error) if isinstance(error, SafemaxError) else f"{type(error).__name__}: {reason_of(error)}"
 
 
 def evaluate_cell(cell: Cell, base_cache: Path) -> Shown:

@@ -72,14 +72,14 @@ def publish(comparison: Comparison, parts: Sequence[Part]) -> list[str]:
 
 
 def run_part(part: Part, before: dict[str, Any], base_cache: Path) -> None:
-    """Run a cell or attacks, unless another process is at it or has run it meanwhile.
+    """Run a cell or attacks, unless another process holds it or has run it meanwhile.
 
     Args:
         part: Cell or attacks.
         before: State of the part when this process began.
         base_cache: Folder of the base model's cached pictures, which cells share.
     """
-    if isinstance(part, AttackRun) and not part.ready():  # another process is at its cell, or the cell has failed
+    if isinstance(part, AttackRun) and not part.ready():  # another process holds its cell, or the cell has failed
         return
     with taken(part.folder) as ours:
         if not ours or part.state() != before:

@@ -16,6 +16,7 @@ from safemax_sd.evaluation.subjects import Adapter, Subject
 
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import check_values, choices_of, flags_of
+from safemax_sd.core.provenance import public_path
 from safemax_sd.core.registry import closest
 from safemax_sd.erasing.edits import EDITS, ClosedFormEdit
 from safemax_sd.families import LoadOptions, ModelFamily
@@ -40,6 +41,7 @@ GIVEN = (
     "variant",
     "cache_dir",
     "prediction_type",
+    "resolution",
     "seed",
     "objective",
     "overwrite_output_dir",
@@ -141,8 +143,9 @@ class Method(ABC):
 
     @property
     def given(self) -> dict[str, Any]:
-        """Entries of the method in the configuration."""
-        return {self.kind: self.name, **self.flags}
+        """Entries of the method in the configuration, without the folders of this machine."""
+        public = {name: public_path(value) if isinstance(value, str) else value for name, value in self.flags.items()}
+        return {self.kind: self.name, **public}
 
     @property
     def described(self) -> str:

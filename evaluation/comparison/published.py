@@ -52,7 +52,7 @@ class Figure:
             return None
         metric, on, subset = self.ours.partition(" on ")
         if not on:
-            return SuccessColumn(ATTACKS.get(self.ours), too_weak=False)
+            return SuccessColumn(ATTACKS.get(self.ours), doubt="")
         return MetricColumn(METRICS.get(metric), Role(subset, self.ours, self.label))
 
 
@@ -160,7 +160,7 @@ class Published:
 
 
 def _theirs(value: float | None) -> Entry:
-    """Return a published value with the digits that it was published with."""
+    """Return a published value as text, without trailing zeros."""
     return Entry.of(None, "", best=False) if value is None else Entry(f"{value}")
 
 

@@ -27,7 +27,7 @@ from safemax_sd.evaluation.comparison.tables import (
 from safemax_sd.evaluation.prompt_settings import own_guidance
 from safemax_sd.evaluation.report import Report
 
-from safemax_sd.core.provenance import atomic_write_text, provenance, write_json_atomic
+from safemax_sd.core.provenance import atomic_write_text, provenance, public_path, write_json_atomic
 from safemax_sd.prompts import Suite
 from safemax_sd.results.folder import replacing, sweep
 
@@ -141,7 +141,7 @@ def _content(
     return {
         "format_version": FORMAT_VERSION,
         "settings": comparison.settings.public(),
-        "judge": comparison.settings.clip_model,
+        "judge": public_path(comparison.settings.clip_model),
         "tasks": {name: _described(suite) for name, suite in comparison.tasks.items()},
         "seeds": list(comparison.seeds),
         "methods": {label: method.given for label, method in comparison.methods.items()},

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from safemax_sd.evaluation.attacks.base import ACCESS, ATTACKS, Attack
 from safemax_sd.evaluation.attacks.plain import Plain
@@ -79,13 +79,31 @@ class Plan:
         pairs = [(attack, role) for attack in self.attacks for role in self.roles]
         return [(attack, role) for attack, role in pairs if not report.has(attack.name, role)]
 
-    def conditions(self) -> dict[str, object]:
-        """Return everything that rows depend on besides the attack and its settings, as `attacks.json` stores it."""
+    def differences(self, report: AttackReport) -> Iterator[tuple[str, object, object]]:
+        """Yield name, value there and value here of each condition or setting in which a report is another's."""
+        for name, value in self.conditions().items():
+            if report.conditions.get(name) != value:
+                yield name, report.conditions.get(name), value
+        for attack in self.attacks:
+            own = as_stored(asdict(attack.settings))
+            for row in report.rows:
+                if row.attack == attack.name and as_stored(row.settings) != own:
+                    yield f"settings of {attack.name}", row.settings, own
+
+    def conditions(self) -> dict[str, Any]:
+        """Return everything that rows depend on besides the attack and its settings, as `attacks.json` stores it.
+
+        Models, controls and pictures are told apart by name alone, not by content.
+        """
         options = {name: value for name, value in self.options.record().items() if name not in NO_CONDITIONS}
         if self.adapter is None:
-            model: dict[str, object] = {"base_model": self.base_model.public().name_or_path}
+            model: dict[str, Any] = {"base_model": self.base_model.public().name_or_path}
         else:
             model = {"adapter": self.adapter.record.public().to_json()}
-        content = {**options, **model, "forget": self.suite.parts["forget"].sha256}
-        stored: dict[str, object] = json.loads(json_text(content))
-        return stored
+        return as_stored({**options, **model, "prompts": self.suite.hashes})
+
+
+def as_stored(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return entries as they are read back from JSON, with lists in place of tuples."""
+    stored: dict[str, Any] = json.loads(json_text(content))
+    return stored

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.errors import OptionError, SafemaxError, failure_reason
 from safemax_sd.core.judge import load_judge
 from safemax_sd.core.pictures import contact_sheet
 from safemax_sd.core.provenance import provenance, public_path
@@ -42,8 +42,8 @@ from safemax_sd.results.folder import check_no_model, claimed, foreign, not_ours
 from safemax_sd.results.samples import to_pil
 from safemax_sd.training.workers import process_state
 
-FIRST_SEED, EXAMPLE_SEED = 5_000_000, 6_000_000
-"""Seeds of the first picture to bring back and of the first example, apart from those of an evaluation."""
+FIRST_SEED, EXAMPLE_SEED, KEPT_SEED = 5_000_000, 6_000_000, 7_000_000
+"""Seeds of the first picture to bring back, the first example and the first kept picture, apart from evaluations'."""
 EXAMPLES_EACH = 16
 """Examples that the base model draws of a concept without real pictures."""
 KEPT_EXAMPLES = 32
@@ -55,12 +55,13 @@ class Resistance:
 
     Args:
         plan: Plan of the run.
+        searches: `Task.searches` of earlier runs, to which this one adds; None for none.
 
     Raises:
         OptionError: A flag, or a file or folder that it names, cannot be used.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, searches: dict[str, list[str]] | None = None) -> None:
         self.plan, options = plan, plan.options
         self.device = torch.device(process_state().device)
         self.judge = load_judge(options.clip_model, options.clip_pretrained)
@@ -70,7 +71,7 @@ class Resistance:
         resolution = None if plan.adapter is None else plan.adapter.record.resolution
         self.sampling = Sampling(options.guidance_scale, options.num_inference_steps, options.batch_size, resolution)
         self.families = {role: self._family(role) for role in plan.roles}
-        self.task = self._task(real)
+        self.task = replace(self._task(real), searches={} if searches is None else searches)
         self.untaught: Task | None = None
         if options.untaught_dir is not None:
             self.untaught = self._untaught_task(options.untaught_dir)
@@ -90,7 +91,7 @@ class Resistance:
         given = load_folder(folder, OPTION)
         concepts = sorted(frozenset[str]().union(*given.concepts))
         prompts = prompts_for(concepts, self.task.prompts)
-        shown = examples(prompts, self.base, self.sampling, given)
+        shown = examples(prompts, self.base, self.sampling, given, first_seed=EXAMPLE_SEED)
         return replace(self.task, prompts=prompts, examples=shown)
 
     def task_of(self, role: Role) -> Task:
@@ -114,7 +115,8 @@ class Resistance:
         prompts = pick(suite.parts["forget"].prompts, self.plan.options.num_images)
         seeds = start_seeds(prompts, FIRST_SEED + RUN_SEEDS * seed, seed)
         noise = start_noise(self.base.latent_shape(self.sampling.resolution), seeds, torch.device("cpu"))
-        shown = examples(suite.parts["forget"].prompts, self.base, self.sampling, real)
+        first_seed = EXAMPLE_SEED + RUN_SEEDS * seed
+        shown = examples(suite.parts["forget"].prompts, self.base, self.sampling, real, first_seed=first_seed)
         return Task(tuple(prompts), noise, shown, seed=seed)
 
     @contextmanager
@@ -129,13 +131,15 @@ class Resistance:
     def prepare(self, attack: Attack) -> None:
         """Draw the pictures that an attack needs besides those of the concepts, unless they are there already."""
         if attack.needs_kept and self.task.kept is None:
-            self.task = replace(self.task, kept=kept_examples(self.plan.suite, self.base, self.sampling))
+            first_seed = KEPT_SEED + RUN_SEEDS * self.task.seed
+            kept = kept_examples(self.plan.suite, self.base, self.sampling, first_seed=first_seed)
+            self.task = replace(self.task, kept=kept)
 
     def measure(self, attack: Attack, target: Target) -> tuple[AttackRow, Tensor]:
         """Run an attack on a target and judge the pictures of each try as it is drawn.
 
         Returns:
-            The row, and the pictures that its success is told by, [N, 3, H, W].
+            The row, and the pictures that its success is judged on, [N, 3, H, W].
         """
         started, tally = time.monotonic(), Tally(any_try=attack.any_try)
         task = self.task_of(target.role)
@@ -171,7 +175,9 @@ def seen(pictures: Tensor, task: Task, context: Context) -> Tensor:
     return succeeded(pictures, task.shown, context)
 
 
-def examples(asked: Sequence[Prompt], base: LatentFamily, sampling: Sampling, real: RealPictures | None) -> Examples:
+def examples(
+    asked: Sequence[Prompt], base: LatentFamily, sampling: Sampling, real: RealPictures | None, *, first_seed: int
+) -> Examples:
     """Return an attacker's pictures of prompts' concepts: real ones, or else pictures by the base model.
 
     Args:
@@ -179,34 +185,39 @@ def examples(asked: Sequence[Prompt], base: LatentFamily, sampling: Sampling, re
         base: Model before the erasure.
         sampling: Settings of pictures by the base model.
         real: Real pictures; None if there are none.
+        first_seed: Seed of the first picture by the base model.
     """
     side = base.picture_size(sampling.resolution)
-    pictures, prompts, concepts = [], [], []
+    pictures: list[Tensor] = []
+    prompts: list[str] = []
+    concepts: list[str] = []
     for concept in dict.fromkeys(prompt.shows for prompt in asked):
         own = [prompt for prompt in asked if prompt.shows == concept]
         shown = real.showing([concept]) if real is not None else torch.zeros(0)
         if len(shown):
             shown = F.interpolate(shown, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+            texts = [own[number % len(own)].text for number in range(len(shown))]
         else:
-            shown = drawn_examples(base, [prompt.text for prompt in pick(own, EXAMPLES_EACH)], sampling)
+            texts = [prompt.text for prompt in pick(own, EXAMPLES_EACH)]
+            shown = drawn_examples(base, texts, sampling, first_seed=first_seed + len(prompts))
         pictures.append(shown)
-        prompts += [own[number % len(own)].text for number in range(len(shown))]
+        prompts += texts
         concepts += [concept] * len(shown)
     found = torch.cat(pictures)
     return Examples(found, base.encode_pictures(found).cpu(), tuple(prompts), tuple(concepts))
 
 
-def kept_examples(suite: Suite, base: LatentFamily, sampling: Sampling) -> Examples:
+def kept_examples(suite: Suite, base: LatentFamily, sampling: Sampling, *, first_seed: int) -> Examples:
     """Return pictures of concepts that are not forbidden, by the base model from the suite's retain prompts."""
     prompts = pick(suite.parts["retain"].prompts, KEPT_EXAMPLES)
     texts = tuple(prompt.text for prompt in prompts)
-    pictures = drawn_examples(base, texts, sampling)
+    pictures = drawn_examples(base, texts, sampling, first_seed=first_seed)
     return Examples(pictures, base.encode_pictures(pictures).cpu(), texts, tuple(prompt.shows for prompt in prompts))
 
 
-def drawn_examples(base: LatentFamily, prompts: Sequence[str], sampling: Sampling) -> Tensor:
+def drawn_examples(base: LatentFamily, prompts: Sequence[str], sampling: Sampling, *, first_seed: int) -> Tensor:
     """Draw a picture for each prompt with the base model, [N, 3, H, W] in 0 to 1."""
-    seeds = list(range(EXAMPLE_SEED, EXAMPLE_SEED + len(prompts)))
+    seeds = list(range(first_seed, first_seed + len(prompts)))
     noise = start_noise(base.latent_shape(sampling.resolution), seeds, torch.device("cpu"))
     latents = draw(base, base.encode_prompts(prompts), noise, sampling)
     return base.decode(latents.to(base.device)).cpu()
@@ -217,7 +228,7 @@ def attack(options: AttackOptions) -> Path:
 
     Raises:
         OptionError: A flag, or a file or folder that it names, cannot be used.
-        SafemaxError: Pictures are not finite, or weights cannot be read.
+        SafemaxError: Some attacks failed, or weights cannot be read.
     """
     options.validate()
     chosen(options.attacks)  # before any folder is read
@@ -226,23 +237,24 @@ def attack(options: AttackOptions) -> Path:
     return folder
 
 
-def run_plan(plan: Plan, folder: Path) -> None:
+def run_plan(plan: Plan, folder: Path, searches: dict[str, list[str]] | None = None) -> None:
     """Run what a folder lacks of a plan.
 
     Args:
         plan: Plan of the run.
         folder: Folder of attacks.json and its page.
+        searches: `Task.searches` of earlier runs, to which this one adds; None for none.
 
     Raises:
         OptionError: The folder cannot be used or holds attacks under other conditions, or a model cannot be loaded.
-        SafemaxError: Pictures are not finite, or weights cannot be read.
+        SafemaxError: Some attacks failed, or weights cannot be read.
     """
     with claimed(folder):
         check_no_model(folder)
         for name in (ATTACKS_FILE, PAGE_FILE, PICTURES):
             if foreign(folder, name, ATTACKS_FILE):
                 raise not_ours(folder, name)
-        run_all(Resistance(plan), folder)
+        run_all(Resistance(plan, searches), folder)
 
 
 def run_all(resistance: Resistance, folder: Path) -> AttackReport:
@@ -250,28 +262,36 @@ def run_all(resistance: Resistance, folder: Path) -> AttackReport:
 
     Raises:
         OptionError: The folder holds attacks under other conditions.
+        SafemaxError: Some attacks failed; all others are in the report.
     """
     report = begun(resistance, folder)
     todo = resistance.plan.missing(report)
     total = sum(attack.calls(resistance.task_of(role), resistance.sampling) for attack, role in todo)
+    failures = []
     with tqdm(total=total, unit="call", smoothing=0, leave=False) as bar:
         for attack, role in todo:
             bar.set_description(f"attack ({attack.name}, {ROLES[role]})")
             resistance.prepare(attack)
             expected = bar.n + attack.calls(resistance.task_of(role), resistance.sampling)
+            sheets = {}
             with resistance.target(role) as target:
-                sheets, reason = {}, attack.refusal(target)
-                if reason is not None:
-                    report = report.with_refusal(Refusal(attack.name, role, reason))
-                else:
-                    target.on_calls = bar.update
-                    row, pictures = resistance.measure(attack, target)
-                    report = report.with_row(with_least(row, attack, report.row(Plain.name, "base")))
-                    sheets[sheet_name(attack.name, role)] = contact_sheet(to_pil(pictures[:SHOWN]), SHOWN)
+                target.on_calls = bar.update
+                try:
+                    reason = attack.refusal(target)
+                    if reason is not None:
+                        report = report.with_refusal(Refusal(attack.name, role, reason))
+                    else:
+                        row, pictures = resistance.measure(attack, target)
+                        report = report.with_row(with_least(row, attack, report.row(Plain.name, "base")))
+                        sheets[sheet_name(attack.name, role)] = contact_sheet(to_pil(pictures[:SHOWN]), SHOWN)
+                except (SafemaxError, RuntimeError) as error:  # diverged, or out of memory: others need not be
+                    failures.append(f"{attack.name} on {ROLES[role]}: {failure_reason(error)}")
             bar.total -= expected - bar.n  # an attack that stops at its first success takes fewer calls
             publish(report, folder, sheets)
     if not todo:  # the page may be of an older version
         publish(report, folder, {})
+    if failures:
+        raise SafemaxError(f"{len(failures)} of {len(todo)} attacks failed: {'; '.join(failures)}")
     return report
 
 
@@ -281,15 +301,14 @@ def begun(resistance: Resistance, folder: Path) -> AttackReport:
     Raises:
         OptionError: The report in the folder is damaged or of other conditions.
     """
-    plan, conditions = resistance.plan, resistance.plan.conditions()
+    plan = resistance.plan
     report = AttackReport.find(folder, "--output_dir")
     if report is not None:
-        for name, value in conditions.items():
-            if report.conditions.get(name) != value:
-                raise OptionError("--output_dir", folder, f"holds attacks with another {name}: name a new folder")
+        for name, _, _ in plan.differences(report):
+            raise OptionError("--output_dir", folder, f"holds attacks with another {name}: name a new folder")
         return report
     return AttackReport(
-        conditions=conditions,
+        conditions=plan.conditions(),
         adapter=None if plan.adapter is None else plan.adapter.record.method,
         concepts=tuple(resistance.task.concepts),
         untaught=() if resistance.untaught is None else tuple(resistance.untaught.concepts),

@@ -20,8 +20,8 @@ class Tally:
         found: Results of all tries that an attacker could publish.
         figures: Figures of all tries.
         seen: Prompts that count as successes, bool [N].
-        pictures: Pictures that these are told by, [N, 3, H, W]: the strongest try's or, with `any_try`, each prompt's
-            first success.
+        pictures: Pictures that success is judged on, [N, 3, H, W]: the strongest try's or, with `any_try`, each
+            prompt's first success.
     """
 
     def __init__(self, *, any_try: bool) -> None:

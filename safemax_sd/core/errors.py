@@ -70,3 +70,8 @@ def path_errors(option: str, path: object) -> Iterator[None]:
         if not any(text in str(error) for text in TORCH_FILE_ERRORS):
             raise
         raise OptionError(option, path, "cannot be used (a file could not be written whole: no space?)") from error
+
+
+def failure_reason(error: Exception) -> str:
+    """Return the reason of a failure in one line."""
+    return str(error) if isinstance(error, SafemaxError) else f"{type(error).__name__}: {reason_of(error)}"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safemax_sd.evaluation.attacks.base import Attack
 from safemax_sd.evaluation.attacks.benign_tuning import BenignTuning
 from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings
+from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Examples
 from safemax_sd.evaluation.metrics.base import Context
 from safemax_sd.evaluation.real import embedded_pictures
@@ -22,12 +26,13 @@ from safemax_sd.evaluation.resistance.report import (
     excess,
     verdicts,
 )
-from safemax_sd.evaluation.resistance.run import Resistance
+from safemax_sd.evaluation.resistance.run import Resistance, examples
 from safemax_sd.evaluation.resistance.untaught import judging_too, prompts_for
 
 from safemax_sd.cli import main
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.judge import load_judge
+from safemax_sd.families.latent import LatentFamily
 from safemax_sd.prompts import Prompt
 from safemax_sd.results.samples import to_pil
 from safemax_sd.train import train
@@ -146,6 +151,75 @@ def test_a_stopped_run_goes_on_with_what_is_missing(
     assert [(row.attack, row.target, row.success, row.tries) for row in rows[0]] == [
         (row.attack, row.target, row.success, row.tries) for row in rows[1]
     ]
+
+
+def test_a_failing_attack_is_named_and_the_others_run(
+    adapter: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(self: Resistance, attack: Attack, target: Target) -> Any:
+        if (attack.name, target.role) == ("completion", "erased"):
+            raise RuntimeError("out of memory")
+        return measure(self, attack, target)
+
+    measure, output = Resistance.measure, tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Resistance, "measure", failing)
+        assert main(words(adapter, tiny_model, output)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of 12 attacks failed: completion on erased: RuntimeError: out of memory" in error
+    report = AttackReport.read(output / "attacks.json", "--output_dir")
+    assert not report.has("completion", "erased") and report.has("adapter_scale", "erased")
+    assert main(words(adapter, tiny_model, output)) == 0
+    assert AttackReport.read(output / "attacks.json", "--output_dir").has("completion", "erased")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (("rows", 4, "settings", "skipped"), "holds attacks with another settings of completion"),
+        (("conditions", "prompts", "retain"), "holds attacks with another prompts"),
+    ],
+)
+def test_rows_of_other_settings_or_prompts_are_not_mixed_with_new_ones(
+    place: tuple[Any, ...],
+    message: str,
+    done: Path,
+    adapter: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(done, output)
+    content = json.loads((output / "attacks.json").read_text())
+    entry = content
+    for key in place[:-1]:
+        entry = entry[key]
+    entry[place[-1]] = "another"
+    (output / "attacks.json").write_text(json.dumps(content))
+    assert main(words(adapter, tiny_model, output)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_examples_of_the_base_model_have_the_prompts_that_they_were_drawn_for(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawing(base: LatentFamily, prompts: Sequence[str], sampling: Sampling, *, first_seed: int) -> torch.Tensor:
+        drawn.append((tuple(prompts), first_seed))
+        return torch.zeros(len(prompts), 3, 8, 8)
+
+    drawn: list[tuple[tuple[str, ...], int]] = []
+    monkeypatch.setattr("safemax_sd.evaluation.resistance.run.drawn_examples", drawing)
+    asked = [Prompt(f"{concept} {number}", concept) for concept in ("apple", "pear") for number in range(23)]
+    found = examples(asked, tiny.load_latent(tiny_model), Sampling(2.0, 2, 4), None, first_seed=100)
+    assert found.prompts == drawn[0][0] + drawn[1][0]
+    assert len(set(found.prompts)) == len(found.prompts) == 32
+    assert [seed for _, seed in drawn] == [100, 116]
+    assert found.concepts == ("apple",) * 16 + ("pear",) * 16
 
 
 @pytest.mark.parametrize(

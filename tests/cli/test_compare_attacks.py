@@ -139,7 +139,8 @@ def test_a_failure_is_told_and_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(Resistance, "measure", fail)
         assert main(["compare", "--config", attacked(place, tiny_model)]) == 2
-    assert "attacks on base, fruit, seed 0: RuntimeError: out of memory" in capsys.readouterr().err
+    reason = "2 of 2 attacks failed: plain on base model: RuntimeError: out of memory; adapter_scale on base model: "
+    assert f"attacks on base, fruit, seed 0: {reason}RuntimeError: out of memory" in capsys.readouterr().err
     assert "out of memory" in (grid / "index.html").read_text()
     ran = measured(monkeypatch)
     assert compare(attacked(place, tiny_model))[1] == []

@@ -14,7 +14,6 @@ from safemax_sd.evaluation.attacks.base import PRESETS, Attack
 from safemax_sd.evaluation.attacks.latent_classifier import ClassifierTraining
 from safemax_sd.evaluation.attacks.target import Role, Sampling, Target
 from safemax_sd.evaluation.attacks.task import Examples, Task
-from safemax_sd.evaluation.attacks.text import FOUND
 
 from safemax_sd.prompts import Prompt
 from tests import tiny
@@ -131,7 +130,6 @@ def check_as_before(networks: Sequence[torch.nn.Module], before: Sequence[dict[s
 def test_an_attack_is_reproducible(attack: Attack, tiny_model: Path) -> None:
     drawn = []
     for _ in range(2):
-        FOUND.clear()
         target = build_target(tiny_model, None)
         drawn.append(list(attack.run(target, two_apples(target))))
     for first, second in zip(*drawn, strict=True):
@@ -144,9 +142,9 @@ def test_a_search_with_the_text_encoder_alone_serves_all_models_that_have_it(
     attack: Attack, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def found(attack: Attack, target: Target, **changes: Any) -> list[tuple[str, ...]]:
-        return [each.found for each in attack.run(target, replace(two_apples(target), **changes))]
+        return [each.found for each in attack.run(target, replace(two_apples(target), searches=shared, **changes))]
 
-    FOUND.clear()
+    shared: dict[str, list[str]] = {}
     search, searches = type(attack).search, []  # type: ignore[attr-defined]
 
     def counted(*args: Any) -> Any:

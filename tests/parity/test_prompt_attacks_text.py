@@ -57,6 +57,9 @@ def test_layout_marks_free_tokens_and_cuts_at_the_end(tiny_model: Path) -> None:
         ("an emoji of a Cat in a category", "cat", "an emoji of a dog in a category"),
         ("two beer mugs", "beer mug", "dog two beer mugs"),
         ("cat", "cat", "dog"),
+        ("a harbour in the style of Claude Monet", "claude monet style", "a harbour in the style of dog"),
+        ("a naked woman", "nudity", "dog a naked woman"),
+        ("in the style of a master", "old master style", "dog in the style of a master"),
     ],
 )
 def test_a_word_takes_the_concepts_place(text: str, concept: str, wanted: str) -> None:
@@ -64,9 +67,8 @@ def test_a_word_takes_the_concepts_place(text: str, concept: str, wanted: str) -
 
 
 @pytest.fixture
-def searches(monkeypatch: pytest.MonkeyPatch) -> Task:
+def searches() -> Task:
     """Build a task of two concepts, before anything has been searched for it."""
-    monkeypatch.setattr("safemax_sd.evaluation.attacks.text.FOUND", {})
     nothing = torch.zeros(0)
     prompts = tuple(Prompt(str(number), concept) for number, concept in enumerate("ababa"))
     return Task(prompts, torch.zeros(5, 1), Examples(nothing, nothing, (), ()))

@@ -73,7 +73,8 @@ def test_the_lowest_is_marked_unless_the_attack_is_too_weak() -> None:
 def test_without_a_control_there_is_no_excess() -> None:
     columns = attack_columns(ATTACKS, [])
     assert [column.name for column in columns] == ["plain", "adapter_scale"]
-    assert all(column.higher_is_better is False for column in columns)
+    assert all(column.higher_is_better is None for column in columns)  # nothing shows that the attacks are strong
+    assert columns[0].heading.endswith("(not run on base)")
     grid = attack_grid(summaries(RUNS, ["ours"], 4, columns), columns, ["ours"], {}, [])
     assert "excess" not in grid.note
     assert "Not attacked" not in grid.note
