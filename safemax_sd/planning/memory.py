@@ -102,8 +102,8 @@ class MemoryPlan:
         held = [tensor for network in family.networks().values() for tensor in tensors_of(network)]
         activations = max(self._without_gradients(call, held) for call in calls)
         if self.rehearsal.recorded_at_once:
-            inputs = self._inputs(self.rehearsal.recorded_at_once)
-            recorded = self._without_gradients(lambda: family.predict_both(*inputs), held, self.recording)
+            count = self.rehearsal.recorded_at_once
+            recorded = self._without_gradients(lambda: family.predict_both(*self._inputs(count)), held, self.recording)
             activations = max(activations, recorded)
         return Phase("encoding and replay", {**self.networks, **self._prompts(), "activations": activations})
 
