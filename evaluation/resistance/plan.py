@@ -80,7 +80,7 @@ class Plan:
         return [(attack, role) for attack, role in pairs if not report.has(attack.name, role)]
 
     def differences(self, report: AttackReport) -> Iterator[tuple[str, object, object]]:
-        """Yield name, value there and value here of each condition or setting in which a report is another's."""
+        """Yield name, value there and value here of each condition or setting in which a report differs."""
         for name, value in self.conditions().items():
             if report.conditions.get(name) != value:
                 yield name, report.conditions.get(name), value

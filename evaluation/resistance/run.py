@@ -305,7 +305,9 @@ def begun(resistance: Resistance, folder: Path) -> AttackReport:
     report = AttackReport.find(folder, "--output_dir")
     if report is not None:
         for name, _, _ in plan.differences(report):
-            raise OptionError("--output_dir", folder, f"holds attacks with another {name}: name a new folder")
+            raise OptionError(
+                "--output_dir", folder, f"holds attacks under other conditions ({name}): name a new folder"
+            )
         return report
     return AttackReport(
         conditions=plan.conditions(),

@@ -180,8 +180,8 @@ def test_a_failing_attack_is_named_and_the_others_run(
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        (("rows", 4, "settings", "skipped"), "holds attacks with another settings of completion"),
-        (("conditions", "prompts", "retain"), "holds attacks with another prompts"),
+        (("rows", 4, "settings", "skipped"), "holds attacks under other conditions (settings of completion)"),
+        (("conditions", "prompts", "retain"), "holds attacks under other conditions (prompts)"),
     ],
 )
 def test_rows_of_other_settings_or_prompts_are_not_mixed_with_new_ones(
@@ -225,8 +225,8 @@ def test_examples_of_the_base_model_have_the_prompts_that_they_were_drawn_for(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--num_images", "3"), "holds attacks with another num_images: name a new folder"),
-        (("--preset", "full"), "holds attacks with another preset: name a new folder"),
+        (("--num_images", "3"), "holds attacks under other conditions (num_images): name a new folder"),
+        (("--preset", "full"), "holds attacks under other conditions (preset): name a new folder"),
         (("--preset", "fast"), "'fast' is not one of"),
         (("--attacks", "completions"), "no such attack (did you mean 'completion'?)"),
         (("--never_known", NO_MODEL), f"--never_known {NO_MODEL}: must be a diffusers model folder"),
