@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.classes.summary import SECONDS, paired_difference, value
+from benchmarks.classes.summary import SECONDS, measured, of_kind, paired_difference, pairs, value
 from benchmarks.results import Row, markdown_table
 
+SAFEMAX, WITHOUT_DECAY = "safemax", "safemax_lambda_0"
 ALL = 99.5
 """Unlearning accuracy in percent that counts as that of a forgotten class."""
 
@@ -42,17 +43,6 @@ class Claim:
     ask: Callable[[Sequence[Row]], Answer | None]
 
 
-def pairs(rows: Sequence[Row], method: str, quantity: Callable[[Row], float]) -> list[tuple[float, float]]:
-    """Return a quantity of another method and of SAFEMax for each class, seed and repeat that both have a row of."""
-
-    def by_key(name: str) -> dict[tuple[int, int, int], float]:
-        own = (row for row in rows if row["method"] == name)
-        return {(row["class"], row["seed"], row.get("repeat", 0)): quantity(row) for row in own}
-
-    others, own = by_key(method), by_key("safemax")
-    return [(others[key], own[key]) for key in sorted(others.keys() & own.keys())]
-
-
 def faster(method: str, wanted: float, *, priors: bool) -> Callable[[Sequence[Row]], Answer | None]:
     """Return the question how many times SAFEMax's seconds another method takes.
 
@@ -67,12 +57,12 @@ def faster(method: str, wanted: float, *, priors: bool) -> Callable[[Sequence[Ro
     def estimated(row: Row) -> float:
         return float(row["seconds"] if priors else row["seconds_step"] * row["steps"])
 
-    def measured(row: Row) -> float:
+    def taken(row: Row) -> float:
         return value(row, SECONDS if priors else "seconds_training")
 
     def ask(rows: Sequence[Row]) -> Answer | None:
-        for kind, seconds, origin in (("rates", estimated, ", from the rates of parts"), ("class", measured, "")):
-            found = pairs(of_kind(rows, kind), method, seconds)
+        for kind, seconds, origin in (("rates", estimated, ", from the rates of parts"), ("class", taken, "")):
+            found = pairs(of_kind(rows, kind), method, SAFEMAX, seconds)
             if found:
                 ratios = [other / own for other, own in found]
                 median = statistics.median(ratios)
@@ -93,7 +83,7 @@ def less_memory(method: str, wanted: float) -> Callable[[Sequence[Row]], Answer 
 
     def ask(rows: Sequence[Row]) -> Answer | None:
         for kind in ("memory", "class"):
-            found = pairs(of_kind(rows, kind), method, lambda row: float(row["step_memory_bytes"]))
+            found = pairs(of_kind(rows, kind), method, SAFEMAX, lambda row: float(row["step_memory_bytes"]))
             if found:
                 median = statistics.median(100 * (1 - own / other) for other, own in found)
                 return Answer(f"{median:.0f} %", median >= wanted)
@@ -102,16 +92,12 @@ def less_memory(method: str, wanted: float) -> Callable[[Sequence[Row]], Answer 
     return ask
 
 
-def of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
-    return [row for row in rows if row["kind"] == kind]
-
-
 def decay(rows: Sequence[Row]) -> Answer | None:
     """Answer by how many percent λ = 1 lowers the FID of λ = 0."""
-    found = paired_difference(rows, "safemax_lambda_0", "safemax", "fid")
+    found = paired_difference(rows, WITHOUT_DECAY, SAFEMAX, "fid")
     if found is None or found.interval is None:
         return None
-    both = pairs(of_kind(rows, "class"), "safemax_lambda_0", lambda row: float(row["fid"]))
+    both = pairs(measured(rows), WITHOUT_DECAY, SAFEMAX, lambda row: float(row["fid"]))
     without = statistics.fmean(other for other, _ in both)
     low, mean, high = (100 * part / without for part in (found.interval[0], found.mean, found.interval[1]))
     return Answer(f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}] over {found.pairs} pairs", low > 0)
@@ -119,7 +105,7 @@ def decay(rows: Sequence[Row]) -> Answer | None:
 
 def forgotten(rows: Sequence[Row]) -> Answer | None:
     """Answer in how many classes UA is 100 %, without and with rejection; exactly one may be below it without."""
-    own = {row["class"]: row for row in of_kind(rows, "class") if row["method"] == "safemax" and row["seed"] == 0}
+    own = {row["class"]: row for row in measured(rows) if row["method"] == SAFEMAX and row["seed"] == 0}
     if not own:
         return None
     plain, rejecting = (
@@ -133,8 +119,8 @@ def forgotten(rows: Sequence[Row]) -> Answer | None:
 
 def highest_entropy(rows: Sequence[Row]) -> Answer | None:
     """Answer in how many classes SAFEMax's H is above that of both other methods."""
-    runs = of_kind(rows, "class")
-    others = [pairs(runs, method, lambda row: float(row["entropy"])) for method in ("selective_amnesia", "salun")]
+    runs, names = measured(rows), ("selective_amnesia", "salun")
+    others = [pairs(runs, name, SAFEMAX, lambda row: float(row["entropy"])) for name in names]
     if not all(others):
         return None
     counts = [sum(own > other for other, own in found) for found in others]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -42,9 +42,26 @@ def value(row: Row, column: str) -> float:
     return float(row[column])
 
 
+def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
+    return [row for row in rows if row["kind"] == kind]
+
+
 def measured(rows: Iterable[Row]) -> list[Row]:
     """Select the rows that measure forgetting and retention, without those of times and memory."""
-    return [row for row in rows if row["kind"] == "class"]
+    return of_kind(rows, "class")
+
+
+def pairs(
+    rows: Sequence[Row], method: str, reference: str, quantity: Callable[[Row], float]
+) -> list[tuple[float, float]]:
+    """Return a quantity of two methods for each class, seed and repeat that both have a row of."""
+
+    def by_key(name: str) -> dict[tuple[int, int, int], float]:
+        own = (row for row in rows if row["method"] == name)
+        return {(row["class"], row["seed"], row.get("repeat", 0)): quantity(row) for row in own}
+
+    ours, others = by_key(method), by_key(reference)
+    return [(ours[key], others[key]) for key in sorted(ours.keys() & others.keys())]
 
 
 def methods_in(rows: Iterable[Row]) -> list[str]:
@@ -147,20 +164,16 @@ class PairedDifference:
 
 def paired_difference(rows: Sequence[Row], method: str, reference: str, column: str) -> PairedDifference | None:
     """Return the difference of `method` minus `reference`; None if they have no pair of class and seed in common."""
-    found: dict[str, dict[tuple[int, int], float]] = {method: {}, reference: {}}
-    for row in measured(rows):
-        if row["method"] in found:
-            found[row["method"]][row["class"], row["seed"]] = value(row, column)
-    common = sorted(found[method].keys() & found[reference].keys())
-    if not common:
+    found = pairs(measured(rows), method, reference, lambda row: value(row, column))
+    if not found:
         return None
-    differences = np.array([found[method][key] - found[reference][key] for key in common])
+    differences = np.array([own - other for own, other in found])
     interval = None
-    if len(common) > 1:
-        chosen = np.random.default_rng(0).integers(len(common), size=(RESAMPLES, len(common)))
+    if len(found) > 1:
+        chosen = np.random.default_rng(0).integers(len(found), size=(RESAMPLES, len(found)))
         low, high = np.quantile(differences[chosen].mean(1), [0.025, 0.975])
         interval = (float(low), float(high))
-    return PairedDifference(float(differences.mean()), interval, len(common))
+    return PairedDifference(float(differences.mean()), interval, len(found))
 
 
 def difference_table(rows: Sequence[Row], reference: str) -> str:
@@ -237,7 +250,7 @@ def summary(rows: Sequence[Row]) -> str:
         parts += ["## Forgetting\n", class_table(published, forgetting)]
         if any(method.startswith("safemax_") for method in methods_in(rows)):
             parts += ["## Variants minus SAFEMax\n", difference_table(measured(rows), "safemax")]
-    timed = {kind: [row for row in rows if row["kind"] == kind] for kind in ("race", "rates", "memory")}
+    timed = {kind: of_kind(rows, kind) for kind in ("race", "rates", "memory")}
     if timed["race"]:
         columns = (("seconds", "seconds to the end"), ("seconds_to_forgotten", "seconds until forgotten"))
         parts += ["## Race\n", time_table(timed["race"], columns)]

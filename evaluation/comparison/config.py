@@ -22,7 +22,7 @@ from safemax_sd.evaluation.resistance.plan import chosen
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import SEED, Options, option
-from safemax_sd.core.provenance import public_path
+from safemax_sd.core.provenance import public_entries
 from safemax_sd.core.registry import closest
 from safemax_sd.prompts import Suite
 from safemax_sd.results.folder import MODEL_INDEX
@@ -62,7 +62,7 @@ class Settings(MeasuringOptions, AttackKeys):
 
     def public(self) -> dict[str, Any]:
         """Return the settings by name, without the folders of this machine."""
-        return {name: public_path(value) if isinstance(value, str) else value for name, value in asdict(self).items()}
+        return public_entries(asdict(self))
 
     def evaluation(self) -> dict[str, Any]:
         """Return the settings that are options of `safemax evaluate`, by name."""

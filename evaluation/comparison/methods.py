@@ -16,7 +16,7 @@ from safemax_sd.evaluation.subjects import Adapter, Subject
 
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import check_values, choices_of, flags_of
-from safemax_sd.core.provenance import public_path
+from safemax_sd.core.provenance import public_entries
 from safemax_sd.core.registry import closest
 from safemax_sd.erasing.edits import EDITS, ClosedFormEdit
 from safemax_sd.families import LoadOptions, ModelFamily
@@ -144,8 +144,7 @@ class Method(ABC):
     @property
     def given(self) -> dict[str, Any]:
         """Entries of the method in the configuration, without the folders of this machine."""
-        public = {name: public_path(value) if isinstance(value, str) else value for name, value in self.flags.items()}
-        return {self.kind: self.name, **public}
+        return {self.kind: self.name, **public_entries(self.flags)}
 
     @property
     def described(self) -> str:

@@ -73,6 +73,11 @@ def _command() -> tuple[str, ...]:
     return tuple(words)
 
 
+def public_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return entries with `public_path` applied to every text."""
+    return {name: public_path(value) if isinstance(value, str) else value for name, value in entries.items()}
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Origin of a result.
