@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from tests import tiny, tiny_families
 
@@ -21,6 +23,14 @@ def imported_once() -> None:
     """Exclude all imported objects from garbage collection, which takes 0.3 s in each training otherwise."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Let a test choose its precision, which Accelerate fixes for a whole process at its first use."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

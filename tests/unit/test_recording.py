@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safemax_sd.erasing.edits import EditConfig
@@ -179,6 +178,7 @@ def test_what_is_held_to_compare_prompts_grows_with_their_number_alone() -> None
     assert 0 < largest.count <= 2**24  # one matrix of all pairs would have 100 million
 
 
+@pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_trajectories_are_recorded_in_the_precision_of_the_steps(
     precision: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -192,6 +192,5 @@ def test_trajectories_are_recorded_in_the_precision_of_the_steps(
     monkeypatch.setattr(Recording, "before", noting)
     flags = ("--mixed_precision", precision, "--prune", "10", "--replay_span", "1", "--max_train_steps", "2")
     train(parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *flags)))
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert len(seen) > 2  # for pruning, before the first step, and during the training
     assert set(seen) == {precision == "bf16"}
