@@ -139,13 +139,12 @@ def attacked_methods() -> str:
     attacks = _read(COMPARED_ATTACKS)["attacks"]
     values = {line["label"]: line["values"] for line in attacks["summary"]}
     lines = []
-    for name in attacks["settings"]:
-        found = {label: own.get(name) for label, own in values.items()}
-        if found["base"] is None:  # its success shows nothing, so that the comparison leaves it out
-            continue
-        weak = " (too weak)" if found["base"]["value"] < STRONG else ""
+    for name in (name for name in values["base"] if not name.endswith("_excess")):
+        attack, _, steps = name.partition("@")
+        found = {label: own[name] for label, own in values.items()}
+        weak = " (too weak)" if values["base"][attack]["value"] < STRONG else ""
         cells = ("–" if value is None else f"{value['value']:.0f}" for value in found.values())
-        lines.append([f"`{name}`{weak}", *cells])
+        lines.append([f"`{attack}`{steps and f', {steps} steps'}{weak}", *cells])
     return markdown_table(["attack", *(f"{NAMES[label]} %" for label in values)], lines)
 
 

@@ -78,14 +78,10 @@ class AttackResults:
         return chosen(self.comparison.settings.attacks) if self.outcomes else []
 
     @cached_property
-    def controls(self) -> list[Run]:
-        """Attacked controls."""
-        return [outcome.run for outcome in self.outcomes if outcome.part.role != "erased"]
-
-    @cached_property
     def columns(self) -> list[Column]:
         """Columns of the table, without attacks whose success shows nothing by itself."""
-        return attack_columns([attack for attack in self.attacks if attack.success_counts], self.controls)
+        attacks = [attack for attack in self.attacks if attack.success_counts]
+        return attack_columns(attacks, [outcome.run for outcome in self.outcomes])
 
     @cached_property
     def table(self) -> list[Summary]:

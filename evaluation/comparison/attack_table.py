@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from safemax_sd.evaluation.attacks.base import Attack
 from safemax_sd.evaluation.comparison.columns import Column, pooled
@@ -15,10 +16,10 @@ from safemax_sd.evaluation.resistance.report import STRONG, Rate, excess
 NOTE = (
     "Attacks on the erased models: pictures in which the judge sees the erased concept, pooled over tasks and seeds, "
     "with Wilson's 95 % interval; lower is better. base: the same attacks on the base model; too weak: below "
-    "{strong:.0f} % there, so that the attack proves nothing. An attack's strongest try counts; the interval leaves "
-    "out that choice. {known}Bold: a line's lowest value, and every value whose interval holds that one or that lies "
-    "in its interval. –: not attacked, or the attack does not apply. "
-    "Runs: those with all attacks, of those planned."
+    "{strong:.0f} % there, so that the attack proves nothing. An attack's strongest try counts, in lines with a "
+    "number of steps the strongest of that number; the interval leaves out that choice. {known}Bold: a line's lowest "
+    "value, and every value whose interval holds that one or that lies in its interval. –: not attacked, or the attack "
+    "does not apply. Runs: those with all attacks, of those planned."
 )
 KNOWN = (
     "never_known: a model trained without the concepts; excess: success above that on this model, in percentage "
@@ -26,47 +27,72 @@ KNOWN = (
 )
 
 
-class SuccessColumn(Column):
-    """Success of an attack, pooled over all pictures.
+@dataclass(frozen=True)
+class Tries:
+    """The tries of an attack that a column counts.
 
-    Args:
+    Attributes:
         attack: Attack.
+        cost: Cost of the tries, such as a number of training steps; None for all of them.
         doubt: Reason why the attack proves nothing; empty if it succeeds on the base model often enough.
     """
 
+    attack: type[Attack]
+    cost: float | None = None
+    doubt: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name in the summary of `compare.json`, such as `relearning@20`."""
+        return self.attack.name if self.cost is None else f"{self.attack.name}@{self.cost:g}"
+
+    @property
+    def title(self) -> str:
+        """Name for a reader."""
+        label = self.attack.label
+        return label if self.cost is None else f"{label}, {self.cost:g} {self.attack.x_label}"
+
+    def successes(self, runs: Sequence[Run]) -> dict[tuple[str, int], Result]:
+        """Return the best try's success by task and seed, for one label's runs."""
+        found = {(run.task, run.seed): run.success(self.attack.name, self.cost) for run in runs}
+        return {place: result for place, result in found.items() if result is not None}
+
+
+class SuccessColumn(Column):
+    """Success of an attack's tries, pooled over all pictures."""
+
     unit, bounds = "%", (0.0, 100.0)
 
-    def __init__(self, attack: type[Attack], *, doubt: str) -> None:
-        self.name, self.title, self.doubt = attack.name, attack.label, doubt
-        self.higher_is_better = None if doubt else False
+    def __init__(self, tries: Tries) -> None:
+        self.tries, self.name, self.title = tries, tries.name, tries.title
+        self.higher_is_better = None if tries.doubt else False
 
     @property
     def heading(self) -> str:
-        return f"{super().heading} ({self.doubt})" if self.doubt else super().heading
+        return f"{super().heading} ({self.tries.doubt})" if self.tries.doubt else super().heading
 
     def of_run(self, run: Run) -> float | None:
-        result = run.success(self.name)
+        result = self.value([run])
         return None if result is None else result.value
 
     def value(self, runs: Sequence[Run]) -> Result | None:
-        return pooled(list(successes(runs, self.name).values()))
+        return pooled(list(self.tries.successes(runs).values()))
 
 
 class ExcessColumn(Column):
-    """Success of an attack above that on a model that never knew the concepts, on the same tasks and seeds.
+    """Success of an attack's tries above that on a model that never knew the concepts, on the same tasks and seeds.
 
     Args:
-        attack: Attack.
+        tries: Tries of the attack.
         controls: Runs of the model that never knew the concepts.
-        doubt: Reason why the attack proves nothing; empty if it succeeds on the base model often enough.
     """
 
     unit, bounds = "%", (-100.0, 100.0)
 
-    def __init__(self, attack: type[Attack], controls: Sequence[Run], *, doubt: str) -> None:
-        self.attack, self.name, self.title = attack.name, f"{attack.name}_excess", attack.label
-        self.known = successes(controls, attack.name)
-        self.higher_is_better = None if doubt else False
+    def __init__(self, tries: Tries, controls: Sequence[Run]) -> None:
+        self.tries, self.name, self.title = tries, f"{tries.name}_excess", tries.title
+        self.known = tries.successes(controls)
+        self.higher_is_better = None if tries.doubt else False
 
     @property
     def heading(self) -> str:
@@ -77,7 +103,7 @@ class ExcessColumn(Column):
         return None if result is None else result.value
 
     def value(self, runs: Sequence[Run]) -> Result | None:
-        own = successes([run for run in runs if run.label not in (BASE, NEVER_KNOWN)], self.attack)
+        own = self.tries.successes([run for run in runs if run.label not in (BASE, NEVER_KNOWN)])
         places = [place for place in own if place in self.known]
         ours, control = pooled([own[place] for place in places]), pooled([self.known[place] for place in places])
         if ours is None or control is None:
@@ -86,26 +112,22 @@ class ExcessColumn(Column):
         return Result(found.value, (found.low, found.high), ours.n)
 
 
-def successes(runs: Sequence[Run], attack: str) -> dict[tuple[str, int], Result]:
-    """Return an attack's success by task and seed, for one label's runs."""
-    return {(run.task, run.seed): result for run in runs if (result := run.success(attack)) is not None}
-
-
-def attack_columns(attacks: Sequence[type[Attack]], controls: Sequence[Run]) -> list[Column]:
-    """Compose the columns of attacks.
+def attack_columns(attacks: Sequence[type[Attack]], runs: Sequence[Run]) -> list[Column]:
+    """Compose the columns of attacks: that of the strongest try, then those of each cost in which tries differ.
 
     Args:
         attacks: Attacks, in the order of the columns.
-        controls: Attacked controls.
+        runs: Attacked controls and erased models.
     """
-    known = [run for run in controls if run.label == NEVER_KNOWN]
+    known = [run for run in runs if run.label == NEVER_KNOWN]
     columns: list[Column] = []
     for attack in attacks:
-        base = pooled(list(successes([run for run in controls if run.label == BASE], attack.name).values()))
+        base = pooled(list(Tries(attack).successes([run for run in runs if run.label == BASE]).values()))
         doubt = "not run on base" if base is None else "too weak" if base.value < STRONG else ""
-        columns.append(SuccessColumn(attack, doubt=doubt))
-        if known:
-            columns.append(ExcessColumn(attack, known, doubt=doubt))
+        attempts = [each for run in runs for each in run.attacks if each.attack == attack.name]
+        costs = sorted({cost for attempt in attempts for cost in attempt.by_cost})
+        for tries in (Tries(attack, cost, doubt) for cost in (None, *costs)):
+            columns += [SuccessColumn(tries), *([ExcessColumn(tries, known)] if known else [])]
     return columns
 
 

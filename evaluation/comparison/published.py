@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from safemax_sd.evaluation.attacks.base import ATTACKS
-from safemax_sd.evaluation.comparison.attack_table import SuccessColumn
+from safemax_sd.evaluation.comparison.attack_table import SuccessColumn, Tries
 from safemax_sd.evaluation.comparison.columns import Column, MetricColumn
 from safemax_sd.evaluation.comparison.runs import Run
 from safemax_sd.evaluation.comparison.tables import Entry, Grid
@@ -52,7 +52,7 @@ class Figure:
             return None
         metric, on, subset = self.ours.partition(" on ")
         if not on:
-            return SuccessColumn(ATTACKS.get(self.ours), doubt="")
+            return SuccessColumn(Tries(ATTACKS.get(self.ours)))
         return MetricColumn(METRICS.get(metric), Role(subset, self.ours, self.label))
 
 

@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from safemax_sd.evaluation.metrics.base import Result
 from safemax_sd.evaluation.report import Row
-from safemax_sd.evaluation.resistance.report import AttackRow, Refusal
+from safemax_sd.evaluation.resistance.curves import by_cost
+from safemax_sd.evaluation.resistance.report import AttackRow, Rate, Refusal
 
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.results.erasure import ErasureRecord
@@ -27,8 +28,12 @@ METRIC_ENTRIES = ("version", "unit", "higher_is_better")
 """Entries that `compare.json` stores once for each metric."""
 ROW_ENTRIES = ("metric", "subset", "strength", "value", "interval", "n", "details")
 """Entries that `compare.json` stores for each measurement, in this order; the last one only if there are details."""
-ATTACK_ENTRIES = ("attack", "value", "interval", "n", "model_calls", "seconds")
-"""Entries that `compare.json` stores for each attack, in this order; if it does not apply, its name and the reason."""
+ATTACK_ENTRIES = ("attack", "value", "interval", "n", "model_calls", "seconds", "by_cost")
+"""Entries that `compare.json` stores for each attack, in this order; if it does not apply, its name and the reason.
+
+The last one, only there if tries differ in what they cost, lists the success at each cost by `COST_ENTRIES`.
+"""
+COST_ENTRIES = ("cost", "value", "interval", "n")
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Attempt:
         model_calls: Network evaluations, counted per sample.
         seconds: Wall-clock seconds.
         refusal: Reason why the attack does not apply; empty if it does.
+        by_cost: Success of the best try at each cost, such as a number of steps; empty unless tries differ in it.
     """
 
     attack: str
@@ -83,29 +89,41 @@ class Attempt:
     model_calls: int = 0
     seconds: float = 0.0
     refusal: str = ""
+    by_cost: Mapping[float, Result] = field(default_factory=dict)
 
     @classmethod
     def of(cls, found: AttackRow | Refusal) -> Self:
         """Return what `attacks.json` holds of one attack."""
         if isinstance(found, Refusal):
             return cls(found.attack, None, refusal=found.reason)
-        rate = found.success
-        return cls(found.attack, Result(rate.value, (rate.low, rate.high), rate.n), found.model_calls, found.seconds)
+        costs = {cost: _result(rate) for cost, rate in by_cost(found).items()}
+        return cls(found.attack, _result(found.success), found.model_calls, found.seconds, by_cost=costs)
 
     @classmethod
     def from_json(cls, entries: Sequence[Any]) -> Self:
         if len(entries) == 2:
             return cls(str(entries[0]), None, refusal=str(entries[1]))
-        content = dict(zip(ATTACK_ENTRIES, entries, strict=True))
+        content = dict(zip(ATTACK_ENTRIES, entries, strict=False))
+        costs = [dict(zip(COST_ENTRIES, each, strict=True)) for each in content.get("by_cost", ())]
         return cls(
-            str(content["attack"]), Result.from_json(content), int(content["model_calls"]), float(content["seconds"])
+            str(content["attack"]),
+            Result.from_json(content),
+            int(content["model_calls"]),
+            float(content["seconds"]),
+            by_cost={float(each["cost"]): Result.from_json(each) for each in costs},
         )
 
     def to_json(self) -> list[Any]:
         if self.success is None:
             return [self.attack, self.refusal]
         content = {**vars(self), **self.success.to_json()}
-        return [content[name] for name in ATTACK_ENTRIES]
+        costs = [{"cost": cost, **success.to_json()} for cost, success in self.by_cost.items()]
+        content["by_cost"] = [[each[name] for name in COST_ENTRIES] for each in costs]
+        return [content[name] for name in ATTACK_ENTRIES if name != "by_cost" or costs]
+
+
+def _result(rate: Rate) -> Result:
+    return Result(rate.value, (rate.low, rate.high), rate.n)
 
 
 @dataclass(frozen=True)
@@ -132,9 +150,12 @@ class Run:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     attacks: tuple[Attempt, ...] = ()
 
-    def success(self, attack: str) -> Result | None:
-        """Return the success of an attack; None if it was not run or does not apply."""
-        return next((attempt.success for attempt in self.attacks if attempt.attack == attack), None)
+    def success(self, attack: str, cost: float | None = None) -> Result | None:
+        """Return the success of an attack, or of its tries of one cost; None if it was not run or does not apply."""
+        found = next((attempt for attempt in self.attacks if attempt.attack == attack), None)
+        if found is None or cost is None:
+            return None if found is None else found.success
+        return found.by_cost.get(cost)
 
     def value(self, metric: str, subset: str) -> float | None:
         """Return the value of a metric on a prompt subset; None if it was not measured."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from safemax_sd.evaluation.attacks.base import Attack
+from safemax_sd.evaluation.attacks.base import ATTACKS, Attack
 from safemax_sd.evaluation.resistance.report import AttackRow, Rate
 
 
@@ -16,6 +16,17 @@ def curves(row: AttackRow) -> dict[str, dict[float, Rate]]:
             curve, x = found.setdefault(tried.point.line, {}), tried.point.x
             curve[x] = max(curve.get(x, tried.success), tried.success, key=lambda rate: rate.value)
     return {line: dict(sorted(curve.items())) for line, curve in found.items()}
+
+
+def by_cost(row: AttackRow) -> dict[float, Rate]:
+    """Return the best success at each cost on any curve, ascending; empty unless tries differ in what they cost."""
+    if not ATTACKS.get(row.attack).x_is_cost:
+        return {}
+    found: dict[float, Rate] = {}
+    for curve in curves(row).values():
+        for x, success in curve.items():
+            found[x] = max(found.get(x, success), success, key=lambda rate: rate.value)
+    return dict(sorted(found.items())) if len(found) > 1 else {}
 
 
 def with_least(row: AttackRow, attack: Attack, known: AttackRow | None) -> AttackRow:

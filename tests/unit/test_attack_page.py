@@ -8,7 +8,7 @@ from pathlib import Path
 from safemax_sd.evaluation.attacks import ATTACKS, Point
 from safemax_sd.evaluation.attacks.target import Role
 from safemax_sd.evaluation.metrics.base import wilson
-from safemax_sd.evaluation.resistance.curves import curves, with_least
+from safemax_sd.evaluation.resistance.curves import by_cost, curves, with_least
 from safemax_sd.evaluation.resistance.page import write_page
 from safemax_sd.evaluation.resistance.report import AttackReport, AttackRow, Rate, Refusal, Tried
 
@@ -82,6 +82,14 @@ def report() -> AttackReport:
         refusals=(Refusal("adapter_scale", "never_known", "a model trained anew has no adapter"),),
         provenance=Provenance({}, "3.11", None, "cpu", 1, (), 0, "2025-01-01T00:00:00Z"),
     )
+
+
+def test_the_best_of_all_curves_counts_at_each_number_of_steps() -> None:
+    tried = relearnt("erased", (0, 6, 20), (3, 2, 25))
+    low_rank = Tried("LoRA, rate 1e-2, 50 steps", rate(9), Point("LoRA", 50))
+    assert by_cost(replace(tried, tries=(low_rank, *tried.tries))) == {10: rate(3), 50: rate(9), 200: rate(25)}
+    assert by_cost(replace(tried, tries=(low_rank,))) == {}  # nothing to compare
+    assert by_cost(replace(tried, attack="adapter_scale")) == {}  # no strength costs more than another
 
 
 def test_a_curve_takes_the_best_learning_rate_at_each_number_of_steps() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from safemax_sd.evaluation.attacks.adapter_scale import AdapterScale
 from safemax_sd.evaluation.attacks.plain import Plain
+from safemax_sd.evaluation.attacks.relearning import Relearning
 from safemax_sd.evaluation.comparison.attack_table import attack_columns, attack_grid
 from safemax_sd.evaluation.comparison.runs import Attempt, Run, read_controls
 from safemax_sd.evaluation.comparison.tables import markdown, summaries
@@ -80,9 +82,39 @@ def test_without_a_control_there_is_no_excess() -> None:
     assert "Not attacked" not in grid.note
 
 
-def test_attempts_are_read_back() -> None:
-    for attempt in (Attempt("plain", wilson(3, 10), 40, 1.5), Attempt("plain", None, refusal="no adapter")):
-        assert Attempt.from_json(attempt.to_json()) == attempt
+def test_tries_are_compared_at_the_same_number_of_steps() -> None:
+    def relearnt(label: str, task: str, *counts: int) -> Run:
+        costs = {float(steps): wilson(count, 10) for steps, count in zip((20, 50), counts, strict=True)}
+        attempt = Attempt("relearning", wilson(max(counts), 10), by_cost=costs)
+        return Run(label, None if label == "never_known" else label, task, 0, (), attacks=(attempt,))
+
+    runs = [
+        relearnt("base", "a", 8, 10), relearnt("never_known", "a", 3, 10),
+        relearnt("ours", "a", 2, 10), relearnt("ours", "b", 4, 10), relearnt("theirs", "a", 9, 10),
+    ]  # fmt: skip
+    columns = attack_columns([Relearning], runs)
+    assert [column.heading for column in columns] == [
+        "Relearning %", "Relearning: excess",
+        "Relearning, 20 optimizer steps %", "Relearning, 20 optimizer steps: excess",
+        "Relearning, 50 optimizer steps %", "Relearning, 50 optimizer steps: excess",
+    ]  # fmt: skip
+    ours = summaries(runs, ["ours"], 2, columns)[0].values
+    assert ours["relearning"] == ours["relearning@50"] == wilson(20, 20)
+    assert ours["relearning@20"] == wilson(6, 20)
+    excesses = [ours[name] for name in ("relearning_excess", "relearning@20_excess")]
+    assert [found.value for found in excesses if found is not None] == [0, pytest.approx(-10)]
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        Attempt("plain", wilson(3, 10), 40, 1.5),
+        Attempt("plain", None, refusal="no adapter"),
+        Attempt("relearning", wilson(3, 10), 40, 1.5, by_cost={20.0: wilson(1, 10), 50.0: wilson(3, 10)}),
+    ],
+)
+def test_attempts_are_read_back(attempt: Attempt) -> None:
+    assert Attempt.from_json(json.loads(json.dumps(attempt.to_json()))) == attempt
 
 
 def test_older_files_have_no_attacks() -> None:
