@@ -39,13 +39,15 @@ NAMES = {
     "never_known": "never known",
 }
 """Names of the models in the tables, by those in the result files."""
+KEPT = ("retained", "neighbours")
+"""Columns of the comparison of attacks that say what a method keeps."""
 DEPTHS = ("2026-11-29-depth-strongest-rates.json", "2026-11-29-depth-strongest-rates-dog-weapons.json")
 ATTACKED = ("base", "esd", "salun")
 """Models in the table of attacks' settings."""
 STEPS = (10, 20, 50, 100, 200)
 STUDIES = {"digits": "class_unlearning_digits.jsonl", "published network": "class_unlearning_cifar10.jsonl"}
 """Studies of class unlearning that published claims are compared with."""
-COMPARED_ATTACKS = "2026-11-29-attacks-compared-bomb.json"
+COMPARED_ATTACKS = "2026-11-29-attacks-compared-bomb-all-methods.json"
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -135,17 +137,23 @@ def comparison() -> str:
 
 
 def attacked_methods() -> str:
-    """Return the table of what each attack brings back from each method's erased models."""
-    attacks = _read(COMPARED_ATTACKS)["attacks"]
-    values = {line["label"]: line["values"] for line in attacks["summary"]}
-    lines = []
-    for name in (name for name in values["base"] if not name.endswith("_excess")):
+    """Return the table of what each attack brings back from each method's erased models, and of what they keep."""
+    comparison = _read(COMPARED_ATTACKS)
+    values = {line["label"]: line["values"] for line in comparison["attacks"]["summary"]}
+    measured = {line["label"]: line["values"] for line in comparison["summary"]}
+    lines = [
+        [column, *(f"{measured[label][column]['value']:.0f}" if label in measured else "–" for label in values)]
+        for column in KEPT
+    ]
+    shown = [name for name in values["base"] if not name.endswith("_excess")]
+    in_steps = {name.partition("@")[0] for name in shown if "@" in name}
+    for name in (name for name in shown if name not in in_steps):
         attack, _, steps = name.partition("@")
         found = {label: own[name] for label, own in values.items()}
         weak = " (too weak)" if values["base"][attack]["value"] < STRONG else ""
         cells = ("–" if value is None else f"{value['value']:.0f}" for value in found.values())
         lines.append([f"`{attack}`{steps and f', {steps} steps'}{weak}", *cells])
-    return markdown_table(["attack", *(f"{NAMES[label]} %" for label in values)], lines)
+    return markdown_table(["%", *(NAMES.get(label, f"`{label}`") for label in values)], lines)
 
 
 def comparison_by_task() -> str:
