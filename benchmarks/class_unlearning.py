@@ -28,8 +28,8 @@ from benchmarks.classes.classifier import Classifier, load_classifier
 from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
 from benchmarks.classes.data import Dataset, load_dataset, write_folder
 from benchmarks.classes.measure import (
+    SAMPLINGS,
     KeptClass,
-    Sampling,
     draw,
     forgetting,
     kept_class,
@@ -37,7 +37,7 @@ from benchmarks.classes.measure import (
     retention,
     verdict_on_noise,
 )
-from benchmarks.classes.methods import GUIDANCE, SMALL, VARIANTS
+from benchmarks.classes.methods import SMALL, VARIANTS
 from benchmarks.classes.settings import BASES
 from benchmarks.classes.summary import gallery, plot, summary
 from benchmarks.prompt_files import write_prompts
@@ -57,11 +57,6 @@ PART_PICTURES = 128
 """Number of real pictures of each class in a measurement on part of a run."""
 TIMED_FRACTION = {"digits": 1.0, "cifar10": 0.25, "cifar10_folded": 1.0}
 """Fraction of the batch in a timed step. A published CIFAR-10 batch needs over 24 GB; time is proportional to size."""
-SAMPLINGS = {
-    "digits": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=1800),
-    "cifar10": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=4500),
-    "cifar10_folded": Sampling(GUIDANCE, num_inference_steps=25, num_forget=500, num_retain=900, bfloat16=True),
-}
 
 
 class Study:
@@ -82,7 +77,7 @@ class Study:
         self.counts = "reduced" if arguments.dataset in SMALL and not arguments.published_counts else "published"
         settings = BASES[arguments.dataset]
         if arguments.base_minutes is not None:
-            settings = replace(settings, minutes=arguments.base_minutes)
+            settings = replace(settings, minutes=arguments.base_minutes, stored=None)
         self.base = train_base(self.dataset, self.folder / "base", settings)
         self.classifier: Classifier = load_classifier(self.dataset, self.folder, arguments.classifier_file)
         # The base model keeps every class, so that ten rows share its pictures.

@@ -1,7 +1,7 @@
 """Train the study's base model: a class-conditional DDPM with a null class, as in the papers on SA and SalUn.
 
     nohup python -m benchmarks.classes.base --dataset cifar10_folded --data_file cifar10.npz \\
-        --classifier_file resnet56.safetensors --minutes 600 &
+        --classifier_file resnet56.safetensors &
 
 Writes `study/<dataset>/base/`, a DDPMPipeline folder, which `benchmarks.class_unlearning` takes. A killed training goes
 on where it was last saved. Minutes are processor time for each thread, so that other load does not shorten it. Every
@@ -154,21 +154,29 @@ class BaseTraining:
 
 
 def train_base(dataset: Dataset, folder: Path, settings: BaseSettings) -> Path:
-    """Train a base model and write its `DDPMPipeline` folder, unless it exists; a killed training continues.
+    """Return the folder of a base model, a `DDPMPipeline`; train it if there is none.
 
     Args:
         dataset: Data set to train on.
-        folder: Folder to write to.
+        folder: Folder of a model of one's own, which comes before that of the repository. A killed training in it
+            continues.
         settings: Settings of the network and the training.
-
-    Returns:
-        The folder.
     """
-    if not (folder / "model_index.json").exists():
-        training = BaseTraining(dataset, folder, settings)
-        training.train()
-        training.family().save_base(folder)
+    if (folder / "model_index.json").exists():
+        return folder
+    if settings.stored is not None:
+        return settings.stored
+    training = BaseTraining(dataset, folder, settings)
+    training.train()
+    save(training, folder)
     return folder
+
+
+def save(training: BaseTraining, folder: Path) -> None:
+    """Write the model with averaged weights in float16 as a `DDPMPipeline` folder."""
+    family = training.family()
+    family.denoiser.half()
+    family.save_base(folder)
 
 
 def main() -> None:
@@ -192,7 +200,7 @@ def main() -> None:
         rows = math.floor(training.run.spent / (60 * arguments.every)) + 1
         training.train(min(1.0, rows * arguments.every / settings.minutes))
         log.append(training.family(), dataset, classifier)
-    training.family().save_base(folder / "base")
+    save(training, folder / "base")
     print(f"base model: {folder / 'base'}")
 
 

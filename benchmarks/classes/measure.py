@@ -14,6 +14,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 
 from benchmarks.classes.classifier import Classifier
 from benchmarks.classes.data import Dataset
+from benchmarks.classes.methods import GUIDANCE
 from benchmarks.training import mixed_precision
 from safemax_sd.families import ModelFamily
 from safemax_sd.recording.replay import start_noise
@@ -42,6 +43,14 @@ class Sampling:
     num_retain: int = 0
     batch_size: int = 250
     bfloat16: bool = False
+
+
+SAMPLINGS = {
+    "digits": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=1800),
+    "cifar10": Sampling(GUIDANCE, num_inference_steps=50, num_forget=500, num_retain=4500),
+    "cifar10_folded": Sampling(GUIDANCE, num_inference_steps=25, num_forget=500, num_retain=900, bfloat16=True),
+}
+"""Settings of the study's pictures by data set."""
 
 
 def draw(family: ModelFamily, label: str, count: int, seed: int, sampling: Sampling) -> Tensor:
@@ -115,6 +124,34 @@ def forgetting(
 
 
 @dataclass(frozen=True)
+class DrawnClasses:
+    """Pictures of every class, as many of each, and what the classifier says of them.
+
+    Attributes:
+        shown: Pictures in 0 to 1, [classes, N, C, H, W].
+        named: True where the classifier assigns the picture to its class, [classes, N].
+        recognised: True where it also accepts it, [classes, N].
+    """
+
+    shown: Tensor
+    named: Tensor
+    recognised: Tensor
+
+
+def draw_classes(
+    family: ModelFamily, dataset: Dataset, classifier: Classifier, sampling: Sampling, *, each: int, seed: int
+) -> DrawnClasses:
+    """Draw and judge `each` pictures of every class; a class's seeds begin 1,000 after those of the one before it."""
+    shown = [
+        pictures(family, dataset, draw(family, name, each, seed + 1000 * number, sampling))
+        for number, name in enumerate(dataset.class_names)
+    ]
+    seen = [classifier.recognised(part, number) for number, part in enumerate(shown)]
+    named, recognised = (torch.stack(part) for part in zip(*seen, strict=True))
+    return DrawnClasses(torch.stack(shown), named, recognised)
+
+
+@dataclass(frozen=True)
 class KeptClass:
     """Features of a kept class's pictures, and the number of those that the classifier recognises.
 
@@ -152,14 +189,21 @@ def retention(
     parts = [judged(number) for number in kept]
     made, right = torch.cat([part.features for part in parts]), sum(part.right for part in parts)
     real = classifier.train_features[dataset.rows_of(kept)]
-    statistics = [fid_features_to_statistics(part.clone()) for part in (made, real)]
-    kid = kid_features_to_metric(made.clone(), real.clone(), kid_subset_size=min(1000, len(made), len(real)), **KID)
     accuracy = wilson(right, len(made))
     return {
-        "fid": float(fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]),
-        "kid": kid["kernel_inception_distance_mean"],
+        **distances(made, real),
         "retained_accuracy": accuracy.value,
         "retained_accuracy_interval": accuracy.interval,
         "num_retain": len(made),
         "num_real": len(real),
+    }
+
+
+def distances(made: Tensor, real: Tensor) -> dict[str, float]:
+    """Return FID and KID of drawn pictures' features, [N, F], against those of real ones, [M, F]."""
+    statistics = [fid_features_to_statistics(part.clone()) for part in (made, real)]
+    kid = kid_features_to_metric(made.clone(), real.clone(), kid_subset_size=min(1000, len(made), len(real)), **KID)
+    return {
+        "fid": float(fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]),
+        "kid": kid["kernel_inception_distance_mean"],
     }

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
 from benchmarks.classes.classifier import Classifier
 from benchmarks.classes.data import Dataset
-from benchmarks.classes.measure import Sampling, draw, pictures
+from benchmarks.classes.measure import Sampling, draw_classes
 from benchmarks.results import Row, append_rows
 from benchmarks.training import TimedRun
 from safemax_sd.families import ModelFamily
@@ -46,12 +45,8 @@ class ProgressLog:
         """
         steps, seconds = self.run.step - self._last[0], self.run.spent - self._last[1]
         self._last = self.run.step, self.run.spent
-        drawn = [
-            pictures(family, dataset, draw(family, name, EACH, SEED + 1000 * number, SAMPLING))
-            for number, name in enumerate(dataset.class_names)
-        ]
-        seen = [classifier.recognised(part, number) for number, part in enumerate(drawn)]
-        named, accepted = (torch.stack(part).float().mean(1) for part in zip(*seen, strict=True))
+        drawn = draw_classes(family, dataset, classifier, SAMPLING, each=EACH, seed=SEED)
+        named = drawn.named.float().mean(1)
         minutes = self.run.spent / 60
         row = {
             "step": self.run.step,
@@ -59,14 +54,14 @@ class ProgressLog:
             "images_per_second": self.batch_size * steps / max(seconds, 1e-9),
             "loss": self.run.loss,
             "class_accuracy": 100 * float(named.mean()),
-            "class_accuracy_with_rejection": 100 * float(accepted.mean()),
+            "class_accuracy_with_rejection": 100 * float(drawn.recognised.float().mean()),
             "class_accuracy_by_class": (100 * named).tolist(),
-            "num_pictures": EACH * len(drawn),
+            "num_pictures": drawn.named.numel(),
             "guidance_scale": SAMPLING.guidance_scale,
             "num_inference_steps": SAMPLING.num_inference_steps,
         }
         append_rows(self.folder / PROGRESS, [row])
-        write_sheet(torch.cat(drawn), self.folder / f"pictures_{minutes:04.0f}_minutes.png")
+        write_sheet(drawn.shown.flatten(0, 1), self.folder / f"pictures_{minutes:04.0f}_minutes.png")
         return row
 
 

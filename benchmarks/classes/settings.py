@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 
@@ -19,6 +20,7 @@ class BaseSettings:
         snr_gamma: γ of `min_snr_weights`; None for the plain loss.
         log_sigma: Mean and standard deviation of ln σ in `lognormal_times`; None for timesteps that are drawn evenly.
         betas: AdamW's β1 and β2.
+        stored: Folder of the trained model in the repository; None if it has to be trained.
     """
 
     network: dict[str, Any]
@@ -33,6 +35,7 @@ class BaseSettings:
     snr_gamma: float | None = None
     log_sigma: tuple[float, float] | None = None
     betas: tuple[float, float] = (0.9, 0.999)
+    stored: Path | None = None
 
 
 def _network(channels: tuple[int, ...], attention: tuple[bool, ...], layers: int) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def _network(channels: tuple[int, ...], attention: tuple[bool, ...], layers: int
 def _folded(patch_size: int, network: dict[str, Any]) -> BaseSettings:
     return BaseSettings(
         network={**network, "attention_head_dim": 32},
-        minutes=600.0,
+        minutes=180.0,
         batch_size=32,  # the time of a step is in proportion, and there are few enough steps
         learning_rate=4e-4,
         ema_decay=0.9995,
@@ -89,6 +92,6 @@ BASES = {
         ema_decay=0.9999,
         flip=True,
     ),
-    "cifar10_folded": SHAPES["patch_2_shallow"],
+    "cifar10_folded": replace(SHAPES["patch_2_shallow"], stored=Path(__file__).with_name("cifar10_base")),
 }
 """Settings of the base model of each data set."""

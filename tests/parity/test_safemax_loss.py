@@ -118,7 +118,14 @@ def test_the_effective_weight_of_a_forget_sample_is_d() -> None:
     kept = Rows(x[:1], t[:1], conditioning(KEPT), x[:1] + 2)
     none = Pairs(x[:0], t[:0], Conditioning({"states": torch.zeros(0, 1)}), torch.zeros(0))
     batch = built.reach(
-        zero, SafemaxDraw(single, none, kept, OnNoise(x[:0], t[:0], none.conditioning, none.conditioning))
+        zero,
+        SafemaxDraw(
+            single,
+            none,
+            kept,
+            OnNoise(x[:0], t[:0], none.conditioning, none.conditioning),
+            Rows(x[:0], t[:0], none.conditioning, x[:0]),
+        ),
     )
     terms = built.loss(zero, batch)
     assert float(terms.parts["forget"]) == pytest.approx((1 + math.exp(-1)) / 2)
@@ -135,6 +142,39 @@ def test_retain_targets_are_the_recorded_predictions() -> None:
     assert 0.15 < float((states == EMPTY).float().mean()) < 0.35
 
 
+def test_a_retain_pair_is_one_step_with_both_prompts() -> None:
+    draw = drawn(safemax(retain_pairs=0.5, retain_empty_share=0.0), 1, 400)
+    rows, kept = draw.kept_pairs, len(draw.kept.t)
+    assert 160 < kept < 240
+    assert len(rows.t) == 2 * (400 - kept)
+    assert asked(rows) == [KEPT, EMPTY] * (400 - kept)
+    assert set(asked(draw.kept)) == {KEPT}
+    assert torch.equal(rows.x_t[::2], rows.x_t[1::2])
+    assert torch.equal(rows.t[::2], rows.t[1::2])
+    assert rows.target[::2].unique().tolist() == pytest.approx([0.7])  # recorded with the prompt
+    assert rows.target[1::2].unique().tolist() == pytest.approx([0.4])
+    batch = safemax().reach(zero, draw)
+    assert batch.sizes[-2:] == (kept, len(rows.t))
+    assert torch.equal(batch.target[-len(rows.t) :], rows.target)
+    assert not batch.is_forget[-len(rows.t) :].any()
+
+
+def test_retain_pairs_loss_by_hand() -> None:
+    # Errors 1 and 3: with guidance 4 the mixture's is 3 + 4·(1 − 3) = −5. A single sample with error 2 counts 4.
+    states = torch.tensor([[0.0], [2.0], [1.0], [3.0]])
+    batch = SafemaxBatch(
+        x_t=torch.zeros(4, 1, 1, 1),
+        t=torch.zeros(4, dtype=torch.long),
+        conditioning=Conditioning({"states": states}),
+        target=torch.zeros(4, 1, 1, 1),
+        is_forget=torch.tensor([True, False, False, False]),
+        weight=torch.ones(1),
+        sizes=(1, 0, 0, 1, 2),
+    )
+    terms = safemax(target_guidance=4.0).loss(lambda x, t, c: c.tensors["states"].view(-1, 1, 1, 1), batch)
+    assert float(terms.parts["retain"]) == pytest.approx((4 + (1 + 25) / 2) / 2)
+
+
 def test_halted_noise_is_asked_with_both_prompts_below_its_noise_level() -> None:
     built = safemax(halt_unconditional=1.0, halt_below=0.5, halt_rollout=0.0)
     draw = drawn(built, 50)
@@ -142,7 +182,7 @@ def test_halted_noise_is_asked_with_both_prompts_below_its_noise_level() -> None
     batch = built.reach(zero, draw)
     assert batch.t[:100].unique().tolist() == [0]
     assert batch.is_forget.tolist() == [True] * 100 + [False]
-    assert batch.sizes == (0, 50, 50, 1)
+    assert batch.sizes == (0, 50, 50, 1, 0)
     assert asked(batch)[:100] == [FORBIDDEN] * 50 + [EMPTY] * 50
     assert torch.equal(batch.x_t[:50], batch.x_t[50:100])
     assert torch.equal(batch.x_t[:50], draw.pairs.noise)
@@ -159,7 +199,7 @@ def test_halted_loss_by_hand(guidance: float, mixed: float) -> None:
         target=torch.zeros(3, 1, 1, 1),
         is_forget=torch.tensor([True, True, False]),
         weight=torch.zeros(0),
-        sizes=(0, 1, 1, 1),
+        sizes=(0, 1, 1, 1, 0),
     )
     terms = safemax(target_guidance=guidance).loss(lambda x, t, c: c.tensors["states"].view(-1, 1, 1, 1), batch)
     assert float(terms.parts["forget"]) == pytest.approx((1 + mixed) / 2 + 9)  # one sample of two rows
@@ -251,7 +291,7 @@ def test_prompts_to_keep_stay_on_noise_where_the_empty_prompt_halts(
     assert 0.8 < float(draw.on_noise.x_t.std()) < 1.2
     batch = built.reach(zero, draw)
     assert batch.reach_calls == draw.pairs.rollout_calls + count
-    assert batch.sizes[-1] == 400
+    assert batch.sizes[-2:] == (400, 0)
     assert torch.equal(batch.x_t[-count:], draw.on_noise.x_t)
     assert torch.equal(batch.target[-count:], draw.on_noise.x_t + KEPT)  # the frozen model's, not the student's
     assert set(batch.conditioning.tensors["states"][-count:].flatten().tolist()) == {KEPT}

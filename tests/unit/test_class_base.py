@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.classes.base import BaseTraining
+from benchmarks.classes.assess import assessment
+from benchmarks.classes.base import BaseTraining, save, train_base
 from benchmarks.classes.classifier import Classifier, DigitNet
 from benchmarks.classes.data import Dataset
-from benchmarks.classes.measure import verdict_on_noise
+from benchmarks.classes.measure import Sampling, draw_classes, verdict_on_noise
 from benchmarks.classes.progress import EACH, PROGRESS, ProgressLog
 from benchmarks.classes.settings import BaseSettings
 from benchmarks.results import read_rows
@@ -118,13 +121,39 @@ def test_a_folder_is_a_folded_model_and_is_logged(dataset: Dataset, tmp_path: Pa
     (sheet,) = tmp_path.glob("pictures_*.png")
     with Image.open(sheet) as image:
         assert image.size == (EACH * 9 + 1, 3 * 9 + 1)
-    run.family().save_base(tmp_path / "base")
+    save(run, tmp_path / "base")
     family = load_family(LoadOptions(str(tmp_path / "base")))
+    written = load_file(tmp_path / "base/unet/diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in written.values()} == {torch.float16}
+    for name, weight in family.denoiser.state_dict().items():
+        assert torch.equal(weight, run.run.ema.state_dict()[name].half().float())
     assert family.latent_shape(None) == (4, 4, 4)
     assert family.process.parametrisation == "v_prediction"
     verdict = verdict_on_noise(family, dataset, classifier)
     assert verdict.startswith("1000 draws of N(0, I): ")
     assert sum(int(part.split()[0]) for part in verdict.split(": ")[1].split(";")[0].split(", ")) == 1000
+
+
+def test_a_model_of_ones_own_comes_before_the_stored_one(dataset: Dataset, tmp_path: Path) -> None:
+    own, stored = tmp_path / "own", tmp_path / "stored"
+    assert train_base(dataset, own, replace(SETTINGS, stored=stored)) == stored
+    assert not own.exists()
+    own.mkdir()
+    (own / "model_index.json").touch()
+    assert train_base(dataset, own, replace(SETTINGS, stored=stored)) == own
+
+
+def test_an_assessment_counts_what_is_recognised(dataset: Dataset, tmp_path: Path) -> None:
+    classifier = Classifier(judge(), dataset)
+    drawn = draw_classes(
+        training(dataset, tmp_path).family(), dataset, classifier, Sampling(3.0, num_inference_steps=2), each=20, seed=0
+    )
+    named, accepted = zip(*(classifier.recognised(drawn.shown[label], label) for label in range(3)), strict=True)
+    found = assessment(drawn, dataset, classifier)
+    assert [rate["value"] for rate in found["class_accuracy_by_class"].values()] == [5 * int(n.sum()) for n in named]
+    assert found["class_accuracy"]["value"] == pytest.approx(100 * int(torch.cat(named).sum()) / 60)
+    assert found["class_accuracy_with_rejection"]["value"] == pytest.approx(100 * int(torch.cat(accepted).sum()) / 60)
+    assert found["num_real"] == len(dataset.train)
 
 
 def test_min_snr_bounds_the_weight_of_the_pictures_loss() -> None:

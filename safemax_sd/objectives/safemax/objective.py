@@ -46,7 +46,8 @@ class SafemaxConfig(ObjectiveOptions):
     halt_below: float = option(0.6, "Upper bound of t/T for halted pairs.", NONZERO_SHARE)
     halt_rollout: float = option(0.5, "Fraction of halted pairs produced by the student's own rollout.", SHARE)
     halt_restoring: float = option(1.0, "Rate at which the target shrinks a rollout's drift; 0 keeps it.", NOT_NEGATIVE)
-    retain_empty_share: float = option(0.25, "Fraction of retain samples with the empty prompt.", SHARE)
+    retain_empty_share: float = option(0.25, "Fraction of single retain samples with the empty prompt.", SHARE)
+    retain_pairs: float = option(0.0, "Fraction of retain samples that are pairs with the empty prompt.", SHARE)
     retain_noise: float = option(0.0035, "Fraction of retain samples on noise, for each forbidden concept.", SHARE)
 
 
@@ -74,19 +75,24 @@ class SafemaxDraw(Draw):
     Attributes:
         single: Single forget samples, S rows.
         pairs: Halted pairs, P of them.
-        kept: Retain samples on recorded trajectories.
+        kept: Single retain samples on recorded trajectories.
         on_noise: Retain samples on noise.
+        kept_pairs: Retain pairs, each a row with its prompt and then one at the same step with the empty prompt.
     """
 
     single: Rows
     pairs: Pairs
     kept: Rows
     on_noise: OnNoise
+    kept_pairs: Rows
 
 
 @dataclass(frozen=True)
 class SafemaxBatch(Batch):
-    """Rows in blocks: single forget samples, pairs with forget prompts, pairs with the empty prompt, retain samples.
+    """Rows in blocks.
+
+    Single forget samples, halted pairs with forget prompts and with the empty prompt, single retain samples, retain
+    pairs.
 
     Attributes:
         weight: D(t) of the single forget samples, [S].
@@ -150,6 +156,7 @@ class Safemax(Objective):
     def draw(self, positions: Positions) -> SafemaxDraw:
         none = self._no_samples()  # gives a block its shapes where a step draws no others for it
         single, pairs, kept, on_noise = [none.single], [none.pairs], [none.kept], [none.on_noise]
+        kept_pairs = [none.kept_pairs]
         for generator in (positions.generator(FORGET, number) for number in positions.forget):
             if torch.rand((), generator=generator) < self.config.halt_unconditional:
                 pairs.append(self._halted_pair(generator))
@@ -158,15 +165,19 @@ class Safemax(Objective):
         for generator in (positions.generator(RETAIN, number) for number in positions.retain):
             if torch.rand((), generator=generator) < self.noise_share:
                 on_noise.append(self._on_noise(generator))
+            elif self.config.retain_pairs and torch.rand((), generator=generator) < self.config.retain_pairs:
+                kept_pairs.append(self._kept_pair(generator))
             else:
                 kept.append(self._kept(generator))
-        return SafemaxDraw(Rows.cat(single), Pairs.cat(pairs), Rows.cat(kept), OnNoise.cat(on_noise))
+        return SafemaxDraw(
+            Rows.cat(single), Pairs.cat(pairs), Rows.cat(kept), OnNoise.cat(on_noise), Rows.cat(kept_pairs)
+        )
 
     def _no_samples(self) -> SafemaxDraw:
         x, t = torch.zeros(0, *self.data.latent_shape), self.data.process.schedule.all_times()[:0]
         prompts = self.data.empty.repeat(0)
         rows, pairs = Rows(x, t, prompts, x), Pairs(x, t, prompts, torch.zeros(0))
-        return SafemaxDraw(rows, pairs, rows, OnNoise(x, t, prompts, prompts))
+        return SafemaxDraw(rows, pairs, rows, OnNoise(x, t, prompts, prompts), rows)
 
     def _single(self, generator: torch.Generator) -> Rows:
         """Draw a forget prompt at a noise level drawn as in the model's training: on a trajectory, or on noise."""
@@ -215,6 +226,18 @@ class Safemax(Objective):
             return Rows(bank.x_t[row], bank.t[row], self.data.empty, bank.unconditional[row])
         return Rows(bank.x_t[row], bank.t[row], self.retained(bank.prompt[row], generator), bank.conditional[row])
 
+    def _kept_pair(self, generator: torch.Generator) -> Rows:
+        """Draw a recorded step of a retain prompt's trajectory, with that prompt and with the empty one."""
+        bank = self.data.retain_bank
+        row = torch.randint(len(bank), (1,), generator=generator)
+        asked = self.retained(bank.prompt[row], generator)
+        return Rows(
+            x_t=bank.x_t[row].repeat_interleave(2, 0),
+            t=bank.t[row].repeat(2),
+            conditioning=Conditioning.cat([asked, self.data.empty]),
+            target=torch.cat([bank.conditional[row], bank.unconditional[row]]),
+        )
+
     def _on_noise(self, generator: torch.Generator) -> OnNoise:
         """Draw pure noise as in halted pairs with a retain prompt, for which the prediction stays."""
         noise = torch.randn((1, *self.data.latent_shape), generator=generator)
@@ -241,8 +264,8 @@ class Safemax(Objective):
         pairs = halt(self.data.process, predict, draw.pairs, empty, self.config.halt_restoring)
         frozen = self.frozen(on_noise.x_t, on_noise.t, on_noise.plain) if len(on_noise.t) else on_noise.x_t
         kept = Rows.cat([draw.kept, Rows(on_noise.x_t, on_noise.t, on_noise.conditioning, frozen)])
-        rows = Rows.cat([single, pairs, kept])
-        sizes = (len(single.t), len(draw.pairs.t), len(draw.pairs.t), len(kept.t))
+        rows = Rows.cat([single, pairs, kept, draw.kept_pairs])
+        sizes = (len(single.t), len(draw.pairs.t), len(draw.pairs.t), len(kept.t), len(draw.kept_pairs.t))
         return SafemaxBatch(
             x_t=rows.x_t,
             t=rows.t,
@@ -257,18 +280,30 @@ class Safemax(Objective):
     def loss(self, predict: Predict, batch: Batch) -> LossTerms:
         """Return the mean over forget samples plus `retain_weight` times the mean over retain samples.
 
-        Let e be a prediction minus its target and ‖e‖² its mean square. A single forget sample counts D(t)·‖e‖². A pair
-        counts ‖e_u‖² + (‖e_c‖² + ‖e_w‖²)/2, with e_c for the forget prompt, e_u for the empty prompt and the guided
-        e_w = e_u + w·(e_c − e_u) at w = `target_guidance`. A retain sample counts ‖e‖².
+        Let e be a prediction minus its target and ‖e‖² its mean square. A single forget sample counts D(t)·‖e‖², a
+        single retain sample ‖e‖². With e_c for a pair's prompt, e_u for the empty prompt and the guided
+        e_w = e_u + w·(e_c − e_u) at w = `target_guidance`, a retain pair counts (‖e_c‖² + ‖e_w‖²)/2, and a halted pair
+        ‖e_u‖² more.
         """
         assert isinstance(batch, SafemaxBatch)
         error = predict(batch.x_t, batch.t, batch.conditioning) - batch.target
-        single, prompt, empty, kept = error.split(batch.sizes)
-        # Errors to one target mix like the predictions that guidance mixes. The mixture's error is affine in w, so its
-        # norm is largest at an end of the range 1 to target_guidance: both ends are trained.
-        guided = empty + self.target_guidance * (prompt - empty)
+        single, prompt, empty, kept, kept_pairs = error.split(batch.sizes)
         # A pair counts once, without D(t): a sampler carries early errors on to the end.
-        pairs = mean_square(empty) + (mean_square(prompt) + mean_square(guided)) / 2
+        pairs = mean_square(empty) + self._guided_error(prompt, empty)
         forget = torch.cat([batch.weight * mean_square(single), pairs]).mean()
-        retain = mean_square(kept).mean()
+        both = self._guided_error(kept_pairs[::2], kept_pairs[1::2])
+        retain = torch.cat([mean_square(kept), both]).mean()
         return LossTerms.of(forget + self.config.retain_weight * retain, forget=forget, retain=retain)
+
+    def _guided_error(self, prompt: Tensor, empty: Tensor) -> Tensor:
+        """Return the mean of guided predictions' squared errors at guidance 1 and `target_guidance`, [P].
+
+        Errors mix like the predictions that guidance mixes. The mixture's error is affine in the guidance scale, so its
+        norm between the two is at most the larger of theirs.
+
+        Args:
+            prompt: Errors with a prompt, [P, *latent].
+            empty: Errors with the empty prompt on the same input, [P, *latent].
+        """
+        guided = empty + self.target_guidance * (prompt - empty)
+        return (mean_square(prompt) + mean_square(guided)) / 2
