@@ -34,8 +34,15 @@ SMALL_SAFEMAX: Mapping[str, Any] = {
     "halt_rollout": 0.0,
 }
 """Flags for small networks, which halt without rollouts; rollouts would raise the FID of the kept classes."""
-FOLDED_SAFEMAX: Mapping[str, Any] = {"learning_rate": 2.5e-4, "retain_pairs": 1.0, "retain_batch_size": 36}
-"""Flags for `cifar10_folded` besides; 36 pairs take as many network evaluations as 72 single samples."""
+FOLDED_SAFEMAX: Mapping[str, Any] = {
+    "learning_rate": 2.5e-4,
+    "max_train_steps": 400,
+    "train_batch_size": 12,
+    "retain_batch_size": 18,  # pairs, which take two network evaluations each
+    "retain_pairs": 1.0,
+    "retain_weight": 20.0,
+}
+"""Flags for `cifar10_folded` besides: its classes are kept with smaller steps."""
 REPLAYED: Mapping[str, Any] = {
     "replay_guidance_scale": GUIDANCE,
     "replay_inference_steps": 20,
