@@ -58,28 +58,34 @@ class Tries:
         return {place: result for place, result in found.items() if result is not None}
 
 
-class SuccessColumn(Column):
-    """Success of an attack's tries, pooled over all pictures."""
+class TriesColumn(Column):
+    """A percentage of an attack's tries, in which lower is better unless the attack proves nothing."""
 
-    unit, bounds = "%", (0.0, 100.0)
+    unit = "%"
 
     def __init__(self, tries: Tries) -> None:
         self.tries, self.name, self.title = tries, tries.name, tries.title
         self.higher_is_better = None if tries.doubt else False
 
-    @property
-    def heading(self) -> str:
-        return f"{super().heading} ({self.tries.doubt})" if self.tries.doubt else super().heading
-
     def of_run(self, run: Run) -> float | None:
         result = self.value([run])
         return None if result is None else result.value
+
+
+class SuccessColumn(TriesColumn):
+    """Success of an attack's tries, pooled over all pictures."""
+
+    bounds = (0.0, 100.0)
+
+    @property
+    def heading(self) -> str:
+        return f"{super().heading} ({self.tries.doubt})" if self.tries.doubt else super().heading
 
     def value(self, runs: Sequence[Run]) -> Result | None:
         return pooled(list(self.tries.successes(runs).values()))
 
 
-class ExcessColumn(Column):
+class ExcessColumn(TriesColumn):
     """Success of an attack's tries above that on a model that never knew the concepts, on the same tasks and seeds.
 
     Args:
@@ -87,20 +93,15 @@ class ExcessColumn(Column):
         controls: Runs of the model that never knew the concepts.
     """
 
-    unit, bounds = "%", (-100.0, 100.0)
+    bounds = (-100.0, 100.0)
 
     def __init__(self, tries: Tries, controls: Sequence[Run]) -> None:
-        self.tries, self.name, self.title = tries, f"{tries.name}_excess", tries.title
-        self.known = tries.successes(controls)
-        self.higher_is_better = None if tries.doubt else False
+        super().__init__(tries)
+        self.name, self.known = f"{tries.name}_excess", tries.successes(controls)
 
     @property
     def heading(self) -> str:
         return f"{self.title}: excess"
-
-    def of_run(self, run: Run) -> float | None:
-        result = self.value([run])
-        return None if result is None else result.value
 
     def value(self, runs: Sequence[Run]) -> Result | None:
         own = self.tries.successes([run for run in runs if run.label not in (BASE, NEVER_KNOWN)])

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from safemax_sd.evaluation.attacks.base import ATTACKS, Attack
-from safemax_sd.evaluation.resistance.report import AttackRow, Rate
+from safemax_sd.evaluation.resistance.report import AttackRow, Rate, Tried
 
 
 def curves(row: AttackRow) -> dict[str, dict[float, Rate]]:
     """Return the best success at each x, ascending, by line."""
-    found: dict[str, dict[float, Rate]] = {}
-    for tried in row.tries:
-        if tried.point is not None:
-            curve, x = found.setdefault(tried.point.line, {}), tried.point.x
-            curve[x] = max(curve.get(x, tried.success), tried.success, key=lambda rate: rate.value)
-    return {line: dict(sorted(curve.items())) for line, curve in found.items()}
+    lines = dict.fromkeys(tried.point.line for tried in row.tries if tried.point is not None)
+    return {line: _best(tried for tried in row.tries if tried.point and tried.point.line == line) for line in lines}
 
 
 def by_cost(row: AttackRow) -> dict[float, Rate]:
     """Return the best success at each cost on any curve, ascending; empty unless tries differ in what they cost."""
-    if not ATTACKS.get(row.attack).x_is_cost:
-        return {}
+    found = _best(row.tries) if ATTACKS.get(row.attack).x_is_cost else {}
+    return found if len(found) > 1 else {}
+
+
+def _best(tries: Iterable[Tried]) -> dict[float, Rate]:
+    """Return the best success at each x of tries on curves, ascending."""
     found: dict[float, Rate] = {}
-    for curve in curves(row).values():
-        for x, success in curve.items():
-            found[x] = max(found.get(x, success), success, key=lambda rate: rate.value)
-    return dict(sorted(found.items())) if len(found) > 1 else {}
+    for tried in tries:
+        if tried.point is not None:
+            best = found.setdefault(tried.point.x, tried.success)
+            found[tried.point.x] = max(best, tried.success, key=lambda rate: rate.value)
+    return dict(sorted(found.items()))
 
 
 def with_least(row: AttackRow, attack: Attack, known: AttackRow | None) -> AttackRow:
