@@ -38,9 +38,9 @@ FOLDED_SAFEMAX: Mapping[str, Any] = {
     "learning_rate": 2.5e-4,
     "max_train_steps": 400,
     "train_batch_size": 12,
-    "retain_batch_size": 18,  # pairs, which take two network evaluations each
+    "retain_batch_size": 12,  # pairs, which take two network evaluations each
     "retain_pairs": 1.0,
-    "retain_weight": 20.0,
+    "retain_weight": 40.0,
 }
 """Flags for `cifar10_folded` besides: its classes are kept with smaller steps."""
 REPLAYED: Mapping[str, Any] = {
