@@ -37,8 +37,8 @@ SMALL_SAFEMAX: Mapping[str, Any] = {
 FOLDED_SAFEMAX: Mapping[str, Any] = {
     "learning_rate": 2.5e-4,
     "max_train_steps": 400,
-    "train_batch_size": 12,
-    "retain_batch_size": 12,  # pairs, which take two network evaluations each
+    "train_batch_size": 8,
+    "retain_batch_size": 15,  # pairs, which take two network evaluations each
     "retain_pairs": 1.0,
     "retain_weight": 40.0,
 }
