@@ -11,14 +11,27 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safemax_sd.evaluation.resistance.report import STRONG
 
 from benchmarks.classes.claims import claim_table
+from benchmarks.classes.summary import (
+    cost_by_class,
+    difference_table,
+    forgetting_by_class,
+    measured,
+    memory_table,
+    method_table,
+    of_kind,
+    published,
+    race_table,
+    rates_table,
+)
 from benchmarks.method_search import table as search_table
-from benchmarks.results import markdown_table, read_rows
+from benchmarks.results import Row, markdown_table, read_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "results"
@@ -162,12 +175,33 @@ def comparison_by_task() -> str:
     return markdown_table([name.removeprefix("emoji/") for name in head], lines)
 
 
+def _study(name: str) -> list[Row]:
+    return read_rows(RESULTS / STUDIES[name])
+
+
 def claims() -> str:
     """Return the table of what the studies say of each published claim."""
-    return claim_table({study: read_rows(RESULTS / name) for study, name in STUDIES.items()})
+    return claim_table({name: _study(name) for name in STUDIES})
+
+
+def class_table(study: str, table: Callable[[list[Row]], str]) -> str:
+    """Return a table of a study's published methods, one run of each on each class.
+
+    Args:
+        study: Name in `STUDIES`.
+        table: Function that makes the table of rows.
+    """
+    return table([row for row in published(measured(_study(study))) if row["seed"] in (None, 0)])
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "digits methods": partial(class_table, "digits", method_table),
+    "digits retention and cost": partial(class_table, "digits", cost_by_class),
+    "digits forgetting": partial(class_table, "digits", forgetting_by_class),
+    "digits variants": lambda: difference_table(measured(_study("digits")), "safemax"),
+    "digits race": lambda: race_table(_study("digits")),
+    "published network rates": lambda: rates_table(_study("published network")),
+    "published network memory": lambda: memory_table(of_kind(_study("published network"), "memory")),
     "claims": claims,
     "depth": depth,
     "attack settings": attack_settings,

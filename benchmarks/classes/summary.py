@@ -51,6 +51,11 @@ def measured(rows: Iterable[Row]) -> list[Row]:
     return of_kind(rows, "class")
 
 
+def published(rows: Iterable[Row]) -> list[Row]:
+    """Select the rows of the base model and of the published study's methods, without variants."""
+    return [row for row in rows if row["method"] in NAMES]
+
+
 def pairs(
     rows: Sequence[Row], method: str, reference: str, quantity: Callable[[Row], float]
 ) -> list[tuple[float, float]]:
@@ -234,33 +239,47 @@ def _median_and_range(values: Sequence[float | None]) -> str:
     return shown if len(known) == 1 else f"{shown} ({min(known):{form}} to {max(known):{form}})"
 
 
+def cost_by_class(rows: Sequence[Row]) -> str:
+    """Return the table of FID and seconds of the published study's methods, class by class."""
+    return class_table(published(rows), (("fid", "FID", ".2f", True), (SECONDS, "s", ".1f", False)))
+
+
+def forgetting_by_class(rows: Sequence[Row]) -> str:
+    """Return the table of H and both unlearning accuracies of the published study's methods, class by class."""
+    columns = (
+        ("entropy", "H", ".3f", False),
+        ("unlearning_accuracy", "UA %", ".1f", False),
+        ("unlearning_accuracy_with_rejection", "UA with rejection %", ".1f", False),
+    )
+    return class_table(published(rows), columns)
+
+
+def race_table(rows: Sequence[Row]) -> str:
+    """Return the table of seconds of whole runs in turn."""
+    columns = (("seconds", "seconds to the end"), ("seconds_to_forgotten", "seconds until forgotten"))
+    return time_table(of_kind(rows, "race"), columns)
+
+
+def rates_table(rows: Sequence[Row]) -> str:
+    """Return the table of seconds that whole runs would take, from the rates of their parts."""
+    return time_table(of_kind(rows, "rates"), (("seconds", "seconds"),))
+
+
 def summary(rows: Sequence[Row]) -> str:
     """Return all tables that the rows allow, in Markdown."""
     parts = []
-    published = [row for row in rows if row["method"] in NAMES]
     if measured(rows):
         parts += ["## All methods\n", method_table(rows)]
-        cost = (("fid", "FID", ".2f", True), (SECONDS, "s", ".1f", False))
-        parts += ["## Retention and cost\n", class_table(published, cost)]
-        forgetting = (
-            ("entropy", "H", ".3f", False),
-            ("unlearning_accuracy", "UA %", ".1f", False),
-            ("unlearning_accuracy_with_rejection", "UA with rejection %", ".1f", False),
-        )
-        parts += ["## Forgetting\n", class_table(published, forgetting)]
+        parts += ["## Retention and cost\n", cost_by_class(rows)]
+        parts += ["## Forgetting\n", forgetting_by_class(rows)]
         if any(method.startswith("safemax_") for method in methods_in(rows)):
             parts += ["## Variants minus SAFEMax\n", difference_table(measured(rows), "safemax")]
-    timed = {kind: of_kind(rows, kind) for kind in ("race", "rates", "memory")}
-    if timed["race"]:
-        columns = (("seconds", "seconds to the end"), ("seconds_to_forgotten", "seconds until forgotten"))
-        parts += ["## Race\n", time_table(timed["race"], columns)]
-    if timed["rates"]:
-        parts += [
-            "## Whole runs, from the rates of their parts\n",
-            time_table(timed["rates"], (("seconds", "seconds"),)),
-        ]
-    if timed["memory"]:
-        parts += ["## Memory\n", memory_table(timed["memory"])]
+    if of_kind(rows, "race"):
+        parts += ["## Race\n", race_table(rows)]
+    if of_kind(rows, "rates"):
+        parts += ["## Whole runs, from the rates of their parts\n", rates_table(rows)]
+    if of_kind(rows, "memory"):
+        parts += ["## Memory\n", memory_table(of_kind(rows, "memory"))]
     return "\n".join(parts)
 
 
