@@ -36,9 +36,11 @@ SMALL_SAFEMAX: Mapping[str, Any] = {
 """Flags for small networks, which halt without rollouts; rollouts would raise the FID of the kept classes."""
 FOLDED_SAFEMAX: Mapping[str, Any] = {
     "learning_rate": 2.5e-4,
-    "max_train_steps": 400,
-    "train_batch_size": 8,
-    "retain_batch_size": 15,  # pairs, which take two network evaluations each
+    "max_train_steps": 480,
+    "train_batch_size": 6,
+    "retain_batch_size": 17,  # pairs, which take two network evaluations each
+    "retain_trajectories": 256,
+    "replay_inference_steps": 16,
     "retain_pairs": 1.0,
     "retain_weight": 40.0,
 }
