@@ -19,7 +19,6 @@ from safemax_sd.evaluation.resistance.report import STRONG
 
 from benchmarks.classes.claims import claim_table
 from benchmarks.classes.summary import (
-    cost_by_class,
     difference_table,
     forgetting_by_class,
     measured,
@@ -29,6 +28,7 @@ from benchmarks.classes.summary import (
     published,
     race_table,
     rates_table,
+    retention_by_class,
 )
 from benchmarks.method_search import table as search_table
 from benchmarks.results import Row, markdown_table, read_rows
@@ -196,7 +196,7 @@ def first_runs(study: str, table: Callable[[list[Row]], str]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "digits methods": partial(first_runs, "digits", method_table),
-    "digits retention and cost": partial(first_runs, "digits", cost_by_class),
+    "digits retention": partial(first_runs, "digits", retention_by_class),
     "digits forgetting": partial(first_runs, "digits", forgetting_by_class),
     "digits variants": lambda: difference_table(measured(_study("digits")), "safemax"),
     "digits race": lambda: race_table(_study("digits")),

@@ -123,7 +123,7 @@ def method_table(rows: Sequence[Row]) -> str:
         rejecting = [row["unlearning_accuracy_with_rejection"] for row in own]
         means = {
             column: statistics.fmean(value(row, column) for row in own)
-            for column in ("unlearning_accuracy", "entropy", "forget_std", "fid", "retained_accuracy", SECONDS)
+            for column in ("unlearning_accuracy", "entropy", "forget_std", "fid", "retained_accuracy")
         }
         memory = statistics.fmean(row["step_memory_bytes"] for row in own) / 2**20 if method != "base" else None
         body.append(
@@ -136,12 +136,12 @@ def method_table(rows: Sequence[Row]) -> str:
                 f"{means['forget_std']:.2f}",
                 f"{means['fid']:.2f}",
                 f"{means['retained_accuracy']:.1f}",
-                "" if memory is None else f"{means[SECONDS]:.0f}",
+                "" if memory is None else _mean_and_range([value(row, SECONDS) for row in own]),
                 "" if memory is None else f"{memory:.0f}",
             ]
         )
     header = ["method", "runs", "UA %", "UA with rejection % (lowest)", "H", "root mean square of the outputs", "FID",
-              "kept classes recognised %", "seconds", "step memory MiB"]  # fmt: skip
+              "kept classes recognised %", "seconds (range)", "step memory MiB"]  # fmt: skip
     return markdown_table(header, body)
 
 
@@ -230,6 +230,11 @@ def memory_table(rows: Sequence[Row]) -> str:
     return markdown_table(["method", "step memory MiB", "SAFEMax's as a percentage of it"], body)
 
 
+def _mean_and_range(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):,.0f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):,.0f} to {max(values):,.0f})"
+
+
 def _median_and_range(values: Sequence[float | None]) -> str:
     known = [v for v in values if v is not None]
     if len(known) < len(values) or not known:
@@ -239,9 +244,9 @@ def _median_and_range(values: Sequence[float | None]) -> str:
     return shown if len(known) == 1 else f"{shown} ({min(known):{form}} to {max(known):{form}})"
 
 
-def cost_by_class(rows: Sequence[Row]) -> str:
-    """Return the table of FID and seconds of the published study's methods, class by class."""
-    return class_table(published(rows), (("fid", "FID", ".2f", True), (SECONDS, "s", ".1f", False)))
+def retention_by_class(rows: Sequence[Row]) -> str:
+    """Return the table of what the published study's methods keep, class by class."""
+    return class_table(published(rows), (("retained_accuracy", "kept %", ".1f", True), ("fid", "FID", ".2f", True)))
 
 
 def forgetting_by_class(rows: Sequence[Row]) -> str:
@@ -270,7 +275,7 @@ def summary(rows: Sequence[Row]) -> str:
     parts = []
     if measured(rows):
         parts += ["## All methods\n", method_table(rows)]
-        parts += ["## Retention and cost\n", cost_by_class(rows)]
+        parts += ["## Retention\n", retention_by_class(rows)]
         parts += ["## Forgetting\n", forgetting_by_class(rows)]
         if any(method.startswith("safemax_") for method in methods_in(rows)):
             parts += ["## Variants minus SAFEMax\n", difference_table(measured(rows), "safemax")]

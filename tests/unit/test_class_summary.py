@@ -54,7 +54,7 @@ def test_class_table_averages_seeds_then_classes() -> None:
 def test_method_table_gives_the_lowest_class() -> None:
     lines = method_table([*ROWS, *RACE]).splitlines()
     assert lines[2] == "| base | 2 | 90.0 | 99.5 (99.0) | 0.500 | 1.00 | 10.00 | 98.0 |  |  |"
-    assert lines[3] == "| SAFEMax | 3 | 90.0 | 99.7 (99.0) | 0.500 | 1.00 | 10.00 | 98.0 | 5 | 2 |"
+    assert lines[3] == "| SAFEMax | 3 | 90.0 | 99.7 (99.0) | 0.500 | 1.00 | 10.00 | 98.0 | 5 (5 to 5) | 2 |"
 
 
 def test_differences_are_paired_by_class_and_seed() -> None:
