@@ -58,8 +58,13 @@ DEPTHS = ("2026-11-29-depth-strongest-rates.json", "2026-11-29-depth-strongest-r
 ATTACKED = ("base", "esd", "salun")
 """Models in the table of attacks' settings."""
 STEPS = (10, 20, 50, 100, 200)
-STUDIES = {"digits": "class_unlearning_digits.jsonl", "published network": "class_unlearning_cifar10.jsonl"}
-"""Studies of class unlearning that published claims are compared with."""
+CIFAR = "CIFAR-10, small network"
+STUDIES = {
+    "digits": ("class_unlearning_digits.jsonl",),
+    CIFAR: ("2026-11-29-cifar10-class-unlearning-safemax.jsonl",),
+    "published network": ("class_unlearning_cifar10.jsonl",),
+}
+"""Result files of the studies of class unlearning that published claims are compared with."""
 COMPARED_ATTACKS = "2026-11-29-attacks-compared-bomb-all-methods.json"
 
 
@@ -176,7 +181,7 @@ def comparison_by_task() -> str:
 
 
 def _study(name: str) -> list[Row]:
-    return read_rows(RESULTS / STUDIES[name])
+    return [row for file in STUDIES[name] for row in read_rows(RESULTS / file)]
 
 
 def claims() -> str:
@@ -200,6 +205,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "digits forgetting": partial(first_runs, "digits", forgetting_by_class),
     "digits variants": lambda: difference_table(measured(_study("digits")), "safemax"),
     "digits race": lambda: race_table(_study("digits")),
+    "cifar methods": partial(first_runs, CIFAR, method_table),
+    "cifar retention": partial(first_runs, CIFAR, retention_by_class),
+    "cifar forgetting": partial(first_runs, CIFAR, forgetting_by_class),
     "published network rates": lambda: rates_table(_study("published network")),
     "published network memory": lambda: memory_table(of_kind(_study("published network"), "memory")),
     "claims": claims,
