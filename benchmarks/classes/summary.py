@@ -122,10 +122,14 @@ def method_table(rows: Sequence[Row]) -> str:
             continue
         rejecting = [row["unlearning_accuracy_with_rejection"] for row in own]
         means = {
-            column: statistics.fmean(value(row, column) for row in own)
+            column: statistics.fmean(row[column] for row in own)
             for column in ("unlearning_accuracy", "entropy", "forget_std", "fid", "retained_accuracy")
         }
-        memory = statistics.fmean(row["step_memory_bytes"] for row in own) / 2**20 if method != "base" else None
+        cost = ["", ""]
+        if method != "base":
+            seconds = [value(row, SECONDS) for row in own]
+            memory = statistics.fmean(row["step_memory_bytes"] for row in own) / 2**20
+            cost = [_with_range(statistics.fmean(seconds), seconds, ",.0f"), f"{memory:.0f}"]
         body.append(
             [
                 NAMES.get(method, f"`{method}`"),
@@ -136,8 +140,7 @@ def method_table(rows: Sequence[Row]) -> str:
                 f"{means['forget_std']:.2f}",
                 f"{means['fid']:.2f}",
                 f"{means['retained_accuracy']:.1f}",
-                "" if memory is None else _mean_and_range([value(row, SECONDS) for row in own]),
-                "" if memory is None else f"{memory:.0f}",
+                *cost,
             ]
         )
     header = ["method", "runs", "UA %", "UA with rejection % (lowest)", "H", "root mean square of the outputs", "FID",
@@ -230,18 +233,18 @@ def memory_table(rows: Sequence[Row]) -> str:
     return markdown_table(["method", "step memory MiB", "SAFEMax's as a percentage of it"], body)
 
 
-def _mean_and_range(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):,.0f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):,.0f} to {max(values):,.0f})"
+def _with_range(centre: float, values: Sequence[float], form: str) -> str:
+    """Return a centre with the range of the values about it, which one value alone does not have."""
+    shown = f"{centre:{form}}"
+    return shown if len(values) == 1 else f"{shown} ({min(values):{form}} to {max(values):{form}})"
 
 
 def _median_and_range(values: Sequence[float | None]) -> str:
     known = [v for v in values if v is not None]
     if len(known) < len(values) or not known:
         return f"not reached in {len(values) - len(known)} of {len(values)}"
-    form = ",.1f" if statistics.median(known) < 1000 else ",.0f"
-    shown = f"{statistics.median(known):{form}}"
-    return shown if len(known) == 1 else f"{shown} ({min(known):{form}} to {max(known):{form}})"
+    median = statistics.median(known)
+    return _with_range(median, known, ",.1f" if median < 1000 else ",.0f")
 
 
 def retention_by_class(rows: Sequence[Row]) -> str:
