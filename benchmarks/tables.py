@@ -57,6 +57,8 @@ KEPT = ("retained", "neighbours")
 DEPTHS = ("2026-11-29-depth-strongest-rates.json", "2026-11-29-depth-strongest-rates-dog-weapons.json")
 ATTACKED = ("base", "esd", "salun")
 """Models in the table of attacks' settings."""
+SEARCHED = ("2026-11-29-attack-settings.jsonl", "2026-11-30-attack-settings-strengthened.jsonl")
+"""Files of that table; the first has the bomb alone, and does not name it."""
 STEPS = (10, 20, 50, 100, 200)
 CIFAR = "CIFAR-10, small network"
 STUDIES = {
@@ -95,13 +97,14 @@ def depth() -> str:
 def attack_settings() -> str:
     """Return the table of attacks' settings with the strongest try of each on each model."""
     found: dict[str, dict[str, tuple[float, str]]] = {}
-    for row in read_rows(RESULTS / "2026-11-29-attack-settings.jsonl"):
+    rows = [row for name in SEARCHED for row in read_rows(RESULTS / name)]
+    for row in (row for row in rows if row.get("task", "emoji/bomb") == "emoji/bomb"):
         best = found.setdefault(row["setting"], {})
         tried = (row["value"], row["try"])
         best[row["target"]] = max(best.get(row["target"], tried), tried, key=lambda each: each[0])
     lines = []
     for setting, best in found.items():
-        lines.append([f"`{setting}`", *(_tried(*best[target]) for target in ATTACKED)])
+        lines.append([f"`{setting}`", *(_tried(*best[target]) if target in best else "–" for target in ATTACKED)])
     return markdown_table(["attack and setting", "base, %", "ESD, %", "SalUn, %"], lines)
 
 

@@ -21,6 +21,7 @@ from safemax_sd.evaluation.attacks.base import Attack
 from safemax_sd.evaluation.attacks.classifier_guidance import ClassifierGuidance, ClassifierGuidanceSettings
 from safemax_sd.evaluation.attacks.concept_inversion import ConceptInversion, ConceptInversionSettings
 from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings
+from safemax_sd.evaluation.attacks.inpainting import Inpainting
 from safemax_sd.evaluation.attacks.latent_classifier import ClassifierTraining
 from safemax_sd.evaluation.attacks.p4d import P4D, P4DSettings
 from safemax_sd.evaluation.attacks.plain import Plain
@@ -29,6 +30,7 @@ from safemax_sd.evaluation.attacks.ring_a_bell import RingABell, RingABellSettin
 from safemax_sd.evaluation.attacks.second_lora import SecondLora, SecondLoraSettings
 from safemax_sd.evaluation.attacks.state_inversion import StateInversion, StateInversionSettings
 from safemax_sd.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk, UnlearnDiffAtkSettings
+from safemax_sd.evaluation.attacks.vocabulary import Vocabulary
 from safemax_sd.evaluation.resistance.options import ResistanceOptions
 
 from benchmarks.emoji.attack_plans import plans_of
@@ -56,8 +58,9 @@ def variants() -> dict[str, Attack]:
     found["concept_inversion, lower rates"] = ConceptInversion(
         replace(INVERSION, tokens=(4, 6), learning_rates=(0.002, 0.005), steps=1500)
     )
-    for steps in (100, 300):
-        found[f"state_inversion {steps} steps"] = StateInversion(StateInversionSettings((0.02, 0.05, 0.1), steps))
+    found["state_inversion, falling rate"] = StateInversion(StateInversionSettings((0.02, 0.05, 0.1, 0.2, 0.4), 300))
+    found["vocabulary"] = Vocabulary(Vocabulary.presets["quick"])
+    found["inpainting"] = Inpainting(Inpainting.presets["quick"])
     scales = (5.0, 10.0, 25.0, 81.0, 193.0)
     found["classifier_guidance"] = ClassifierGuidance(
         ClassifierGuidanceSettings(scales, 64, ClassifierTraining(steps=500))
@@ -75,8 +78,8 @@ def tried(arguments: argparse.Namespace) -> Iterator[tuple[str, str, list[Row]]]
     options = ResistanceOptions(suite=arguments.task, num_images=arguments.num_images, seed=arguments.seed)
     for name, attack in variants().items():
         for target, plan in plans_of(options, arguments.adapter, [attack]).items():
-            if not is_measured(rows, {"setting": name, "target": target}):
-                report = plan.run(arguments.work_dir / name.replace(" ", "_") / target)
+            if not is_measured(rows, {"task": arguments.task, "setting": name, "target": target}):
+                report = plan.run(arguments.work_dir / arguments.task / name.replace(" ", "_") / target)
                 provenance = asdict(report.provenance)
                 yield (
                     name,
@@ -111,7 +114,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.table:
         for setting, target, rows in tried(arguments):
-            found = [{"setting": setting, "target": target, **row} for row in rows]
+            found = [{"task": arguments.task, "setting": setting, "target": target, **row} for row in rows]
             append_rows(arguments.output, json.loads(json.dumps(found)))
     head, *rest = lines(read_rows(arguments.output))
     print(markdown_table(head, rest), end="")

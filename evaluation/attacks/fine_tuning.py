@@ -44,8 +44,8 @@ class FineTuningSettings:
         rank: Rank of the LoRA.
     """
 
-    full_rates: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6)
-    lora_rates: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6)
+    full_rates: tuple[float, ...] = (1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
+    lora_rates: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
     steps: tuple[int, ...] = (10, 20, 50, 100, 200, 500)
     batch_size: int = 8
     rank: int = 4

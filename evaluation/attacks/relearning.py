@@ -2,10 +2,10 @@
 
 Source: github.com/sail-sg/Meta-Unlearning (AdamW at 1e-4, 1e-5 and 1e-6, all weights or a LoRA of rank 4, up to 500
 steps on pictures that the base model draws); github.com/gmum/MemoRa trains its LoRA in the same way, after 10 to 500
-steps. Deviations: 1e-3 is added, which a small model needs; the rate is constant, so that one training serves all its
-numbers of steps (MemoRa's falls along a cosine); batches are of 8, without flips; pictures are real ones where there
-are any; the pictures of several concepts are trained on together. MemoRa's inverted and interpolated pictures are not
-reproduced.
+steps. Deviations: higher rates are added, which a small model needs; the rate is constant, so that one training serves
+all its numbers of steps (MemoRa's falls along a cosine); batches are of 8, without flips; pictures are real ones where
+there are any; the pictures of several concepts are trained on together. MemoRa's inverted and interpolated pictures are
+not reproduced.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class SecondLoraSettings:
         rank: Rank.
     """
 
-    learning_rates: tuple[float, ...] = (1e-3, 1e-4)
+    learning_rates: tuple[float, ...] = (1e-3, 3e-4, 1e-4)
     steps: tuple[int, ...] = (10, 20, 50, 100, 200, 500)
     batch_size: int = 8
     rank: int = 4
@@ -49,7 +49,7 @@ class SecondLora(Attack):
     x_is_cost: ClassVar[bool] = True
     Settings: ClassVar[type[Any]] = SecondLoraSettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": SecondLoraSettings(learning_rates=(1e-3,), steps=(200,)),
+        "quick": SecondLoraSettings(learning_rates=(1e-3,), steps=(20, 200)),
         "full": SecondLoraSettings(),
     }
     settings: SecondLoraSettings

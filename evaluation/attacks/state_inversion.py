@@ -2,7 +2,8 @@
 
 This project's own, and stronger than an inverted token (`concept_inversion`): nothing has to pass the text encoder.
 The loss is the denoising loss on pictures of the concept, ‖target − f(x_t, t, states)‖², for one set of states a
-concept, which begin as those of its first prompt; Adam, as textual inversion (arXiv 2208.01618) trains its token.
+concept, which begin as those of its first prompt; Adam, as textual inversion (arXiv 2208.01618) trains its token. The
+rate falls linearly to 0: at a constant one the states wander, and a model loses concepts that they began with.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers.optimization import get_linear_schedule_with_warmup
 from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
@@ -25,12 +27,12 @@ class StateInversionSettings:
     """Settings of state inversion.
 
     Attributes:
-        learning_rates: Adam's learning rates; each is a try.
+        learning_rates: Adam's first learning rates; each is a try.
         steps: Optimizer steps.
         batch_size: Samples of a step.
     """
 
-    learning_rates: tuple[float, ...] = (0.02, 0.05, 0.1)
+    learning_rates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
     steps: int = 300
     batch_size: int = 8
 
@@ -44,7 +46,7 @@ class StateInversion(Attack):
     note: ClassVar[str] = "all token states of a prompt are optimised"
     Settings: ClassVar[type[Any]] = StateInversionSettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": StateInversionSettings(learning_rates=(0.1,)),
+        "quick": StateInversionSettings(learning_rates=(0.2,)),
         "full": StateInversionSettings(),
     }
     settings: StateInversionSettings
@@ -73,6 +75,7 @@ class StateInversion(Attack):
         start = target.family.with_guidance(start, target.sampling.guidance_scale)
         states = start.tensors[TOKEN_STATES].clone().requires_grad_()
         optimizer = torch.optim.Adam([states], lr=rate)
+        schedule = get_linear_schedule_with_warmup(optimizer, 0, settings.steps)
         latents = task.examples.latents[task.examples.showing(concept)]
         for _ in range(settings.steps):
             x_t, t, wanted = target.noised(latents, settings.batch_size, generator)
@@ -81,4 +84,5 @@ class StateInversion(Attack):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
         return start.with_token_states(states.detach())

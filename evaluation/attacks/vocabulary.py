@@ -3,9 +3,10 @@
 This project's own. It asks whether any one word brings the concept back, which a search by gradient or likeness may
 miss. Each token is decoded and read as an attacker would type it: by itself, and in prompts instead of the concept's
 word. The target's denoising loss on the attacker's pictures of the concept, with the same noise for all words, tells
-which words lead there (as in Diffusion Classifier, arXiv 2303.16203). In each form the words of the lowest loss are
-drawn for all prompts; each is a try. Of a large vocabulary, the tokens are read whose text is nearest to the concept's
-word by the pooled text state.
+which words lead there (as in Diffusion Classifier, arXiv 2303.16203). Its logarithm is averaged, since at low noise
+levels the loss is many times as high, and says less about the word. In each form the words of the lowest loss are drawn
+for all prompts; each is a try. Of a large vocabulary, the tokens are read whose text is nearest to the concept's word
+by the pooled text state.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Vocabulary(Attack):
     access: ClassVar[Access] = "prompt"
     note: ClassVar[str] = "words near the concept's, alone and in its place; those with the lowest loss are drawn"
     Settings: ClassVar[type[Any]] = VocabularySettings
-    presets: ClassVar[Mapping[str, Any]] = {"quick": VocabularySettings(256, 4, 1), "full": VocabularySettings()}
+    presets: ClassVar[Mapping[str, Any]] = {"quick": VocabularySettings(128, 16, 1), "full": VocabularySettings()}
     settings: VocabularySettings
 
     @classmethod
@@ -81,7 +82,7 @@ class Vocabulary(Attack):
     def losses(
         self, target: Target, task: Task, concept: str, words: list[str], write: Callable[[Prompt, str], str]
     ) -> Tensor:
-        """Return the denoising loss on a concept's pictures with each word, [W]."""
+        """Return the mean logarithm of the denoising loss on a concept's pictures with each word, [W]."""
         shown, count = task.examples.showing(concept), self.settings.samples
         rows = shown[torch.arange(count) % len(shown)]
         prompts = [Prompt(task.examples.prompts[row], concept) for row in rows.tolist()]
@@ -94,7 +95,7 @@ class Vocabulary(Attack):
             losses(encoders.encode(ids[numbers]), numbers % count)
             for numbers in torch.arange(len(texts)).split(target.sampling.batch_size)
         ]
-        return torch.cat(parts).view(len(words), count).mean(1).cpu()
+        return torch.cat(parts).view(len(words), count).log().mean(1).cpu()
 
     def nearest(self, encoders: TextEncoders, concept: str) -> list[str]:
         """Return the texts of the tokens, the nearest to the concept's name first."""

@@ -29,9 +29,10 @@ def test_words_are_ranked_by_the_loss_on_the_concepts_pictures(tiny_model: Path)
     ]
 
     def loss(word: str) -> float:
-        """Return the mean loss of "one WORD" on the picture of the pear, with the attack's noise."""
+        """Return the mean logarithm of the loss of "one WORD" on the picture of the pear, with the attack's noise."""
         x_t, t, wanted = with_noise(family, latents[[1, 1, 1]], task.generator("vocabulary pear"))
-        return float((family.predict(x_t, t, family.encode_prompts([f"one {word}"] * 3)) - wanted).square().mean())
+        error = family.predict(x_t, t, family.encode_prompts([f"one {word}"] * 3)) - wanted
+        return float(error.square().flatten(1).mean(1).log().mean())
 
     words = attack.nearest(TextEncoders(family), "pear")
     ranked = sorted(words, key=loss)
