@@ -63,7 +63,7 @@ STEPS = (10, 20, 50, 100, 200)
 CIFAR = "CIFAR-10, small network"
 STUDIES = {
     "digits": ("class_unlearning_digits.jsonl",),
-    CIFAR: ("2026-11-29-cifar10-class-unlearning-safemax.jsonl",),
+    CIFAR: ("2026-11-30-cifar10-class-unlearning-safemax.jsonl",),
     "published network": ("class_unlearning_cifar10.jsonl",),
 }
 """Result files of the studies of class unlearning that published claims are compared with."""
