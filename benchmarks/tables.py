@@ -30,6 +30,7 @@ from benchmarks.classes.summary import (
     rates_table,
     retention_by_class,
 )
+from benchmarks.emoji.attack_settings import variants
 from benchmarks.method_search import table as search_table
 from benchmarks.results import Row, markdown_table, read_rows
 
@@ -95,16 +96,19 @@ def depth() -> str:
 
 
 def attack_settings() -> str:
-    """Return the table of attacks' settings with the strongest try of each on each model."""
+    """Return the table of attacks' settings with the strongest try of each on each model.
+
+    Settings that are not in the search any more are left out.
+    """
     found: dict[str, dict[str, tuple[float, str]]] = {}
-    rows = [row for name in SEARCHED for row in read_rows(RESULTS / name)]
+    rows = [row for name in SEARCHED for row in read_rows(RESULTS / name) if row["setting"] in variants()]
     for row in (row for row in rows if row.get("task", "emoji/bomb") == "emoji/bomb"):
         best = found.setdefault(row["setting"], {})
         tried = (row["value"], row["try"])
         best[row["target"]] = max(best.get(row["target"], tried), tried, key=lambda each: each[0])
     lines = []
     for setting, best in found.items():
-        lines.append([f"`{setting}`", *(_tried(*best[target]) if target in best else "–" for target in ATTACKED)])
+        lines.append([f"`{setting}`", *(_tried(*best[target]) for target in ATTACKED)])
     return markdown_table(["attack and setting", "base, %", "ESD, %", "SalUn, %"], lines)
 
 

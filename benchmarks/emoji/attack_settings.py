@@ -21,7 +21,6 @@ from safemax_sd.evaluation.attacks.base import Attack
 from safemax_sd.evaluation.attacks.classifier_guidance import ClassifierGuidance, ClassifierGuidanceSettings
 from safemax_sd.evaluation.attacks.concept_inversion import ConceptInversion, ConceptInversionSettings
 from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings
-from safemax_sd.evaluation.attacks.inpainting import Inpainting
 from safemax_sd.evaluation.attacks.latent_classifier import ClassifierTraining
 from safemax_sd.evaluation.attacks.p4d import P4D, P4DSettings
 from safemax_sd.evaluation.attacks.plain import Plain
@@ -60,7 +59,6 @@ def variants() -> dict[str, Attack]:
     )
     found["state_inversion, falling rate"] = StateInversion(StateInversionSettings((0.02, 0.05, 0.1, 0.2, 0.4), 300))
     found["vocabulary"] = Vocabulary(Vocabulary.presets["quick"])
-    found["inpainting"] = Inpainting(Inpainting.presets["quick"])
     scales = (5.0, 10.0, 25.0, 81.0, 193.0)
     found["classifier_guidance"] = ClassifierGuidance(
         ClassifierGuidanceSettings(scales, 64, ClassifierTraining(steps=500))
