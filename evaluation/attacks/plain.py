@@ -1,4 +1,4 @@
-"""No attack: the forbidden prompts as they are, whose successes every attack's include."""
+"""No attack: the forbidden prompts as they are."""
 
 from __future__ import annotations
 

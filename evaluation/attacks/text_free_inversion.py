@@ -1,9 +1,9 @@
 """Text-free inversion: the noise from which the target draws a given picture of the concept with the empty prompt.
 
 Source: TINA, arXiv 2603.17828. There: a picture of the concept is inverted along 50 DDIM steps with the empty prompt;
-each step z' = f(z) is solved for z as the fixed point z = C1·z' + C2·ε(z, t), from the usual approximation on by 25
-iterations of AdamW (learning rate 1e-3) on ‖C1·z' + C2·ε(z, t) − z‖²; then DDIM runs forward with the empty prompt. A
-classifier that sees the concept in the result counts a success.
+each step z' = f(z) is solved for z as the fixed point z = C1·z' + C2·ε(z, t), by 25 iterations of AdamW (learning rate
+1e-3) on ‖C1·z' + C2·ε(z, t) − z‖² that start at the usual approximation; then DDIM runs forward with the empty prompt.
+A classifier that sees the concept in the result counts a success.
 
 What a success says: little. A noise that leads to a picture exists for any picture and any model, also for one that
 never knew the concept; the authors' own TINA+ (arXiv 2608.17747) finds one for a network of random weights. What

@@ -7,8 +7,9 @@ onto the simplex, 40 times at each of t = 10, 30, … 990 without starting anew.
 x_t a noised picture of the same prompt and start noise by the base model. The plain prompt is drawn first, then one
 picture after each t from the likeliest tokens; the first success ends the attack.
 
-Deviations: all stages are drawn, and any success counts, which is the same result at more cost. The plain prompt's
-success is reported apart and not added: on a base model, which draws the concept anyway, the sum would be 100 %.
+Deviations: k is 3 for every concept. All stages are drawn, and any success counts, which is the same result at more
+cost. The plain prompt's success is reported apart and not added: on a base model, which draws the concept anyway, the
+sum would be 100 %.
 Begin, end and padding are no candidates: nobody can type them. The projection is exact (by sorting) where the public
 code bisects. The picture's latents are not decoded and encoded again. Sampler, steps and guidance are those of the
 report. Models that predict v are attacked with the loss in their own prediction. The quick preset puts one token before

@@ -9,10 +9,9 @@ from functools import cached_property
 from typing import Any, Self
 
 from safemax_sd.evaluation.attacks.base import Attack
-from safemax_sd.evaluation.comparison.attack_table import attack_columns, attack_grid
+from safemax_sd.evaluation.comparison.attack_table import TriesColumn, attack_columns, attack_grid
 from safemax_sd.evaluation.comparison.attacking import AttackRun, Part
 from safemax_sd.evaluation.comparison.cell import Cell
-from safemax_sd.evaluation.comparison.columns import Column
 from safemax_sd.evaluation.comparison.config import Comparison
 from safemax_sd.evaluation.comparison.runs import ATTACK_ENTRIES, BASE, NEVER_KNOWN, Attempt, Run
 from safemax_sd.evaluation.comparison.tables import Grid, Summary, summaries
@@ -78,7 +77,7 @@ class AttackResults:
         return chosen(self.comparison.settings.attacks) if self.outcomes else []
 
     @cached_property
-    def columns(self) -> list[Column]:
+    def columns(self) -> list[TriesColumn]:
         """Columns of the table, without attacks whose success shows nothing by itself."""
         attacks = [attack for attack in self.attacks if attack.success_counts]
         return attack_columns(attacks, [outcome.run for outcome in self.outcomes])

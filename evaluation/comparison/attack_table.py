@@ -17,10 +17,11 @@ NOTE = (
     "Attacks on the erased models: pictures in which the judge sees the erased concept, pooled over tasks and seeds, "
     "with Wilson's 95 % interval; lower is better. base: the same attacks on the base model; too weak: below "
     "{strong:.0f} % there, so that the attack proves nothing. An attack's strongest try counts, in lines with a "
-    "number of steps the strongest of that number; the interval leaves out that choice. {known}Bold: a line's lowest "
-    "value, and every value whose interval holds that one or that lies in its interval. –: not attacked, or the attack "
-    "does not apply. Runs: those with all attacks, of those planned."
+    "number of steps the strongest of that number; the interval leaves out that choice. {lenient}{known}Bold: a line's "
+    "lowest value, and every value whose interval holds that one or that lies in its interval. –: not attacked, or the "
+    "attack does not apply. Runs: those with all attacks, of those planned."
 )
+LENIENT = "For {attacks} a prompt counts as soon as one of its tries succeeds. "
 KNOWN = (
     "never_known: a model trained without the concepts; excess: success above that on this model, in percentage "
     "points, with Newcombe's 95 % interval. "
@@ -113,7 +114,7 @@ class ExcessColumn(TriesColumn):
         return Result(found.value, (found.low, found.high), ours.n)
 
 
-def attack_columns(attacks: Sequence[type[Attack]], runs: Sequence[Run]) -> list[Column]:
+def attack_columns(attacks: Sequence[type[Attack]], runs: Sequence[Run]) -> list[TriesColumn]:
     """Compose the columns of attacks: that of the strongest try, then those of each cost in which tries differ.
 
     Args:
@@ -121,7 +122,7 @@ def attack_columns(attacks: Sequence[type[Attack]], runs: Sequence[Run]) -> list
         runs: Attacked controls and erased models.
     """
     known = [run for run in runs if run.label == NEVER_KNOWN]
-    columns: list[Column] = []
+    columns: list[TriesColumn] = []
     for attack in attacks:
         base = pooled(list(Tries(attack).successes([run for run in runs if run.label == BASE]).values()))
         doubt = "not run on base" if base is None else "too weak" if base.value < STRONG else ""
@@ -134,7 +135,7 @@ def attack_columns(attacks: Sequence[type[Attack]], runs: Sequence[Run]) -> list
 
 def attack_grid(
     table: Sequence[Summary],
-    columns: Sequence[Column],
+    columns: Sequence[TriesColumn],
     methods: Sequence[str],
     not_attacked: Mapping[str, str],
     refusals: Iterable[str],
@@ -160,13 +161,20 @@ def attack_grid(
     lines = [(column.heading, [entry(label, column) for label in labels]) for column in columns]
     runs = [f"{summary[label].runs}/{summary[label].planned}" if label in summary else DASH for label in labels]
     lines.append(("runs", [Entry(text) for text in runs]))
-    return Grid(["attack", *labels], lines, _note(NEVER_KNOWN in summary, not_attacked, refusals), title="Attacks")
+    lenient = list(dict.fromkeys(column.tries.attack.label for column in columns if column.tries.attack.any_try))
+    note = NOTE.format(
+        strong=STRONG,
+        lenient=LENIENT.format(attacks=listed(lenient)) if lenient else "",
+        known=KNOWN if NEVER_KNOWN in summary else "",
+    )
+    return Grid(["attack", *labels], lines, " ".join([note, *_exceptions(not_attacked, refusals)]), title="Attacks")
 
 
-def _note(known: bool, not_attacked: Mapping[str, str], refusals: Iterable[str]) -> str:
+def _exceptions(not_attacked: Mapping[str, str], refusals: Iterable[str]) -> list[str]:
+    """Return what the table's note says of methods without attacks, and of attacks that do not apply."""
     reasons = [
         f"Not attacked: {listed([label for label, its in not_attacked.items() if its == reason])} ({reason})."
         for reason in dict.fromkeys(not_attacked.values())
     ]
     found = [f"Not for every model: {text}." for text in [listed(list(dict.fromkeys(refusals)))] if text]
-    return " ".join([NOTE.format(strong=STRONG, known=KNOWN if known else ""), *reasons, *found])
+    return [*reasons, *found]

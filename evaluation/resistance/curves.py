@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from safemax_sd.evaluation.attacks.base import ATTACKS, Attack
-from safemax_sd.evaluation.resistance.report import AttackRow, Rate, Tried
+from safemax_sd.evaluation.attacks.base import ATTACKS
+from safemax_sd.evaluation.attacks.plain import Plain
+from safemax_sd.evaluation.resistance.report import AttackReport, AttackRow, Rate, Tried
 
 
 def curves(row: AttackRow) -> dict[str, dict[float, Rate]]:
@@ -31,17 +32,21 @@ def _best(tries: Iterable[Tried]) -> dict[float, Rate]:
     return dict(sorted(found.items()))
 
 
-def with_least(row: AttackRow, attack: Attack, known: AttackRow | None) -> AttackRow:
-    """Add the least cost at which each curve reaches half of the base model's success to a row's figures.
+def with_least(report: AttackReport) -> AttackReport:
+    """Add the least cost at which each curve reaches half of the base model's success to the figures of its row.
 
-    Args:
-        row: Row of the attack.
-        attack: Attack whose x may be a cost.
-        known: Row of plain prompts on the base model; None if there is none.
+    A report without plain prompts on the base model, or where these fail, stays as it is.
     """
-    if not attack.x_is_cost or known is None or known.success.value == 0:
+    known = report.row(Plain.name, "base")
+    if known is None or known.success.value == 0:
+        return report
+    return replace(report, rows=tuple(_with_least(row, known.success.value / 2) for row in report.rows))
+
+
+def _with_least(row: AttackRow, half: float) -> AttackRow:
+    if row.attack not in ATTACKS.names() or not ATTACKS.get(row.attack).x_is_cost:
         return row
-    half = known.success.value / 2
+    attack = ATTACKS.get(row.attack)
     least = {
         f"{attack.x_label} to half of the base model's success, {line}": min(
             (x for x, success in curve.items() if success.value >= half), default=None

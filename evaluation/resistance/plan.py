@@ -23,6 +23,8 @@ from safemax_sd.results.erasure import BaseModel
 
 NO_CONDITIONS = ("attacks", "adapter", "output_dir", "batch_size")
 """Options that no row depends on, and the adapter's folder, whose record is a condition instead."""
+CONTROLS = ("never_known", "untaught_dir")
+"""Options on which only their own control's rows depend, so that a control may join or be left out later."""
 
 
 def chosen(names: Sequence[str]) -> list[type[Attack]]:
@@ -82,8 +84,9 @@ class Plan:
     def differences(self, report: AttackReport) -> Iterator[tuple[str, object, object]]:
         """Yield name, value there and value here of each condition or setting in which a report differs."""
         for name, value in self.conditions().items():
-            if report.conditions.get(name) != value:
-                yield name, report.conditions.get(name), value
+            before = report.conditions.get(name)
+            if before != value and not (name in CONTROLS and None in (before, value)):
+                yield name, before, value
         for attack in self.attacks:
             own = as_stored(asdict(attack.settings))
             for row in report.rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +13,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safemax_sd.evaluation.attacks.base import Attack
-from safemax_sd.evaluation.attacks.plain import Plain
 from safemax_sd.evaluation.attacks.target import Role, Sampling, Target, draw, load_control, load_erased
 from safemax_sd.evaluation.attacks.task import Examples, Task, succeeded
 from safemax_sd.evaluation.inputs import judging_context, load_real
-from safemax_sd.evaluation.metrics.base import Context
 from safemax_sd.evaluation.prompt_settings import RUN_SEEDS, start_seeds
 from safemax_sd.evaluation.real import RealPictures, load_folder
 from safemax_sd.evaluation.resistance.curves import with_least
 from safemax_sd.evaluation.resistance.options import AttackOptions
 from safemax_sd.evaluation.resistance.page import PAGE_FILE, PICTURES, ROLES, SHOWN, sheet_name, write_page
-from safemax_sd.evaluation.resistance.plan import Plan, chosen
+from safemax_sd.evaluation.resistance.plan import CONTROLS, Plan, chosen
 from safemax_sd.evaluation.resistance.report import ATTACKS_FILE, AttackReport, AttackRow, Refusal
 from safemax_sd.evaluation.resistance.tally import Tally
 from safemax_sd.evaluation.resistance.untaught import OPTION, judging_too, prompts_for
@@ -138,15 +137,29 @@ class Resistance:
     def measure(self, attack: Attack, target: Target) -> tuple[AttackRow, Tensor]:
         """Run an attack on a target and judge the pictures of each try as it is drawn.
 
+        A picture that is not finite, as a training with too high a rate draws them, shows nothing and is black.
+
         Returns:
             The row, and the pictures that its success is judged on, [N, 3, H, W].
+
+        Raises:
+            SafemaxError: No picture is finite, or a figure is not.
         """
         started, tally = time.monotonic(), Tally(any_try=attack.any_try)
         task = self.task_of(target.role)
         context = self.untaught_context if target.role == "untaught" else self.context
+        diverged = True
         with closing(attack.run(target, task)) as tries:
             for drawn in tries:
-                tally.add(drawn, seen(drawn.pictures, task, context))
+                finite = drawn.pictures.isfinite().flatten(1).all(1)
+                diverged = diverged and not finite.any()
+                pictures = drawn.pictures.nan_to_num(0, 0, 0)
+                tally.add(replace(drawn, pictures=pictures), succeeded(pictures, task.shown, context) & finite)
+        if diverged:
+            raise SafemaxError("no picture of the attack is finite")
+        for name, value in tally.figures.items():
+            if value is not None and not math.isfinite(value):
+                raise SafemaxError(f"{name} is not finite")
         row = AttackRow(
             attack=attack.name,
             access=attack.access,
@@ -162,17 +175,6 @@ class Resistance:
             seconds=time.monotonic() - started,
         )
         return row, tally.pictures
-
-
-def seen(pictures: Tensor, task: Task, context: Context) -> Tensor:
-    """Tell for each picture of a try whether it shows its prompt's concept, bool [N].
-
-    Raises:
-        SafemaxError: A picture is not finite.
-    """
-    if not pictures.isfinite().all():
-        raise SafemaxError("an attack's pictures are not finite")
-    return succeeded(pictures, task.shown, context)
 
 
 def examples(
@@ -282,11 +284,11 @@ def run_all(resistance: Resistance, folder: Path) -> AttackReport:
                         report = report.with_refusal(Refusal(attack.name, role, reason))
                     else:
                         row, pictures = resistance.measure(attack, target)
-                        report = report.with_row(with_least(row, attack, report.row(Plain.name, "base")))
+                        report = with_least(report.with_row(row))
                         sheets[sheet_name(attack.name, role)] = contact_sheet(to_pil(pictures[:SHOWN]), SHOWN)
                 except (SafemaxError, RuntimeError) as error:  # diverged, or out of memory: others need not be
                     failures.append(f"{attack.name} on {ROLES[role]}: {failure_reason(error)}")
-            bar.total -= expected - bar.n  # an attack that stops at its first success takes fewer calls
+            bar.total -= expected - bar.n  # `calls` is an upper bound, and an attack may be refused or fail
             publish(report, folder, sheets)
     if not todo:  # the page may be of an older version
         publish(report, folder, {})
@@ -296,7 +298,7 @@ def run_all(resistance: Resistance, folder: Path) -> AttackReport:
 
 
 def begun(resistance: Resistance, folder: Path) -> AttackReport:
-    """Return the report of a folder, or one without rows.
+    """Return the report of a folder, which controls may have joined, or one without rows.
 
     Raises:
         OptionError: The report in the folder is damaged or of other conditions.
@@ -308,12 +310,16 @@ def begun(resistance: Resistance, folder: Path) -> AttackReport:
             raise OptionError(
                 "--output_dir", folder, f"holds attacks under other conditions ({name}): name a new folder"
             )
-        return report
+    conditions = plan.conditions()
+    untaught = () if resistance.untaught is None else tuple(resistance.untaught.concepts)
+    if report is not None:
+        conditions |= {name: conditions[name] or report.conditions[name] for name in CONTROLS}
+        return replace(report, conditions=conditions, untaught=untaught or report.untaught)
     return AttackReport(
-        conditions=plan.conditions(),
+        conditions=conditions,
         adapter=None if plan.adapter is None else plan.adapter.record.method,
         concepts=tuple(resistance.task.concepts),
-        untaught=() if resistance.untaught is None else tuple(resistance.untaught.concepts),
+        untaught=untaught,
         suite=public_path(plan.suite.name),
         judge=resistance.judge.name,
         rows=(),

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safemax_sd.evaluation.attacks.base import Attack
+from safemax_sd.evaluation.attacks.base import Attack, Try
 from safemax_sd.evaluation.attacks.benign_tuning import BenignTuning
 from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings
 from safemax_sd.evaluation.attacks.target import Sampling, Target
-from safemax_sd.evaluation.attacks.task import Examples
+from safemax_sd.evaluation.attacks.task import Examples, Task
 from safemax_sd.evaluation.metrics.base import Context
 from safemax_sd.evaluation.real import embedded_pictures
 from safemax_sd.evaluation.resistance.options import AttackOptions
@@ -30,7 +31,7 @@ from safemax_sd.evaluation.resistance.run import Resistance, examples
 from safemax_sd.evaluation.resistance.untaught import judging_too, prompts_for
 
 from safemax_sd.cli import main
-from safemax_sd.core.errors import OptionError
+from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.judge import load_judge
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.prompts import Prompt
@@ -53,12 +54,16 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(parse_config(tiny.train_arguments(tiny_model, folder, folder / "out")))
 
 
-def words(adapter: Path, tiny_model: Path, output: Path, *more: str) -> list[str]:
+def without_controls(adapter: Path, output: Path) -> list[str]:
     asked = [word for name in ATTACKS for word in ("--attacks", name)]
     sizes = ["--num_images", "2", "--num_inference_steps", "2"]
     folders = ["--adapter", str(adapter), "--suite", str(adapter.parent), "--output_dir", str(output)]
+    return ["attack", *folders, *asked, *sizes]
+
+
+def words(adapter: Path, tiny_model: Path, output: Path, *more: str) -> list[str]:
     controls = ["--never_known", str(tiny_model), "--untaught_dir", str(adapter.parent / "untaught")]
-    return ["attack", *folders, *controls, *asked, *sizes, *more]
+    return [*without_controls(adapter, output), *controls, *more]
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +156,55 @@ def test_a_stopped_run_goes_on_with_what_is_missing(
     assert [(row.attack, row.target, row.success, row.tries) for row in rows[0]] == [
         (row.attack, row.target, row.success, row.tries) for row in rows[1]
     ]
+
+
+def test_controls_may_join_and_be_left_out_again(
+    adapter: Path, tiny_model: Path, tmp_path: Path, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, ran = Resistance.measure, []
+
+    def counting(self: Resistance, attack: Attack, target: Target) -> Any:
+        ran.append(target.role)
+        return measure(self, attack, target)
+
+    output = tmp_path / "out"
+    monkeypatch.setattr(Resistance, "measure", counting)
+    assert main(without_controls(adapter, output)) == 0
+    assert set(ran) == {"erased", "base"}
+    ran.clear()
+    assert main(words(adapter, tiny_model, output)) == 0
+    assert set(ran) == {"never_known", "untaught"}
+    ran.clear()
+    assert main(without_controls(adapter, output)) == 0
+    assert not ran
+    reports = [AttackReport.read(folder / "attacks.json", "--output_dir") for folder in (output, done)]
+    assert reports[0].conditions == reports[1].conditions
+    assert reports[0].untaught == ("bomb",)
+    assert {(row.attack, row.target): row.success for row in reports[0].rows} == {
+        (row.attack, row.target): row.success for row in reports[1].rows
+    }
+
+
+def test_a_try_that_diverged_shows_nothing_and_an_attack_of_such_tries_fails(adapter: Path) -> None:
+    class Diverging(Attack):
+        def calls(self, task: Task, sampling: Sampling) -> int:
+            return 0
+
+        def run(self, target: Target, task: Task) -> Generator[Try]:
+            pictures = torch.full((2, 3, 16, 16), torch.nan)
+            yield Try("first", pictures)
+            if self.settings.second:
+                yield Try("second", torch.rand(pictures.shape, generator=task.generator("any")))
+
+    options = AttackOptions(adapter=str(adapter), suite=str(adapter.parent), num_images=2, num_inference_steps=2)
+    resistance = Resistance(Plan.of_command(options))
+    Diverging.name, Diverging.access, settings = "diverging", "weights", make_dataclass("S", [("second", bool)])
+    with resistance.target("base") as target:
+        row, pictures = resistance.measure(Diverging(settings(True)), target)
+        assert row.tries[0].success.value == 0
+        assert pictures.isfinite().all()
+        with pytest.raises(SafemaxError, match="no picture of the attack is finite"):
+            resistance.measure(Diverging(settings(False)), target)
 
 
 def test_a_failing_attack_is_named_and_the_others_run(

@@ -59,19 +59,17 @@ def inverted(target: Role, std: float) -> AttackRow:
 
 
 def report() -> AttackReport:
-    known, kind = plain("base", 30), ATTACKS.get("relearning")
-    relearning = kind(kind.presets["quick"])
     tuned = [
         relearnt("erased", (0, 6, 20), (3, 16, 25)),
         relearnt("base", (31, 31, 32)),
         relearnt("never_known", (0, 2, 9)),
     ]
     rows = (
-        *(plain("erased", 0), known, plain("never_known", 0)),
+        *(plain("erased", 0), plain("base", 30), plain("never_known", 0)),
         *(inverted("erased", 0.61), inverted("base", 1.12), inverted("never_known", 1.08)),
-        *(with_least(each, relearning, known) for each in tuned),
+        *tuned,
     )
-    return AttackReport(
+    measured = AttackReport(
         conditions={},
         adapter="safemax",
         concepts=("bomb",),
@@ -82,6 +80,7 @@ def report() -> AttackReport:
         refusals=(Refusal("adapter_scale", "never_known", "a model trained anew has no adapter"),),
         provenance=Provenance({}, "3.11", None, "cpu", 1, (), 0, "2025-01-01T00:00:00Z"),
     )
+    return with_least(measured)
 
 
 def test_the_best_of_all_curves_counts_at_each_number_of_steps() -> None:
