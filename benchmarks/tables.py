@@ -58,7 +58,11 @@ KEPT = ("retained", "neighbours")
 DEPTHS = ("2026-11-29-depth-strongest-rates.json", "2026-11-29-depth-strongest-rates-dog-weapons.json")
 ATTACKED = ("base", "esd", "salun")
 """Models in the table of attacks' settings."""
-SEARCHED = ("2026-11-29-attack-settings.jsonl", "2026-11-30-attack-settings-strengthened.jsonl")
+SEARCHED = (
+    "2026-11-29-attack-settings.jsonl",
+    "2026-11-30-attack-settings-strengthened.jsonl",
+    "2026-11-30-state-inversion-cooldown.jsonl",
+)
 """Files of that table; the first has the bomb alone, and does not name it."""
 STEPS = (10, 20, 50, 100, 200)
 CIFAR = "CIFAR-10, small network"

@@ -57,7 +57,7 @@ def variants() -> dict[str, Attack]:
     found["concept_inversion, lower rates"] = ConceptInversion(
         replace(INVERSION, tokens=(4, 6), learning_rates=(0.002, 0.005), steps=1500)
     )
-    found["state_inversion, falling rate"] = StateInversion(StateInversionSettings((0.02, 0.05, 0.1, 0.2, 0.4), 300))
+    found["state_inversion, cooldown"] = StateInversion(StateInversionSettings((0.02, 0.05, 0.1, 0.2), 300))
     found["vocabulary"] = Vocabulary(Vocabulary.presets["quick"])
     scales = (5.0, 10.0, 25.0, 81.0, 193.0)
     found["classifier_guidance"] = ClassifierGuidance(

@@ -3,7 +3,9 @@
 This project's own, and stronger than an inverted token (`concept_inversion`): nothing has to pass the text encoder.
 The loss is the denoising loss on pictures of the concept, ‖target − f(x_t, t, states)‖², for one set of states a
 concept, which begin as those of its first prompt; Adam, as textual inversion (arXiv 2208.01618) trains its token. The
-rate falls linearly to 0: at a constant one the states wander, and a model loses concepts that they began with.
+rate is constant for two thirds of the steps and falls linearly to 0 in the last: without that the states end somewhere
+in their wandering, and a model loses concepts that they began with. A low rate keeps what the first states draw; a high
+one reaches states far from them.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers.optimization import get_linear_schedule_with_warmup
 from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
+from transformers import get_wsd_schedule
 
 from safemax_sd.families.base import TOKEN_STATES, Conditioning
 
@@ -27,7 +29,7 @@ class StateInversionSettings:
     """Settings of state inversion.
 
     Attributes:
-        learning_rates: Adam's first learning rates; each is a try.
+        learning_rates: Adam's learning rates; each is a try.
         steps: Optimizer steps.
         batch_size: Samples of a step.
     """
@@ -46,7 +48,7 @@ class StateInversion(Attack):
     note: ClassVar[str] = "all token states of a prompt are optimised"
     Settings: ClassVar[type[Any]] = StateInversionSettings
     presets: ClassVar[Mapping[str, Any]] = {
-        "quick": StateInversionSettings(learning_rates=(0.2,)),
+        "quick": StateInversionSettings(learning_rates=(0.02, 0.2)),
         "full": StateInversionSettings(),
     }
     settings: StateInversionSettings
@@ -75,7 +77,9 @@ class StateInversion(Attack):
         start = target.family.with_guidance(start, target.sampling.guidance_scale)
         states = start.tensors[TOKEN_STATES].clone().requires_grad_()
         optimizer = torch.optim.Adam([states], lr=rate)
-        schedule = get_linear_schedule_with_warmup(optimizer, 0, settings.steps)
+        schedule = get_wsd_schedule(
+            optimizer, 0, settings.steps // 3, num_training_steps=settings.steps, decay_type="linear"
+        )
         latents = task.examples.latents[task.examples.showing(concept)]
         for _ in range(settings.steps):
             x_t, t, wanted = target.noised(latents, settings.batch_size, generator)
