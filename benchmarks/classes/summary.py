@@ -75,6 +75,14 @@ def methods_in(rows: Iterable[Row]) -> list[str]:
     return [*(name for name in NAMES if name in found), *(name for name in found if name not in NAMES)]
 
 
+def on_shared_classes(rows: Sequence[Row]) -> list[Row]:
+    """Select the rows of classes that every method has measured, so that means over them compare the methods."""
+    rows = measured(rows)
+    own = [{row["class"] for row in rows if row["method"] == method} for method in methods_in(rows)]
+    shared = set[int]().union(*own).intersection(*own)
+    return [row for row in rows if row["class"] in shared]
+
+
 def over_seeds(rows: Sequence[Row], method: str, forgotten: int, column: str) -> float | None:
     """Return the mean over the seeds of a method and class; None if nothing was measured."""
     found = [value(row, column) for row in rows if row["method"] == method and row["class"] == forgotten]

@@ -10,6 +10,7 @@ from benchmarks.classes.summary import (
     difference_table,
     memory_table,
     method_table,
+    on_shared_classes,
     paired_difference,
     plot,
     summary,
@@ -55,6 +56,15 @@ def test_method_table_gives_the_lowest_class() -> None:
     lines = method_table([*ROWS, *RACE]).splitlines()
     assert lines[2] == "| base | 2 | 90.0 | 99.5 (99.0) | 0.500 | 1.00 | 10.00 | 98.0 |  |  |"
     assert lines[3] == "| SAFEMax | 3 | 90.0 | 99.7 (99.0) | 0.500 | 1.00 | 10.00 | 98.0 | 5 (5 to 5) | 2 |"
+
+
+def test_methods_are_compared_on_the_classes_that_all_of_them_have() -> None:
+    rows = [*ROWS, row("selective_amnesia", 1, 0, 10.0)]
+    assert {(each["method"], each["class"]) for each in on_shared_classes(rows)} == {
+        ("base", 1), ("safemax", 1), ("salun", 1), ("selective_amnesia", 1)
+    }  # fmt: skip
+    assert on_shared_classes(ROWS) == ROWS
+    assert on_shared_classes([row("salun", 0, 0, 1.0), row("safemax", 1, 0, 1.0)]) == []
 
 
 def test_differences_are_paired_by_class_and_seed() -> None:
