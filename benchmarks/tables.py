@@ -75,7 +75,7 @@ STUDIES = {
     "published network": ("class_unlearning_cifar10.jsonl",),
 }
 """Result files of the studies of class unlearning that published claims are compared with."""
-COMPARED_ATTACKS = "2026-11-29-attacks-compared-bomb-all-methods.json"
+COMPARED_ATTACKS = "2026-11-30-attacks-compared-bomb.json"
 
 
 def _read(name: str) -> dict[str, Any]:

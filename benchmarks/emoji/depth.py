@@ -25,7 +25,7 @@ from safemax_sd.evaluation.resistance.report import AttackRow
 from benchmarks.emoji.attack_plans import plans_of
 from benchmarks.results import markdown_line, markdown_table
 
-INVERSION = StateInversionSettings(learning_rates=(0.05, 0.2), steps=300)
+INVERSION = StateInversionSettings(learning_rates=(0.02, 0.2), steps=300)
 RELEARNING = FineTuningSettings(full_rates=(3e-4, 1e-3), lora_rates=(1e-2,), steps=(10, 20, 50, 100, 200))
 
 
