@@ -71,7 +71,7 @@ ALL_CLASSES = "2026-11-30-cifar10-class-unlearning-safemax.jsonl"
 """Rows of the base model and of SAFEMax on all ten classes of CIFAR-10; the others have fewer."""
 STUDIES = {
     "digits": ("class_unlearning_digits.jsonl",),
-    CIFAR: (ALL_CLASSES, "2026-11-30-cifar10-others.jsonl"),
+    CIFAR: (ALL_CLASSES, "2026-11-30-cifar10-others.jsonl", "2026-11-30-cifar10-salun-automobile.jsonl"),
     "published network": ("class_unlearning_cifar10.jsonl",),
 }
 """Result files of the studies of class unlearning that published claims are compared with."""
