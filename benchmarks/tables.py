@@ -108,8 +108,10 @@ def attack_settings() -> str:
     Settings that are not in the search any more are left out.
     """
     found: dict[str, dict[str, tuple[float, str]]] = {}
-    rows = [row for name in SEARCHED for row in read_rows(RESULTS / name) if row["setting"] in variants()]
-    for row in (row for row in rows if row.get("task", "emoji/bomb") == "emoji/bomb"):
+    settings = variants()
+    for row in (row for name in SEARCHED for row in read_rows(RESULTS / name)):
+        if row["setting"] not in settings or row.get("task", "emoji/bomb") != "emoji/bomb":
+            continue
         best = found.setdefault(row["setting"], {})
         tried = (row["value"], row["try"])
         best[row["target"]] = max(best.get(row["target"], tried), tried, key=lambda each: each[0])

@@ -313,7 +313,7 @@ def begun(resistance: Resistance, folder: Path) -> AttackReport:
     conditions = plan.conditions()
     untaught = () if resistance.untaught is None else tuple(resistance.untaught.concepts)
     if report is not None:
-        conditions |= {name: conditions[name] or report.conditions[name] for name in CONTROLS}
+        conditions |= {name: conditions[name] or report.conditions.get(name) for name in CONTROLS}
         return replace(report, conditions=conditions, untaught=untaught or report.untaught)
     return AttackReport(
         conditions=conditions,
