@@ -215,15 +215,20 @@ def first_runs(study: str, table: Callable[[list[Row]], str]) -> str:
     return table([row for row in published(_study(study)) if row["seed"] in (None, 0)])
 
 
+def on_all_classes(table: Callable[[list[Row]], str]) -> str:
+    """Return a table of the rows on all ten classes of CIFAR-10."""
+    return table(read_rows(RESULTS / ALL_CLASSES))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "digits methods": partial(first_runs, "digits", method_table),
     "digits retention": partial(first_runs, "digits", retention_by_class),
     "digits forgetting": partial(first_runs, "digits", forgetting_by_class),
     "digits variants": lambda: difference_table(measured(_study("digits")), "safemax"),
     "digits race": lambda: race_table(_study("digits")),
-    "cifar methods": lambda: method_table(read_rows(RESULTS / ALL_CLASSES)),
-    "cifar retention": lambda: retention_by_class(read_rows(RESULTS / ALL_CLASSES)),
-    "cifar forgetting": lambda: forgetting_by_class(read_rows(RESULTS / ALL_CLASSES)),
+    "cifar methods": partial(on_all_classes, method_table),
+    "cifar retention": partial(on_all_classes, retention_by_class),
+    "cifar forgetting": partial(on_all_classes, forgetting_by_class),
     "cifar shared": partial(first_runs, CIFAR, lambda rows: method_table(on_shared_classes(rows))),
     "published network rates": lambda: rates_table(_study("published network")),
     "published network memory": lambda: memory_table(of_kind(_study("published network"), "memory")),

@@ -137,7 +137,8 @@ class Resistance:
     def measure(self, attack: Attack, target: Target) -> tuple[AttackRow, Tensor]:
         """Run an attack on a target and judge the pictures of each try as it is drawn.
 
-        A picture that is not finite, as a training with too high a rate draws them, shows nothing and is black.
+        A picture that is not finite, as a training with too high a rate draws them, shows nothing; its pixels that are
+        not finite are black.
 
         Returns:
             The row, and the pictures that its success is judged on, [N, 3, H, W].
