@@ -106,6 +106,9 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
     opened, asked = context.new_page(), []
     opened.on("request", lambda request: asked.append(request.url))
     opened.goto(server.url)
+    if any(entry.kind == "erase" for entry in Queue(server.runs).entries()):
+        # What is typed into a part that has just unfolded is lost when the queue appears, a second after the page.
+        expect(opened.get_by_role("radio").first).to_be_visible()
     yield opened
     assert [url for url in asked if not url.startswith((server.url, "data:", "blob:"))] == []
     context.close()
