@@ -43,8 +43,8 @@ from safemax_sd.training.children import end_with_starter, told_to_launcher
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
-from safemax_sd.training.output import RunLog, clear, run_folder
-from safemax_sd.training.resume import check_conditions, conditions
+from safemax_sd.training.output import RunLog, make_room, run_folder
+from safemax_sd.training.resume import check_conditions, check_length, conditions
 from safemax_sd.training.run import Run, build_run, recording_precision
 from safemax_sd.training.sharding import average_gradients
 from safemax_sd.training.workers import (
@@ -93,6 +93,7 @@ def train_in(
     under = conditions(config, forget, retain, accelerator)
     if resume_from is not None:
         check_conditions(resume_from, under)
+        check_length(resume_from, config.max_train_steps)
     set_seed(config.seed)  # samples are drawn by number: processes need no seeds of their own
     clock = Stopwatch()
     run = build_run(config, accelerator, forget, retain, clock)
@@ -100,8 +101,8 @@ def train_in(
     if resume_from is not None:
         run.step, run.earlier = checkpoints.load(accelerator, resume_from)
         clock.add(run.earlier.seconds)
-    elif accelerator.is_main_process:
-        clear(run.output_dir)
+    if accelerator.is_main_process:
+        make_room(run.output_dir, resume_from)
     with clock.phase("train"), told_when_terminated(accelerator):
         loop(run)
         check_weights(run)
@@ -172,7 +173,7 @@ def loop(run: Run) -> None:
         log.write(run.step, row)
         if run.step % config.checkpointing_steps == 0 and run.step < config.max_train_steps:
             save_checkpoint(run)
-        due = run.step % config.validation_steps in (0, config.max_train_steps)
+        due = run.step % config.validation_steps == 0 or run.step == config.max_train_steps
         if run.validation is not None and (due or forgotten):
             with run.family.uneven_calls():
                 if accelerator.is_main_process:
@@ -206,7 +207,7 @@ def optimizer_step(run: Run) -> dict[str, float]:
     """
     config, accelerator = run.config, run.accelerator
     sums: dict[str, Tensor] = {}
-    draws = [run.objective.draw(positions(run, micro)) for micro in range(config.gradient_accumulation_steps)]
+    draws = [run.objective.draw(positions(run, run.step, micro)) for micro in range(config.gradient_accumulation_steps)]
     run.model_calls["train"] += run.objective.before_step(draws, partial(accelerator.reduce, reduction="mean"))
     for draw in draws:
         with accelerator.accumulate(run.denoiser), accelerator.autocast():
@@ -284,21 +285,24 @@ def warn_if_diverged(run: Run) -> None:
 @torch.no_grad()
 def relative_errors(run: Run) -> tuple[float, float]:
     """Return the mean squared errors on forget and retain samples by their targets' mean squares, 0 without samples."""
-    with run.accelerator.autocast(), run.family.evaluating():
-        batch = reach(run, run.objective.draw(positions(run, 0)))
-        predicted = run.family.predict(batch.x_t, batch.t, batch.conditioning)
-    found = []
-    for chosen in (batch.is_forget, ~batch.is_forget):
-        error, target = (predicted - batch.target)[chosen], batch.target[chosen]
-        found.append(float(error.square().sum() / target.square().sum().clamp(min=1e-12)))
-    return found[0], found[1]
+    errors, targets = torch.zeros(2), torch.zeros(2)
+    for step in range(run.step, run.step + run.objective.iteration_steps):
+        with run.accelerator.autocast(), run.family.evaluating():
+            batch = reach(run, run.objective.draw(positions(run, step, 0)))
+            predicted = run.family.predict(batch.x_t, batch.t, batch.conditioning)
+        for kind, chosen in enumerate((batch.is_forget, ~batch.is_forget)):
+            target = batch.target[chosen]
+            errors[kind] += (predicted[chosen] - target).square().sum().cpu()
+            targets[kind] += target.square().sum().cpu()
+    forget, kept = (errors / targets.clamp(min=1e-12)).tolist()
+    return forget, kept
 
 
-def positions(run: Run, micro: int) -> Positions:
-    """Return the positions of one micro-batch of this process within the step."""
+def positions(run: Run, step: int, micro: int) -> Positions:
+    """Return the positions of one micro-batch of this process within a step."""
     accelerator = run.accelerator
     part = micro * accelerator.num_processes + accelerator.process_index
-    return Positions.of_part(run.config, run.step, part)
+    return Positions.of_part(run.config, step, part)
 
 
 @torch.no_grad()

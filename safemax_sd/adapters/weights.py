@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from safemax_sd.adapters import lora
 from safemax_sd.adapters.lora import LoraSettings
 from safemax_sd.adapters.low_rank import LowRank
-from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.core.options import RANK, SHARE, RunOptions, option
 from safemax_sd.families import ModelFamily
 from safemax_sd.families.base import LoraTargets, tuner_layers
@@ -87,9 +88,6 @@ class LoraWeights(TrainedWeights):
         seed: Seed of its initial matrices.
         kohya: True to save it in kohya's format too.
         changes: Changes that the base weights have already, by layer; the saved LoRA makes them as well.
-
-    Raises:
-        OptionError: There is no such format for the model.
     """
 
     def __init__(
@@ -101,8 +99,6 @@ class LoraWeights(TrainedWeights):
         kohya: bool = False,
         changes: Mapping[str, LowRank] | None = None,
     ) -> None:
-        if kohya and family.no_kohya_format is not None:
-            raise OptionError("--output_kohya_format", True, family.no_kohya_format)
         self.family, self.kohya, self.changes = family, kohya, dict(changes or {})
         self.layout = replace(settings, rank_pattern=lora.rank_pattern(settings.rank, self.changes))
         self.parameters = lora.attach(family, settings, seed=seed)
@@ -143,8 +139,10 @@ class FullWeights(TrainedWeights):
 
 
 def save_denoiser(family: ModelFamily, directory: Path) -> None:
-    """Write the denoiser's folder in diffusers' format."""
-    family.denoiser.save_pretrained(directory / family.denoiser_part)  # type: ignore[operator]
+    """Write the denoiser's folder in diffusers' format, its weights in one file, whatever their size."""
+    family.denoiser.save_pretrained(  # type: ignore[operator]
+        directory / family.denoiser_part, max_shard_size=sys.maxsize
+    )
 
 
 def attach(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from safemax_sd.families import TOKEN_STATES, ModelFamily
 from safemax_sd.prompts import PromptSet
+from safemax_sd.prompts.names import as_template, name_pattern
 
 PLAIN_CONTEXTS = ("{}", "a {}", "a picture of a {}")
 MOST_CONTEXTS = 16
@@ -21,11 +22,11 @@ def contexts(kept: PromptSet) -> tuple[str, ...]:
 
     They are retain prompts with the name of their concept taken out; if there are none, plain ones are returned.
     """
-    found = {
-        prompt.text.replace(prompt.concept, "{}", 1)
-        for prompt in kept.prompts
-        if prompt.concept and prompt.concept in prompt.text and "{" not in prompt.text
-    }
+    found = set()
+    for prompt in kept.prompts:
+        name = name_pattern([prompt.concept]).search(prompt.text) if prompt.concept else None
+        if name is not None:
+            found.add(as_template(prompt.text, name))
     ordered = sorted(found) or list(PLAIN_CONTEXTS)
     chosen = torch.linspace(0, len(ordered) - 1, min(len(ordered), MOST_CONTEXTS)).round().long()
     return tuple(ordered[place] for place in chosen.tolist())
@@ -53,7 +54,7 @@ def forbidden_states(
         Token states by concept, float16 [P, L, D].
     """
     return {
-        concept: _states(family, [*own, *(template.format(concept) for template in templates)])
+        concept: _states(family, [*own, *(form.format(concept) for form in templates)])
         for concept, own in texts.items()
     }
 

@@ -129,6 +129,8 @@ class Objective(ABC):
         names_concepts: True if `--forget_prompts` names the concepts to erase; False if only retain prompts are used.
         needs_tokens: True if the objective works on token states, which not every family has.
         retains: True if some samples are trained to stay as they are.
+        iteration_steps: Number of steps after which samples of every kind have been drawn.
+        depends_on_length: True if a step depends on `--max_train_steps`, so that a run cannot be prolonged.
         data: Data that the objective draws from.
         anchor: Strengths of the marks that the model is trained to halt at; None for a method without marks.
     """
@@ -139,6 +141,8 @@ class Objective(ABC):
     names_concepts: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = False
     retains: ClassVar[bool] = True
+    iteration_steps: ClassVar[int] = 1
+    depends_on_length: ClassVar[bool] = False
     data: ErasureData
     anchor: MarkStrengths | None = None
 

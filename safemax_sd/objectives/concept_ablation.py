@@ -25,6 +25,7 @@ from safemax_sd.objectives.batches import Positions, draw_noised
 from safemax_sd.objectives.options import AuthorsAdamW, ObjectiveOptions
 from safemax_sd.objectives.relabelling import RelabelledDraw, Relabelling
 from safemax_sd.prompts import PromptSet
+from safemax_sd.prompts.names import name_pattern
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
 FORGET, ANCHOR = 0, 1
@@ -39,7 +40,7 @@ class ConceptAblationConfig(AuthorsAdamW):
     ablation_weights: Literal["cross_attention_kv", "all"] = option(
         "cross_attention_kv", "Trained weights with --trainable full; --lora_targets sets a LoRA's."
     )
-    retain_prompts: str = option("", "Prompts to retain; only recorded and probed, not trained on.")
+    retain_prompts: str = option("", "Prompts to retain; not trained on: the probe's judge may name them.")
 
     retain_weight: float = option(1.0, "Weight λ of the denoising loss on anchor prompts.")
     retain_batch_size: int | None = option(8, "Samples of anchor prompts for the denoising loss.")
@@ -99,12 +100,10 @@ def anchor_prompts(forget: PromptSet, text: str) -> tuple[str, ...]:
 
     A prompt that names no concept of its file would be its own anchor, so its anchor is `text` alone.
     """
-    # Longest first: "beer" must not be replaced within "beer mug".
-    names = sorted(forget.concepts, key=len, reverse=True)
-    pattern = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in names), re.IGNORECASE)
+    names = name_pattern(forget.concepts) if forget.concepts else None
     anchors = []
     for prompt in forget.texts:
-        anchor, found = pattern.subn(lambda _: text, prompt) if names else ("", 0)
+        anchor, found = names.subn(lambda _: text, prompt) if names else ("", 0)
         anchors.append(_tidy(anchor) if found else text)
     return tuple(anchors)
 

@@ -45,7 +45,7 @@ class EraseDiffConfig(AuthorsAdamW):
     retain_batch_size: int | None = option(8, "Retain samples.")
     trainable: Literal["lora", "full"] = option("full", "Trained weights: all, as published, or a LoRA.")
     max_train_steps: int = option(500)
-    learning_rate: float = option(1e-5, "Learning rate of AdamW and of the inner steps.")
+    learning_rate: float = option(1e-5, "Learning rate of AdamW, and without --scale_lr of the inner steps.")
     forget_trajectories: int = option(800, "Samples of forget prompts without --train_data_dir.")
     retain_trajectories: int = option(800, "Samples of retain prompts without --train_data_dir.")
 

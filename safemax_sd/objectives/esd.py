@@ -41,7 +41,7 @@ class EsdConfig(AuthorsAdamW):
         "cross_attention",
         "Trained weights with --trainable full: ESD-x, ESD-u or both; --lora_targets sets a LoRA's.",
     )
-    retain_prompts: str = option("", "Prompts to retain; only recorded and probed, not trained on.")
+    retain_prompts: str = option("", "Prompts to retain; not trained on: the probe's judge may name them.")
 
     train_batch_size: int = option(1)
     retain_batch_size: int | None = option(1, "Not used: ESD has no retain loss.")

@@ -56,7 +56,7 @@ class HaltingAnchorConfig(SafemaxConfig, PromptOptions):
     retain_trajectories: int = option(512)
     replay_inference_steps: int = option(20)
     replay_span: float = option(0.0)
-    retain_near_share: float = option(0.0, "Not used: there are no forget prompts yet.")
+    retain_near_share: float = option(0.0, "Must be 0: there are no forget prompts yet.")
     replay_unguided_share: float = option(0.5)
     retain_noise: float = option(0.2)
     max_train_steps: int = option(2000)
@@ -67,6 +67,14 @@ class HaltingAnchorConfig(SafemaxConfig, PromptOptions):
     mark_kept: float = option(0.5, "Largest strength of a mark that changes nothing.", SHARE)
 
     practice_edits: int = option(192, "Edits to practise on, each of random concepts.", POSITIVE)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.retain_near_share:
+            raise OptionError("--retain_near_share", self.retain_near_share, "must be 0: no prompt is forbidden yet")
+        if not self.mark_kept < self.mark_least <= self.mark_most:
+            text = f"must be more than --mark_kept {self.mark_kept:g} and at most --mark_most {self.mark_most:g}"
+            raise OptionError("--mark_least", self.mark_least, text)
 
 
 class HaltingAnchor(Safemax):

@@ -27,8 +27,6 @@ from safemax_sd.recording.data import ErasureData, ReplayNeeds
 from safemax_sd.recording.replay import Samples
 
 FORGET, RETAIN, FORGET_FISHER, RETAIN_FISHER = 0, 1, 2, 3
-STEPS = 2
-"""Optimizer steps of one iteration: fast, then slow."""
 TINY_LOSS = 1e-8
 TINY_FISHER = 1e-15
 
@@ -71,6 +69,8 @@ class SfrOn(Objective):
     name: ClassVar[str] = "sfr_on"
     Config: ClassVar[type[ObjectiveOptions]] = SfrOnConfig
     allowed_weights: ClassVar[frozenset[str]] = frozenset({"full"})
+    iteration_steps: ClassVar[int] = 2  # fast, then slow
+    depends_on_length: ClassVar[bool] = True
     config: SfrOnConfig
 
     def __init__(self, config: SfrOnConfig, data: ErasureData) -> None:
@@ -92,12 +92,12 @@ class SfrOn(Objective):
         return len(data.forget_samples) + len(data.retain_samples)
 
     def draw(self, positions: Positions) -> SfrOnBatch:
-        fast = positions.step % STEPS == 0
+        fast = positions.step % self.iteration_steps == 0
         kind, numbers = (FORGET, positions.forget) if fast else (RETAIN, positions.retain)
         drawn = [self._sample(positions.generator(kind, number), forget=fast) for number in numbers]
         x0, noise, t, conditioning = zip(*drawn, strict=True)
         clean, noises, times = torch.cat(x0), torch.cat(noise), torch.cat(t)
-        weight = self._forget_weight(positions.step // STEPS) if fast else self.config.retain_weight
+        weight = self._forget_weight(positions.step // self.iteration_steps) if fast else self.config.retain_weight
         return SfrOnBatch(
             x_t=self.data.process.add_noise(clean, noises, times),
             t=times,
@@ -108,7 +108,7 @@ class SfrOn(Objective):
         )
 
     def _forget_weight(self, iteration: int) -> float:
-        share = iteration / (self.config.max_train_steps / STEPS)
+        share = iteration / (self.config.max_train_steps / self.iteration_steps)
         return self.config.forget_weight * (1 + math.cos(math.pi * share)) / 2
 
     def _sample(self, generator: torch.Generator, *, forget: bool) -> tuple[Tensor, Tensor, Tensor, Conditioning]:

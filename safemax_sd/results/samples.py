@@ -29,7 +29,7 @@ class ValidationOptions(Options):
 
     group: ClassVar[str] = "Validation pictures"
 
-    validation_prompt: list[str] = option([], "Prompts to draw during training.")
+    validation_prompt: list[str] = option([], "Prompts to draw during training.", repeated=True)
     num_validation_images: int = option(4, "Pictures of each validation prompt.", COUNT)
     validation_steps: int = option(100, "Steps between them.", STEPS)
 

@@ -31,6 +31,9 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
     if not objective.names_concepts and config.forget_prompts:
         text = f"is not used by --objective {config.objective}, which is trained before anything is to be forgotten"
         raise OptionError("--forget_prompts", config.forget_prompts, text)
+    if not objective.names_concepts and config.stop_at_unlearning_accuracy is not None:
+        text = f"needs forget prompts, which --objective {config.objective} has not"
+        raise OptionError("--stop_at_unlearning_accuracy", config.stop_at_unlearning_accuracy, text)
     named = None
     if objective.names_concepts:
         named = load_prompts(config.forget_prompts, option="--forget_prompts").each_text_once()
@@ -42,6 +45,9 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
     if config.trainable not in allowed:
         text = f"does not go with --objective {config.objective}: use {' or '.join(sorted(allowed))}"
         raise OptionError("--trainable", config.trainable, text)
+    if config.output_kohya_format and config.trainable == "full":
+        text = "is for a LoRA: --trainable full writes the denoiser's folder, which these programs do not read"
+        raise OptionError("--output_kohya_format", True, text)
     if config.learning_rate == AUTO and config.trainable == "full":
         raise OptionError("--learning_rate", AUTO, "is for a LoRA: give a number with --trainable full, such as 1e-5")
     if config.learning_rate == AUTO and config.scale_lr:

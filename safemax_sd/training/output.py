@@ -119,15 +119,27 @@ def _is_log(path: Path) -> bool:
         return file.read(len(LOG_BEGINS)) in (LOG_BEGINS, b"")
 
 
-def clear(directory: Path) -> None:
-    """Remove an earlier run's checkpoints and pictures, which a new run would mix with its own, but not its results.
+def make_room(directory: Path, resume_from: Path | None) -> None:
+    """Remove what a run would mix with its own: an earlier run's checkpoints, pictures and log, but not its results.
 
     It must be called right before the first step, so that bad input loses nothing.
+
+    Args:
+        directory: Claimed output folder.
+        resume_from: Checkpoint that the run resumes from. If it lies in this folder, nothing is removed; if it lies in
+            another run's, that run's log is taken over.
+
+    Raises:
+        OptionError: A file cannot be removed or written.
     """
     with path_errors("--output_dir", directory):
+        if resume_from is not None and resume_from.parent.samefile(directory):
+            return
         for checkpoint in checkpoints.all_checkpoints(directory):
             checkpoints.discard(checkpoint)
         remove_samples(directory)
+        before = None if resume_from is None else resume_from.parent / LOG
+        atomic_write_text(directory / LOG, before.read_text(encoding="utf8") if before and before.is_file() else "")
 
 
 def check_tracker(config: TrackerOptions) -> None:

@@ -10,8 +10,9 @@ from accelerate import Accelerator
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
+from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.prompts import PromptSet
-from safemax_sd.training.checkpoints import CONDITIONS
+from safemax_sd.training.checkpoints import CONDITIONS, step_of
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.sharding import Sharding
 
@@ -44,9 +45,12 @@ def conditions(config: TrainConfig, forget: PromptSet, retain: PromptSet, accele
     }
     if Sharding.asked() is not None:  # its sums over processes are rounded in another order
         found["use_fsdp"] = True
-    if config.train_data_dir is not None:
-        found["train_data_dir"] = str(Path(config.train_data_dir).resolve())
-    if config.lr_scheduler in STEADY and not config.replay_span:
+    for name in ("train_data_dir", "single_file_config"):  # recorded without the folders of this machine
+        path = getattr(config, name)
+        if path is not None:
+            found[name] = str(Path(path).resolve()) if Path(path).exists() else path
+    paced = config.lr_scheduler not in STEADY or config.replay_span
+    if not paced and not OBJECTIVES.get(config.objective).depends_on_length:
         del found["max_train_steps"]  # no step depends on their number, so a run may be prolonged
     stored: dict[str, Any] = json.loads(json.dumps(found))
     return stored
@@ -70,3 +74,15 @@ def check_conditions(checkpoint: Path, now: dict[str, Any]) -> None:
             change = "another file's content"
         text = f"was written under other conditions (--{name} was {change}): give the same, or start anew"
         raise OptionError(OPTION, checkpoint, text)
+
+
+def check_length(checkpoint: Path, max_train_steps: int) -> None:
+    """Check that a run does not end before the checkpoint that it resumes from.
+
+    Raises:
+        OptionError: It would.
+    """
+    taken = step_of(checkpoint)
+    if taken > max_train_steps:
+        text = f"is fewer than the {taken} steps of {checkpoint.name}: give at least as many, or resume an earlier one"
+        raise OptionError("--max_train_steps", max_train_steps, text)

@@ -229,6 +229,8 @@ def check_family(config: TrainConfig, family: ModelFamily) -> None:
     if OBJECTIVES.get(config.objective).needs_tokens and not family.token_projections():
         text = f"works on the keys and values of a prompt's words in cross-attention, which {family.name} has not"
         raise OptionError("--objective", config.objective, text)
+    if config.output_kohya_format and family.no_kohya_format is not None:
+        raise OptionError("--output_kohya_format", True, family.no_kohya_format)
     most = len(family.process.schedule.all_times())
     if config.replay_inference_steps > most:
         text = f"must be at most {most}, the timesteps of this model's schedule"

@@ -13,7 +13,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env, patch_environment
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    parse_flag_from_env,
+    patch_environment,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,6 +82,8 @@ def make_accelerator(config: TrackerOptions) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=config.tracker,
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logging_dir),
+            # Buffers do not change, and processes that sample from the student differ in their number of calls.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     check_precision(accelerator)
     return accelerator

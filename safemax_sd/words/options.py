@@ -53,6 +53,7 @@ class ForgetOptions(WordOptions):
     forget: list[str] = option(
         [],
         "Words to forget in place of the prompt files: their suite is written beside the run, in OUTPUT_DIR_prompts.",
+        repeated=True,
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import random
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from safemax_sd.prompts.names import as_template, name_pattern
 from safemax_sd.words.choosing import ModelWords
 from safemax_sd.words.lists import (
     ARTIST,
@@ -142,10 +142,9 @@ def forms_of(rows: Iterable[PromptRow]) -> list[str]:
     """
     users: Counter[str] = Counter()
     for text, concept in dict.fromkeys(rows):
-        found = re.search(rf"\b(an? )?{re.escape(concept)}\b", text, re.IGNORECASE)
-        if found:
-            before, after = (part.replace("{", "{{").replace("}", "}}") for part in text.split(found[0], 1))
-            users[f"{before}{'{}' if found[1] else '{name}'}{after}"] += 1
+        name = name_pattern([concept], article=True).search(text)
+        if name:
+            users[as_template(text, name, "{}" if name[1] else "{name}")] += 1
     return [form for form, count in users.most_common(MOST_FORMS) if count >= SHARED_BY]
 
 

@@ -27,7 +27,7 @@ from safemax_sd.training.output import LOG, read_log
 pytestmark = pytest.mark.xdist_group("browser")  # one server for all of these tests, which build on one another
 ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-SECONDS = 120
+SECONDS = 300
 STEPS, EVERY = 60, 10
 CHEAP = "--forget_trajectories 8 --retain_trajectories 32"
 WIDE, NARROW = 1400, 400

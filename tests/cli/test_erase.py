@@ -66,6 +66,24 @@ def test_forget_prompts_are_of_no_use_to_an_anchor(tiny_model: Path, files: dict
         train(parse_config([*arguments, "--forget_prompts", str(files["forget"])]))
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--stop_at_unlearning_accuracy", "90"), "--stop_at_unlearning_accuracy 90.0: needs forget prompts"),
+        (("--retain_near_share", "0.5"), "--retain_near_share 0.5: must be 0"),
+        (("--mark_least", "0.4"), "--mark_least 0.4: must be more than --mark_kept 0.5 and at most --mark_most 1.25"),
+        (("--mark_most", "0.6"), "--mark_least 0.75: must be more than --mark_kept 0.5 and at most --mark_most 0.6"),
+    ],
+)
+def test_settings_that_make_no_anchor_are_refused(
+    more: tuple[str, ...], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    arguments = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", "--objective", "halting_anchor", *FEW)
+    with pytest.raises(OptionError, match=message):
+        train(parse_config([*arguments, *more]))
+    assert not (tmp_path / "out").exists()
+
+
 def run_erase(anchor: Path, files: dict[str, Path], output: Path, **settings: float) -> ErasureRecord:
     prompts = {f"{name}_prompts": str(files[name]) for name in ("forget", "retain")}
     config = HaltingMarksConfig(output_dir=str(output), anchor=str(anchor), **prompts, **settings)  # type: ignore[arg-type]

@@ -83,6 +83,12 @@ def test_two_processes_resume_bit_for_bit(two: tuple[list[str], Path]) -> None:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_processes_that_differ_in_their_calls_go_on(tiny_sd3: Path, tmp_path: Path) -> None:
+    # With this seed only one of the processes samples from the student in some step, and SD3's network has a buffer.
+    more = ("--halt_unconditional", "1", "--train_batch_size", "1", "--retain_batch_size", "2", "--seed", "1")
+    in_two_processes(main, tiny.train_arguments(tiny_sd3, tmp_path, tmp_path / "out", *more))
+
+
 def test_two_processes_evaluate_what_one_does(two: tuple[list[str], Path]) -> None:
     _, output = two
     shared, alone = output / "two", output / "one"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -16,13 +17,16 @@ from safetensors.torch import load_file, save_file
 
 from safemax_sd.adapters import lora as adapter
 from safemax_sd.adapters.halting_marks import MARKS_FILE
+from safemax_sd.adapters.weights import FULL_WEIGHTS, FullWeights, save_denoiser
 from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.objectives import Student
 from safemax_sd.objectives.safemax import Safemax
+from safemax_sd.results.samples import own_samples
 from safemax_sd.train import main, train
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig, config_class
-from safemax_sd.training.output import BESIDE_WEIGHTS, WEIGHTS
+from safemax_sd.training.output import BESIDE_WEIGHTS, WEIGHTS, read_log
 from tests import tiny
 from tests.processes import SECONDS, forked
 
@@ -198,6 +202,23 @@ def test_other_prompts_or_another_base_are_other_conditions(config: TrainConfig,
         train(resumed)
 
 
+def test_a_run_does_not_end_before_the_checkpoint_that_it_resumes(config: TrainConfig) -> None:
+    steady = replace(config, lr_scheduler="constant", replay_span=0.0)
+    output = train(steady)
+    before = (output / "erasure.json").read_bytes()
+    with pytest.raises(OptionError, match="--max_train_steps 1: is fewer than the 2 steps of checkpoint-2"):
+        train(replace(steady, max_train_steps=1, resume_from_checkpoint="latest"))
+    assert (output / "erasure.json").read_bytes() == before
+
+
+def test_a_method_whose_steps_depend_on_their_number_is_not_prolonged(tiny_model: Path, tmp_path: Path) -> None:
+    arguments = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", "--objective", "sfr_on")
+    sfr_on = replace(parse_config(arguments), trainable="full", replay_span=0.0, learning_rate=1e-5)
+    train(sfr_on)
+    with pytest.raises(OptionError, match="--max_train_steps was 4 and is 6"):
+        train(replace(sfr_on, max_train_steps=6, resume_from_checkpoint="latest"))
+
+
 def test_what_changes_no_step_may_differ(config: TrainConfig) -> None:
     train(config)
     free = {"checkpointing_steps": 3, "validation_prompt": ["a red apple"], "gradient_checkpointing": True}
@@ -218,6 +239,10 @@ def test_a_checkpoint_of_unknown_conditions_is_refused(config: TrainConfig) -> N
         ({"objective": "safemx"}, "did you mean 'safemax'"),
         ({"forget_prompts": "/nowhere.csv"}, "--forget_prompts /nowhere.csv"),
         ({"stop_at_unlearning_accuracy": 99.0, "clip_model": "none"}, "--clip_model none"),
+        (
+            {"trainable": "full", "learning_rate": 1e-5, "output_kohya_format": True},
+            "--output_kohya_format True: is for a LoRA",
+        ),
     ],
 )
 def test_bad_values_leave_nothing_behind(config: TrainConfig, changes: dict[str, object], message: str) -> None:
@@ -250,6 +275,37 @@ def test_a_new_run_does_not_mix_with_the_one_it_replaces(config: TrainConfig) ->
     assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-3"}
     assert not (output / "samples").exists()
     assert not (output / adapter.KOHYA_NAME).exists()
+
+
+def test_a_run_from_another_folder_s_checkpoint_does_not_mix_with_the_one_it_replaces(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    first = train(replace(config, output_dir=str(tmp_path / "first")))
+    second = replace(config, output_dir=str(tmp_path / "second"), seed=1)
+    output = train(replace(second, checkpointing_steps=3, validation_prompt=["apple"], validation_steps=1))
+    again = replace(second, seed=0, overwrite_output_dir=True, resume_from_checkpoint=str(first / "checkpoint-2"))
+    train(replace(again, checkpoints_total_limit=1))
+    assert not (output / "samples").exists() and not list(output.glob("checkpoint-*"))
+    losses = [[row["loss"] for row in read_log(folder / "log.jsonl")] for folder in (first, output)]
+    assert losses[0] == losses[1]
+
+
+def test_the_last_pictures_are_those_of_the_last_step(config: TrainConfig) -> None:
+    output = train(replace(config, validation_prompt=["apple"], validation_steps=3))
+    assert [path.name for path in own_samples(output)] == ["step-00003.png", "step-00004.png"]
+
+
+def test_full_weights_are_one_file_whatever_their_size(tiny_model: Path, tmp_path: Path) -> None:
+    family = load_family(LoadOptions(str(tiny_model)))
+    save = type(family.denoiser).save_pretrained
+
+    def sharding(network: Any, folder: Path, max_shard_size: int = 1000, **more: Any) -> None:
+        save(network, folder, max_shard_size=max_shard_size, **more)
+
+    family.denoiser.save_pretrained = MethodType(sharding, family.denoiser)  # type: ignore[assignment]
+    save_denoiser(family, tmp_path)
+    FullWeights(family).load(tmp_path)
+    assert [path.name for path in (tmp_path / "unet").glob("*.safetensors*")] == [FULL_WEIGHTS]
 
 
 def test_a_model_folder_that_lacks_a_part(config: TrainConfig, tmp_path: Path) -> None:

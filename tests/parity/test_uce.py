@@ -49,6 +49,16 @@ def test_the_change_is_the_direct_solutions() -> None:
     assert torch.allclose((layer.weight + change.up @ change.down).double(), expected, atol=1e-5)
 
 
+def test_the_rank_is_at_most_the_width() -> None:
+    generator = torch.Generator().manual_seed(0)
+    erased, kept = torch.randn(30, 12, generator=generator), torch.randn(20, 12, generator=generator)
+    guide, layer = torch.randn(12, generator=generator), nn.Linear(12, 7, bias=False)
+    change = redirected({"layer": layer}, [state[None] for state in erased], guide[None], kept, SETTINGS)["layer"]
+    assert change.down.shape == (12, 12)
+    expected = edited(layer.weight.detach(), erased, guide, kept)
+    assert torch.allclose((layer.weight + change.up @ change.down).double(), expected, atol=1e-5)
+
+
 def flags(model: Path, folder: Path, **more: Any) -> UceConfig:
     """Return a configuration with `SETTINGS`, prompt files in a folder, and `out` in it as output folder."""
     forget, retain = tiny.write_prompts(model, folder)
@@ -92,7 +102,7 @@ def test_with_padding_each_token_is_taken_for_the_guides(tiny_model: Path, tmp_p
     family = load_family(LoadOptions(str(tiny_model)))
     guide, apple, *kept = last_token_states(family, ["", "apple", "pear", "plum"], padding=True)
     assert record.lora is not None
-    assert record.lora.rank == len(apple) < len(guide)
+    assert record.lora.rank == apple.shape[1] < len(apple) < len(guide)  # a rank above the width is of no use
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
     pipeline.load_lora_weights(tmp_path / "out")
     pipeline.fuse_lora()

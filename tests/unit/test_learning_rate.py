@@ -104,6 +104,13 @@ def test_auto_refuses_to_be_scaled_once_more(tiny_model: Path, tmp_path: Path) -
         read_input(parse_config(words))
 
 
+def test_both_kinds_of_samples_of_alternating_steps_are_looked_at(tiny_model: Path, tmp_path: Path) -> None:
+    more = ("--objective", "sfr_on", "--trainable", "full", "--max_train_steps", "60", "--learning_rate", "10")
+    config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *more))
+    with pytest.raises(SafemaxError, match=r"diverges: after 25 steps .* lower --learning_rate 10"):
+        train(config)
+
+
 @pytest.mark.parametrize(("rate", "diverges"), [("0.2", True), ("2e-3", False)])
 def test_a_run_that_diverges_stops_after_25_steps(rate: str, diverges: bool, tiny_model: Path, tmp_path: Path) -> None:
     more = ("--learning_rate", rate, "--max_train_steps", "60")

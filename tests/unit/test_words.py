@@ -11,9 +11,12 @@ from safemax_sd.evaluation.inputs import suite_concepts
 
 from safemax_sd.assets import CAPTIONS
 from safemax_sd.core.errors import OptionError
+from safemax_sd.erasing.token_states import contexts
 from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.prompts import Suite, check_disjoint, load_prompts, load_suite
+from safemax_sd.prompts import Prompt, PromptSet, Suite, check_disjoint, load_prompts, load_suite
+from safemax_sd.training.command_line import parse_config
 from safemax_sd.words.choosing import ModelWords
+from safemax_sd.words.command_line import split_forget
 from safemax_sd.words.lists import (
     LISTED,
     clashes,
@@ -209,6 +212,23 @@ def test_templates_are_those_that_several_concepts_share() -> None:
     ]
     assert forms_of(rows) == ["a photo of {}", "blue {{{name}}}, flat"]
     assert forms_of(rows)[1].format("", name="dog") == "blue {dog}, flat"
+
+
+def test_a_flag_given_again_adds_to_its_list() -> None:
+    options, rest = split_forget(["--forget", "apple", "plum", "--rank", "2", "--forget", "pear"])
+    assert (options.forget, rest) == (["apple", "plum", "pear"], ["--rank", "2"])
+    assert parse_config(["--validation_prompt", "a", "--validation_prompt", "b", "c"]).validation_prompt == [
+        "a",
+        "b",
+        "c",
+    ]
+
+
+def test_a_name_is_found_as_a_whole_word() -> None:
+    rows = [("a category of cats :} with a cat", "cat"), ("a doggerel, :} with a dog", "dog")]
+    assert forms_of([*rows, ("a category of cats :} with a dog", "dog")]) == ["a category of cats :}} with {}"]
+    prompts = PromptSet(tuple(Prompt(text, concept) for text, concept in rows), "", "")
+    assert contexts(prompts) == ("a category of cats :}} with a {}", "a doggerel, :}} with a {}")
 
 
 def test_words_that_the_base_model_does_not_know_are_named() -> None:

@@ -73,7 +73,7 @@ def redirected(
         config: Weights η, ν and λ.
 
     Returns:
-        Changes by layer, float32, of one rank: the number of all concepts' token states.
+        Changes by layer, float32, of one rank: the number of all concepts' token states, at most D.
     """
     erased = torch.cat(concepts).double()
     wanted = torch.cat([guide[: len(tokens)] for tokens in concepts]).double()
@@ -81,8 +81,10 @@ def redirected(
     matrix = config.erase_scale * erased.T @ erased + config.preserve_scale * kept.T @ kept
     matrix += config.lamb * torch.eye(len(matrix)).to(matrix)
     down = torch.linalg.solve(matrix, erased.T).T  # M is symmetric: c_iᵀ·M⁻¹ is (M⁻¹·c_i)ᵀ
-    moved = config.erase_scale * (wanted - erased)
+    moved = config.erase_scale * (wanted - erased).T
+    if len(down) > len(matrix):  # a change of rank D at most needs no more than D rows
+        moved, down = moved @ down, torch.eye(len(matrix)).to(down)
     return {
-        name: LowRank((effective_weight(layer).double() @ moved.T).float(), down.float())
+        name: LowRank((effective_weight(layer).double() @ moved).float(), down.float())
         for name, layer in layers.items()
     }
