@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import SafemaxError, path_errors, reason_of
-from safemax_sd.core.provenance import write_tensors_atomic
+from safemax_sd.core.provenance import version_of, write_tensors_atomic
 from safemax_sd.diffusion.schedulers import as_scheduler
 from safemax_sd.prompts import without_cut_text
 from safemax_sd.recording.picture_folder import PictureSource
@@ -31,6 +32,8 @@ logger = logging.getLogger("safemax_sd")
 
 BATCH_FILE = re.compile(r"\.?[0-9a-f]{32}\.safetensors(\.\d+\.safemax-tmp)?")
 """Pattern of the names of cached batches, and of the temporary files that killed processes left of them."""
+
+WEIGHT_FILES = (".safetensors", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,20 @@ def _read(path: Path) -> Pictures | None:
         return None
 
 
+def weights_of(name_or_path: str) -> dict[str, str]:
+    """Return the SHA-256 of the weight files of a local model, by name; empty for a hub id."""
+    base = Path(resolve_model(name_or_path))
+    files = [base] if base.is_file() else sorted(path for path in base.rglob("*") if path.suffix in WEIGHT_FILES)
+    return {str(path.relative_to(base.parent)): _digest(path, path.stat().st_mtime_ns) for path in files}
+
+
+@cache
+def _digest(path: Path, changed: int) -> str:
+    """Return the SHA-256 of a file, which is read again if the time of its last change is another."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def clear_cache(folder: Path) -> None:
     """Remove cached batches, and their folder if nothing else is in it."""
     for path in folder.iterdir():
@@ -173,7 +190,13 @@ class Generator:
         self._models: dict[str, Sampler] = {"base": models.base, "erased": models.erased}
         self._caches = {"base": base_cache_dir or cache_dir, "erased": cache_dir}
         self.batch_size, self._state = batch_size, state
-        self._base = asdict(replace(self.record.base_model, family="", quantize=subject.quantize))
+        base = replace(self.record.base_model, family="", quantize=subject.quantize)
+        self._made_with = {
+            "base_model": asdict(base),
+            "weights": weights_of(base.name_or_path),
+            "device": torch.device(state.device).type,
+            "versions": {package: version_of(package) for package in ("safemax_sd", "diffusers", "torch")},
+        }
         self._settings = models.scheduler_settings
         for folder in self._caches.values():
             with path_errors("--output_dir", folder):
@@ -255,7 +278,7 @@ class Generator:
             "guidance_scale": request.guidance_scale,
             "num_inference_steps": request.num_inference_steps,
             "strength": request.strength,
-            "base_model": self._base,
+            **self._made_with,
             "scheduler": self._settings,
             "size": request.size,
             "erased": None if job.model == "base" else self.fingerprint,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +17,14 @@ from safemax_sd.evaluation.report import REPORT, Report, Row
 
 from safemax_sd.core.errors import OptionError, path_errors
 from safemax_sd.core.provenance import atomic_write_text
-from safemax_sd.results.erasure import ErasureRecord, TotalCost
+from safemax_sd.results.erasure import RECORD, ErasureRecord, TotalCost
 from safemax_sd.results.folder import claimed, finish, foreign, not_ours
 from safemax_sd.results.model_card import usage
 from safemax_sd.training.output import LOG, read_log
 
 PAGE_FILE, SAMPLES = "index.html", "samples.png"
+logger = logging.getLogger("safemax_sd")
+
 STYLE_SHEET = Path(__file__).with_name("report.css")
 
 PAGE = """<!doctype html>
@@ -62,11 +65,11 @@ def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]
         headline=_headline_table(report),
         sweeps=_sweeps(report),
         training=_training(log),
-        cost=_pairs(_cost(record.cost)),
+        cost=pairs(_cost(record.cost)),
         snippet=html.escape(_usage(record)),
-        config=_pairs(record.config),
-        settings=_pairs({"suite": report.full_suite, "judge": report.judge, **report.settings}),
-        versions=_pairs({**report.provenance.versions, **_plain(asdict(report.provenance))}),
+        config=pairs(record.config),
+        settings=pairs({"suite": report.full_suite, "judge": report.judge, **report.settings}),
+        versions=pairs({**report.provenance.versions, **_plain(asdict(report.provenance))}),
     )
     atomic_write_text(folder / PAGE_FILE, page)
     return folder / PAGE_FILE
@@ -95,7 +98,17 @@ def render(folder: Path) -> Path:
         with claimed(folder, option):
             if foreign(folder, PAGE_FILE, REPORT):
                 raise not_ours(folder, PAGE_FILE, option)
-            return write_page(Report.read(path, option), folder, log=read_log(folder.parent / LOG))
+            report = Report.read(path, option)
+            return write_page(report, folder, log=training_log(report.adapter, folder.parent))
+
+
+def training_log(record: ErasureRecord, folder: Path) -> list[dict[str, Any]]:
+    """Read the training log beside a record; empty, with a warning, if the folder is not that of the record's run."""
+    if (folder / RECORD).is_file() and ErasureRecord.read(folder).public() == record:
+        return read_log(folder / LOG)
+    if record.cost.steps:
+        logger.warning("%s is not the folder of the evaluated run: the page is written without its training", folder)
+    return []
 
 
 def _lead(report: Report) -> str:
@@ -179,7 +192,9 @@ def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if not isinstance(value, Mapping)}
 
 
-def _pairs(content: Mapping[str, Any]) -> str:
+def pairs(content: Mapping[str, Any]) -> str:
+    """Return names and values as a table in HTML."""
+
     def text(value: Any) -> str:
         return html.escape(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
 

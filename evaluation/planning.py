@@ -148,7 +148,7 @@ class EvaluationPlan:
         """Plan image-to-image from real pictures of the forbidden concepts, with their prompts.
 
         The plan is empty if no real picture shows a forbidden concept, if there is no sweep, or if the erased model
-        cannot start from pictures.
+        cannot start from pictures. Strengths at which the sampling steps leave none to take are left out.
         """
         if self.real is None or self.options.num_sweep_images == 0 or not self.starts_from_pictures:
             return []
@@ -172,6 +172,7 @@ class EvaluationPlan:
                 self.job(model, prompts, "forget", strength=strength), prompts, IMAGE_TO_IMAGE, names, sources=shown
             )
             for strength in STRENGTHS
+            if int(self.options.num_inference_steps * strength) > 0  # as diffusers counts them
             for model in ("base", "erased")
         ]
 

@@ -29,6 +29,8 @@ KEYS: dict[str, type] = {
     "provenance": dict,
 }
 """Entries that every report of this format has, with their types."""
+SETTINGS: dict[str, Any] = {"guidance_scale": (int, float), "sampler": str, "num_inference_steps": int, "seed": int}
+"""Entries of `settings` that pages and model cards quote, with their types."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Row:
     model: str
     result: Result
     unit: str
-    higher_is_better: bool | None
+    higher_is_better: bool | None = None
     sampler: str | None = None
     guidance_scale: float | None = None
     strength: float | None = None
@@ -90,22 +92,12 @@ class Row:
         """Read one entry of `metrics` or `sweep`.
 
         Raises:
-            SafemaxError: A required entry is missing, or an entry has the wrong type.
+            SafemaxError: A required entry is missing, has the wrong type or is not finite.
         """
+        optional = {"version": 1, "model": "erased", "unit": ""}
         try:
-            return cls(
-                metric=str(content["metric"]),
-                version=content.get("version", 1),
-                subset=str(content["subset"]),
-                model=content.get("model", "erased"),
-                result=Result.from_json(content),
-                unit=content.get("unit", ""),
-                higher_is_better=content.get("higher_is_better"),
-                sampler=content.get("sampler"),
-                guidance_scale=content.get("guidance_scale"),
-                strength=content.get("strength"),
-            )
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            return decode(cls, {**optional, **content, "result": {"details": {}, **content}})
+        except (EntryError, TypeError) as error:
             raise SafemaxError(f"a measurement that cannot be read: {content}") from error
 
     def to_json(self) -> dict[str, Any]:
@@ -214,6 +206,9 @@ class Report:
         for name, kind in KEYS.items():
             if not isinstance(content[name], kind):
                 raise SafemaxError(f"an entry of another type: {name}")
+        for name, kinds in SETTINGS.items():
+            if not isinstance(content["settings"].get(name), kinds):
+                raise EntryError(f"settings.{name}")
         try:
             adapter = ErasureRecord.from_json(content["adapter"])
         except EntryError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ TILES_QUALITY = 85
 """WebP quality of sample pictures; lossy, since noise does not compress and a page has hundreds of pictures."""
 HELD = {"started": set[str](), "erased": set[str](), "failed": {"reason"}, "done": {"prompts", "subsets"}}
 """Entries of a cell's state besides its settings, by status."""
+ERASED_BY = ("method", "base_model", "prompts", "seed")
+"""Entries of a cell's identity that its erasure depends on; the others are those of its evaluation."""
 DAMAGED = "is missing or damaged: remove the cell's folder, and it is run again"
 STATE, LOCK = "cell.json", ".lock"
 
@@ -63,7 +65,11 @@ class Cell:
         return f"{self.label}, {self.task}, seed {self.erasure.seed}"
 
     def identity(self) -> dict[str, Any]:
-        """Return all that the cell's results depend on, as `cell.json` stores it; the batch size is left out."""
+        """Return all settings that the cell's results depend on, as `cell.json` stores them.
+
+        Prompts and anchors are identified by their content, the base model, the real pictures and the judge by name.
+        The batch size is left out.
+        """
         content = {
             "method": self.method.identity(),
             "base_model": self.erasure.base_model,
@@ -107,9 +113,27 @@ class Cell:
                 raise OptionError("--output_dir", path, DAMAGED)
 
     def is_erased(self, state: dict[str, Any]) -> bool:
-        """Tell whether the state says that the cell's erasure is done, with the same settings."""
+        """Tell whether the state says that the cell's erasure is done, with the same settings of the erasure."""
         erased = state.get("status") == "erased" or bool(state.get("erased"))
-        return erased and bool(state["settings"] == self.identity())
+        return erased and not self.difference(state, ERASED_BY)
+
+    def difference(self, state: dict[str, Any], names: Sequence[str] | None = None) -> str:
+        """Describe the first difference of the settings from those of an earlier state; empty if there is none.
+
+        Args:
+            state: Content of `cell.json`.
+            names: Entries of the identity to compare; None for all.
+        """
+        stored, wanted = state["settings"], self.identity()
+        for name in names or {**wanted, **stored}:
+            before, now = stored.get(name), wanted.get(name)
+            if isinstance(before, dict) and isinstance(now, dict):
+                for key in {**before, **now}:
+                    if before.get(key) != now.get(key):
+                        return f"{name}: {key} was {before.get(key)}, is {now.get(key)}"
+            elif before != now:
+                return f"{name} was {before}, is {now}"
+        return ""
 
     def write(self, status: str, **more: Any) -> None:
         with path_errors("--output_dir", self.folder):
@@ -167,8 +191,8 @@ def run_cell(cell: Cell, base_cache: Path) -> None:
     """
     erased = cell.is_erased(cell.state())
     try:
+        cell.write("erased" if erased else "started")
         if not erased:
-            cell.write("started")
             cell.method.erase(cell.erasure)
             erased = True
             cell.write("erased")

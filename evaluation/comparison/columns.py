@@ -56,7 +56,7 @@ class Column(ABC):
 
 
 class MetricColumn(Column):
-    """A metric on one prompt subset; rates are pooled over all pictures."""
+    """A metric on one prompt subset; rates of equally many pictures each are pooled over all pictures."""
 
     def __init__(self, metric: type[Metric], role: Role) -> None:
         self.metric, self.role = metric, role
@@ -67,9 +67,9 @@ class MetricColumn(Column):
         return run.value(self.metric.name, self.role.subset)
 
     def value(self, runs: Sequence[Run]) -> Result | None:
-        if not issubclass(self.metric, RateMetric):
-            return super().value(runs)
-        return pooled([row.result for run in runs for row in rows_of(run.rows, self.metric.name, self.role.subset)])
+        found = [row.result for run in runs for row in rows_of(run.rows, self.metric.name, self.role.subset)]
+        equal = len({result.n for result in found}) == 1  # else a task with more pictures would count more
+        return pooled(found) if issubclass(self.metric, RateMetric) and equal else super().value(runs)
 
 
 class HarmonicMean(Column):

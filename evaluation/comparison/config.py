@@ -15,9 +15,16 @@ from safemax_sd.evaluation.comparison.published import Published
 from safemax_sd.evaluation.comparison.runs import BASE, NEVER_KNOWN
 from safemax_sd.evaluation.comparison.tasks import check_files, read_tasks
 from safemax_sd.evaluation.inputs import check_metrics, suite_concepts
-from safemax_sd.evaluation.options import IMAGES, EvaluateOptions, JudgingOptions, MeasuringOptions
+from safemax_sd.evaluation.options import (
+    IMAGES,
+    EvaluateOptions,
+    JudgingOptions,
+    MeasuringOptions,
+    check_samplers,
+)
 from safemax_sd.evaluation.resistance.options import ResistanceOptions
 from safemax_sd.evaluation.resistance.plan import chosen
+from safemax_sd.evaluation.sampling import samplers_of
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
@@ -169,6 +176,7 @@ def _check(comparison: Comparison, path: str) -> None:
     except (OSError, ValueError) as error:
         text = f"base_model {settings.base_model} is no diffusers folder, hub id or embedded model (emoji)"
         raise OptionError("--config", path, text) from error
+    check_samplers(EvaluateOptions(adapter="", **settings.evaluation()), tuple(samplers_of(index)))
     pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
     for method in comparison.methods.values():
         method.check_base(pipeline_class, min([settings.guidance_scale, *own]))

@@ -178,8 +178,8 @@ def _plan(cell: Cell, samplers: Sequence[str]) -> EvaluationPlan:
 def _evaluation_calls(cell: Cell, samplers: Sequence[str]) -> dict[str, float]:
     """Return the calls of a cell's evaluation by model, `base` and `erased`."""
     calls = dict.fromkeys((BASE, "erased"), 0.0)
-    for measurement in _plan(cell, samplers).measurements:
-        calls[measurement.job.model] += measurement.job.model_calls
+    for job in {measurement.job for measurement in _plan(cell, samplers).measurements}:  # a sweep may share pictures
+        calls[job.model] += job.model_calls
     calls["erased"] *= cell.method.predictions / 2
     return calls
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 from safemax_sd.evaluation.comparison.attacking import AttackRun, Part, with_attacks
-from safemax_sd.evaluation.comparison.cell import LOCK, Cell, run_cell, taken
+from safemax_sd.evaluation.comparison.cell import ERASED_BY, LOCK, Cell, run_cell, taken
 from safemax_sd.evaluation.comparison.config import CACHE, Comparison, read_comparison
 from safemax_sd.evaluation.comparison.methods import Erasure
 from safemax_sd.evaluation.comparison.results import RESULTS, write_results
@@ -21,6 +21,9 @@ from safemax_sd.core.escaping import printable
 from safemax_sd.core.judge import load_judge
 from safemax_sd.recording.picture_folder import in_batches
 from safemax_sd.results.folder import claimed, foreign, not_ours
+
+COMPARED = {"erased": ERASED_BY, "done": None}
+"""Entries of a cell's identity that must not have changed, by status; None for all."""
 
 
 def compare(config: str, output_dir: str | None = None) -> tuple[Path, list[str]]:
@@ -139,8 +142,8 @@ def check(comparison: Comparison, parts: Sequence[Part]) -> None:
     for cell in cells:
         cell.method.check(cell.erasure)
         state = cell.state()
-        if state.get("status") in ("erased", "done") and state["settings"] != cell.identity():
-            other = _first_difference(state["settings"], cell.identity())
+        status = state.get("status")
+        if status in COMPARED and (other := cell.difference(state, COMPARED[status])):
             text = f"holds results of other settings ({other}): remove the folder, or name another --output_dir"
             raise OptionError("--output_dir", cell.folder, text)
         if state.get("status") == "done":
@@ -148,15 +151,3 @@ def check(comparison: Comparison, parts: Sequence[Part]) -> None:
     for part in parts:
         if isinstance(part, AttackRun):
             part.check()
-
-
-def _first_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
-    for name in wanted:
-        before, now = stored.get(name), wanted[name]
-        if isinstance(before, dict) and isinstance(now, dict):
-            for key in {**before, **now}:
-                if before.get(key) != now.get(key):
-                    return f"{name}: {key} was {before.get(key)}, is {now.get(key)}"
-        elif before != now:
-            return f"{name} was {before}, is {now}"
-    return "of another version"

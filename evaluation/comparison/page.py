@@ -13,7 +13,7 @@ from safemax_sd.evaluation.comparison.columns import Column, TableColumns
 from safemax_sd.evaluation.comparison.tables import Entry, Grid, Summary
 from safemax_sd.evaluation.headline import described_guidance
 from safemax_sd.evaluation.metrics.description import SUBSETS
-from safemax_sd.evaluation.page import STYLE_SHEET, data_uri
+from safemax_sd.evaluation.page import STYLE_SHEET, data_uri, pairs
 from safemax_sd.evaluation.plots import Point, trade_off_plot
 
 from safemax_sd.core.provenance import atomic_write_text
@@ -77,7 +77,7 @@ def write_comparison_page(
         galleries: Pictures by task.
         folder: Folder to write to.
     """
-    made, (whole, *others) = content["provenance"], grids
+    whole, *others = grids
     page = PAGE.format(
         title=html.escape(f"{len(methods)} methods on {content['settings']['base_model']}"),
         style=STYLE_SHEET.read_text(encoding="utf8"),
@@ -88,9 +88,9 @@ def write_comparison_page(
         failed=_failed(content),
         plots=_plots(table, columns),
         galleries="".join(_gallery(task, gallery) for task, gallery in galleries.items()),
-        methods=_pairs(methods),
-        settings=_pairs({**content["settings"], "seeds": _listed(content["seeds"])}),
-        versions=_pairs({**made["versions"], **{key: made[key] for key in ("python", "commit", "device", "time")}}),
+        methods=pairs(methods),
+        settings=pairs({**content["settings"], "seeds": _listed(content["seeds"])}),
+        versions=pairs(_versions(content)),
     )
     atomic_write_text(folder / "index.html", page)
     return folder / "index.html"
@@ -103,10 +103,23 @@ def _lead(content: Mapping[str, Any]) -> str:
     own = [name for name, task in content["tasks"].items() if "prompt_guidance_scales" in task]
     return (
         f"Tasks: {_listed(content['tasks'])}{version}. Seeds: {_listed(content['seeds'])}. "
-        f"{settings['num_images']} pictures of each prompt subset, guidance scale "
+        f"{settings['num_images']} pictures of each prompt subset (or as many as a public file has), guidance scale "
         f"{described_guidance(settings['guidance_scale'], own)}, {settings['num_inference_steps']} "
         f"sampling steps. Judge: {content['judge']}."
     )
+
+
+def _versions(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the runs were measured with, and what the page was written with, which may be later."""
+    own = [run["provenance"] for run in (*content["base"], *content["cells"]) if "provenance" in run]
+    measured = dict.fromkeys(f"safemax_sd {made['safemax_sd']} ({made['commit']}) on {made['device']}" for made in own)
+    made = content["provenance"]
+    written = [f"{package} {version}" for package, version in made["versions"].items()]
+    return {
+        "measured with": list(measured),
+        "page written with": [*written, f"Python {made['python']}"],
+        **{f"page's {key}": made[key] for key in ("commit", "device", "time")},
+    }
 
 
 def _listed(values: Sequence[Any] | Mapping[str, Any]) -> str:
@@ -146,7 +159,7 @@ def _failed(content: Mapping[str, Any]) -> str:
         for what, each in parts
         if each["status"] == "failed"
     }
-    return f"<h2>Failed runs</h2>{_pairs(reasons)}" if reasons else ""
+    return f"<h2>Failed runs</h2>{pairs(reasons)}" if reasons else ""
 
 
 def _plots(table: Sequence[Summary], columns: TableColumns) -> str:
@@ -188,8 +201,3 @@ def _gallery(task: str, gallery: Gallery) -> str:
     )
     head = f'<tr><th></th><td><div class="columns">{labels}</div></td></tr>'
     return f'<h3>{html.escape(task)}, seed {gallery.seed}</h3><table class="strips">{head}{rows}</table>'
-
-
-def _pairs(content: Mapping[str, Any]) -> str:
-    rows = (f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>" for key, value in content.items())
-    return f"<table>{''.join(rows)}</table>"

@@ -16,11 +16,11 @@ from safemax_sd.core.escaping import latex_text, markdown_text
 
 Escape = Callable[[str], str]
 NOTE = (
-    "Means over tasks and seeds with 95 % intervals: of rates Wilson's of the pooled counts, of the others Student's t "
-    "over the tasks' means, cut where no value can lie. Bold: the best method's value, and every value whose interval "
-    "holds that one or that lies in its interval. –: not measured. {metrics}. The harmonic mean is that of {balanced}, "
-    "run by run. Seconds, model calls and peak memory are of the erasure; those of an edit are without its anchor's "
-    "training. Runs: done of planned."
+    "Means over tasks and seeds with 95 % intervals: of rates Wilson's of the pooled counts; of the others, and of "
+    "rates of unequal counts, Student's t over the tasks' means, cut where no value can lie. Bold: the best method's "
+    "value, and every value whose interval holds that one or that lies in its interval. –: not measured. {metrics}. "
+    "The harmonic mean is that of {balanced}, run by run. Seconds, model calls and peak memory are of the erasure; "
+    "those of an edit are without its anchor's training. Runs: done of planned."
 )
 TASKS_NOTE = "Harmonic mean % of each task, the mean over its seeds, with the lowest of its parts; bold: the highest."
 
@@ -244,4 +244,5 @@ def _tabular(grid: Grid) -> str:
     rows = [" & ".join(line) + r" \\" for line in grid.texts(r"\textbf{{{}}}", name=latex_text, value=latex_text)]
     body = "\n".join([rows[0], r"\hline", *rows[1:]])
     columns = "l" + "r" * (len(grid.head) - 1)
-    return f"% {grid.note}\n\\begin{{tabular}}{{{columns}}}\n\\hline\n{body}\n\\hline\n\\end{{tabular}}\n"
+    note = " ".join(grid.note.split())  # a line break would end the comment
+    return f"% {note}\n\\begin{{tabular}}{{{columns}}}\n\\hline\n{body}\n\\hline\n\\end{{tabular}}\n"

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from safemax_sd.core.errors import OptionError
+from safemax_sd.core.errors import OptionError, path_errors
 from safemax_sd.core.registry import closest
 from safemax_sd.prompts import PUBLIC_PARTS, PublicFile, Suite, load_suite, measured_on, suite_names
 from safemax_sd.training.command_line import check_texts
@@ -47,7 +47,8 @@ def check_files(content: dict[str, Any], path: str) -> None:
     Raises:
         OptionError: Some are not; all of them are named.
     """
-    missing = [name for name in dict.fromkeys(_named(content, path)) if not Path(name).exists()]
+    with path_errors("--config", path):  # a name may be too long for a file
+        missing = [name for name in dict.fromkeys(_named(content, path)) if not Path(name).exists()]
     if missing:
         raise OptionError("--config", path, f"names what is not there: {', '.join(missing)}")
 

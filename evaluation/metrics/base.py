@@ -126,7 +126,7 @@ class Result:
     value: float
     interval: tuple[float, float] | None
     n: int
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:

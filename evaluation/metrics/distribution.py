@@ -13,7 +13,7 @@ from safemax_sd.evaluation.metrics.features import INCEPTION, INCEPTION_LAYER
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from torch_fidelity.utils import create_feature_extractor
 
 from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
@@ -22,7 +22,7 @@ FEWEST = 2
 """Number of pictures that a covariance needs."""
 UNBIASED_FROM = 2048
 """Number of pictures below which the covariance of Inception's features is singular and FID far too large."""
-INCEPTION_NOTE = f"by Inception from fewer than {UNBIASED_FROM:,} pictures too large, to be compared within the table"
+FID_NOTE = f"the fewer pictures, the larger (by Inception far too large from fewer than {UNBIASED_FROM:,})"
 KID_SUBSETS = 50
 
 
@@ -80,7 +80,7 @@ class Fid(_DistributionMetric):
     note: ClassVar[str] = "distance to the real pictures"
     order: ClassVar[int] = 20
     bounds: ClassVar[tuple[float, float]] = (0.0, math.inf)
-    comparison: ClassVar[tuple[Role, ...]] = (Role("retain", "fid", "FID", INCEPTION_NOTE),)
+    comparison: ClassVar[tuple[Role, ...]] = (Role("retain", "fid", "FID", FID_NOTE),)
 
     def compute(self) -> Result:
         moments = [fid_features_to_statistics(features) for features in (self.features, self.context.real_features)]
@@ -95,7 +95,10 @@ class Fid(_DistributionMetric):
 
 
 class Kid(_DistributionMetric):
-    """Kernel distance between the features of generated and real pictures, over random subsets (arXiv 1801.01401)."""
+    """Kernel distance between the features of generated and real pictures, over random subsets (arXiv 1801.01401).
+
+    It has no interval: the subsets share pictures, so that their spread is not that of the estimate.
+    """
 
     name: ClassVar[str] = "kid"
     label: ClassVar[str] = "KID"
@@ -107,8 +110,4 @@ class Kid(_DistributionMetric):
         found = kid_features_to_metric(
             self.features, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False
         )
-        mean, error = found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
-        if size == self.n == len(real):  # every subset is the whole set, so that subsets do not vary
-            return Result(mean, None, self.n)
-        half = 1.96 * error / math.sqrt(KID_SUBSETS)
-        return Result(mean, (mean - half, mean + half), self.n)
+        return Result(found[KEY_METRIC_KID_MEAN], None, self.n)

@@ -71,6 +71,8 @@ def _value(hint: Any, value: Any, entry: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return decode(hint, value, entry)  # type: ignore[arg-type]
     if origin is tuple and isinstance(value, list | tuple):
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise EntryError(entry)
         return tuple(_value(arguments[0], part, f"{entry}[{place}]") for place, part in enumerate(value))
     if origin is Mapping and isinstance(value, dict):
         return {key: _value(arguments[1], part, f"{entry}.{key}") for key, part in value.items()}

@@ -64,6 +64,9 @@ def run_child(command: Sequence[str], *, output: IO[bytes] | None = None, env: M
         command: Words of the command line.
         output: File for the command's output; None for this process's own streams.
         env: Environment variables in addition to this process's own.
+
+    Raises:
+        KeyboardInterrupt: The terminal has interrupted this process; the child has ended.
     """
     streams: dict[str, Any] = {} if output is None else {"stdout": output, "stderr": subprocess.STDOUT}
     prepare = partial(end_with_parent, os.getpid()) if sys.platform == "linux" else None
@@ -71,17 +74,18 @@ def run_child(command: Sequence[str], *, output: IO[bytes] | None = None, env: M
     try:
         code = child.wait()
     except KeyboardInterrupt:
-        code = _interrupted(child)
+        _end(child)
+        raise
     return code if code >= 0 else SIGNALLED - code
 
 
-def _interrupted(child: subprocess.Popen[bytes]) -> int:
+def _end(child: subprocess.Popen[bytes]) -> None:
     """Wait for a child that the terminal has interrupted too; terminate it if it does not end in time."""
     try:
-        return child.wait(GRACE_SECONDS)
+        child.wait(GRACE_SECONDS)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         child.terminate()
-        return child.wait()
+        child.wait()
 
 
 def run_launched(command: Sequence[str]) -> int:

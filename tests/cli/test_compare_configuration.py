@@ -30,6 +30,9 @@ def test_a_configuration_that_is_not_there(arguments: list[str], capsys: pytest.
         ({"tasks": ["emoji/bom"]}, "did you mean 'emoji/bomb'"),
         ({"seeds": [0, 0]}, "seeds must list different"),
         ({"guidance_scale": 1.0}, "guidance_scale must be more than 1"),
+        ({"sampler": "ddpm"}, "--sampler ddpm: must be one of"),
+        ({"sampler": "dim"}, "--sampler dim: must be one of .*did you mean 'ddim'"),
+        ({"tasks": ["a" * 300]}, "File name too long"),
         ({"base_model": "/nowhere/emojis"}, "base_model /nowhere/emojis"),
         ({"methods": {"a": {"objective": "safemx"}}}, "did you mean 'safemax'"),
         (

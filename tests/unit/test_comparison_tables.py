@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from safemax_sd.evaluation.comparison.columns import over_tasks, pooled, table_columns
+from safemax_sd.evaluation.comparison.columns import MetricColumn, over_tasks, pooled, table_columns
 from safemax_sd.evaluation.comparison.runs import ErasureCost, Run, read_runs
 from safemax_sd.evaluation.comparison.tables import Summary, by_task, leaders
 from safemax_sd.evaluation.metrics import Result
+from safemax_sd.evaluation.metrics.unlearning_accuracy import UnlearningAccuracy
 from scipy.stats import binomtest, t
 
 from safemax_sd.assets import ANCHORS
@@ -60,6 +61,18 @@ def test_pooling_by_hand() -> None:
     high = over_tasks([97.0, 98.0, 100.0], (0.0, 100.0))
     assert high is not None and high.interval is not None
     assert high.interval[1] == 100
+
+
+def test_a_task_with_more_pictures_does_not_count_more() -> None:
+    column = MetricColumn(UnlearningAccuracy, UnlearningAccuracy.comparison[0])
+    few, many = (
+        run_of(row("unlearning_accuracy", "forget", value, n=n), task=task)
+        for task, value, n in (("few", 100.0, 10), ("many", 0.0, 90))
+    )
+    value = column.value([few, many])
+    assert value is not None and (value.value, value.n) == (50.0, 2)
+    value = column.value([few, replace(few, task="more")])
+    assert value is not None and (value.value, value.n) == (100.0, 20)
 
 
 def test_leaders_by_hand() -> None:

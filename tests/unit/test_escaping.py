@@ -112,7 +112,8 @@ def test_tables_keep_their_columns() -> None:
     head, _, line = markdown([grid]).splitlines()[:3]
     assert re.split(r"(?<!\\)\|", head)[1:-1] == [" method ", f" {markdown_text(task)} "]
     assert line == "| a_b | **97.1** [95.0, 98.0] |"
-    text = latex([grid])
+    text = latex([replace(grid, note="two\nlines")])
+    assert text.startswith("% two lines\n")
     head, line = (row for row in text.splitlines() if row.endswith(r"\\"))
     assert len(re.split(r"(?<!\\)&", head)) == 2
     assert line == r"a\_b & \textbf{97.1} [95.0, 98.0] \\"

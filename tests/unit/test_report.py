@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from safemax_sd.evaluation.headline import headline
 from safemax_sd.evaluation.metrics import METRICS
 from safemax_sd.evaluation.metrics.base import quantities
 from safemax_sd.evaluation.metrics.description import GROUPS, SUBSETS
-from safemax_sd.evaluation.page import render
+from safemax_sd.evaluation.page import render, training_log
 from safemax_sd.evaluation.report import Report
 
+from safemax_sd.adapters.lora import WEIGHTS_NAME
+from safemax_sd.assets import ANCHORS
 from safemax_sd.core.errors import OptionError
+from safemax_sd.results.erasure import RECORD, ErasureRecord
 from tests.reports import report_of, row
 
 PUBLISHED = sorted(Path("docs/results").glob("emoji_*.json"))
@@ -43,6 +47,9 @@ def test_published_reports_are_read_and_rendered(path: Path, tmp_path: Path) -> 
         ({"metrics": [{"metric": "fid", "subset": "retain", "n": 2}]}, "holds a measurement that cannot be read"),
         ({"metrics": [{"metric": "fid", "subset": "retain", "value": 1, "n": 2, "interval": [1]}]}, "cannot be read"),
         ({"metrics": ["fid"]}, "holds a measurement that cannot be read: fid"),
+        ({"metrics": [{"metric": "fid", "subset": "retain", "value": float("nan"), "n": 2}]}, "cannot be read"),
+        ({"metrics": [{"metric": "fid", "subset": "retain", "value": 1, "n": 2, "strength": "x"}]}, "cannot be read"),
+        ({"settings": {}}, "holds a missing or odd entry: settings.guidance_scale"),
         ({"adapter": []}, "holds an entry of another type: adapter"),
         ({"metrics": {}}, "holds an entry of another type: metrics"),
     ],
@@ -53,6 +60,17 @@ def test_a_report_that_cannot_be_read_is_one_line(change: dict[str, object], rea
     with pytest.raises(OptionError, match=reason) as caught:
         Report.read(tmp_path / "report.json", "REPORT_DIR")
     assert "\n" not in str(caught.value)
+
+
+def test_a_page_is_not_written_with_another_run_s_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in (RECORD, WEIGHTS_NAME):
+        shutil.copy(ANCHORS["emoji"] / name, tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1.0, "seconds": 1.0}\n')
+    record = ErasureRecord.read(tmp_path).public()
+    assert [line["step"] for line in training_log(record, tmp_path)] == [1]
+    assert not caplog.text
+    assert training_log(replace(record, method="esd"), tmp_path) == []
+    assert "the page is written without its training" in caplog.text
 
 
 def test_every_metric_describes_itself() -> None:
