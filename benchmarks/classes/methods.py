@@ -33,7 +33,7 @@ SMALL_SAFEMAX: Mapping[str, Any] = {
     "halt_below": 0.4,
     "halt_rollout": 0.0,
 }
-"""Flags for small networks, which halt without rollouts; rollouts would raise the FID of the kept classes."""
+"""Flags for small networks, which halt without rollouts."""
 FOLDED_SAFEMAX: Mapping[str, Any] = {
     "learning_rate": 2.5e-4,
     "max_train_steps": 480,
@@ -101,7 +101,7 @@ VARIANTS: Mapping[str, Variant] = {
     "selective_amnesia": Variant(
         "selective_amnesia",
         REPLAYED,
-        # With the published λ = 10 no class is forgotten, since a small model's gradients, and so F, are far larger.
+        # The published λ = 10 is too large for a small model (docs/class_unlearning.md).
         small={
             "max_train_steps": 500,
             "learning_rate": 1e-3,
@@ -109,7 +109,7 @@ VARIANTS: Mapping[str, Variant] = {
             "fisher_samples": 50,
             "retain_trajectories": 900,
         },
-        # With λ = 1 and a rate of 1e-3, as on digits, the penalty outweighs the loss, and no class is forgotten.
+        # With λ = 1 and a rate of 1e-3, as on digits, the airplane was not forgotten (docs/experiment_log.md).
         folded={
             "max_train_steps": 300,
             "learning_rate": 2.5e-4,

@@ -3,10 +3,10 @@
     python -m benchmarks.emoji.attack_settings --adapter esd=no_bomb_esd --adapter salun=no_bomb_salun \\
       --work_dir attack_settings --output docs/results/DATE-attack-settings.jsonl
 
-An attack is as strong as its settings. For each one that has a learning rate or a like strength, three values are tried
-with a small budget; what brings the concept back best is then fixed in the presets, before
-SAFEMax is attacked. A row for each setting and target is appended as soon as it is measured; a killed run continues.
-`--table` prints the rows as Markdown.
+An attack is as strong as its settings. For each one that has a learning rate or a like strength, several values are
+tried with a small budget; the presets take what brings the concept back best on these models, not on SAFEMax. A row
+for each setting and target is appended as soon as it is measured; a killed run continues. `--table` prints the rows
+as Markdown.
 """
 
 from __future__ import annotations

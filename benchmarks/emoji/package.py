@@ -31,15 +31,13 @@ LIMIT_BYTES = 40_000_000
 
 CARD = """---
 license: cc-by-4.0
-library_name: diffusers
-pipeline_tag: text-to-image
----
+{metadata}---
 
 # {title}
 
 {text}
 
-The art it was trained on, with thanks:
+The art, with thanks:
 
 | art set | drawn by | licence | called in prompts |
 |---|---|---|---|
@@ -47,6 +45,7 @@ The art it was trained on, with thanks:
 
 Names and tags: emojibase-data 17.0.0 (MIT). Recipe: `benchmarks/emoji/` of the safemax_sd sources.
 """
+PIPELINE = "library_name: diffusers\npipeline_tag: text-to-image\n"
 MODEL_TEXT = f"""A small Stable Diffusion (`StableDiffusionPipeline`, 64 px) that draws {len(CONCEPTS)} emoji in
 {len(ART_SETS)} art styles from captions such as "an emoji of a bomb in the noto style". It exists to study concept
 erasure where no large model fits: prompts outside its vocabulary give nothing sensible."""
@@ -73,9 +72,13 @@ def clean_configs(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
 
 
-def write_card(folder: Path, title: str, text: str, art_sets: tuple[ArtSet, ...] = ART_SETS) -> None:
+def write_card(
+    folder: Path, title: str, text: str, *, metadata: str = "", art_sets: tuple[ArtSet, ...] = ART_SETS
+) -> None:
+    """Write a folder's README.md, with the entries of a model card, one a line, in `metadata`."""
     rows = (f"| {a.package} | {a.credit} | {a.licence} | {', '.join((a.style, *a.synonyms))} |" for a in art_sets)
-    (folder / "README.md").write_text(CARD.format(title=title, text=text, credits="\n".join(rows)), encoding="utf8")
+    card = CARD.format(metadata=metadata, title=title, text=text, credits="\n".join(rows))
+    (folder / "README.md").write_text(card, encoding="utf8")
 
 
 def write_pictures(pictures: Pictures, folder: Path) -> None:
@@ -100,14 +103,15 @@ def write_model(trained: Path, folder: Path, title: str, text: str) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(trained, dtype=torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
     clean_configs(folder)
-    write_card(folder, title, text)
+    write_card(folder, title, text, metadata=PIPELINE)
 
 
 def write_embedded(build_dir: Path) -> None:
     """Write what the package embeds: model, judge and real pictures."""
     write_model(build_dir / "model", ASSETS / "emoji", "The embedded emoji model", MODEL_TEXT)
     shutil.copytree(build_dir / "evaluator", EVALUATOR, dirs_exist_ok=True)
-    write_card(EVALUATOR, "The embedded judge", JUDGE_TEXT, (*ART_SETS, *JUDGE_ART_SETS))
+    judged = (*ART_SETS, *JUDGE_ART_SETS)
+    write_card(EVALUATOR, "The embedded judge", JUDGE_TEXT, metadata="library_name: open_clip\n", art_sets=judged)
     write_pictures(load_pictures(build_dir).concepts_only(), PICTURES)
     total = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
     print(f"{total / 1e6:.1f} MB in {ASSETS}")

@@ -18,8 +18,13 @@ def curves(row: AttackRow) -> dict[str, dict[float, Rate]]:
 
 def by_cost(row: AttackRow) -> dict[float, Rate]:
     """Return the best success at each cost on any curve, ascending; empty unless tries differ in what they cost."""
-    found = _best(row.tries) if ATTACKS.get(row.attack).x_is_cost else {}
+    found = _best(row.tries) if _by_cost(row.attack) else {}
     return found if len(found) > 1 else {}
+
+
+def _by_cost(attack: str) -> bool:
+    """Tell whether an attack's curves run along a cost; one that is not installed has no such curves."""
+    return attack in ATTACKS.names() and ATTACKS.get(attack).x_is_cost
 
 
 def _best(tries: Iterable[Tried]) -> dict[float, Rate]:
@@ -44,7 +49,7 @@ def with_least(report: AttackReport) -> AttackReport:
 
 
 def _with_least(row: AttackRow, half: float) -> AttackRow:
-    if row.attack not in ATTACKS.names() or not ATTACKS.get(row.attack).x_is_cost:
+    if not _by_cost(row.attack):
         return row
     attack = ATTACKS.get(row.attack)
     least = {

@@ -14,7 +14,7 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.evaluation.attacks.base import ATTACKS
 from safemax_sd.evaluation.headline import format_value
 from safemax_sd.evaluation.resistance.options import ALL, AttackOptions
-from safemax_sd.evaluation.resistance.page import PICTURES, ROLES, sheet_name
+from safemax_sd.evaluation.resistance.page import PICTURES, ROLES, label, sheet_name
 from safemax_sd.evaluation.resistance.plan import Plan, chosen
 from safemax_sd.evaluation.resistance.report import AttackReport
 from safemax_sd.words.training import beside
@@ -54,7 +54,7 @@ def attacked(queue: Queue, entry: Entry) -> str:
     for row in reversed(report.rows):
         path = folder / PICTURES / sheet_name(row.attack, row.target)
         if path.is_file():
-            name = f"{ATTACKS.get(row.attack).label}, {ROLES[row.target]}"
+            name = f"{label(row.attack)}, {ROLES[row.target]}"
             shown.append(picture(path, f"{name}: {format_value(row.success.value, '%')} show it"))
     return grid(shown)
 
