@@ -228,8 +228,9 @@ class LatentFamily(ModelFamily):
             encoded = vae.encode((2 * part - 1).to(self.device, vae.dtype))
             # Of an autoencoder's distribution, take the mode: the most likely latent.
             latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+            latents = latents.float()  # in half precision the factor would be rounded
             mean, scale = self._latent_statistics(latents)
-            parts.append((latents.float() - mean) * scale)
+            parts.append((latents - mean) * scale)
         return torch.cat(parts)
 
     def _raw_latents(self, latents: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from safemax_sd.core.errors import OptionError
 from safemax_sd.diffusion.process import DiffusionProcess, flow_matching
 from safemax_sd.diffusion.schedulers import as_scheduler
-from safemax_sd.families.base import LoraTargets
+from safemax_sd.families.base import LoadOptions, LoraTargets
 from safemax_sd.families.latent import LatentFamily
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ class TransformerFamily(LatentFamily):
     """A multimodal diffusion transformer (MMDiT, arXiv 2403.03206) with a flow-matching noise process."""
 
     denoiser_part: ClassVar[str] = "transformer"
+
+    def __init__(self, pipeline: Any, options: LoadOptions) -> None:
+        if options.prediction_type is not None:
+            text = f"is for models with a noise schedule of betas, and {self.name} predicts a velocity: leave it out"
+            raise OptionError("--prediction_type", options.prediction_type, text)
+        super().__init__(pipeline, options)
 
     def _check_scheduler(self, scheduler: Any) -> None:
         name = type(scheduler).__name__
@@ -53,9 +60,16 @@ class TransformerFamily(LatentFamily):
         scheduler.set_timesteps(**self._steps(num_inference_steps), device=x_T.device, mu=mu)
 
     def shift_timesteps(self, scheduler: Any, share: float) -> None:
-        """Move all steps but the first, which is at the highest noise level, towards the step before."""
-        sigmas = scheduler.sigmas.clone()
-        sigmas[1:-1] += share * (scheduler.sigmas[:-2] - scheduler.sigmas[1:-1])
+        """Move all steps but the first, which is at the highest noise level.
+
+        With a fraction from 0 to 1 they cover all levels below it, down to 0, where FLUX has no step of its own.
+        """
+        sigmas = scheduler.sigmas.clone()  # of N steps, and 0 at the end
+        steps = len(sigmas) - 1
+        if steps > 1:
+            places = (torch.arange(1, steps, device=sigmas.device) - share) * steps / (steps - 1)
+            before = places.long().clamp(max=steps - 1)
+            sigmas[1:-1] = torch.lerp(sigmas[before], sigmas[before + 1], (places - before).to(sigmas))
         scheduler.sigmas = sigmas
         scheduler.timesteps = (sigmas[:-1] * scheduler.config.num_train_timesteps).to(scheduler.timesteps)
 

@@ -19,6 +19,7 @@ from safemax_sd.planning.rehearsal import Rehearsal
 from safemax_sd.recording.pruning import Layers, Moments, layer_groups, pruned_layers
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.optimizers import make_optimizer
+from safemax_sd.training.probe import PROBE_PICTURES
 from safemax_sd.training.run import DTYPES
 
 DeviceType = Literal["cuda", "cpu"]
@@ -175,8 +176,10 @@ class MemoryPlan:
         return taken
 
     def _pictures(self) -> int:
-        """Return the bytes that sampling and decoding validation pictures takes."""
-        count = self.config.num_validation_images * max(1, len(self.config.validation_prompt))
+        """Return the bytes that sampling and decoding pictures during training takes, for validation or a probe."""
+        count = self.config.num_validation_images * len(self.config.validation_prompt)
+        if self.config.stop_at_unlearning_accuracy is not None:
+            count = max(count, PROBE_PICTURES)
         held = [tensor for network in self.family.networks().values() for tensor in tensors_of(network)]
         x_t, t, conditioning = self._inputs(count)
         sampled = self._without_gradients(lambda: self.family.predict_both(x_t, t, conditioning), held)

@@ -24,6 +24,7 @@ from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
 from safemax_sd.training.learning_rate import choose_rate
 from safemax_sd.training.run import check_family, frozen_dtype
+from safemax_sd.training.workers import check_precision
 
 logger = logging.getLogger("safemax_sd")
 
@@ -78,6 +79,7 @@ def make_plan(config: TrainConfig) -> Plan:
     forget, retain = read_input(config)
     device = own.device or ("cuda" if config.preset or torch.cuda.is_available() else "cpu")
     precision: Any = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    check_precision(precision, torch.device(device))
     config = replace(config, mixed_precision=precision)
     family = load_configurations(config.load_options(dtype=frozen_dtype(config, torch.device(device))))
     check_family(config, family)

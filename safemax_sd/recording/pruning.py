@@ -94,6 +94,7 @@ def prune(
             found, dual = directions(forget.mean(name), retain.mean(name), ratio)
             if found.numel():
                 changes[name] = removal(layer, found, dual)
+        del forget, retain  # or they would be held while the next group's are allocated
     # All layers change at the end: those of a later group would otherwise read less of the concept.
     fuse(family.denoiser, changes, family.options.name_or_path)
     return changes, pruning_calls(len(groups), len(data.forget_bank), len(data.retain_bank))

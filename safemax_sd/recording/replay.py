@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,7 +129,7 @@ class Storage:
         with path_errors("--output_dir", path):
             self.folder.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:  # allocate first: writing to a mapped file on a full disk would crash
-                os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)
+                _allocate(file.fileno(), math.prod(shape) * dtype.itemsize)
         return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
 
     def unlink(self, state: PartialState) -> None:
@@ -136,6 +137,14 @@ class Storage:
         state.wait_for_everyone()
         if self.folder is not None and state.is_main_process:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Give an empty file a size in bytes; raises OSError if the disk has no room, except on macOS."""
+    if sys.platform == "darwin":  # it has no posix_fallocate
+        os.ftruncate(descriptor, size)
+    else:
+        os.posix_fallocate(descriptor, 0, size)
 
 
 MEMORY = Storage()
@@ -342,14 +351,14 @@ def _perturbed(
     Returns:
         The point with predictions at the mixture, and the network evaluations that these took.
     """
-    x_t = point.x_t.clone()
+    x_t, std = point.x_t.clone(), family.process.halted_std(point.t)
     rows = []
     for row, generator in enumerate(generators):
         chosen, amount = torch.rand(2, generator=generator).tolist()
         noise = torch.randn(x_t.shape[1:], generator=generator).to(x_t.device)
         if chosen < PERTURBED_SHARE:
             share = largest * amount
-            x_t[row] = (1 - share**2) ** 0.5 * x_t[row] + share * noise
+            x_t[row] = (1 - share**2) ** 0.5 * x_t[row] + share * std[row] * noise
             rows.append(row)
     if not rows:
         return point, 0

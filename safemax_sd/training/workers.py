@@ -73,7 +73,7 @@ def make_accelerator(config: TrackerOptions) -> Accelerator:
     """Build Accelerate's `Accelerator` from the flags.
 
     Raises:
-        SafemaxError: Accelerate is configured with a precision that is not supported.
+        SafemaxError: Accelerate is configured with a precision or with several machines, which is not supported.
     """
     logging_dir = str(Path(config.output_dir) / config.logging_dir)
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # see `training.sharding`
@@ -85,7 +85,8 @@ def make_accelerator(config: TrackerOptions) -> Accelerator:
             # Buffers do not change, and processes that sample from the student differ in their number of calls.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-    check_precision(accelerator)
+    check_precision(accelerator.mixed_precision, accelerator.device)
+    check_machines(accelerator.state)
     return accelerator
 
 
@@ -98,15 +99,26 @@ def send_no_frozen_weights(network: nn.Module) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, frozen)
 
 
-def check_precision(accelerator: Accelerator) -> None:
+def check_precision(precision: str | None, device: torch.device) -> None:
     """Check the precision; one that is not used must not be recorded.
 
     Raises:
         OptionError: The precision is fp8, or fp16 on a CPU, which Accelerate silently ignores.
     """
-    precision = str(accelerator.mixed_precision)
-    if precision == "fp8" or (precision == "fp16" and accelerator.device.type == "cpu"):
+    if precision == "fp8" or (precision == "fp16" and device.type == "cpu"):
         raise OptionError("--mixed_precision", precision, "is not supported here: use bf16 or no")
+
+
+def check_machines(state: PartialState) -> None:
+    """Check that all processes run on one machine: they share what they record through a mapped file.
+
+    Raises:
+        SafemaxError: They run on several.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    if here < state.num_processes:
+        text = f"{state.num_processes} processes run on several machines, {here} of them here"
+        raise SafemaxError(f"accelerate launch --num_machines: {text}: use the GPUs of one machine")
 
 
 def process_state() -> PartialState:

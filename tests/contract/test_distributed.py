@@ -14,14 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 from safemax_sd.evaluation.options import EvaluateOptions
 from safemax_sd.evaluation.run import evaluate
 from safetensors.torch import load_file
 
 from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.cli import main as command
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.train import main, train
 from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.workers import check_machines
 from tests import tiny
 from tests.processes import fsdp, in_two_processes
 
@@ -111,6 +114,13 @@ def test_two_processes_evaluate_what_one_does(two: tuple[list[str], Path]) -> No
     for ours, theirs in zip(reports[0]["metrics"], reports[1]["metrics"], strict=True):
         assert ours["value"] == pytest.approx(theirs["value"], rel=1e-3, abs=1e-4), ours
     assert {path.name for path in (shared / "cache").iterdir()} == {path.name for path in (alone / "cache").iterdir()}
+
+
+def test_processes_of_several_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PartialState(), "num_processes", 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(SafemaxError, match="--num_machines: 4 processes run on several machines, 2 of them here"):
+        check_machines(PartialState())
 
 
 @pytest.mark.parametrize(

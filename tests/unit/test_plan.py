@@ -202,6 +202,7 @@ def test_a_cut_prompt_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         (["--pretrained_model_name_or_path", "nobody/nothing"], "nobody/nothing: cannot be loaded"),
         (["--forget_prompts", str(SUITE.path("retain"))], "also holds the forbidden prompt"),
         (["--device", "tpu"], "device"),
+        (["--device", "cpu", "--mixed_precision", "fp16"], "--mixed_precision fp16: is not supported here"),
         (["--device", "cuda", "--measure"], "--measure True: runs on cpu here"),
     ],
 )

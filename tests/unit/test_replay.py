@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from safemax_sd.core.errors import OptionError
 from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
-from safemax_sd.recording.replay import MEMORY, Recorder, ReplayBank, Storage, bank_bytes, dispersed, spread
+from safemax_sd.families.base import TrajectoryPoint
+from safemax_sd.recording.replay import MEMORY, Recorder, ReplayBank, Storage, _perturbed, bank_bytes, dispersed, spread
 
 STEPS, TRAJECTORIES = 4, 6
 
@@ -98,11 +100,43 @@ def test_flow_matching_starts_at_pure_noise_in_each_batch(name: str, request: py
     times = [sorted(set(part.tolist())) for part in recorded.t.split(2 * STEPS)]
     assert len({part[-1] for part in times}) == 1
     assert len({time for part in times for time in part}) == 3 * (STEPS - 1) + 1
-    for others in times[1:]:
-        between = zip(times[0][:-1], others[:-1], times[0][1:], strict=True)
-        assert all(low < moved < high for low, moved, high in between)
     for state in (recorded.x_t, recorded.samples.x0):
         assert bool(state.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["tiny_sd3", "tiny_flux"])
+def test_flow_matching_records_every_noise_level(name: str, request: pytest.FixtureRequest) -> None:
+    family = load_family(LoadOptions(str(request.getfixturevalue(name))))
+    levels = []
+    for share in torch.linspace(0, 1, 201)[1:-1].tolist():
+        scheduler = family.sampler()
+        family.set_timesteps(scheduler, 6, torch.zeros(1, *family.latent_shape(None)))
+        highest = float(scheduler.sigmas[0])
+        family.shift_timesteps(scheduler, share)
+        assert float(scheduler.sigmas[0]) == highest and scheduler.sigmas.diff().max() < 0
+        assert torch.equal(scheduler.timesteps, 1000 * scheduler.sigmas[:-1])
+        levels += scheduler.sigmas[:-1].tolist()
+    gaps = torch.tensor([0.0, *sorted(levels)]).diff()
+    assert float(gaps.max()) < 0.02
+
+
+@pytest.mark.parametrize("name", ["tiny_sd3", "tiny_flux"])
+def test_added_noise_has_the_width_of_the_noise_level(name: str, request: pytest.FixtureRequest) -> None:
+    family = load_family(LoadOptions(str(request.getfixturevalue(name))))
+    halved = torch.full((64,), 500.0)
+    std = family.process.halted_std(halved[:1])
+    x_t = std * torch.randn(64, *family.latent_shape(None), generator=torch.Generator().manual_seed(1))
+    point = TrajectoryPoint(x_t, halved, x_t, x_t, x_t)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(64)]
+    with torch.no_grad():
+        mixed, _ = _perturbed(family, point, family.empty.repeat(64), 1.0, generators)
+    changed = (mixed.x_t != x_t).flatten(1).any(1)
+    assert float(mixed.x_t[changed].std() / std) == pytest.approx(1, abs=0.05)
+
+
+def test_a_velocity_has_no_prediction_type(tiny_sd3: Path) -> None:
+    with pytest.raises(OptionError, match="--prediction_type v_prediction: is for models with a noise schedule"):
+        load_family(LoadOptions(str(tiny_sd3), prediction_type="v_prediction"))
 
 
 def test_samples_alone_take_no_rows(family: ModelFamily) -> None:
