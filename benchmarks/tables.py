@@ -71,7 +71,12 @@ ALL_CLASSES = "2026-11-30-cifar10-class-unlearning-safemax.jsonl"
 """Rows of the base model and of SAFEMax on all ten classes of CIFAR-10; the others have fewer."""
 STUDIES = {
     "digits": ("class_unlearning_digits.jsonl",),
-    CIFAR: (ALL_CLASSES, "2026-11-30-cifar10-others.jsonl", "2026-11-30-cifar10-salun-automobile.jsonl"),
+    CIFAR: (
+        ALL_CLASSES,
+        "2026-11-30-cifar10-others.jsonl",
+        "2026-11-30-cifar10-salun-automobile.jsonl",
+        "2026-11-30-cifar10-others-automobile-ship.jsonl",
+    ),
     "published network": ("class_unlearning_cifar10.jsonl",),
 }
 """Result files of the studies of class unlearning that published claims are compared with."""
@@ -230,6 +235,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar retention": partial(on_all_classes, retention_by_class),
     "cifar forgetting": partial(on_all_classes, forgetting_by_class),
     "cifar shared": partial(first_runs, CIFAR, lambda rows: method_table(on_shared_classes(rows))),
+    "cifar shared retention": partial(first_runs, CIFAR, lambda rows: retention_by_class(on_shared_classes(rows))),
     "published network rates": lambda: rates_table(_study("published network")),
     "published network memory": lambda: memory_table(of_kind(_study("published network"), "memory")),
     "claims": claims,
