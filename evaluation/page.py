@@ -6,6 +6,7 @@ import base64
 import html
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safemax_sd.evaluation.report import REPORT, Report, Row
 
 from safemax_sd.core.errors import OptionError, path_errors
 from safemax_sd.core.provenance import atomic_write_text
-from safemax_sd.results.erasure import RECORD, ErasureRecord, TotalCost
+from safemax_sd.results.erasure import ErasureRecord, TotalCost
 from safemax_sd.results.folder import claimed, finish, foreign, not_ours
 from safemax_sd.results.model_card import usage
 from safemax_sd.training.output import LOG, read_log
@@ -104,8 +105,9 @@ def render(folder: Path) -> Path:
 
 def training_log(record: ErasureRecord, folder: Path) -> list[dict[str, Any]]:
     """Read the training log beside a record; empty, with a warning, if the folder is not that of the record's run."""
-    if (folder / RECORD).is_file() and ErasureRecord.read(folder).public() == record:
-        return read_log(folder / LOG)
+    with suppress(OptionError):  # no finished run is there
+        if ErasureRecord.read(folder).public() == record:
+            return read_log(folder / LOG)
     if record.cost.steps:
         logger.warning("%s is not the folder of the evaluated run: the page is written without its training", folder)
     return []

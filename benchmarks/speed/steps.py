@@ -242,7 +242,7 @@ def drawn(run: Run, number: int) -> Batch:
     """Return the batch of a step, which depends only on the seed and the step's number."""
     at = replace(run, step=number)
     with run.accelerator.autocast():
-        return reach(at, at.objective.draw(positions(at, 0)))
+        return reach(at, at.objective.draw(positions(at, at.step, 0)))
 
 
 def tensors_of(*modules: nn.Module) -> list[Tensor]:

@@ -118,7 +118,7 @@ def _versions(content: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "measured with": list(measured),
         "page written with": [*written, f"Python {made['python']}"],
-        **{f"page's {key}": made[key] for key in ("commit", "device", "time")},
+        **{f"{key} of the page": made[key] for key in ("commit", "device", "time")},
     }
 
 

@@ -246,7 +246,7 @@ class RateMetric(PerItemMetric):
 def wilson(successes: int, n: int) -> Result:
     """Return the rate of `successes` among `n` in percent, with Wilson's 95 % interval."""
     interval = binomtest(successes, n).proportion_ci(method="wilson")
-    return Result(100 * successes / n, (100 * interval.low, 100 * interval.high), n)
+    return Result(100 * successes / n, (100 * float(interval.low), 100 * float(interval.high)), n)
 
 
 def recognised(batch: Batch, context: Context) -> tuple[Tensor, Tensor]:

@@ -105,9 +105,9 @@ def test_auto_refuses_to_be_scaled_once_more(tiny_model: Path, tmp_path: Path) -
 
 
 def test_both_kinds_of_samples_of_alternating_steps_are_looked_at(tiny_model: Path, tmp_path: Path) -> None:
-    more = ("--objective", "sfr_on", "--trainable", "full", "--max_train_steps", "60", "--learning_rate", "10")
+    more = ("--objective", "sfr_on", "--trainable", "full", "--max_train_steps", "60", "--learning_rate", "0.1")
     config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *more))
-    with pytest.raises(SafemaxError, match=r"diverges: after 25 steps .* lower --learning_rate 10"):
+    with pytest.raises(SafemaxError, match=r"diverges: after 25 steps .* lower --learning_rate 0.1"):
         train(config)
 
 
