@@ -23,7 +23,7 @@ from torch import Tensor
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import SafemaxError, path_errors, reason_of
-from safemax_sd.core.provenance import version_of, write_tensors_atomic
+from safemax_sd.core.provenance import file_sha256, version_of, write_tensors_atomic
 from safemax_sd.diffusion.schedulers import as_scheduler
 from safemax_sd.prompts import without_cut_text
 from safemax_sd.recording.picture_folder import PictureSource
@@ -138,8 +138,7 @@ def weights_of(name_or_path: str) -> dict[str, str]:
 @cache
 def _digest(path: Path, changed: int) -> str:
     """Return the SHA-256 of a file, which is read again if the time of its last change is another."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def clear_cache(folder: Path) -> None:

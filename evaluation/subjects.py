@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Set
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from safemax_sd.adapters.lora import WEIGHTS_NAME, check_fit, lora_layers, read_
 from safemax_sd.adapters.weights import FULL_WEIGHTS
 from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
 from safemax_sd.core.options import Quantization
+from safemax_sd.core.provenance import file_sha256
 from safemax_sd.core.quiet import quiet
 from safemax_sd.families import load_family
 from safemax_sd.families.folders import LOAD_ERRORS
@@ -121,7 +121,7 @@ def _with_lora(family: LatentFamily, folder: Path, layers: Set[str]) -> Models:
         family.scheduler_settings,
         StockSampler(pipeline, switch=pipeline.disable_lora),
         StockSampler(pipeline, switch=pipeline.enable_lora),
-        _sha256(folder / WEIGHTS_NAME),
+        file_sha256(folder / WEIGHTS_NAME),
     )
 
 
@@ -156,7 +156,7 @@ def _with_full_weights(family: LatentFamily, folder: Path) -> Models:
         family.scheduler_settings,
         StockSampler(pipeline, switch=lambda: setattr(pipeline, part, base)),
         StockSampler(pipeline, switch=lambda: setattr(pipeline, part, erased)),
-        _sha256(folder / part / FULL_WEIGHTS),
+        file_sha256(folder / part / FULL_WEIGHTS),
     )
 
 
@@ -171,7 +171,3 @@ def erased_denoiser(family: LatentFamily, folder: Path) -> Any:
     path = folder / part / FULL_WEIGHTS
     check_fit(path, read_weights(path), base.state_dict(), "the base model")
     return AutoModel.from_pretrained(str(folder), subfolder=part, torch_dtype=base.dtype).to(base.device)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -18,6 +18,7 @@ from safemax_sd.evaluation.comparison.grid import make_cells
 from safemax_sd.evaluation.comparison.methods import Load
 from safemax_sd.evaluation.comparison.runs import BASE, NEVER_KNOWN
 from safemax_sd.evaluation.comparison.tables import Entry, Grid, markdown
+from safemax_sd.evaluation.generate import Job
 from safemax_sd.evaluation.inputs import load_real
 from safemax_sd.evaluation.planning import EvaluationPlan
 from safemax_sd.evaluation.resistance.plan import chosen
@@ -155,7 +156,7 @@ def _disk(comparison: Comparison, load: Load) -> str:
     counts: dict[str, list[int]] = {BASE: [], "erased": []}
     samplers = _samplers(base_model)
     for cell in cells.values():  # every method draws as many pictures
-        jobs = {measurement.job for measurement in _plan(cell, samplers).measurements}
+        jobs = _jobs(cell, samplers)
         for model, found in counts.items():
             found.append(sum(len(job.prompts) for job in jobs if job.model == model))
     base, erased = sum(counts[BASE]), max(counts["erased"])
@@ -168,17 +169,18 @@ def _samplers(base_model: str) -> Sequence[str]:
     return tuple(samplers_of(index))
 
 
-def _plan(cell: Cell, samplers: Sequence[str]) -> EvaluationPlan:
-    """Plan a cell's evaluation."""
+def _jobs(cell: Cell, samplers: Sequence[str]) -> set[Job]:
+    """Return the pictures that a cell's evaluation draws; a sweep may share some with a prompt subset."""
     options = cell.options()
     real = load_real(options, cell.erasure.base_model) if options.num_sweep_images else None  # for image-to-image
-    return EvaluationPlan(options, cell.erasure.suite, real, samplers=samplers, starts_from_pictures=True)
+    plan = EvaluationPlan(options, cell.erasure.suite, real, samplers=samplers, starts_from_pictures=True)
+    return {measurement.job for measurement in plan.measurements}
 
 
 def _evaluation_calls(cell: Cell, samplers: Sequence[str]) -> dict[str, float]:
     """Return the calls of a cell's evaluation by model, `base` and `erased`."""
     calls = dict.fromkeys((BASE, "erased"), 0.0)
-    for job in {measurement.job for measurement in _plan(cell, samplers).measurements}:  # a sweep may share pictures
+    for job in _jobs(cell, samplers):
         calls[job.model] += job.model_calls
     calls["erased"] *= cell.method.predictions / 2
     return calls

@@ -18,11 +18,11 @@ def curves(row: AttackRow) -> dict[str, dict[float, Rate]]:
 
 def by_cost(row: AttackRow) -> dict[float, Rate]:
     """Return the best success at each cost on any curve, ascending; empty unless tries differ in what they cost."""
-    found = _best(row.tries) if _by_cost(row.attack) else {}
+    found = _best(row.tries) if _runs_along_cost(row.attack) else {}
     return found if len(found) > 1 else {}
 
 
-def _by_cost(attack: str) -> bool:
+def _runs_along_cost(attack: str) -> bool:
     """Tell whether an attack's curves run along a cost; one that is not installed has no such curves."""
     return attack in ATTACKS.names() and ATTACKS.get(attack).x_is_cost
 
@@ -49,7 +49,7 @@ def with_least(report: AttackReport) -> AttackReport:
 
 
 def _with_least(row: AttackRow, half: float) -> AttackRow:
-    if not _by_cost(row.attack):
+    if not _runs_along_cost(row.attack):
         return row
     attack = ATTACKS.get(row.attack)
     least = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -47,6 +48,18 @@ def commit() -> str | None:
     except OSError:
         return None
     return found.stdout.strip() or None
+
+
+def absolute_path(name_or_path: str) -> str:
+    """Return the absolute path of what exists; a hub id, or a path to nothing, as it is."""
+    path = Path(name_or_path)
+    return str(path.resolve()) if path.exists() else name_or_path
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, which is read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def public_path(path: str) -> str:

@@ -23,7 +23,7 @@ from safemax_sd.adapters.lora import check_fit, read_weights
 from safemax_sd.adapters.weights import FULL_WEIGHTS
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError, reason_of
-from safemax_sd.core.provenance import write_json_atomic
+from safemax_sd.core.provenance import absolute_path, write_json_atomic
 from safemax_sd.core.quiet import quiet
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.families.original_checkpoint import whole_names
@@ -52,19 +52,15 @@ class Source:
     def base(self) -> str:
         """Base model as text, which is equal for runs that can be combined."""
         base = self.record.base_model
-        config = None if base.single_file_config is None else _resolved(base.single_file_config)
+        name, config = absolute_path(resolve_model(base.name_or_path)), base.single_file_config
+        config = config and absolute_path(resolve_model(config))
         details = (base.revision, base.variant, base.prediction_type, config)
-        return " ".join([_resolved(base.name_or_path), *(f"({detail})" for detail in details if detail is not None)])
+        return " ".join([name, *(f"({detail})" for detail in details if detail is not None)])
 
     @property
     def part(self) -> str:
         """Name of the denoiser in the pipeline."""
         return self.record.family.denoiser_part
-
-
-def _resolved(name_or_path: str) -> str:
-    path = Path(resolve_model(name_or_path))
-    return str(path.resolve()) if path.exists() else name_or_path
 
 
 class ExportBase(ABC):

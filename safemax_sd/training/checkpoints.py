@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from accelerate import Accelerator
 from safemax_sd.adapters.weights import TrainedWeights
 from safemax_sd.core.errors import OptionError, path_errors
 from safemax_sd.core.options import COUNT, STEPS, RunOptions, option
-from safemax_sd.core.provenance import Cost, write_json_atomic
+from safemax_sd.core.provenance import Cost, file_sha256, write_json_atomic
 from safemax_sd.results.folder import files_in, remove
 
 logger = logging.getLogger("safemax_sd")
@@ -104,7 +103,7 @@ def save(
             if accelerator.is_main_process:
                 write_json_atomic(temporary / COST, asdict(cost))
                 write_json_atomic(temporary / CONDITIONS, conditions)
-                hashes = {name: _hash(temporary / name) for name in files_in(temporary)}
+                hashes = {name: file_sha256(temporary / name) for name in files_in(temporary)}
                 write_json_atomic(temporary / MANIFEST, hashes)
                 if final.exists():
                     discard(final)
@@ -130,16 +129,11 @@ def damage(path: Path) -> str | None:
         for name, wanted in hashes.items():
             if not (path / name).is_file():
                 return f"it lacks {name}"
-            if _hash(path / name) != wanted:
+            if file_sha256(path / name) != wanted:
                 return f"{name} is not what was written"
     except (OSError, ValueError, AttributeError) as error:
         return f"{MANIFEST} does not describe it ({type(error).__name__})"
     return None
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(accelerator: Accelerator, path: Path) -> tuple[int, Cost]:

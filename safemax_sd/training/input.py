@@ -31,9 +31,10 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
     if not objective.names_concepts and config.forget_prompts:
         text = f"is not used by --objective {config.objective}, which is trained before anything is to be forgotten"
         raise OptionError("--forget_prompts", config.forget_prompts, text)
-    if not objective.names_concepts and config.stop_at_unlearning_accuracy is not None:
-        text = f"needs forget prompts, which --objective {config.objective} has not"
-        raise OptionError("--stop_at_unlearning_accuracy", config.stop_at_unlearning_accuracy, text)
+    on_forget = {"--prune": config.prune or None, "--stop_at_unlearning_accuracy": config.stop_at_unlearning_accuracy}
+    for flag, value in on_forget.items():
+        if value is not None and not objective.names_concepts:
+            raise OptionError(flag, value, f"needs forget prompts, which --objective {config.objective} has not")
     named = None
     if objective.names_concepts:
         named = load_prompts(config.forget_prompts, option="--forget_prompts").each_text_once()
@@ -64,12 +65,7 @@ def check_pruning(config: TrainConfig) -> None:
     Raises:
         OptionError: Another flag rules it out.
     """
-    if not config.prune:
-        return
-    if not OBJECTIVES.get(config.objective).names_concepts:
-        text = f"needs forget prompts, which --objective {config.objective} has not"
-        raise OptionError("--prune", config.prune, text)
-    if config.trainable != "lora":
+    if config.prune and config.trainable != "lora":
         text = "goes with --trainable lora: when all weights train, pruned ones grow back"
         raise OptionError("--prune", config.prune, text)
 

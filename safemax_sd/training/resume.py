@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.provenance import absolute_path
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.prompts import PromptSet
 from safemax_sd.training.checkpoints import CONDITIONS, step_of
@@ -34,9 +35,8 @@ STEADY = ("constant", "constant_with_warmup")
 
 def conditions(config: TrainConfig, forget: PromptSet, retain: PromptSet, accelerator: Accelerator) -> dict[str, Any]:
     """Return all settings that a run's steps depend on, as JSON values; prompt files by their hash."""
-    base = Path(resolve_model(config.pretrained_model_name_or_path))
     found = {
-        "pretrained_model_name_or_path": str(base.resolve()) if base.exists() else str(base),
+        "pretrained_model_name_or_path": absolute_path(resolve_model(config.pretrained_model_name_or_path)),
         "forget_prompts": forget.sha256,
         "retain_prompts": retain.sha256,
         **{name: value for name, value in config.record().items() if name not in FREE},
@@ -48,7 +48,7 @@ def conditions(config: TrainConfig, forget: PromptSet, retain: PromptSet, accele
     for name in ("train_data_dir", "single_file_config"):  # recorded without the folders of this machine
         path = getattr(config, name)
         if path is not None:
-            found[name] = str(Path(path).resolve()) if Path(path).exists() else path
+            found[name] = absolute_path(path)
     paced = config.lr_scheduler not in STEADY or config.replay_span
     if not paced and not OBJECTIVES.get(config.objective).depends_on_length:
         del found["max_train_steps"]  # no step depends on their number, so a run may be prolonged
