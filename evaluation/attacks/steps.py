@@ -79,10 +79,7 @@ def sampler_steps(target: Target) -> list[Step]:
 @torch.no_grad()
 def guided(target: Target, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
     """Return the native prediction with guidance, [B, *latent]; the conditioning is one of `with_guidance`."""
-    conditional, unconditional = target.family.predict_both(x_t, t.expand(len(x_t)), conditioning)
-    if not target.family.classifier_free:
-        return conditional
-    return unconditional + target.sampling.guidance_scale * (conditional - unconditional)
+    return target.family.predict_guided(x_t, t.expand(len(x_t)), conditioning, target.sampling.guidance_scale)
 
 
 def walk(target: Target, conditioning: Conditioning, noise: Tensor, follow: Follow) -> Tensor:

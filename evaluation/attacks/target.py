@@ -48,7 +48,7 @@ class Sampling:
     resolution: int | None = None
 
     def calls(self, pictures: int, *, skipped: int = 0) -> int:
-        """Return the network evaluations that drawing pictures takes, counted per sample: two a step."""
+        """Return the most network evaluations that drawing pictures takes, counted per sample: two a step."""
         return 2 * pictures * (self.num_inference_steps - skipped)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +21,11 @@ from safemax_sd.families.original_names import KohyaLayer
 
 LoraTargets = Literal["all", "attention", "cross_attention"]
 
+LOWEST_START = 0.05
+"""Fraction of a schedule's levels below the highest by which a trajectory may start lower, though with pure noise.
+
+Stable Diffusion's own sampler starts there with 20 steps.
+"""
 TOKEN_STATES = "encoder_hidden_states"
 """Name in `Conditioning` of the text encoder's output for each token, [B, L, D]."""
 
@@ -198,6 +202,25 @@ class ModelFamily(ABC):
         conditional, unconditional = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return conditional, unconditional
 
+    def predict_guided(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float | Tensor
+    ) -> Tensor:
+        """Return the prediction that a sampler follows; the conditioning is one of `with_guidance`."""
+        if not self.classifier_free:
+            return self.predict(x_t, t, conditioning.to(x_t.device))
+        return self._mixed(*self.predict_both(x_t, t, conditioning), guidance_scale)
+
+    def _mixed(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
+        """Return ε_u + w·(ε_c − ε_u), or the conditional prediction where the scale is an input of the network."""
+        if not self.classifier_free:
+            return conditional
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    @property
+    def guided_calls(self) -> int:
+        """Network evaluations of a sampling step with guidance, per sample."""
+        return 2 if self.classifier_free else 1
+
     def _empty_for(self, conditioning: Conditioning) -> Conditioning:
         """Return the empty prompt's conditioning with as many rows as `conditioning`."""
         return self.empty.repeat(len(conditioning))
@@ -214,16 +237,20 @@ class ModelFamily(ABC):
         scheduler.set_timesteps(num_inference_steps, device=x_T.device)
 
     def shift_timesteps(self, scheduler: Any, share: float) -> None:
-        """Move a sampler's steps to higher noise levels by a fraction of a step.
+        """Move a sampler's steps, which are equally far apart, by a fraction of a step.
 
-        DDIM's steps are equally far apart. If the first is at the highest noise level already ("trailing" spacing),
-        nothing moves.
+        They move to higher noise levels, or to lower ones if the first is at the highest already ("trailing" spacing).
+        Pure noise cannot start much below that level, so that steps which are far apart move by a part of their
+        distance only.
 
         Args:
             scheduler: Sampler whose steps are set.
             share: Fraction of a step, 0 to 1.
         """
-        room = scheduler.config.num_train_timesteps - 1 - int(scheduler.timesteps[0])
+        levels = scheduler.config.num_train_timesteps
+        room = levels - 1 - int(scheduler.timesteps[0])
+        if room == 0:
+            room = -min(levels // len(scheduler.timesteps) - 1, round(LOWEST_START * levels))
         scheduler.timesteps = scheduler.timesteps + round(share * room)
 
     @torch.no_grad()
@@ -247,23 +274,26 @@ class ModelFamily(ABC):
             grid_shift: Fraction of a step by which the steps are moved to higher noise levels, 0 to 1.
             skipped: Number of first steps that are left out: x_T are the latents after them.
         """
+        scheduler = self._sampler_after(skipped, num_inference_steps, x_T, grid_shift)
+        conditioning = self.with_guidance(conditioning.to(x_T.device), guidance_scale)
+        x = x_T
+        for time in scheduler.timesteps[skipped:]:
+            t = time.expand(len(x))
+            conditional, unconditional = self.predict_both(x, t, conditioning)
+            guided = self._mixed(conditional, unconditional, guidance_scale)
+            following = scheduler.step(guided, time, x).prev_sample
+            yield TrajectoryPoint(x, t, conditional, unconditional, following)
+            x = following
+
+    def _sampler_after(self, skipped: int, num_inference_steps: int, x_T: Tensor, grid_shift: float = 0.0) -> Any:
+        """Build a sampler with its steps set, of which the first `skipped` are taken already."""
         scheduler = self.sampler()
         self.set_timesteps(scheduler, num_inference_steps, x_T)
         if grid_shift > 0:
             self.shift_timesteps(scheduler, grid_shift)
         if skipped and hasattr(scheduler, "set_begin_index"):  # a sampler that counts its steps itself
             scheduler.set_begin_index(skipped)
-        conditioning = self.with_guidance(conditioning.to(x_T.device), guidance_scale)
-        x = x_T
-        for time in scheduler.timesteps[skipped:]:
-            t = time.expand(len(x))
-            conditional, unconditional = self.predict_both(x, t, conditioning)
-            guided = conditional
-            if self.classifier_free:
-                guided = unconditional + guidance_scale * (conditional - unconditional)
-            following = scheduler.step(guided, time, x).prev_sample
-            yield TrajectoryPoint(x, t, conditional, unconditional, following)
-            x = following
+        return scheduler
 
     @torch.no_grad()
     def sample(
@@ -276,18 +306,20 @@ class ModelFamily(ABC):
         skipped: int = 0,
     ) -> Tensor:
         """Return the latents at the end of `trajectory`, [B, *latent], sampled without dropout."""
-        latents = x_T
-        points = self.trajectory(
-            conditioning,
-            x_T,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            skipped=skipped,
-        )
+        scheduler = self._sampler_after(skipped, num_inference_steps, x_T)
         with self.evaluating():
-            for point in points:
-                latents = point.following
-        return latents
+            return self._sampled(conditioning, x_T, guidance_scale, scheduler, scheduler.timesteps[skipped:])
+
+    def _sampled(
+        self, conditioning: Conditioning, x_T: Tensor, guidance_scale: float, scheduler: Any, times: Tensor
+    ) -> Tensor:
+        """Return the latents after some steps of a sampler, [B, *latent]."""
+        conditioning = self.with_guidance(conditioning.to(x_T.device), guidance_scale)
+        x = x_T
+        for time in times:
+            guided = self.predict_guided(x, time.expand(len(x)), conditioning, guidance_scale)
+            x = scheduler.step(guided, time, x).prev_sample
+        return x
 
     @torch.no_grad()
     def sample_until(
@@ -305,14 +337,8 @@ class ModelFamily(ABC):
         Returns:
             x_t after those steps, [B, *latent], and its native time t, [B].
         """
-        scheduler = self.sampler()
-        self.set_timesteps(scheduler, num_inference_steps, x_T)
-        points = self.trajectory(
-            conditioning, x_T, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
-        )
-        x_t = x_T
-        for point in itertools.islice(points, steps):
-            x_t = point.following
+        scheduler = self._sampler_after(0, num_inference_steps, x_T)
+        x_t = self._sampled(conditioning, x_T, guidance_scale, scheduler, scheduler.timesteps[:steps])
         return x_t, scheduler.timesteps[steps].expand(len(x_t))
 
     @abstractmethod

@@ -40,6 +40,7 @@ class Student:
         token_projections: Layers that project token states to keys and values, by name.
         freeze: Function that returns the frozen base model's prediction, to be called before the first step.
         sample_until: `ModelFamily.sample_until` of the network.
+        guided_calls: Network evaluations of a step of it, per sample.
     """
 
     predict: Predict
@@ -48,13 +49,19 @@ class Student:
     token_projections: dict[str, nn.Module]
     freeze: Callable[[], Predict]
     sample_until: Callable[..., tuple[Tensor, Tensor]]
+    guided_calls: int
 
     @classmethod
     def of(cls, family: ModelFamily, parameters: Sequence[nn.Parameter]) -> Self:
         """Build the student of a family's denoiser and its trained parameters."""
-        projections = family.token_projections()
         return cls(
-            family.predict, family.denoiser, parameters, projections, partial(_freeze, family), family.sample_until
+            predict=family.predict,
+            denoiser=family.denoiser,
+            parameters=parameters,
+            token_projections=family.token_projections(),
+            freeze=partial(_freeze, family),
+            sample_until=family.sample_until,
+            guided_calls=family.guided_calls,
         )
 
     @property

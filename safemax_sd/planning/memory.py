@@ -182,7 +182,7 @@ class MemoryPlan:
             count = max(count, PROBE_PICTURES)
         held = [tensor for network in self.family.networks().values() for tensor in tensors_of(network)]
         x_t, t, conditioning = self._inputs(count)
-        sampled = self._without_gradients(lambda: self.family.predict_both(x_t, t, conditioning), held)
+        sampled = self._without_gradients(lambda: self.family.predict_guided(x_t, t, conditioning, 1.0), held)
         return max(sampled, self._without_gradients(lambda: self.family.decode(x_t), held))
 
     def _checkpointing(self, kernels: Kernels) -> None:

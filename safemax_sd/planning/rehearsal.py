@@ -163,7 +163,7 @@ def _rehearse(
     data = recording.before(config.max_train_steps)
     calls["replay"] = recording.model_calls
     probes = config.max_train_steps // config.probe_steps
-    calls["probe"] = 0 if config.stop_at_unlearning_accuracy is None else probes * probe_calls(config)
+    calls["probe"] = 0 if config.stop_at_unlearning_accuracy is None else probes * probe_calls(config, twin)
     banks = {"forget": _size(data.forget_bank), "retain": _size(data.retain_bank)}
     trajectories = max(needs.extra_trajectories, *(samples for samples, _ in banks.values()))
     leaves = (leaf for leaf in tree_leaves(vars(objective)) if isinstance(leaf, Tensor))

@@ -35,9 +35,9 @@ class ProbeOptions(ReplayOptions):
     probe_steps: int = option(50, "Steps between probes.", STEPS)
 
 
-def probe_calls(config: ReplayOptions) -> int:
+def probe_calls(config: ReplayOptions, family: ModelFamily) -> int:
     """Return the network evaluations that one probe takes, counted per sample."""
-    return 2 * PROBE_PICTURES * config.replay_inference_steps
+    return family.guided_calls * PROBE_PICTURES * config.replay_inference_steps
 
 
 @dataclass
@@ -87,7 +87,7 @@ class UnlearningProbe:
             captions=[*judge.captions(concepts, forget.artists + retain.artists), judge.templates["nothing"]],
             threshold=config.stop_at_unlearning_accuracy,
             config=config,
-            model_calls=probe_calls(config),
+            model_calls=probe_calls(config, encoder.family),
         )
 
     @torch.no_grad()

@@ -94,6 +94,40 @@ def test_each_batch_has_noise_levels_of_its_own(family: ModelFamily) -> None:
     assert steps == [steps[0]] * 3
 
 
+@pytest.mark.parametrize(("steps", "distance"), [(20, 49), (2, 50), (200, 4)])
+def test_steps_from_the_highest_noise_level_move_down(family: ModelFamily, steps: int, distance: int) -> None:
+    starts = []
+    for share in (0.0, 0.5, 1.0):
+        scheduler = family.sampler()
+        scheduler.register_to_config(timestep_spacing="trailing")
+        family.set_timesteps(scheduler, steps, torch.zeros(1, *family.latent_shape(None)))
+        gaps = scheduler.timesteps.diff()
+        family.shift_timesteps(scheduler, share)
+        assert torch.equal(scheduler.timesteps.diff(), gaps) and int(scheduler.timesteps[-1]) >= 0
+        starts.append(int(scheduler.timesteps[0]))
+    assert starts == [999, 999 - round(0.5 * distance), 999 - distance]
+
+
+@pytest.mark.parametrize("name", ["tiny_model", "tiny_flux"])
+def test_sampling_ends_where_the_trajectory_does_with_the_calls_that_guidance_needs(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    family = load_family(LoadOptions(str(request.getfixturevalue(name))))
+    rows, noise = conditioning(family), torch.randn(2, *family.latent_shape(None))
+    *_, last = family.trajectory(rows, noise, guidance_scale=3.0, num_inference_steps=STEPS)
+    evaluated = []
+
+    def count(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        evaluated.append(len(next(value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor))))
+
+    hook = family.denoiser.register_forward_pre_hook(count, with_kwargs=True)
+    ends = family.sample(rows, noise, guidance_scale=3.0, num_inference_steps=STEPS)
+    hook.remove()
+    assert sum(evaluated) == 2 * STEPS * family.guided_calls
+    assert family.guided_calls == (2 if family.classifier_free else 1)
+    assert torch.allclose(ends, last.following, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["tiny_sd3", "tiny_flux"])
 def test_flow_matching_starts_at_pure_noise_in_each_batch(name: str, request: pytest.FixtureRequest) -> None:
     recorded = bank(load_family(LoadOptions(str(request.getfixturevalue(name)))), batch_size=2)
