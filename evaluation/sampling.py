@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Sequence
@@ -105,7 +106,10 @@ class StockSampler(Sampler):
         if request.sources is not None:
             pipeline = AutoPipelineForImage2Image.from_pipe(pipeline)
             pipeline.set_progress_bar_config(disable=True)
-            options = {"image": request.sources, "strength": request.strength}
+            # The pipelines of SD and SDXL take the pictures' size; SD3's and FLUX's take the model's own unless told.
+            accepted = inspect.signature(pipeline.__call__).parameters
+            options = {name: side for name, side in request.size.items() if name in accepted}
+            options |= {"image": request.sources, "strength": request.strength}
         if self.negative_prompt is not None:
             options["negative_prompt"] = [self.negative_prompt] * len(request.prompts)
         last: dict[str, Tensor] = {}

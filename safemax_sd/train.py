@@ -63,6 +63,8 @@ NEARLY_DIVERGED = 0.9
 """Ratio from which a run is stopped, if prompts to forget and prompts to keep both reach it."""
 GUARDED_STEPS = (25, 50, 100, 200)
 """Steps after which a run is checked: one that diverges does so in its first 25 steps (docs/learning_rate.md)."""
+VALIDATION_SEED = 950_000
+"""Seed of the first validation picture, apart from those of trajectories and of the probe."""
 LOSS_NOT_FINITE, DIVERGES = "the loss became", "the run diverges"
 """Beginnings of the errors of a learning rate that is too high."""
 
@@ -312,7 +314,8 @@ def sample_validation(run: Run) -> None:
     config, family = run.config, run.family
     count = config.num_validation_images
     rows = torch.arange(len(run.validation)).repeat_interleave(count)
-    noise = start_noise(family.latent_shape(config.resolution), list(range(count)), run.accelerator.device)
+    seeds = list(range(VALIDATION_SEED, VALIDATION_SEED + count))
+    noise = start_noise(family.latent_shape(config.resolution), seeds, run.accelerator.device)
     latents = family.sample(
         run.validation.select(rows),
         noise.repeat(len(run.validation), *[1] * (noise.dim() - 1)),

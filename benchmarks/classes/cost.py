@@ -1,17 +1,18 @@
-"""Seconds and memory of runs that take hours or do not fit, estimated from small parts of them."""
+"""Seconds and memory of runs, estimated from small parts of those that take hours or do not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safemax_sd.core.memory import TensorMemory
 from safemax_sd.core.provenance import Stopwatch
+from safemax_sd.objectives.base import FrozenModel, Objective
 from safemax_sd.objectives.salun import SalunConfig
 from safemax_sd.objectives.selective_amnesia import SelectiveAmnesiaConfig
 from safemax_sd.train import optimizer_step
@@ -23,6 +24,8 @@ from safemax_sd.training.workers import make_accelerator
 TRAJECTORIES, INFERENCE_STEPS, FISHER_TIMESTEPS, STEPS = 8, 2, 256, 3
 MEMORY_FRACTIONS = (0.25, 0.5)
 """Fractions of the batch at which memory is measured."""
+SMALL_BATCH = 64
+"""Number of samples up to which a whole batch is measured: fractions of it would be rounded too coarsely."""
 
 
 def part_of(whole: TrainConfig, batch_fraction: float) -> TrainConfig:
@@ -83,14 +86,17 @@ def _prior_size(config: TrainConfig) -> int:
 
 
 def step_memory(part: Callable[[float], TrainConfig]) -> int:
-    """Estimate the peak bytes of tensors during a training step: weights, priors, gradients, optimizer, activations.
+    """Return the peak bytes of tensors during a training step: weights, priors, gradients, optimizer, activations.
 
-    The published batches need a large GPU. As activations grow in proportion to the batch, two small batches are
-    measured and extrapolated linearly.
+    The published batches need a large GPU. As activations grow in proportion to the batch, two parts of a large batch
+    are measured and extrapolated linearly.
 
     Args:
         part: Function that returns the run with a fraction of its batch; see `part_of`.
     """
+    whole = part(1.0)
+    if whole.train_batch_size + whole.retain_samples <= SMALL_BATCH:
+        return _measured_memory(whole)
     low, high = MEMORY_FRACTIONS
     small, large = (_measured_memory(part(fraction)) for fraction in MEMORY_FRACTIONS)
     return round(small + (large - small) * (1 - low) / (high - low))
@@ -100,10 +106,21 @@ def _measured_memory(config: TrainConfig) -> int:
     """Measure the peak bytes of tensors during the first two steps of a run."""
     run = build_run(config, make_accelerator(config), *read_input(config), Stopwatch())
     with TensorMemory() as memory:
-        held = [*run.family.denoiser.parameters(), *run.family.denoiser.buffers()]
-        for tensor in [*held, *torch.utils._pytree.tree_leaves(vars(run.objective))]:
-            if isinstance(tensor, Tensor):
-                memory.count(tensor)
+        for tensor in [*_tensors_of(run.family.denoiser), *_priors(run.objective)]:
+            memory.count(tensor)
         for _ in range(2):
             optimizer_step(run)
     return memory.peak
+
+
+def _tensors_of(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+def _priors(objective: Objective) -> Iterator[Tensor]:
+    """Yield the tensors that an objective keeps besides its data, a frozen copy of the network among them."""
+    for leaf in torch.utils._pytree.tree_leaves(vars(objective)):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, FrozenModel) and leaf.copy is not None:
+            yield from _tensors_of(leaf.copy)

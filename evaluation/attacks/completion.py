@@ -14,6 +14,7 @@ import torch
 from safemax_sd.evaluation.attacks.base import Access, Attack, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -43,25 +44,33 @@ class Completion(Attack):
     def refusal(cls, target: Target) -> str | None:
         if target.role == "untaught":
             return "there is no model that knows the concept, to take the first steps"
+        if target.sampling.num_inference_steps < 2:
+            return "a single sampling step cannot be shared"
         return None
 
     def calls(self, task: Task, sampling: Sampling) -> int:
         return len(self.settings.shares) * sampling.calls(len(task))
 
     def run(self, target: Target, task: Task) -> Generator[Try]:
-        known, asked = target.base.encode_prompts(task.texts), target.encode(task.texts)
-        steps = target.sampling.num_inference_steps
-        for share in self.settings.shares:
-            taken = min(max(1, round(share * steps)), steps - 1)
-            begun = [
-                target.base.sample_until(
-                    known.select(rows),
-                    task.noise[rows].to(target.device),
-                    guidance_scale=target.sampling.guidance_scale,
-                    num_inference_steps=steps,
-                    steps=taken,
-                )[0]
-                for rows in torch.arange(len(task)).split(target.sampling.batch_size)
-            ]
-            latents = target.draw(asked, torch.cat(begun), skipped=taken)
-            yield Try(f"{taken} of {steps} steps", target.pictures(latents))
+        steps, pictures = target.sampling.num_inference_steps, None
+        counts = [min(max(1, round(share * steps)), steps - 1) for share in self.settings.shares]
+        for taken in dict.fromkeys(counts):
+            if pictures is None or target.family is not target.base:  # the base model completes its own pictures
+                pictures = self.completed(target, task, taken)
+            yield Try(f"{taken} of {steps} steps", pictures)
+
+    @staticmethod
+    def completed(target: Target, task: Task, taken: int) -> Tensor:
+        """Draw the task's pictures, [N, 3, H, W] in 0 to 1, of which the base model has taken the first steps."""
+        known, base = target.base.encode_prompts(task.texts), target.base
+        begun = [
+            base.sample_until(
+                known.select(rows),
+                task.noise[rows].to(target.device),
+                guidance_scale=target.guidance_scale,
+                num_inference_steps=target.sampling.num_inference_steps,
+                steps=taken,
+            )[0]
+            for rows in torch.arange(len(task)).split(target.sampling.batch_size)
+        ]
+        return target.pictures(target.draw(target.encode(task.texts), torch.cat(begun), skipped=taken))

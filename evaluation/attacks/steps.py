@@ -79,7 +79,7 @@ def sampler_steps(target: Target) -> list[Step]:
 @torch.no_grad()
 def guided(target: Target, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
     """Return the native prediction with guidance, [B, *latent]; the conditioning is one of `with_guidance`."""
-    return target.family.predict_guided(x_t, t.expand(len(x_t)), conditioning, target.sampling.guidance_scale)
+    return target.family.predict_guided(x_t, t.expand(len(x_t)), conditioning, target.guidance_scale)
 
 
 def walk(target: Target, conditioning: Conditioning, noise: Tensor, follow: Follow) -> Tensor:
@@ -95,7 +95,7 @@ def walk(target: Target, conditioning: Conditioning, noise: Tensor, follow: Foll
         Latents, float32 [N, *latent] on the processor.
     """
     steps, drawn = sampler_steps(target), []
-    conditioning = target.family.with_guidance(conditioning, target.sampling.guidance_scale)
+    conditioning = target.family.with_guidance(conditioning, target.guidance_scale)
     for rows in torch.arange(len(noise)).split(target.sampling.batch_size):
         x_t, asked = noise[rows].to(target.device), conditioning.select(rows).to(target.device)
         for step in steps:

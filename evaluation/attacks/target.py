@@ -65,12 +65,14 @@ class Target:
         sampling: Settings of the pictures.
 
     Attributes:
+        guidance_scale: Scale at which the stock pipeline samples with these settings.
         model_calls: Network evaluations so far, counted per sample; backward passes are not counted.
         on_calls: Function called with the number of samples of each evaluation, for progress.
     """
 
     def __init__(self, role: Role, family: LatentFamily, base: LatentFamily, sampling: Sampling) -> None:
         self.role, self.family, self.base, self.sampling = role, family, base, sampling
+        self.guidance_scale = family.stock_guidance(sampling.guidance_scale)
         self.model_calls = 0
         self.on_calls: Callable[[int], object] | None = None
         self._hooks = [
@@ -171,7 +173,7 @@ def draw(
         latents = family.sample(
             conditioning.select(rows),
             noise[rows].to(family.device),
-            guidance_scale=sampling.guidance_scale,
+            guidance_scale=family.stock_guidance(sampling.guidance_scale),
             num_inference_steps=sampling.num_inference_steps,
             skipped=skipped,
         )

@@ -206,7 +206,7 @@ class ModelFamily(ABC):
         self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float | Tensor
     ) -> Tensor:
         """Return the prediction that a sampler follows; the conditioning is one of `with_guidance`."""
-        if not self.classifier_free:
+        if self.calls_a_step(guidance_scale) == 1:
             return self.predict(x_t, t, conditioning.to(x_t.device))
         return self._mixed(*self.predict_both(x_t, t, conditioning), guidance_scale)
 
@@ -216,10 +216,10 @@ class ModelFamily(ABC):
             return conditional
         return unconditional + guidance_scale * (conditional - unconditional)
 
-    @property
-    def guided_calls(self) -> int:
-        """Network evaluations of a sampling step with guidance, per sample."""
-        return 2 if self.classifier_free else 1
+    def calls_a_step(self, guidance_scale: float | Tensor) -> int:
+        """Return the network evaluations of a sampling step, per sample: one where guidance mixes nothing."""
+        mixes = self.classifier_free and (isinstance(guidance_scale, Tensor) or guidance_scale != 1)
+        return 2 if mixes else 1
 
     def _empty_for(self, conditioning: Conditioning) -> Conditioning:
         """Return the empty prompt's conditioning with as many rows as `conditioning`."""

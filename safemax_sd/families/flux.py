@@ -47,6 +47,10 @@ class Flux(TransformerFamily):
         encoded = Conditioning({TOKEN_STATES: states.float(), POOLED: pooled.float()})
         return self.with_guidance(encoded, DEFAULT_GUIDANCE)
 
+    def stock_guidance(self, guidance_scale: float) -> float:
+        """Return the scale of guidance at which `FluxPipeline` samples: it guides no model without the input."""
+        return 1.0 if self.classifier_free else guidance_scale
+
     def with_guidance(self, conditioning: Conditioning, guidance_scale: float | Tensor) -> Conditioning:
         if self.classifier_free:
             return conditioning

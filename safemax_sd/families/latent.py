@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -66,8 +67,6 @@ class LatentFamily(ModelFamily):
             part.requires_grad_(False).eval()
             if not (options.sharded and name == self.denoiser_part):
                 part.to(options.device)
-        if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
-            pipeline.vae.float()  # activations of such an autoencoder overflow in half precision: black pictures
         self.denoiser: nn.Module = getattr(pipeline, self.denoiser_part)
         self.empty = self._encode_empty()  # sampling needs it after the text encoders are freed
 
@@ -135,6 +134,10 @@ class LatentFamily(ModelFamily):
         Raises:
             OptionError: The scheduler is for another process.
         """
+
+    def stock_guidance(self, guidance_scale: float) -> float:
+        """Return the scale of guidance at which the stock pipeline samples; up to 1 it follows the prompt alone."""
+        return max(guidance_scale, 1.0) if self.classifier_free else guidance_scale
 
     def _noise_process(self) -> DiffusionProcess:
         return from_scheduler(self.sampler())
@@ -204,33 +207,45 @@ class LatentFamily(ModelFamily):
     def picture_size(self, resolution: int | None) -> int:
         return resolution or self._own_side * int(self.pipeline.vae_scale_factor)
 
-    @property
-    def _autoencoder(self) -> Any:
-        if self.pipeline.vae is None:
+    @contextmanager
+    def _autoencoder(self) -> Iterator[Any]:
+        """Yield the autoencoder, in float32 if its activations overflow in half precision: black pictures.
+
+        Afterwards it has its own type again, which the stock pipeline expects.
+        """
+        vae = self.pipeline.vae
+        if vae is None:
             raise SafemaxError("the autoencoder was freed: keep the decoder to see pictures while training")
-        return self.pipeline.vae
+        overflows = vae.dtype == torch.float16 and vae.config.force_upcast
+        if overflows:
+            vae.float()
+        try:
+            yield vae
+        finally:
+            if overflows:
+                vae.half()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self._autoencoder
         parts = []
-        for part in latents.split(PICTURES_AT_ONCE):
-            scaled = self._raw_latents(part)
-            pictures = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
-            parts.append((pictures.float() / 2 + 0.5).clamp(0, 1))
+        with self._autoencoder() as vae:
+            for part in latents.split(PICTURES_AT_ONCE):
+                scaled = self._raw_latents(part)
+                pictures = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+                parts.append((pictures.float() / 2 + 0.5).clamp(0, 1))
         return torch.cat(parts)
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        vae = self._autoencoder
         parts = []
-        for part in pictures.split(PICTURES_AT_ONCE):
-            encoded = vae.encode((2 * part - 1).to(self.device, vae.dtype))
-            # Of an autoencoder's distribution, take the mode: the most likely latent.
-            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-            latents = latents.float()  # in half precision the factor would be rounded
-            mean, scale = self._latent_statistics(latents)
-            parts.append((latents - mean) * scale)
+        with self._autoencoder() as vae:
+            for part in pictures.split(PICTURES_AT_ONCE):
+                encoded = vae.encode((2 * part - 1).to(self.device, vae.dtype))
+                # Of an autoencoder's distribution, take the mode: the most likely latent.
+                latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+                latents = latents.float()  # in half precision the factor would be rounded
+                mean, scale = self._latent_statistics(latents)
+                parts.append((latents - mean) * scale)
         return torch.cat(parts)
 
     def _raw_latents(self, latents: Tensor) -> Tensor:

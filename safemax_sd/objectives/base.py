@@ -40,7 +40,7 @@ class Student:
         token_projections: Layers that project token states to keys and values, by name.
         freeze: Function that returns the frozen base model's prediction, to be called before the first step.
         sample_until: `ModelFamily.sample_until` of the network.
-        guided_calls: Network evaluations of a step of it, per sample.
+        calls_a_step: `ModelFamily.calls_a_step` of the network.
     """
 
     predict: Predict
@@ -49,7 +49,7 @@ class Student:
     token_projections: dict[str, nn.Module]
     freeze: Callable[[], Predict]
     sample_until: Callable[..., tuple[Tensor, Tensor]]
-    guided_calls: int
+    calls_a_step: Callable[[float], int]
 
     @classmethod
     def of(cls, family: ModelFamily, parameters: Sequence[nn.Parameter]) -> Self:
@@ -59,9 +59,9 @@ class Student:
             denoiser=family.denoiser,
             parameters=parameters,
             token_projections=family.token_projections(),
-            freeze=partial(_freeze, family),
+            freeze=partial(FrozenModel.of, family),
             sample_until=family.sample_until,
-            guided_calls=family.guided_calls,
+            calls_a_step=family.calls_a_step,
         )
 
     @property
@@ -98,15 +98,29 @@ class Student:
         return x_t, t
 
 
-def _freeze(family: ModelFamily) -> Predict:
-    """Return the base model's prediction: with the LoRA switched off, or by a copy if the base weights train."""
-    network = None if tuner_layers(family.denoiser) else copy.deepcopy(family.denoiser).requires_grad_(False).eval()
+@dataclass(frozen=True)
+class FrozenModel:
+    """The prediction of the base model.
 
-    def predict(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        with torch.no_grad(), family.base_only():
-            return family.predict(x_t, t, conditioning, network)
+    Attributes:
+        family: Model under training.
+        copy: Copy of the network if the base weights train; None where the LoRA is switched off instead.
+    """
 
-    return predict
+    family: ModelFamily
+    copy: nn.Module | None
+
+    @classmethod
+    def of(cls, family: ModelFamily) -> Self:
+        """Freeze a model that has not been trained yet."""
+        if tuner_layers(family.denoiser):
+            return cls(family, None)
+        return cls(family, copy.deepcopy(family.denoiser).requires_grad_(False).eval())
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the native prediction without gradients, [B, *latent]."""
+        with torch.no_grad(), self.family.base_only():
+            return self.family.predict(x_t, t, conditioning, self.copy)
 
 
 @dataclass(frozen=True)

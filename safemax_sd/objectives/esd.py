@@ -128,7 +128,7 @@ class Esd(Objective):
         empty = self.data.empty.repeat(len(t)).to(x_t.device)
         both = Conditioning.cat([draw.conditioning, empty])
         conditional, free = self.frozen(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        calls = int((self.student.guided_calls * draw.steps + 2).sum())
+        calls = int((self.student.calls_a_step(self.config.start_guidance) * draw.steps + 2).sum())
         return _all_forget(x_t, t, draw.conditioning, self._target(conditional, free), calls)
 
     def _target(self, conditional: Tensor, free: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ class Spm(Objective):
             conditioning=draw.conditioning,
             target=self._targets(x_t, t, draw.conditioning, count),
             is_forget=torch.arange(len(t), device=t.device) < count,
-            reach_calls=len(t) + count + self.student.guided_calls * int(draw.steps.sum()),
+            reach_calls=len(t) + count + self.student.calls_a_step(self.config.start_guidance) * int(draw.steps.sum()),
         )
 
     def _targets(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, count: int) -> Tensor:

@@ -37,8 +37,11 @@ from safemax_sd.recording.replay import (
     spread,
 )
 
-SEEDS, RETAIN_SEED, EXTRA_SEED = 1_000_003, 500_000, 750_000
-"""Offsets that keep the seeds of runs, retain and extra start noise disjoint."""
+SEEDS, RETAIN_SEED, EXTRA_SEED = 10_000_000, 500_000, 750_000
+"""Offsets that keep the seeds of runs, retain and extra start noise disjoint.
+
+An evaluation's runs are as far apart, and their seeds begin a million later (`evaluation/prompt_settings.py`).
+"""
 TRAJECTORIES = Range("must be in 1 to 1,000,000", lambda value: 1 <= value <= 1_000_000)
 
 

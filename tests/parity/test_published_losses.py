@@ -62,7 +62,7 @@ class Scale(nn.Module):
 
 
 def student(network: Scale) -> Student:
-    return Student(network, network, list(network.parameters()), {}, lambda: network, no_sampler, 2)
+    return Student(network, network, list(network.parameters()), {}, lambda: network, no_sampler, lambda _: 2)
 
 
 def no_sampler(*_: object, **__: object) -> tuple[Tensor, Tensor]:
@@ -204,7 +204,7 @@ def test_esd_by_hand() -> None:
         return x_T, torch.zeros(1)
 
     built = Esd(EsdConfig(negative_guidance=0.5, esd_inference_steps=7, esd_weights="all"), data())
-    built.prepare(Student(network, network, list(network.parameters()), {}, lambda: base, sample_until, 2))
+    built.prepare(Student(network, network, list(network.parameters()), {}, lambda: base, sample_until, lambda _: 2))
     draw = built.draw(Positions(0, 0, range(3), range(0)))
     assert isinstance(draw, EsdDraw)
     batch = tiny.reached(built, network, draw)

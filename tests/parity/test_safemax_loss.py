@@ -282,9 +282,8 @@ def test_prompts_to_keep_stay_on_noise_where_the_empty_prompt_halts(
     def plus_prompt(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         return x + conditioning.tensors["states"].view(-1, 1, 1, 1)
 
-    assert (
-        built.prepare(Student(zero, network, list(network.parameters()), {}, lambda: plus_prompt, no_sampler, 2)) == 0
-    )
+    weights = list(network.parameters())
+    assert built.prepare(Student(zero, network, weights, {}, lambda: plus_prompt, no_sampler, lambda _: 2)) == 0
     draw = drawn(built, 1, 400)
     count = len(draw.on_noise.t)
     assert 0.7 * expected < count / 400 < 1.3 * expected and len(draw.kept.t) == 400 - count

@@ -36,7 +36,7 @@ def prepared(config: SpmConfig, erasure: ErasureData, network: Scale) -> Spm:
     """Prepare the method with a frozen model that predicts the state itself."""
     base, built = Scale(), Spm(config, erasure)
     base.w.data.fill_(1.0)
-    built.prepare(Student(network, network, list(network.parameters()), {}, lambda: base, advance, 2))
+    built.prepare(Student(network, network, list(network.parameters()), {}, lambda: base, advance, lambda _: 2))
     return built
 
 

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 
 from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
 from safemax_sd.core import provenance
+from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import TrainConfig
 from tests import tiny
@@ -63,6 +64,27 @@ def test_real_pictures_are_not_replayed_and_the_forgotten_ones_make_the_prior(
 def test_memory_grows_with_the_batch(tiny_ddpm: Path, tmp_path: Path) -> None:
     run = whole(tiny_ddpm, tmp_path, "safemax")
     assert step_memory(lambda share: part_of(run, 2 * share)) > 1.5 * step_memory(lambda share: part_of(run, share))
+
+
+def test_a_frozen_copy_of_the_network_counts(tiny_ddpm: Path, tmp_path: Path) -> None:
+    run = replace(whole(tiny_ddpm, tmp_path, "safemax"), trainable="full", retain_noise=0.0)
+    weights = sum(each.numel() for each in load_family(LoadOptions(str(tiny_ddpm))).denoiser.parameters())
+    without, with_copy = (step_memory(partial(part_of, replace(run, retain_noise=noise))) for noise in (0.0, 1e-9))
+    assert with_copy - without == 4 * weights
+
+
+def test_a_small_batch_is_measured_as_a_whole(tiny_ddpm: Path, tmp_path: Path) -> None:
+    run, measured = replace(whole(tiny_ddpm, tmp_path, "safemax"), train_batch_size=3, retain_batch_size=4), []
+
+    def part(fraction: float) -> TrainConfig:
+        measured.append(fraction)
+        return part_of(run, fraction)
+
+    step_memory(part)
+    assert measured == [1.0]
+    run.retain_batch_size = 80
+    step_memory(part)
+    assert measured[1:] == [1.0, 0.25, 0.5]
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

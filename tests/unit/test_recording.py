@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safemax_sd.evaluation.prompt_settings import RUN_SEEDS, SUBSET_SEEDS
+from safemax_sd.evaluation.resistance.run import EXAMPLE_SEED, FIRST_SEED, KEPT_SEED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safemax_sd.erasing.edits import EditConfig
@@ -14,10 +17,11 @@ from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_fa
 from safemax_sd.prompts import load_prompts
 from safemax_sd.recording.data import ErasureData
 from safemax_sd.recording.likeness import blocks, likeness, nearest
-from safemax_sd.recording.recording import Recording, with_nearest
+from safemax_sd.recording.recording import EXTRA_SEED, RETAIN_SEED, SEEDS, Recording, with_nearest
 from safemax_sd.recording.replay import spread
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
+from safemax_sd.training.probe import PROBE_SEED
 from tests import tiny
 
 CLASSES = Conditioning({"class_labels": torch.arange(4)})
@@ -194,3 +198,13 @@ def test_trajectories_are_recorded_in_the_precision_of_the_steps(
     train(parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *flags)))
     assert len(seen) > 2  # for pruning, before the first step, and during the training
     assert set(seen) == {precision == "bf16"}
+
+
+def test_what_is_trained_on_starts_from_other_noise_than_what_is_measured() -> None:
+    """For seeds 0 to 20 alike, with up to 100,000 trajectories or pictures of a kind."""
+    count = 100_000
+    trained = [SEEDS * seed + first for seed in range(21) for first in (0, RETAIN_SEED, EXTRA_SEED)]
+    firsts = (*SUBSET_SEEDS.values(), FIRST_SEED, EXAMPLE_SEED, KEPT_SEED)
+    measured = [RUN_SEEDS * seed + first for seed in range(21) for first in firsts]
+    starts = sorted([*trained, *measured, PROBE_SEED])
+    assert min(after - before for before, after in itertools.pairwise(starts)) >= count
