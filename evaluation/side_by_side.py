@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safemax_sd.evaluation.options import GUIDANCE, SAMPLING_STEPS
+from safemax_sd.evaluation.baselines.negative_prompt import NegativePrompt
+from safemax_sd.evaluation.options import BATCH, GUIDANCE, SAMPLING_STEPS
 from safemax_sd.evaluation.real import embedded_pairs
 from safemax_sd.evaluation.sampling import Request, StockSampler, samplers_of
 from safemax_sd.evaluation.subjects import Adapter, dtype_on, erased_denoiser, put_lora
@@ -45,6 +46,7 @@ class Drawing(Options):
     sampler: str | None = option(None, "Sampler; the model's first if not given.")
     negative_prompt: str = option("", "Prompt to guide away from.")
     seed: int = option(0, "Seed of the first prompt's start noise.", SEED)
+    batch_size: int = option(4, "Pictures generated together.", BATCH)
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,11 @@ class SideBySide:
     Attributes:
         columns: Names of what is drawn side by side: the base model, each erasure and, of several LoRAs, all together.
         samplers: Samplers of the model by name, the default first.
+        resolution: Side of the pictures in pixels; None for the model's own.
 
     Raises:
-        OptionError: A folder is not that of a finished run, the base models differ, or a model cannot be loaded.
+        OptionError: A folder is not that of a finished run, the base models or resolutions differ, or a model cannot be
+            loaded.
     """
 
     def __init__(self, folders: Sequence[Path], device: torch.device) -> None:
@@ -88,13 +92,15 @@ class SideBySide:
         assert isinstance(family, LatentFamily)
         self.family, self.pipeline = family, family.pipeline
         self.samplers = samplers_of(self.pipeline.components)
+        self.resolution = self._resolution()
         self._base: Any = getattr(self.pipeline, family.denoiser_part)
         # Before any LoRA changes the names of layers:
         layers = [None if one.record.lora is None else lora_layers(family, one.record.lora) for one in self.adapters]
         self._loras: list[str] = []
-        self._switches: dict[str, Callable[[float], object]] = {BASE: self._to_base}
         names = distinct([folder.name or str(folder) for folder in folders])
-        for name, adapter, own in zip(names, self.adapters, layers, strict=True):
+        self._switches: dict[str, Callable[[float], object]] = dict.fromkeys([BASE, *names], self._to_base)
+        parts = list(zip(names, self.adapters, layers, strict=True))
+        for name, adapter, own in sorted(parts, key=lambda part: part[2] is not None):  # full weights before any LoRA
             with quiet(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", SEVERAL)
                 self._add(name, adapter, own)
@@ -109,6 +115,21 @@ class SideBySide:
             if pair[0] != pair[1]:
                 text = f"is of base model {pair[1].name_or_path}, {first.folder} of {pair[0].name_or_path}"
                 raise OptionError("--adapter", other.folder, text)
+
+    def _resolution(self) -> int | None:
+        """Return the side of the pictures in pixels, None for the model's own.
+
+        Raises:
+            OptionError: The adapters draw at different resolutions, for which no start noise is the same.
+        """
+        first, *others = self.adapters
+        side = self.family.picture_size(first.record.resolution)
+        for other in others:
+            own = self.family.picture_size(other.record.resolution)
+            if own != side:
+                text = f"draws at {own} pixels, {first.folder} at {side}: compare adapters of one resolution"
+                raise OptionError("--adapter", other.folder, text)
+        return first.record.resolution
 
     def _add(self, name: str, adapter: Adapter, layers: set[str] | None) -> None:
         try:
@@ -135,8 +156,6 @@ class SideBySide:
         self.pipeline.set_adapters(names, [strength] * len(names))
 
     def _to_denoiser(self, denoiser: Any, strength: float) -> None:
-        if strength != 1:
-            raise OptionError("--strength", strength, "goes with a LoRA, and one of the adapters holds all weights")
         setattr(self.pipeline, self.family.denoiser_part, denoiser)
 
     def draw(self, prompts: Sequence[str], drawing: Drawing) -> Iterator[tuple[str, Tensor]]:
@@ -157,31 +176,60 @@ class SideBySide:
         """
         if not prompts:
             raise OptionError("prompt", "(not given)", "is required: one or more, one a line")
-        drawing.validate()
-        sampler = drawing.sampler or next(iter(self.samplers))
-        if sampler not in self.samplers:
-            allowed = f"must be one of {', '.join(self.samplers)}{closest(sampler, self.samplers)}"
-            raise OptionError("--sampler", sampler, allowed)
-        resolution = self.adapters[0].record.resolution
+        self._check(drawing)
+        sampler = self._sampler(drawing)
+        starts = range(0, len(prompts), drawing.batch_size)
         for column, switch in self._switches.items():
-            request = Request(
-                prompts=list(prompts),
-                seeds=[drawing.seed + number for number in range(len(prompts))],
-                scheduler=as_scheduler(self.samplers[sampler], self.family.scheduler_settings),
-                guidance_scale=drawing.guidance_scale,
-                num_inference_steps=drawing.num_inference_steps,
-                size={} if resolution is None else {"height": resolution, "width": resolution},
-            )
             stock = StockSampler(
                 self.pipeline,
                 switch=partial(switch, drawing.strength),
                 negative_prompt=drawing.negative_prompt or None,
             )
             with without_cut_text():
-                pictures = stock.draw(request).pictures
+                drawn = [stock.draw(self._request(prompts, drawing, start)).pictures for start in starts]
+            pictures = torch.cat(drawn)
             if not pictures.isfinite().all():
                 raise SafemaxError(f"pictures of {column} ({sampler}) are not finite")
             yield column, pictures
+
+    def _request(self, prompts: Sequence[str], drawing: Drawing, start: int) -> Request:
+        """Return the batch that begins with the prompt of an index."""
+        batch = list(prompts[start : start + drawing.batch_size])
+        return Request(
+            prompts=batch,
+            seeds=[drawing.seed + start + number for number in range(len(batch))],
+            scheduler=as_scheduler(self.samplers[self._sampler(drawing)], self.family.scheduler_settings),
+            guidance_scale=drawing.guidance_scale,
+            num_inference_steps=drawing.num_inference_steps,
+            size={} if self.resolution is None else {"height": self.resolution, "width": self.resolution},
+        )
+
+    def _sampler(self, drawing: Drawing) -> str:
+        return drawing.sampler or next(iter(self.samplers))
+
+    def _check(self, drawing: Drawing) -> None:
+        """Check settings before anything is drawn.
+
+        Raises:
+            OptionError: A setting cannot be used, or has no effect.
+        """
+        drawing.validate()
+        sampler = self._sampler(drawing)
+        if sampler not in self.samplers:
+            allowed = f"must be one of {', '.join(self.samplers)}{closest(sampler, self.samplers)}"
+            raise OptionError("--sampler", sampler, allowed)
+        full = next((one.folder for one in self.adapters if one.record.full), None)
+        if full is not None and drawing.strength != 1:
+            raise OptionError("--strength", drawing.strength, f"goes with a LoRA, and {full} holds all weights: use 1")
+        if drawing.negative_prompt:
+            self._check_negative_prompt(drawing)
+
+    def _check_negative_prompt(self, drawing: Drawing) -> None:
+        refusal = NegativePrompt.refusal(type(self.pipeline))
+        if refusal is None and drawing.guidance_scale <= 1:
+            refusal = f"needs a guidance scale above 1, not {drawing.guidance_scale:g}"
+        if refusal is not None:
+            raise OptionError("--negative_prompt", drawing.negative_prompt, f"{refusal}: leave it out")
 
     @property
     def concepts(self) -> list[str]:

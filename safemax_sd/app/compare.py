@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import html
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from safemax_sd.app.parts import lines_of, one_line, run_choices
-from safemax_sd.core.errors import OptionError
+from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.judge import Judge, load_judge
 from safemax_sd.evaluation.options import SAMPLER_NAMES
 from safemax_sd.evaluation.side_by_side import Drawing, SideBySide, Verdict, verdicts
@@ -45,6 +46,12 @@ class Memory:
     models: SideBySide | None = None
     judges: dict[tuple[str, str], Judge] = field(default_factory=dict)
 
+    def clear(self) -> None:
+        """Drop the models, but not the judges, and give their memory on the card back."""
+        self.key, self.models = None, None
+        gc.collect()  # they refer to one another
+        torch.cuda.empty_cache()
+
     def load(self, folders: Sequence[str]) -> SideBySide:
         """Return the models of runs; those of the previous call are not loaded again.
 
@@ -54,7 +61,7 @@ class Memory:
         records = [Path(folder) / RECORD for folder in folders]
         key = [(str(path), path.stat().st_mtime_ns if path.is_file() else 0) for path in records]
         if self.models is None or key != self.key:
-            self.models, self.key = None, None  # frees the memory first
+            self.clear()
             self.models = SideBySide([Path(folder) for folder in folders], torch.device(process_state().device))
             self.key = key
         return self.models
@@ -106,8 +113,21 @@ def compared(memory: Memory, asked: Asked) -> Iterator[str]:
 
     Raises:
         OptionError: A field cannot be used.
-        SafemaxError: A picture or a judge's answer is not finite.
+        SafemaxError: A picture or a judge's answer is not finite, or the card's memory is full; the models are dropped.
     """
+    try:
+        yield from _compared(memory, asked)
+        return
+    except torch.OutOfMemoryError:
+        pass
+    memory.judges.clear()
+    memory.clear()  # not in the block above, where the error's traceback still holds the models
+    raise SafemaxError(
+        "the card's memory is full: choose fewer adapters, or stop the run that is under way, and draw again"
+    )
+
+
+def _compared(memory: Memory, asked: Asked) -> Iterator[str]:
     prompts = lines_of(asked.prompts)
     if not prompts:
         raise OptionError("Prompts", "(not given)", "are required: one or more, one a line")

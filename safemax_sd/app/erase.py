@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +17,7 @@ from safemax_sd.app.progress import previews
 from safemax_sd.app.queue import Queue
 from safemax_sd.assets import resolve_anchor
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.provenance import SECRET_FLAGS
 from safemax_sd.erasing.command_line import parse_edit
 from safemax_sd.evaluation.options import EvaluateOptions
 from safemax_sd.families.loading import find_family
@@ -33,6 +35,21 @@ MODEL = "pretrained_model_name_or_path"
 LONGEST_NAME = 40
 NOTHING = "Nothing is in the queue yet: name a word and start."
 PARTS = ("forget", "retain")
+LABELS = {
+    "model": "Model",
+    "preset": "Preset",
+    "steps": "Steps",
+    "also": "Draw these as well",
+    "every": "Steps between pictures, and between checkpoints",
+    "kind": "Kind of the words",
+    "seed": "Seed",
+    "kohya": "Write the adapter for A1111, Forge and ComfyUI as well",
+}
+"""Labels of the fields that are not of use in every run."""
+INITIAL = {"model": "emoji", "also": "a dog", "every": 50, "seed": 0}
+"""Values of such fields that the page begins with."""
+OF_TRAINING = ("preset", "steps", "also", "every", "kohya")
+OF_WORDS = ("kind",)
 
 
 @dataclass(frozen=True)
@@ -65,24 +82,45 @@ class Form:
         """Words of the field for further flags.
 
         Raises:
-            OptionError: A quote is not closed.
+            OptionError: A quote is not closed, or a flag's value is secret, which the queue would store.
         """
         try:
-            return shlex.split(self.more or "")
+            words = shlex.split(self.more or "")
         except ValueError as error:
             raise OptionError("More flags", self.more, f"cannot be read: {error}") from error
+        for name in (word.partition("=")[0] for word in words):
+            if name in SECRET_FLAGS:
+                raise OptionError("More flags", name, "would be stored with the queue: run `hf auth login` instead")
+        return words
 
     def check(self) -> None:
-        """Check that the fields name what is to be forgotten, by words or by files.
+        """Check that the fields name what is to be forgotten, by words or by files, and that each one set is of use.
 
         Raises:
-            OptionError: Neither words nor two prompt files are given, or both.
+            OptionError: Neither words nor two prompt files are given, or both; or a field is set in vain.
         """
         files = (self.forget_prompts, self.retain_prompts)
         if self.named and any(files):
             raise OptionError("Words", ", ".join(self.named), "do not go with prompt files: clear one of them")
         if not self.named and not all(files):
             raise OptionError("Words", "(not given)", "are required: name what is to be forgotten, or two prompt files")
+        if self.anchor:
+            self.refuse(OF_TRAINING, "goes with a training, not with a halting anchor: clear it or the anchor")
+        if not self.named:
+            self.refuse(OF_WORDS, "goes with words, not with prompt files: clear it")
+        if self.anchor and not self.named:
+            self.refuse(("seed",), "has no effect on an anchor with prompt files: set it to 0")
+
+    def refuse(self, fields: Sequence[str], text: str) -> None:
+        """Refuse the first of some fields that has another value than the page begins with and is not empty.
+
+        Raises:
+            OptionError: Such a field is set.
+        """
+        for name in fields:
+            value = getattr(self, name)
+            if value not in (None, "", False, INITIAL.get(name)):
+                raise OptionError(LABELS[name], "ticked" if value is True else value, text)
 
     @property
     def title(self) -> str:
@@ -148,14 +186,17 @@ def trained(form: Form, run: Path) -> Request:
 def anchored(form: Form, run: Path) -> Request:
     """Return the commands that erase with a halting anchor, after writing a suite if words are given."""
     erase = ["--anchor", form.anchor, "--output_dir", str(run)]
+    model = ErasureRecord.read(resolve_anchor(form.anchor), "--anchor").base_model.name_or_path
+    if form.model != model:
+        form.refuse(("model",), f"is not the anchor's, {model}: name that one or clear the anchor")
     if not form.named:
         erase += [*flag("forget_prompts", form.forget_prompts), *flag("retain_prompts", form.retain_prompts)]
         erase += form.further
         parse_edit(erase).check()
         return Request([["erase", *erase]], 0)
-    model = ErasureRecord.read(resolve_anchor(form.anchor), "--anchor").base_model.name_or_path
     folder = suite_of(form, run)
-    suite = [*form.named, *flag("output_dir", folder), *flag(MODEL, model), *flag("kind", form.kind), *form.further]
+    suite = [*form.named, *flag("output_dir", folder), *flag(MODEL, model), *flag("kind", form.kind)]
+    suite += [*flag("seed", form.seed), *form.further]
     words, options = parse_words(suite)
     write_suite(words, options, options.load_options(), options.seed, ranked=False)
     erase += [word for part in PARTS for word in flag(f"{part}_prompts", f"{folder}/{part}.csv")]
@@ -219,31 +260,35 @@ def build_erase(queue: Queue) -> None:
 def build_form() -> list[Any]:
     """Add the fields of `Form` to the page, and return them in its order."""
     words = gr.Textbox("", label="Words to forget", info="Several are separated by commas", placeholder="bomb")
-    model = gr.Textbox("emoji", label="Model", info="Embedded (emoji), a folder, a hub id or a .safetensors file")
+    model = gr.Textbox(
+        INITIAL["model"], label=LABELS["model"], info="Embedded (emoji), a folder, a hub id or a .safetensors file"
+    )
     with gr.Accordion("Prompt files instead of words", open=False):
         forget = gr.Textbox("", label="Prompts to forget", placeholder="prompts/emoji/bomb/forget.csv")
         retain = gr.Textbox("", label="Prompts to retain", placeholder="prompts/emoji/bomb/retain.csv")
     with gr.Row():
-        preset = gr.Dropdown([("none", ""), *((name, name) for name in preset_names())], value="", label="Preset")
-        steps = gr.Textbox("", label="Steps", placeholder="default")
+        preset = gr.Dropdown(
+            [("none", ""), *((name, name) for name in preset_names())], value="", label=LABELS["preset"]
+        )
+        steps = gr.Textbox("", label=LABELS["steps"], placeholder="default")
     with gr.Row():
         measure = gr.Checkbox(True, label="Measure afterwards")
         images = gr.Number(64, label="Pictures to measure", precision=0, minimum=1)
     with gr.Accordion("More settings", open=False):
         also = gr.Textbox(
-            "a dog", label="Draw these as well", info="Beside the forbidden, as steps go; one a line", lines=2
+            INITIAL["also"], label=LABELS["also"], info="Beside the forbidden, as steps go; one a line", lines=2
         )
-        every = gr.Number(50, label="Steps between pictures, and between checkpoints", precision=0, minimum=1)
+        every = gr.Number(INITIAL["every"], label=LABELS["every"], precision=0, minimum=1)
         kinds = [("from the words", ""), *((name, name) for name in get_args(KindName))]
-        kind = gr.Dropdown(kinds, value="", label="Kind of the words")
+        kind = gr.Dropdown(kinds, value="", label=LABELS["kind"])
         anchor = gr.Textbox(
             "",
             label="Halting anchor",
             info="emoji, or a folder: erases in a second, without a training",
             placeholder="none",
         )
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-        kohya = gr.Checkbox(False, label="Write the adapter for A1111, Forge and ComfyUI as well")
+        seed = gr.Number(INITIAL["seed"], label=LABELS["seed"], precision=0, minimum=0)
+        kohya = gr.Checkbox(False, label=LABELS["kohya"])
         more = gr.Textbox(label="More flags", info="As of safemax train", placeholder="--rank 8")
     preset.input(one_line(model_of), [preset, model], model, show_progress="hidden")
     return [

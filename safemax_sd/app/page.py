@@ -40,7 +40,7 @@ def build_page(queue: Queue) -> gr.Blocks:
     return page
 
 
-def serve(runs: Path, *, host: str, port: int | None, share: bool) -> None:
+def serve(runs: Path, *, host: str, port: int | None, share: bool, auth: tuple[str, str] | None) -> None:
     """Serve the page until this process is interrupted; a run that is under way goes on by itself.
 
     Args:
@@ -48,12 +48,26 @@ def serve(runs: Path, *, host: str, port: int | None, share: bool) -> None:
         host: Address to listen at.
         port: Port; None for the first free one from 7860.
         share: True to open a tunnel through Gradio's servers.
+        auth: User name and password that the page asks for; None for none.
 
     Raises:
         OptionError: The folder cannot be created, or the port is in use.
     """
     queue = Queue(runs)
     ensure_worker(queue)  # what waited when an earlier worker ended
+    url = open_page(build_page(queue), queue, host=host, port=port, share=share, auth=auth)
+    print(f"page: {url} (Ctrl-C ends it; a run under way goes on)", flush=True)
+    _wait()
+
+
+def open_page(
+    page: gr.Blocks, queue: Queue, *, host: str, port: int | None, share: bool, auth: tuple[str, str] | None
+) -> str:
+    """Start a page's server in a thread of this process, and return the page's address; see `serve`.
+
+    Raises:
+        OptionError: The port is in use.
+    """
     theme = gr.themes.Default(font=FONTS, font_mono=MONOSPACE, primary_hue="blue").set(
         block_info_text_color="*neutral_600",  # by default too pale to read
         block_info_text_color_dark="*neutral_300",
@@ -61,23 +75,25 @@ def serve(runs: Path, *, host: str, port: int | None, share: bool) -> None:
         body_text_color_subdued_dark="*neutral_300",
     )
     try:
-        _, url, shared = build_page(queue).launch(
+        _, url, shared = page.launch(
             server_name=host,
             server_port=port,
             share=share,
+            auth=auth,
+            auth_message=None if auth is None else f"The user name is {auth[0]}.",
             quiet=True,
             prevent_thread_lock=True,
             ssr_mode=False,
             footer_links=[],
             run_history=False,
-            allowed_paths=[str(runs.resolve())],
+            allowed_paths=[str(queue.runs.resolve())],
+            blocked_paths=[str(queue.folder.resolve())],
             theme=theme,
             css_paths=STYLE_SHEET,
         )
     except OSError as error:
         raise OptionError("--port", port, f"cannot be used on {host}: name another one") from error
-    print(f"page: {shared or url} (Ctrl-C ends it; a run under way goes on)", flush=True)
-    _wait()
+    return str(shared or url)
 
 
 def _wait() -> Any:

@@ -13,6 +13,7 @@ from safemax_sd.app.queue import Entry, Queue
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.evaluation.plots import loss_plot
 from safemax_sd.results.erasure import RECORD, ErasureRecord
+from safemax_sd.results.model_card import erasure_seconds, trained_before
 from safemax_sd.results.samples import own_samples
 from safemax_sd.training.output import LOG, read_log
 
@@ -29,11 +30,14 @@ def describe(queue: Queue, entry: Entry) -> str:
     """Describe an entry's state, progress, losses and cost."""
     parts = [_state(queue, entry)]
     if entry.steps and entry.starts:
-        rows = read_log(queue.runs / entry.run / LOG)
+        log = queue.runs / entry.run / LOG
+        rows = read_log(log)
         if rows:
             parts.append(_training(entry, rows))
             if len(rows) > 1:
-                parts.append(_plot(queue.runs / entry.run / LOG, entry.starts, step_of(rows) * REDRAWN // entry.steps))
+                step = step_of(rows)
+                drawn = step - step % max(1, entry.steps // REDRAWN) if _trains(entry) else step
+                parts.append(_plot(log, str(rows[0]), entry.starts, drawn))
     parts.append(_cost(queue.runs / entry.run))
     return "".join(parts)
 
@@ -58,10 +62,14 @@ def _state(queue: Queue, entry: Entry) -> str:
     return f"<p{role}><b>{entry.state}</b>{html.escape(f': {entry.message}' if entry.message else '')}</p>"
 
 
+def _trains(entry: Entry) -> bool:
+    return entry.active and entry.command == "train"
+
+
 def _training(entry: Entry, rows: list[dict[str, Any]]) -> str:
     last = rows[-1]
     step, seconds = step_of(rows), float(last["seconds"])
-    left = f", about {_time(seconds / step * (entry.steps - step))} left" if entry.command == "train" else ""
+    left = f", about {_time(seconds / step * (entry.steps - step))} left" if _trains(entry) else ""
     losses = ", ".join(f"{name} {last[name]:.4f}" for name in ("loss", "forget", "retain") if name in last)
     bar = f'<progress max="{entry.steps}" value="{step}" aria-label="Steps"></progress>'
     return f"{bar}<p>step {step} of {entry.steps}, {_time(seconds)}{left}</p><p>{losses}</p>"
@@ -73,8 +81,15 @@ def step_of(rows: list[dict[str, Any]]) -> int:
 
 
 @lru_cache(maxsize=64)
-def _plot(log: Path, start: int, part: int) -> str:
-    """Plot the losses of a log, anew only at another start or when another `part` of the run is done."""
+def _plot(log: Path, first: str, starts: int, drawn: int) -> str:
+    """Plot the losses of a log, and keep the plot.
+
+    Args:
+        log: Log of a run.
+        first: First row of the log, which tells a run from another one of that name by its time.
+        starts: Number of times that the run was started.
+        drawn: Step from which the plot is drawn anew.
+    """
     with _plotting:
         return f'<figure class="plot">{loss_plot(read_log(log), name="loss", alt="Loss by step")}</figure>'
 
@@ -84,14 +99,16 @@ def _cost(folder: Path) -> str:
     if not (folder / RECORD).is_file():
         return ""
     try:
-        cost = ErasureRecord.read(folder).cost
+        record = ErasureRecord.read(folder)
+        seconds = erasure_seconds(record)
     except SafemaxError:  # being written anew
         return ""
-    calls = sum(cost.model_calls.values())
-    parts = [f"{_time(cost.seconds['total'])}", f"{cost.steps} steps" if cost.steps else "no training"]
+    cost, calls = record.cost, sum(record.cost.model_calls.values())
+    parts = [_time(cost.seconds["total"]), f"{cost.steps} steps" if cost.steps else "no training"]
     parts += [f"{calls:,} network evaluations"] if calls else []
     parts += [f"{cost.peak_memory_bytes / GIB:.1f} GiB at most"] if cost.peak_memory_bytes else []
-    return f"<p>cost: {', '.join(parts)}</p>"
+    spent = ", ".join(parts)
+    return f"<p>cost: {f'{_time(seconds)}; of its anchor: {spent}' if trained_before(record) else spent}</p>"
 
 
 def _time(seconds: float) -> str:

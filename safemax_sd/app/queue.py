@@ -86,10 +86,9 @@ class Queue:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def entries(self) -> list[Entry]:
-        """Return all entries in order; one whose worker has ended in the middle of it is shown as stopped.
+        """Return all entries in order.
 
-        Raises:
-            OptionError: The file of an entry is damaged.
+        One whose worker has ended in the middle of it is shown as stopped, one whose file is damaged as failed.
         """
         with self._lock():
             found, alive = self._read_all(), self._worker_lives()
@@ -116,16 +115,24 @@ class Queue:
         return entry
 
     def stop(self, number: int) -> None:
-        """Stop an entry: one that waits at once, one that runs as soon as its worker sees it."""
+        """Stop an entry: one that waits at once, one that runs as soon as its worker sees it.
+
+        Raises:
+            OptionError: The entry's file is damaged.
+        """
         with self._lock():
             entry = self._read(number)
             if entry is not None and entry.state == "waiting":
-                self._write(replace(entry, state="stopped", message="stopped before it began"))
+                self._write(replace(entry, state="stopped", message="before it began"))
             elif entry is not None and entry.state == "running":
                 self._write(replace(entry, state="stopping"))
 
     def resume(self, number: int) -> None:
-        """Let an entry that was stopped or failed wait again, in its old place."""
+        """Let an entry that was stopped or failed wait again, in its old place.
+
+        Raises:
+            OptionError: The entry's file is damaged.
+        """
         with self._lock():
             entry = self._read(number)
             ended = entry is not None and (entry.state in ("stopped", "failed") or not self._worker_lives())
@@ -135,7 +142,7 @@ class Queue:
     def remove(self, number: int) -> None:
         """Remove an entry from the queue unless a worker is carrying it out; its run's files stay."""
         with self._lock():
-            entry = self._read(number)
+            entry = next((entry for entry in self._read_all() if entry.number == number), None)
             if entry is not None and not (entry.active and self._worker_lives()):
                 self._path(number).unlink()
                 self.log(number).unlink(missing_ok=True)
@@ -179,7 +186,11 @@ class Queue:
         return started
 
     def change(self, number: int, **values: Any) -> Entry:
-        """Change fields of the entry that is being carried out, and return the changed entry."""
+        """Change fields of the entry that is being carried out, and return the changed entry.
+
+        Raises:
+            OptionError: The entry's file is damaged or cannot be written.
+        """
         with self._lock():
             entry = self._read(number)
             assert entry is not None
@@ -188,7 +199,11 @@ class Queue:
         return changed
 
     def state(self, number: int) -> State | None:
-        """Return the state of an entry as its file has it; None if it is gone."""
+        """Return the state of an entry as its file has it; None if it is gone.
+
+        Raises:
+            OptionError: The entry's file is damaged.
+        """
         with self._lock():
             entry = self._read(number)
         return None if entry is None else entry.state
@@ -227,8 +242,35 @@ class Queue:
             raise OptionError(OPTION, path, f"is damaged ({error}): remove it") from error
 
     def _read_all(self) -> list[Entry]:
-        found = (self._read(int(path.stem)) for path in sorted(self.folder.glob("[0-9]*.json")))
-        return [entry for entry in found if entry is not None]
+        """Return all entries in order, a damaged one as one that failed; other files in the folder are left alone."""
+        found = []
+        for path in self.folder.glob("[0-9]*.json"):
+            number = int(path.stem) if path.stem.isascii() and path.stem.isdigit() else 0
+            if path != self._path(number):
+                continue
+            try:
+                entry = self._read(number)
+            except OptionError as error:
+                entry = _damaged(number, path.name, str(error))
+            if entry is not None:
+                found.append(entry)
+        return sorted(found, key=lambda entry: entry.number)
+
+
+def _damaged(number: int, title: str, message: str) -> Entry:
+    return Entry(
+        number=number,
+        kind="erase",
+        title=title,
+        run="",
+        commands=(),
+        directory="",
+        steps=0,
+        state="failed",
+        finished=0,
+        starts=0,
+        message=message,
+    )
 
 
 def _lost(entry: Entry) -> Entry:

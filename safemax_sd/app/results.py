@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,15 +14,17 @@ import gradio as gr
 from safemax_sd.adapters.lora import KOHYA_NAME, WEIGHTS_NAME
 from safemax_sd.adapters.weights import FULL_WEIGHTS
 from safemax_sd.app.parts import file_url, finished_runs, one_line, run_choices
-from safemax_sd.core.errors import OptionError, SafemaxError
+from safemax_sd.core.errors import OptionError, SafemaxError, path_errors
 from safemax_sd.core.provenance import atomic_write_text
+from safemax_sd.core.records import EntryError
 from safemax_sd.erasing.edits.halting_marks import HaltingMarks, HaltingMarksConfig
 from safemax_sd.erasing.marked_concepts import MarkedConcepts
 from safemax_sd.evaluation.headline import DASH, format_value, headline
 from safemax_sd.evaluation.page import PAGE_FILE
 from safemax_sd.evaluation.report import REPORT, Report
-from safemax_sd.prompts import load_suite, suite_names
-from safemax_sd.results.erasure import ErasureRecord
+from safemax_sd.prompts import load_prompts, load_suite, suite_names
+from safemax_sd.results.erasure import Edit, ErasureRecord, damaged
+from safemax_sd.results.model_card import erasure_seconds
 from safemax_sd.words.suite import as_csv
 
 PAGES = {"evaluation": "Measured", "attacks": "Attacked", "comparison": "Compared"}
@@ -64,13 +66,13 @@ def row_of(folder: Path) -> Row:
     """Read a run's row; one that cannot be read has its error in place of its concepts."""
     try:
         record = ErasureRecord.read(folder)
+        seconds = erasure_seconds(record)
         unlearning, kept = measured(folder / "evaluation" / REPORT)
     except SafemaxError as error:
         return Row(folder.name, str(error), "")
     what = ", ".join(record.forget.concepts) or f"{record.forget.count} prompts"
-    seconds = record.edit.seconds if record.edit is not None and record.edit.seconds else record.cost.seconds
     base = Path(record.base_model.name_or_path).name
-    return Row(folder.name, what, base, unlearning, kept, format_value(seconds["total"], ""))
+    return Row(folder.name, what, base, unlearning, kept, format_value(seconds, ""))
 
 
 def measured(path: Path) -> list[str]:
@@ -111,14 +113,19 @@ def files_of(folder: Path) -> str:
 
 
 def pages_of(folder: Path) -> str:
-    """Return a run's pages inside frames that run no scripts, as HTML."""
+    """Return a run's pages inside frames that run no scripts, as HTML.
+
+    Raises:
+        OptionError: A page cannot be read.
+    """
     found = [(title, folder / name / PAGE_FILE) for name, title in PAGES.items()]
-    frames = [
-        f'<iframe sandbox title="{title}: {html.escape(folder.name)}" '
-        f'srcdoc="{html.escape(path.read_text(encoding="utf8"))}"></iframe>'
-        for title, path in found
-        if path.is_file()
-    ]
+    with path_errors("--runs_dir", folder):
+        frames = [
+            f'<iframe sandbox title="{title}: {html.escape(folder.name)}" '
+            f'srcdoc="{html.escape(path.read_text(encoding="utf8", errors="replace"))}"></iframe>'
+            for title, path in found
+            if path.is_file()
+        ]
     return "".join(frames) or "<p>Not measured yet: there is no page.</p>"
 
 
@@ -128,14 +135,26 @@ def marked(folder: Path) -> tuple[list[str], list[str]]:
     They are those whose prompts it stores and, of the embedded model, those of the suites that ship.
 
     Raises:
-        OptionError: The folder is not a finished run's.
+        OptionError: The folder is not a finished run's, or its record is damaged.
     """
     record = ErasureRecord.read(folder, "--output_dir")
     if record.edit is None or record.edit.name != HaltingMarks.name:
         return [], []
-    texts = MarkedConcepts.of(record.edit).texts
+    texts = marked_texts(folder, record.edit)
     shipped = shipped_prompts() if record.base_model.name_or_path == EMOJI else {}
     return sorted({*texts, *shipped}), list(record.forget.concepts)
+
+
+def marked_texts(folder: Path, edit: Edit) -> Mapping[str, tuple[str, ...]]:
+    """Return the prompts of each concept that a run made with an anchor stores.
+
+    Raises:
+        OptionError: The run's record is damaged.
+    """
+    try:
+        return MarkedConcepts.of(edit).texts
+    except EntryError as error:
+        raise damaged(folder, "--output_dir", error) from error
 
 
 def shipped_prompts() -> dict[str, list[tuple[str, str]]]:
@@ -149,35 +168,45 @@ def shipped_prompts() -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def change(folder: Path, ticked: Sequence[str], file: str) -> str:
+def change(folder: Path, ticked: Sequence[str], file: str) -> list[str]:
     """Erase the ticked concepts and those of a prompt file, and no others, as `safemax erase --add --remove` does.
 
+    Where the file names a ticked concept, its prompts take the place of those that are stored.
+
     Returns:
-        What the command prints at its end.
+        Lines that the command prints.
 
     Raises:
-        OptionError: The run was made without an anchor, nothing changes, or nothing would stay erased.
+        OptionError: The run was made without an anchor, the file cannot be used, nothing changes, or nothing would
+            stay erased; the run stays as it was.
     """
     record = ErasureRecord.read(folder, "--output_dir")
     if record.edit is None:
         raise OptionError("Run", folder.name, "was made without an anchor")
-    stored = MarkedConcepts.of(record.edit).texts
-    erased = record.forget.concepts
-    added = [concept for concept in ticked if concept not in erased]
+    stored, erased = marked_texts(folder, record.edit), record.forget.concepts
+    given = load_prompts(file, option="--add").each_text_once().prompts if file else ()
+    rows = [(prompt.text, prompt.shows) for prompt in given]
+    named = {concept for _, concept in rows}
     removed = [concept for concept in erased if concept not in ticked]
-    if not (added or removed or file):
-        raise OptionError("Erased concepts", ", ".join(ticked), "are as they were: tick or untick one")
     shipped = shipped_prompts()
+    for name in ticked:
+        if name not in (*erased, *named):
+            rows += [(text, name) for text in stored.get(name, ())] or shipped[name]
+    if not (rows or removed):
+        raise OptionError("Erased concepts", ", ".join(ticked), "are as they were: tick or untick one")
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "added.csv"
-        rows = [row for name in added for row in ([(text, name) for text in stored.get(name, ())] or shipped[name])]
         atomic_write_text(path, as_csv(rows))
-        lines: list[str] = []
-        files: list[str | None] = [*([str(path)] if added else []), *([file] if file else [])]
-        for add in files or [None]:
-            edit = HaltingMarks(HaltingMarksConfig(output_dir=str(folder), add=add, remove=removed))
-            lines, removed = edit.summary(edit.run()), []
-    return lines[-1]
+        edit = HaltingMarks(HaltingMarksConfig(output_dir=str(folder), add=str(path) if rows else None, remove=removed))
+        return edit.summary(edit.run())
+
+
+def details(folder: Path) -> tuple[list[str], list[str], str, str]:
+    """Return a run's concepts (see `marked`), files and pages; for one that cannot be read, the error as its files."""
+    try:
+        return *marked(folder), files_of(folder), pages_of(folder)
+    except SafemaxError as error:
+        return [], [], f'<p role="alert">{html.escape(str(error))}</p>', ""
 
 
 def build_results(runs: Path, tab: gr.Tab) -> None:
@@ -200,10 +229,8 @@ def build_results(runs: Path, tab: gr.Tab) -> None:
     def show(run: str | None) -> list[Any]:
         if not run:
             return [gr.update(visible=False), gr.skip(), "", ""]
-        folder = Path(run)
-        names, erased = marked(folder)
-        ticks = gr.update(choices=names, value=erased)
-        return [gr.update(visible=bool(names)), ticks, files_of(folder), pages_of(folder)]
+        names, erased, found, read = details(Path(run))
+        return [gr.update(visible=bool(names)), gr.update(choices=names, value=erased), found, read]
 
     def refresh(run: str | None) -> list[Any]:
         found = run_choices(runs)
@@ -212,8 +239,8 @@ def build_results(runs: Path, tab: gr.Tab) -> None:
         return [as_table(rows), gr.update(choices=found, value=kept), *show(kept)]
 
     def apply_ticks(run: str, ticked: list[str], path: str) -> list[Any]:
-        line = change(Path(run), ticked, path)
-        return [gr.update(value=f"<p>{html.escape(line)}</p>", visible=True), "", *refresh(run)]
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in change(Path(run), ticked, path))
+        return [gr.update(value=lines, visible=True), "", *refresh(run)]
 
     tab.select(one_line(refresh), chosen, [table, chosen, *shown], show_progress="hidden")
     chosen.input(one_line(show), chosen, shown, show_progress="hidden")

@@ -6,6 +6,7 @@ It outlives the server that started it, and ends when nothing waits any more. It
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import IO
 
 from safemax_sd.app.queue import Entry, Queue
-from safemax_sd.training.children import end_with_parent
+from safemax_sd.core.errors import reason_of
+from safemax_sd.training.children import SIGNALLED, end_with_parent
 
 COMMAND = (sys.executable, "-m", "safemax_sd.cli")
 POLL_SECONDS = 0.3
@@ -23,8 +25,11 @@ POLL_SECONDS = 0.3
 PATIENCE_SECONDS = 20.0
 """Seconds that an interrupted command has to end by itself."""
 ERROR = "error: "
+EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)(: |$)")
+"""Beginning of the last line of a traceback."""
+KILLED = SIGNALLED + signal.SIGKILL
 OVERWRITE = ("--overwrite_output_dir",)
-STOPPED = "stopped"
+STOPPED = "on request"
 
 
 def ensure_worker(queue: Queue) -> None:
@@ -54,7 +59,7 @@ def carry_out(queue: Queue, entry: Entry) -> None:
             if entry.state == "stopping" or queue.state(entry.number) == "stopping":
                 break
             if code:
-                queue.change(entry.number, state="failed", message=reason(queue.last_line(entry.number), code))
+                queue.change(entry.number, state="failed", message=reason(queue, entry.number, code))
                 return
     done = entry.finished == len(entry.commands)
     queue.change(entry.number, state="done" if done else "stopped", message="" if done else STOPPED)
@@ -108,9 +113,20 @@ def resumed(entry: Entry, words: Sequence[str]) -> list[str]:
     return [*words, *(OVERWRITE if words[0] in ("prompts", "erase") else ())]
 
 
-def reason(line: str, code: int) -> str:
-    """Return why a command failed: the last line that it printed, which is the error's."""
-    return line.removeprefix(ERROR) or f"exit code {code}"
+def reason(queue: Queue, number: int, code: int) -> str:
+    """Return why a command failed: the last line that it printed if it is an error's, or else its exit code.
+
+    Args:
+        queue: Queue.
+        number: Number of the entry.
+        code: Exit code, negative for a signal.
+    """
+    line = queue.last_line(number)
+    if line.startswith(ERROR) or EXCEPTION.match(line):
+        return line.removeprefix(ERROR)
+    code = code if code >= 0 else SIGNALLED - code
+    killed = " (killed: out of memory?)" if code == KILLED else ""
+    return f"ended with exit code {code}{killed}; see {queue.log(number)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,7 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     queue = Queue(runs)
     if queue.begin_work():
         while (entry := queue.take()) is not None:
-            carry_out(queue, entry)
+            try:
+                carry_out(queue, entry)
+            except OSError as error:  # the working folder is gone, the log cannot be written, …
+                queue.change(entry.number, state="failed", message=f"could not be carried out: {reason_of(error)}")
     return 0
 
 

@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.escaping import markdown_code, markdown_text
 from safemax_sd.core.provenance import atomic_write_text
+from safemax_sd.core.records import EntryError
 from safemax_sd.families.single_file import is_single_file
 from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.samples import own_samples
@@ -77,6 +78,34 @@ def _trained(record: ErasureRecord) -> str:
     return "all weights"
 
 
+def trained_before(record: ErasureRecord) -> bool:
+    """Return True if the record's cost is that of a halting anchor's training, after which its edit took seconds."""
+    return record.edit is not None and bool(record.edit.seconds)
+
+
+def erasure_seconds(record: ErasureRecord) -> float:
+    """Return the seconds that the erasure itself took; with a halting anchor, without the anchor's training.
+
+    Raises:
+        EntryError: The edit's seconds have no total.
+    """
+    seconds = record.edit.seconds if record.edit is not None and record.edit.seconds else record.cost.seconds
+    if "total" not in seconds:
+        raise EntryError("edit.seconds.total")
+    return seconds["total"]
+
+
+def _spent(record: ErasureRecord) -> list[str]:
+    """Return the rows of the card's table on the run's cost."""
+    cost, of = record.cost, " of the anchor's training" if trained_before(record) else ""
+    return [
+        *([f"| seconds | {erasure_seconds(record):.1f} |"] if of else []),
+        f"| steps{of} | {cost.steps} |",
+        f"| seconds{of} | {cost.seconds['total']:.1f} |",
+        *([f"| peak memory{of} | {cost.peak_memory_bytes / 2**30:.2f} GiB |"] if cost.peak_memory_bytes else []),
+    ]
+
+
 def describe(record: ErasureRecord, picture: Picture | None, measured: str = "") -> str:
     """Return the card's text.
 
@@ -86,7 +115,6 @@ def describe(record: ErasureRecord, picture: Picture | None, measured: str = "")
         measured: Markdown of an evaluation's results; may be empty.
     """
     record = record.public()
-    cost = record.cost
     lines = [
         *_opening(record),
         *([f"![{markdown_text(picture.alt)}]({quote(picture.path)})", ""] if picture is not None else []),
@@ -97,9 +125,7 @@ def describe(record: ErasureRecord, picture: Picture | None, measured: str = "")
         "| | |",
         "|---|---|",
         f"| method | {markdown_text(record.method)} |",
-        f"| steps | {cost.steps} |",
-        f"| seconds | {cost.seconds['total']:.1f} |",
-        *([f"| peak memory | {cost.peak_memory_bytes / 2**30:.2f} GiB |"] if cost.peak_memory_bytes else []),
+        *_spent(record),
         f"| trained | {_trained(record)} |",
         "",
         *(["## Measured", "", measured, ""] if measured else []),

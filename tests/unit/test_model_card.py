@@ -1,12 +1,16 @@
-"""Entries about the base model in the model card."""
+"""The model card: entries about the base model, and the cost."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from safemax_sd.results.model_card import hub_id
+from safemax_sd.assets import resolve_anchor
+from safemax_sd.core.records import EntryError
+from safemax_sd.results.erasure import Edit, ErasureRecord
+from safemax_sd.results.model_card import describe, erasure_seconds, hub_id
 
 
 @pytest.mark.parametrize(
@@ -29,3 +33,16 @@ def test_a_folder_goes_before_the_hub(tmp_path: Path, monkeypatch: pytest.Monkey
     assert hub_id("models/sd15") == "models/sd15"
     monkeypatch.chdir(tmp_path)
     assert hub_id("models/sd15") is None
+
+
+def test_the_cost_of_an_anchor_is_named_as_such() -> None:
+    anchor = ErasureRecord.read(resolve_anchor("emoji"))
+    trained = f"{anchor.cost.seconds['total']:.1f}"
+    assert f"| seconds | {trained} |" in describe(anchor, None)
+    erased = replace(anchor, edit=Edit("halting_marks", {}, {"total": 0.5}, {}))
+    card = describe(erased, None).splitlines()
+    assert erasure_seconds(erased) == 0.5 and "| seconds | 0.5 |" in card
+    assert f"| seconds of the anchor's training | {trained} |" in card
+    assert f"| steps of the anchor's training | {anchor.cost.steps} |" in card
+    with pytest.raises(EntryError):
+        erasure_seconds(replace(anchor, edit=Edit("halting_marks", {}, {"solve": 0.5}, {})))

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from safemax_sd.app import worker
+from safemax_sd.app.progress import describe, previews
 from safemax_sd.app.queue import LOST, Entry, Queue, last_line
 from safemax_sd.core.errors import OptionError
 
@@ -72,6 +74,33 @@ def test_a_command_that_fails_ends_its_entry_alone_with_its_own_message(queue: Q
     assert done.state == "done" and "never" not in queue.log(1).read_text().replace("print('never')", "")
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise ValueError('no such thing')", "ValueError: no such thing"),
+        ("import os; print('erase: 1/10', flush=True); os.kill(os.getpid(), 9)", "ended with exit code 137 (killed"),
+        ("import sys; print('erase: 1/10'); sys.exit(3)", "ended with exit code 3; see"),
+    ],
+)
+def test_a_command_that_names_no_error_fails_with_its_exit_code(
+    queue: Queue, python: None, code: str, message: str
+) -> None:
+    add(queue, "bad", (code,))
+    worker.main([str(queue.runs)])
+    (failed,) = queue.entries()
+    assert failed.state == "failed" and failed.message.startswith(message)
+    assert failed.message.endswith("0001.log") == message.startswith("ended")
+
+
+def test_an_entry_that_cannot_be_started_fails_alone(queue: Queue, python: None, tmp_path: Path) -> None:
+    add(queue, "gone", ("pass",))
+    queue.change(1, directory=str(tmp_path / "gone"))
+    add(queue, "good", ("pass",))
+    assert worker.main([str(queue.runs)]) == 0
+    failed, done = queue.entries()
+    assert (failed.state, done.state) == ("failed", "done") and "No such file or directory" in failed.message
+
+
 def test_an_entry_that_failed_goes_on_with_the_command_that_did(queue: Queue, python: None, tmp_path: Path) -> None:
     flag = tmp_path / "flag"
     add(queue, "run", ("print('once')",), (f"import os, sys; sys.exit(not os.path.exists({str(flag)!r}))",))
@@ -121,6 +150,7 @@ def test_a_running_command_is_interrupted_as_in_a_terminal(queue: Queue) -> None
     assert states(queue) == ["stopping"]
     assert process.wait(SECONDS) == 0
     assert (states(queue), queue.last_line(1)) == (["stopped"], "tidied up")
+    assert queue.entries()[0].message == worker.STOPPED != "stopped"
 
 
 def test_a_killed_worker_leaves_its_entry_stopped_and_no_command_behind(queue: Queue) -> None:
@@ -159,12 +189,43 @@ def test_a_training_that_was_stopped_goes_on_from_its_checkpoint_or_begins_anew(
     assert worker.resumed(entry, ["attack", "--adapter", "out"]) == ["attack", "--adapter", "out"]
 
 
-def test_a_damaged_file_is_named(queue: Queue) -> None:
+@pytest.mark.parametrize("content", ['{"state": "asleep"}', ""])
+def test_a_damaged_file_is_shown_by_name_and_stops_no_other_entry(queue: Queue, python: None, content: str) -> None:
     add(queue, "run", ("pass",))
+    add(queue, "next", ("pass",))
     path = queue.folder / "0001.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "state": "asleep"}))
-    with pytest.raises(OptionError, match=r"0001\.json: is damaged .*state"):
-        queue.entries()
+    path.write_text(json.dumps({**json.loads(path.read_text()), **json.loads(content)}) if content else "")
+    shown, waiting = queue.entries()
+    assert (shown.number, shown.title, shown.state) == (1, path.name, "failed")
+    assert "0001.json: is damaged" in shown.message and waiting.state == "waiting"
+    assert shown.message in describe(queue, shown) and previews(queue, shown) == ""
+    with pytest.raises(OptionError, match=r"0001\.json: is damaged"):
+        queue.resume(1)
+    assert worker.main([str(queue.runs)]) == 0
+    assert states(queue) == ["failed", "done"] and add(queue, "last", ("pass",)).number == 3
+    queue.remove(1)
+    assert states(queue) == ["done", "waiting"]
+
+
+def test_files_of_others_in_the_folder_are_left_alone(queue: Queue) -> None:
+    entry = add(queue, "run", ("pass",))
+    content = (queue.folder / "0001.json").read_text()
+    for name in ("0001 (conflicted copy).json", "1.json", "0002.json.bak"):
+        (queue.folder / name).write_text(content)
+    assert queue.entries() == [entry]
+
+
+def test_an_entry_is_on_the_disk_before_its_name(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, partial(noted, done, name, getattr(os, name)))
+    add(queue, "run", ("pass",))
+    assert done == ["fsync", "replace"]
+
+
+def noted(done: list[str], name: str, function: Callable[..., object], *arguments: object) -> object:
+    done.append(name)
+    return function(*arguments)
 
 
 def test_the_folder_may_be_a_file(tmp_path: Path) -> None:
