@@ -246,7 +246,7 @@ def make_recorder(
         keep_steps=keep_steps,
         perturbation=config.retain_perturbation if kept and keep_steps else 0.0,
         unguided_share=config.replay_unguided_share if kept else 0.0,
-        storage=bank_storage(config, name, family.latent_shape(config.resolution), len(shown) if keep_steps else 0),
+        storage=bank_storage(config, name, family.latent_shape(config.resolution), len(shown), keep_steps=keep_steps),
     )
 
 
@@ -269,7 +269,9 @@ def record_extra(config: ReplayOptions, encoder: PromptEncoder, needs: ReplayNee
             batch_size=config.replay_batch_size,
             description="replay extra",
             keep_steps=False,
-            storage=bank_storage(config, "extra", family.latent_shape(config.resolution), 0),
+            storage=bank_storage(
+                config, "extra", family.latent_shape(config.resolution), needs.extra_trajectories, keep_steps=False
+            ),
         ).record()
     return Extra(rows, bank.samples, bank.model_calls)
 
@@ -295,9 +297,11 @@ def with_nearest(prompts: int, trajectories: int, share: float, order: Callable[
     return torch.cat([evenly, order()[torch.arange(near) % prompts]])
 
 
-def bank_storage(config: ReplayOptions, name: str, latent_shape: tuple[int, ...], trajectories: int) -> Storage:
+def bank_storage(
+    config: ReplayOptions, name: str, latent_shape: tuple[int, ...], trajectories: int, *, keep_steps: bool
+) -> Storage:
     """Choose the storage of a bank: memory for one process and a small bank, otherwise files in the output folder."""
-    size = bank_bytes(latent_shape, trajectories, config.replay_inference_steps)
+    size = bank_bytes(latent_shape, trajectories, config.replay_inference_steps if keep_steps else 0)
     if PartialState().num_processes == 1 and size <= config.replay_memory_gib * 2**30:
         return MEMORY
     return Storage(Path(config.output_dir) / f".replay-{name}")

@@ -57,7 +57,7 @@ def test_a_flow_model_has_no_ddim(tiny_sd3: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["stable_diffusion", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
 def test_models_in_half_precision_are_drawn(model: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """As on a GPU: the stock pipeline hands half-precision latents to an autoencoder that is to be upcast."""
+    """Draw as on a GPU: the stock pipeline hands half-precision latents to an autoencoder that is to be upcast."""
     if model == "stable_diffusion":
         folder = tiny.build_stable_diffusion(tmp_path, vae=tiny_families.autoencoder(4, None))
     else:

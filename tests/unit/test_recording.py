@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from safemax_sd.families import TOKEN_STATES, Conditioning, LoadOptions, load_fa
 from safemax_sd.prompts import load_prompts
 from safemax_sd.recording.data import ErasureData
 from safemax_sd.recording.likeness import blocks, likeness, nearest
-from safemax_sd.recording.recording import EXTRA_SEED, RETAIN_SEED, SEEDS, Recording, with_nearest
+from safemax_sd.recording.recording import EXTRA_SEED, RETAIN_SEED, SEEDS, Recording, bank_storage, with_nearest
 from safemax_sd.recording.replay import spread
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
@@ -201,10 +203,21 @@ def test_trajectories_are_recorded_in_the_precision_of_the_steps(
 
 
 def test_what_is_trained_on_starts_from_other_noise_than_what_is_measured() -> None:
-    """For seeds 0 to 20 alike, with up to 100,000 trajectories or pictures of a kind."""
+    """Compare seeds 0 to 20, with up to 100,000 trajectories or pictures of a kind."""
     count = 100_000
     trained = [SEEDS * seed + first for seed in range(21) for first in (0, RETAIN_SEED, EXTRA_SEED)]
     firsts = (*SUBSET_SEEDS.values(), FIRST_SEED, EXAMPLE_SEED, KEPT_SEED)
     measured = [RUN_SEEDS * seed + first for seed in range(21) for first in firsts]
     starts = sorted([*trained, *measured, PROBE_SEED])
     assert min(after - before for before, after in itertools.pairwise(starts)) >= count
+
+
+def test_a_bank_larger_than_its_limit_is_kept_in_files(tiny_model: Path, tmp_path: Path) -> None:
+    config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out"))
+    latent, trajectories = (4, 8, 8), 5
+    for keep_steps, latents in ((False, 1), (True, 3 * config.replay_inference_steps + 1)):
+        size = 4 * math.prod(latent) * trajectories * latents
+        for limit, in_memory in ((size, True), (size - 1, False)):
+            limited = replace(config, replay_memory_gib=limit / 2**30)
+            storage = bank_storage(limited, "retain", latent, trajectories, keep_steps=keep_steps)
+            assert (storage.folder is None) == in_memory
