@@ -145,10 +145,11 @@ class EvaluationPlan:
         return pick(self.suite.parts[subset].prompts, count)
 
     def from_pictures(self) -> list[Measurement]:
-        """Plan image-to-image from real pictures of the forbidden concepts, with their prompts.
+        """Plan image-to-image from real pictures of the forbidden concepts, each changed by a prompt of its concept.
 
-        The plan is empty if no real picture shows a forbidden concept, if there is no sweep, or if the erased model
-        cannot start from pictures. Strengths at which the sampling steps leave none to take are left out.
+        A prompt may name another style than the picture's, as a user's may; only the concept is judged. The plan is
+        empty if no real picture shows a forbidden concept, if there is no sweep, or if the erased model cannot start
+        from pictures. Strengths at which the sampling steps leave none to take are left out.
         """
         if self.real is None or self.options.num_sweep_images == 0 or not self.starts_from_pictures:
             return []

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from PIL import Image
 from safemax_sd.evaluation.metrics.distribution import FEWEST
 from torch import Tensor
+from torch.nn import functional as F
 
 from safemax_sd.assets import PICTURES
 from safemax_sd.core.errors import OptionError
@@ -47,6 +50,74 @@ class RealPictures:
         """Read all pictures that show any of the concepts, [M, 3, H, W]."""
         return self.pictures[self.rows(concepts)]
 
+    def some(self, concept: str, most: int) -> list[int]:
+        """Return the indices of a concept's pictures; of more than `most`, so many at even distances."""
+        rows = self.rows([concept])
+        count = min(most, len(rows))
+        return [rows[place * len(rows) // count] for place in range(count)]
+
+    def read(self, rows: list[int], side: int) -> Tensor:
+        """Read the pictures at some indices, float32 [len(rows), 3, side, side] in 0 to 1."""
+        if isinstance(self.pictures, PictureFolder):
+            return self.pictures.read(rows, side)
+        return F.interpolate(self.pictures[rows], (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+
+    def prompts_for(self, rows: Sequence[int], concept: str, prompts: Sequence[str]) -> list[str]:
+        """Choose a prompt for each of a concept's pictures.
+
+        A picture takes one of the prompts that name all else that it shows, such as its style; if there are none, one
+        that names nothing but the concept, or else the concept's name. Pictures take turns among fitting prompts.
+
+        Args:
+            rows: Indices of the pictures.
+            concept: Concept that they show.
+            prompts: Prompts of the concept.
+        """
+        named = [(prompt, self.named(prompt) - {concept}) for prompt in prompts]
+        plain = [prompt for prompt, others in named if not others] or [concept]
+        chosen = []
+        for place, row in enumerate(rows):
+            shown = self.concepts[row] - {concept}
+            fitting = [prompt for prompt, others in named if shown <= others] or plain
+            chosen.append(fitting[place % len(fitting)])
+        return chosen
+
+    def named(self, text: str) -> frozenset[str]:
+        """Return the pictures' concepts that a text names; of names that overlap, only the longest counts."""
+        return frozenset(self._labels[found.casefold()] for found in self._naming.findall(text))
+
+    @cached_property
+    def _labels(self) -> dict[str, str]:
+        """Concepts by their names in prompts, which are without the suffix of a style."""
+        return {concept.removesuffix(STYLE_SUFFIX).casefold(): concept for concept in sorted(self.all_concepts)}
+
+    @cached_property
+    def _naming(self) -> re.Pattern[str]:
+        names = "|".join(re.escape(name) for name in sorted(self._labels, key=len, reverse=True))
+        return re.compile(rf"(?<!\w)(?:{names})(?!\w)", re.IGNORECASE)
+
+    @cached_property
+    def all_concepts(self) -> frozenset[str]:
+        """Concepts that any picture shows."""
+        return frozenset[str]().union(*self.concepts)
+
+    def check_shown(self, concepts: Sequence[str], folder: str) -> None:
+        """Check that there are pictures of all concepts.
+
+        Args:
+            concepts: Concepts that must be shown.
+            folder: Folder of `--real_images`, which the pictures are from.
+
+        Raises:
+            OptionError: The folder lacks a concept.
+        """
+        names = sorted(self.all_concepts)
+        spelled = {name.casefold(): name for name in names}
+        for concept in concepts:
+            if concept not in self.all_concepts:
+                near = closest(spelled.get(concept.casefold(), concept), names)
+                raise OptionError("--real_images", folder, f"has no subfolder of pictures named {concept!r}{near}")
+
     def kept_by(self, suite: Suite, folder: str | None) -> PictureSource | None:
         """Return the pictures of a suite's retained concepts; None, with a warning, if embedded ones lack a concept.
 
@@ -58,15 +129,12 @@ class RealPictures:
             OptionError: The folder lacks a retained concept, spells a forbidden one in another case, or has only one
                 picture of what is retained.
         """
-        names = sorted(frozenset[str]().union(*self.concepts))
         kept = suite.parts["retain"].concepts
-        missing = [concept for concept in kept if concept not in names]
-        forbidden = [concept for concept in suite.parts["forget"].concepts if concept not in names]
+        missing = [concept for concept in kept if concept not in self.all_concepts]
+        forbidden = [concept for concept in suite.parts["forget"].concepts if concept not in self.all_concepts]
         if folder is not None:
-            spelled = {name.casefold(): name for name in names}
-            for concept in [*missing, *(concept for concept in forbidden if concept.casefold() in spelled)]:
-                near = closest(spelled.get(concept.casefold(), concept), names)
-                raise OptionError("--real_images", folder, f"has no subfolder of pictures named {concept!r}{near}")
+            spelled = {name.casefold() for name in self.all_concepts}
+            self.check_shown([*missing, *(each for each in forbidden if each.casefold() in spelled)], folder)
         if forbidden:
             logger.warning("no real picture shows %r: nothing is measured with rejection, nor neither", forbidden[0])
         if missing:

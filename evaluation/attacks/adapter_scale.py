@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from safemax_sd.evaluation.attacks.base import Access, Attack, Point, Try
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class AdapterScale(Attack):
 
     def run(self, target: Target, task: Task) -> Generator[Try]:
         asked = target.encode(task.texts)
+        pictures: Tensor | None = None
         for strength in self.settings.strengths:
-            with target.at_strength(strength):
-                pictures = target.pictures(target.draw(asked, task.noise))
-                yield Try(f"strength {strength:g}", pictures, point=Point(self.label, strength))
+            if pictures is None or target.family is not target.base:  # the base model is the same at any strength
+                with target.at_strength(strength):
+                    pictures = target.pictures(target.draw(asked, task.noise))
+            yield Try(f"strength {strength:g}", pictures, point=Point(self.label, strength))

@@ -71,22 +71,27 @@ class ClassifierGuidance(Attack):
         return sampling.calls(self.settings.others) + len(self.settings.scales) * sampling.calls(len(task))
 
     def run(self, target: Target, task: Task) -> Generator[Try]:
-        others, asked = self.other_pictures(target, task), target.encode(task.texts)
-        classifiers = {
+        asked = target.encode(task.texts)
+        classifiers = task.once(f"{self.name} {self.settings}", lambda: self.classifiers(target, task))
+        guides = [classifiers[concept] for concept in task.shown]
+        for scale in self.settings.scales:
+            follow = partial(pushed_step, target=target, guides=guides, scale=scale)
+            yield Try(f"scale {scale:g}", target.pictures(walk(target, asked, task.noise, follow)))
+
+    def classifiers(self, target: Target, task: Task) -> dict[str, LatentClassifier]:
+        """Train a classifier for each concept, which serves all targets: it sees pictures, but no target."""
+        others = self.other_pictures(target, task)
+        return {
             concept: train_classifier(
                 task.examples.latents[task.examples.showing(concept)],
                 others,
-                target.family.process,
+                target.base.process,
                 self.settings.training,
                 generator=task.generator(f"{self.name} {concept}"),
                 device=target.device,
             )
             for concept in task.concepts
         }
-        guides = [classifiers[concept] for concept in task.shown]
-        for scale in self.settings.scales:
-            follow = partial(pushed_step, target=target, guides=guides, scale=scale)
-            yield Try(f"scale {scale:g}", target.pictures(walk(target, asked, task.noise, follow)))
 
     def other_pictures(self, target: Target, task: Task) -> Tensor:
         """Draw latents of the base model's pictures with the empty prompt, [K, *latent] on the processor."""
@@ -119,11 +124,13 @@ def pushed_step(
     """
     if step.signal == 0:
         return step.kept * x_t + step.added * prediction
-    process, t = target.family.process, step.t.expand(1)
-    gradients = [
-        concept_gradient(guides[row], process, latent[None], t) for row, latent in zip(rows.tolist(), x_t, strict=True)
-    ]
-    return pushed(step, x_t, prediction, torch.cat(gradients), scale)
+    own = [guides[row] for row in rows.tolist()]
+    gradient = torch.empty_like(x_t)
+    for guide in dict.fromkeys(own):
+        places = [place for place, each in enumerate(own) if each is guide]
+        t = step.t.expand(len(places))
+        gradient[places] = concept_gradient(guide, target.family.process, x_t[places], t)
+    return pushed(step, x_t, prediction, gradient, scale)
 
 
 def pushed(step: Step, x_t: Tensor, prediction: Tensor, gradient: Tensor, scale: float) -> Tensor:

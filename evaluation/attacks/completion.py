@@ -52,7 +52,8 @@ class Completion(Attack):
         return len(self.settings.shares) * sampling.calls(len(task))
 
     def run(self, target: Target, task: Task) -> Generator[Try]:
-        steps, pictures = target.sampling.num_inference_steps, None
+        steps = target.sampling.num_inference_steps
+        pictures: Tensor | None = None
         counts = [min(max(1, round(share * steps)), steps - 1) for share in self.settings.shares]
         for taken in dict.fromkeys(counts):
             if pictures is None or target.family is not target.base:  # the base model completes its own pictures

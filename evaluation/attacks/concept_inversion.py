@@ -82,7 +82,10 @@ class ConceptInversion(Attack):
 
     def run(self, target: Target, task: Task) -> Generator[Try]:
         encoders = TextEncoders(target.family)
-        latents = {concept: self.drawn(target, task, concept) for concept in task.concepts}
+        latents = task.once(
+            f"{self.name} {self.settings.pictures}",
+            lambda: {concept: self.drawn(target, task, concept) for concept in task.concepts},
+        )
         order = torch.cat([task.rows(concept) for concept in task.concepts]).argsort()
         for count, rate in product(self.settings.tokens, self.settings.learning_rates):
             parts = []

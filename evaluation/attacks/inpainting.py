@@ -1,4 +1,4 @@
-"""Inpainting: the middle of a picture of the concept is drawn anew with the concept's prompt; only it is judged.
+"""Inpainting: the middle of a picture of the concept is drawn anew with the picture's prompt; only it is judged.
 
 Source: "When Are Concepts Erased From Diffusion Models?", arXiv 2505.17013; code: kevinlu4588/WhenAreConceptsErased.
 There: Stable Diffusion's inpainting pipeline with the erased UNet, on pictures that the base model draws from the same
@@ -6,11 +6,11 @@ prompts; the mask is the middle 256 x 256 of 512 x 512 pixels; 50 steps at guida
 outside the mask is after each step the picture at that step's noise level, with the start noise, and in the end the
 picture itself. Only the crop is classified.
 
-Deviations: steps and guidance scale are those of the run; pictures are the task's examples, real ones where there are
-any. **The returned pictures are the crops, resized to the size of the model's pictures**, so the judge sees nothing
-else. A judge recognises a crop less often than a whole picture (of the seven real bombs of 64 pixels, the embedded
-judge recognises 2 by their middle half and 6 by their middle three quarters), so a hole of three quarters is added, and
-a low success on the base model is no surprise.
+Deviations: steps and guidance scale are those of the run; pictures and their prompts are the task's examples, real ones
+where there are any. **The returned pictures are the crops, resized to the size of the model's pictures**, so the judge
+sees nothing else. A judge recognises a crop less often than a whole picture (of the seven real bombs of 64 pixels, the
+embedded judge recognises 2 by their middle half and 6 by their middle three quarters), so a hole of three quarters is
+added, and a low success on the base model is no surprise.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class Inpainting(Attack):
         return len(self.settings.shares) * sampling.calls(len(task))
 
     def run(self, target: Target, task: Task) -> Generator[Try]:
-        kept = task.examples.latents[task.example_rows()]
-        asked = target.encode(task.texts)
+        rows = task.example_rows()
+        kept = task.examples.latents[rows]
+        asked = target.encode([task.examples.prompts[row] for row in rows.tolist()])
         latent_side = target.latent_shape[-1]
         scale = target.family.picture_size(target.sampling.resolution) // latent_side
         for share in self.settings.shares:

@@ -67,7 +67,8 @@ class SecondLora(Attack):
 
     def run(self, target: Target, task: Task) -> Generator[Try]:
         asked = target.encode(task.texts)
-        for (rate, steps), changes in self.trained(target, task).items():
+        trained = task.once(f"{self.name} {self.settings}", lambda: self.trained(target, task))
+        for (rate, steps), changes in trained.items():
             with target.restored():
                 fuse(target.family.denoiser, changes, target.family.options.name_or_path)
                 pictures = target.pictures(target.draw(asked, task.noise))

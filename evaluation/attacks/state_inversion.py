@@ -1,11 +1,12 @@
-"""State inversion: all token states of a prompt are free, and optimised until the model draws the concept.
+"""State inversion: all text states of a prompt are free, and optimised until the model draws the concept.
 
 This project's own, and stronger than an inverted token (`concept_inversion`): nothing has to pass the text encoder.
-The loss is the denoising loss on pictures of the concept, ‖target − f(x_t, t, states)‖², for one set of states a
-concept, which begin as those of its first prompt; Adam, as textual inversion (arXiv 2208.01618) trains its token. The
-rate is constant for two thirds of the steps and falls linearly to 0 in the last: without that the states end somewhere
-in their wandering, and a model loses concepts that they began with. A low rate keeps what the first states draw; a high
-one reaches states far from them.
+Free are the token states and, where the denoiser reads one (SDXL, SD 3, FLUX), the pooled state. The loss is the
+denoising loss on pictures of the concept, ‖target − f(x_t, t, states)‖², for one set of states a concept, which begin
+as those of its first prompt; Adam, as textual inversion (arXiv 2208.01618) trains its token. The rate is constant for
+two thirds of the steps and falls linearly to 0 in the last: without that the states end somewhere in their wandering,
+and a model loses concepts that they began with. A low rate keeps what the first states draw; a high one reaches states
+far from them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from safemax_sd.evaluation.attacks.task import Task
 from transformers import get_wsd_schedule
 
 from safemax_sd.families.base import TOKEN_STATES, Conditioning
+from safemax_sd.families.latent import POOLED
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,12 @@ class StateInversionSettings:
 
 
 class StateInversion(Attack):
-    """Token states that make the model denoise pictures of the concept."""
+    """Text states that make the model denoise pictures of the concept."""
 
     name: ClassVar[str] = "state_inversion"
     label: ClassVar[str] = "State inversion"
     access: ClassVar[Access] = "embedding"
-    note: ClassVar[str] = "all token states of a prompt are optimised"
+    note: ClassVar[str] = "all text states of a prompt are optimised"
     Settings: ClassVar[type[Any]] = StateInversionSettings
     presets: ClassVar[Mapping[str, Any]] = {
         "quick": StateInversionSettings(learning_rates=(0.02, 0.2)),
@@ -71,22 +73,24 @@ class StateInversion(Attack):
             yield Try(f"rate {rate:g}", target.pictures(target.draw(asked, task.noise)))
 
     def invert(self, target: Target, task: Task, concept: str, rate: float) -> Conditioning:
-        """Optimise one set of token states for a concept; returns one row."""
+        """Optimise one set of text states for a concept; returns one row."""
         generator, settings = task.generator(f"{self.name} {concept}"), self.settings
         start = target.encode([task.texts[int(task.rows(concept)[0])]]).to(target.device)
-        start = target.family.with_guidance(start, target.sampling.guidance_scale)
-        states = start.tensors[TOKEN_STATES].clone().requires_grad_()
-        optimizer = torch.optim.Adam([states], lr=rate)
+        start = target.family.with_guidance(start, target.guidance_scale)
+        free = (name for name in (TOKEN_STATES, POOLED) if name in start.tensors)
+        states = {name: start.tensors[name].clone().requires_grad_() for name in free}
+        optimizer = torch.optim.Adam(states.values(), lr=rate)
         schedule = get_wsd_schedule(
             optimizer, 0, settings.steps // 3, num_training_steps=settings.steps, decay_type="linear"
         )
         latents = task.examples.latents[task.examples.showing(concept)]
         for _ in range(settings.steps):
             x_t, t, wanted = target.noised(latents, settings.batch_size, generator)
-            asked = start.repeat(len(t)).with_token_states(states.expand(len(t), *states.shape[1:]))
+            rows = {name: tensor.expand(len(t), *tensor.shape[1:]) for name, tensor in states.items()}
+            asked = Conditioning({**start.repeat(len(t)).tensors, **rows})
             loss = F.mse_loss(target.family.predict(x_t, t, asked), wanted)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        return start.with_token_states(states.detach())
+        return Conditioning({**start.tensors, **{name: tensor.detach() for name, tensor in states.items()}})

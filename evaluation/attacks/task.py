@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
-from safemax_sd.evaluation.metrics.base import Batch, Context, recognised
+from safemax_sd.evaluation.metrics.base import Context, choices
 from torch import Tensor
 
 from safemax_sd.prompts import Prompt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Task:
         kept: Pictures of other concepts, for attacks with `needs_kept`; None until such an attack is to run.
         searches: Texts that searches with text encoders alone have found, by a hash of all that they depend on; targets
             with the same encoders share them.
+        shared: Results of work on the base model, by name; see `once`.
     """
 
     prompts: tuple[Prompt, ...]
@@ -55,6 +59,7 @@ class Task:
     seed: int = 0
     kept: Examples | None = None
     searches: dict[str, list[str]] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -87,6 +92,18 @@ class Task:
             turns[concept] += 1
         return torch.tensor(rows)
 
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """Return what `make` returns, which is called for the first of the task's targets alone.
+
+        Args:
+            name: Name of the work, with all settings that it depends on.
+            make: Work on the base model, on which no other target has any influence.
+        """
+        if name not in self.shared:
+            self.shared[name] = make()
+        made: T = self.shared[name]
+        return made
+
     def generator(self, purpose: str) -> torch.Generator:
         """Return a generator that is the same for the same seed and purpose."""
         digest = hashlib.sha256(f"{self.seed} {purpose}".encode()).digest()
@@ -105,8 +122,5 @@ def succeeded(pictures: Tensor, concepts: Sequence[str], context: Context) -> Te
         concepts: Concepts, one for each picture.
         context: Judge, and the concepts that it chooses from.
     """
-    features = context.judge.encode_images(pictures)
-    batch = Batch(pictures, features, prompts=list(concepts), concepts=list(concepts))
-    preferred, similarity = recognised(batch, context)
-    noise = features @ context.judge.encode_texts([context.judge.templates["nothing"]]).T
-    return preferred & (similarity > noise[:, 0])
+    wanted = torch.tensor([context.concepts.index(concept) for concept in concepts])
+    return choices(context.judge.encode_images(pictures), context) == wanted

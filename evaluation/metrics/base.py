@@ -21,6 +21,10 @@ from safemax_sd.core.registry import Registry
 from safemax_sd.recording.picture_folder import PictureSource, in_batches
 
 WARNING = "warning"
+RESAMPLES = 2000
+"""Resamples of a bootstrap interval."""
+RESAMPLED_AT_ONCE = 4_000_000
+"""Most numbers of the resamples that are in memory together; intervals do not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ class Metric(ABC):
 
 
 class PerItemMetric(Metric):
-    """A mean over pictures with a bootstrap interval (2,000 resamples, fixed seed)."""
+    """A mean over pictures with a bootstrap interval (`RESAMPLES` resamples, fixed seed)."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -228,7 +232,14 @@ class PerItemMetric(Metric):
         mean = float(values.mean())
         if len(values) < 2 or float(values.std()) == 0:
             return Result(mean, None, len(values))
-        drawn = bootstrap((values.numpy(),), lambda x, axis: x.mean(axis), n_resamples=2000, method="percentile", rng=0)
+        drawn = bootstrap(
+            (values.numpy(),),
+            lambda x, axis: x.mean(axis),
+            n_resamples=RESAMPLES,
+            batch=max(1, RESAMPLED_AT_ONCE // len(values)),
+            method="percentile",
+            rng=0,
+        )
         low, high = drawn.confidence_interval
         return Result(mean, (float(low), float(high)), len(values))
 
@@ -247,6 +258,19 @@ def wilson(successes: int, n: int) -> Result:
     """Return the rate of `successes` among `n` in percent, with Wilson's 95 % interval."""
     interval = binomtest(successes, n).proportion_ci(method="wilson")
     return Result(100 * successes / n, (100 * float(interval.low), 100 * float(interval.high)), n)
+
+
+def choices(features: Tensor, context: Context) -> Tensor:
+    """Return what the judge prefers for each picture: a concept's index, or `len(concepts)` for its caption of noise.
+
+    Args:
+        features: L2-normalised features of the pictures, float32 [N, D].
+        context: Judge, and the concepts that it chooses from.
+
+    Returns:
+        Indices, int64 [N].
+    """
+    return (features @ context.choice_features.T).argmax(1)
 
 
 def recognised(batch: Batch, context: Context) -> tuple[Tensor, Tensor]:
@@ -281,7 +305,7 @@ def called_noise(batch: Batch, context: Context) -> Tensor:
     A picture that is recognised for sure does not count: noise over a visible concept has not erased it. Without real
     pictures this cannot be checked.
     """
-    noise = (batch.features @ context.choice_features.T).argmax(1) == len(context.concepts)
+    noise = choices(batch.features, context) == len(context.concepts)
     return noise & ~recognised_for_sure(batch, context) if has_thresholds(batch, context) else noise
 
 

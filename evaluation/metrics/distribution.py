@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from safemax_sd.evaluation.metrics.base import WARNING, Batch, Context, Metric, Result
 from safemax_sd.evaluation.metrics.description import Role
-from safemax_sd.evaluation.metrics.features import INCEPTION, INCEPTION_LAYER
+from safemax_sd.evaluation.metrics.features import INCEPTION, INCEPTION_LAYER, INCEPTION_SIZE
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
@@ -20,9 +20,7 @@ from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
 
 FEWEST = 2
 """Number of pictures that a covariance needs."""
-UNBIASED_FROM = 2048
-"""Number of pictures below which the covariance of Inception's features is singular and FID far too large."""
-FID_NOTE = f"the fewer pictures, the larger (by Inception far too large from fewer than {UNBIASED_FROM:,})"
+FID_NOTE = f"the fewer pictures, the larger (far too large from fewer than features: {INCEPTION_SIZE:,} by Inception)"
 KID_SUBSETS = 50
 
 
@@ -88,10 +86,12 @@ class Fid(_DistributionMetric):
         return Result(value, None, self.n, self._bias())
 
     def _bias(self) -> dict[str, str]:
+        """Return a warning if there are fewer pictures than features, so that their covariance is singular."""
         assert self.context.real is not None
-        if self.context.extractor != INCEPTION or min(self.n, len(self.context.real)) >= UNBIASED_FROM:
+        size = self.parts[0].shape[1]
+        if min(self.n, len(self.context.real)) >= size:
             return {}
-        return {WARNING: f"too large: fewer than {UNBIASED_FROM:,} pictures"}
+        return {WARNING: f"too large: fewer than {size:,} pictures"}
 
 
 class Kid(_DistributionMetric):

@@ -16,6 +16,8 @@ JUDGE_EXTRACTOR = "safemax-emoji"
 INCEPTION = "inception-v3-compat"
 """Name of torch-fidelity's Inception features, as in published values; it downloads their weights once."""
 INCEPTION_LAYER, INCEPTION_BATCH = "2048", 64
+INCEPTION_SIZE = int(INCEPTION_LAYER)
+"""Number of Inception's features of a picture."""
 
 
 class _Pictures(Dataset[Tensor]):

@@ -38,8 +38,8 @@ class LatentStd(_OfLatents, PerItemMetric):
 
     def compute(self) -> Result:
         power = super().compute()
-        low, high = power.interval or (power.value, power.value)
-        return Result(math.sqrt(power.value), (math.sqrt(low), math.sqrt(high)), power.n)
+        interval = None if power.interval is None else (math.sqrt(power.interval[0]), math.sqrt(power.interval[1]))
+        return Result(math.sqrt(power.value), interval, power.n)
 
 
 class LatentAutocorrelation(_OfLatents, PerItemMetric):

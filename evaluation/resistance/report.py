@@ -77,6 +77,8 @@ class AttackRow:
         settings: Settings of the attack.
         model_calls: Network evaluations, counted per sample.
         seconds: Wall-clock seconds, with the judging.
+        provenance: Versions, commit, device and time of the run that made the row; None in files of earlier versions,
+            which have the report's alone.
     """
 
     attack: str
@@ -91,6 +93,7 @@ class AttackRow:
     settings: Mapping[str, object]
     model_calls: int
     seconds: float
+    provenance: Provenance | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class AttackReport:
         judge: Name of the judge.
         rows: Attacks that are done.
         refusals: Attacks that do not apply.
-        provenance: Versions, commit, device and time.
+        provenance: Versions, commit, device and time of the run that began the report; later runs may have added rows.
     """
 
     conditions: Mapping[str, object]

@@ -26,7 +26,6 @@ from safemax_sd.evaluation.resistance.report import ATTACKS_FILE, AttackReport, 
 from safemax_sd.evaluation.resistance.tally import Tally
 from safemax_sd.evaluation.resistance.untaught import OPTION, judging_too, prompts_for
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from safemax_sd.core.errors import OptionError, SafemaxError, failure_reason
@@ -45,6 +44,8 @@ FIRST_SEED, EXAMPLE_SEED, KEPT_SEED = 5_000_000, 6_000_000, 7_000_000
 """Seeds of the first picture to bring back, the first example and the first kept picture, apart from evaluations'."""
 EXAMPLES_EACH = 16
 """Examples that the base model draws of a concept without real pictures."""
+REAL_EACH = 64
+"""Most real pictures of a concept that are examples."""
 KEPT_EXAMPLES = 32
 """Pictures of other concepts that the base model draws for attacks that need them."""
 
@@ -63,18 +64,22 @@ class Resistance:
     def __init__(self, plan: Plan, searches: dict[str, list[str]] | None = None) -> None:
         self.plan, options = plan, plan.options
         self.device = torch.device(process_state().device)
-        self.judge = load_judge(options.clip_model, options.clip_pretrained)
+        self.provenance = provenance(options.seed, self.device)
         real = load_real(options, plan.base_model.name_or_path)
+        if real is not None and options.real_images is not None:
+            real.check_shown(plan.suite.parts["forget"].concepts, options.real_images)
+        self.judge = load_judge(options.clip_model, options.clip_pretrained)
         self.context = judging_context(options, plan.suite, self.judge, None)
+        given = None
+        if options.untaught_dir is not None:
+            given = load_folder(options.untaught_dir, OPTION)
+            self.untaught_context = judging_too(self.context, given, options.untaught_dir)
         self.base = self._base()
         resolution = None if plan.adapter is None else plan.adapter.record.resolution
         self.sampling = Sampling(options.guidance_scale, options.num_inference_steps, options.batch_size, resolution)
         self.families = {role: self._family(role) for role in plan.roles}
         self.task = replace(self._task(real), searches={} if searches is None else searches)
-        self.untaught: Task | None = None
-        if options.untaught_dir is not None:
-            self.untaught = self._untaught_task(options.untaught_dir)
-            self.untaught_context = judging_too(self.context, self.untaught.examples, options.untaught_dir)
+        self.untaught = None if given is None else self._untaught_task(given)
 
     def _base(self) -> LatentFamily:
         base_model, adapter = self.plan.base_model, self.plan.adapter
@@ -86,12 +91,10 @@ class Resistance:
             raise OptionError("--adapter", adapter.folder, text)
         return family
 
-    def _untaught_task(self, folder: str) -> Task:
-        given = load_folder(folder, OPTION)
-        concepts = sorted(frozenset[str]().union(*given.concepts))
-        prompts = prompts_for(concepts, self.task.prompts)
+    def _untaught_task(self, given: RealPictures) -> Task:
+        prompts = prompts_for(sorted(given.all_concepts), self.task.prompts)
         shown = examples(prompts, self.base, self.sampling, given, first_seed=EXAMPLE_SEED)
-        return replace(self.task, prompts=prompts, examples=shown)
+        return replace(self.task, prompts=prompts, examples=shown, shared={})
 
     def task_of(self, role: Role) -> Task:
         """Return what is to come back from a target."""
@@ -174,6 +177,7 @@ class Resistance:
             settings=asdict(attack.settings),
             model_calls=target.model_calls,
             seconds=time.monotonic() - started,
+            provenance=self.provenance,
         )
         return row, tally.pictures
 
@@ -182,6 +186,9 @@ def examples(
     asked: Sequence[Prompt], base: LatentFamily, sampling: Sampling, real: RealPictures | None, *, first_seed: int
 ) -> Examples:
     """Return an attacker's pictures of prompts' concepts: real ones, or else pictures by the base model.
+
+    Of many real pictures `REAL_EACH` of each concept are taken. What a picture shows besides, such as a style, is what
+    its prompt names, where there is such a prompt.
 
     Args:
         asked: Prompts of the concepts.
@@ -196,10 +203,10 @@ def examples(
     concepts: list[str] = []
     for concept in dict.fromkeys(prompt.shows for prompt in asked):
         own = [prompt for prompt in asked if prompt.shows == concept]
-        shown = real.showing([concept]) if real is not None else torch.zeros(0)
-        if len(shown):
-            shown = F.interpolate(shown, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-            texts = [own[number % len(own)].text for number in range(len(shown))]
+        rows = [] if real is None else real.some(concept, REAL_EACH)
+        if real is not None and rows:
+            shown = real.read(rows, side)
+            texts = real.prompts_for(rows, concept, [prompt.text for prompt in own])
         else:
             texts = [prompt.text for prompt in pick(own, EXAMPLES_EACH)]
             shown = drawn_examples(base, texts, sampling, first_seed=first_seed + len(prompts))
@@ -257,17 +264,41 @@ def run_plan(plan: Plan, folder: Path, searches: dict[str, list[str]] | None = N
         for name in (ATTACKS_FILE, PAGE_FILE, PICTURES):
             if foreign(folder, name, ATTACKS_FILE):
                 raise not_ours(folder, name)
-        run_all(Resistance(plan, searches), folder)
+        done = resumed(plan, folder)
+        if done is not None and not plan.missing(done):
+            publish(done, folder, {})  # the page may be of an older version
+        else:
+            run_all(Resistance(plan, searches), folder, done)
 
 
-def run_all(resistance: Resistance, folder: Path) -> AttackReport:
-    """Run the attacks that are not in a folder's report yet, and write the report after each.
+def resumed(plan: Plan, folder: Path) -> AttackReport | None:
+    """Return the report of a folder, which controls may have joined; None if there is none.
 
     Raises:
-        OptionError: The folder holds attacks under other conditions.
+        OptionError: The report is damaged or of other conditions.
+    """
+    report = AttackReport.find(folder, "--output_dir")
+    if report is None:
+        return None
+    for name, _, _ in plan.differences(report):
+        raise OptionError("--output_dir", folder, f"holds attacks under other conditions ({name}): name a new folder")
+    conditions = plan.conditions()
+    conditions |= {name: conditions[name] or report.conditions.get(name) for name in CONTROLS}
+    return replace(report, conditions=conditions)
+
+
+def run_all(resistance: Resistance, folder: Path, done: AttackReport | None) -> None:
+    """Run the attacks that a report lacks, and write the report into a folder after each.
+
+    Args:
+        resistance: Models, judge and task of the attacks.
+        folder: Claimed output folder.
+        done: Report of the attacks that are done; None if there are none.
+
+    Raises:
         SafemaxError: Some attacks failed; all others are in the report.
     """
-    report = begun(resistance, folder)
+    report = begun(resistance, done)
     todo = resistance.plan.missing(report)
     total = sum(attack.calls(resistance.task_of(role), resistance.sampling) for attack, role in todo)
     failures = []
@@ -291,33 +322,18 @@ def run_all(resistance: Resistance, folder: Path) -> AttackReport:
                     failures.append(f"{attack.name} on {ROLES[role]}: {failure_reason(error)}")
             bar.total -= expected - bar.n  # `calls` is an upper bound, and an attack may be refused or fail
             publish(report, folder, sheets)
-    if not todo:  # the page may be of an older version
-        publish(report, folder, {})
     if failures:
         raise SafemaxError(f"{len(failures)} of {len(todo)} attacks failed: {'; '.join(failures)}")
-    return report
 
 
-def begun(resistance: Resistance, folder: Path) -> AttackReport:
-    """Return the report of a folder, which controls may have joined, or one without rows.
-
-    Raises:
-        OptionError: The report in the folder is damaged or of other conditions.
-    """
+def begun(resistance: Resistance, done: AttackReport | None) -> AttackReport:
+    """Return the report of the attacks that are done, or one without rows."""
     plan = resistance.plan
-    report = AttackReport.find(folder, "--output_dir")
-    if report is not None:
-        for name, _, _ in plan.differences(report):
-            raise OptionError(
-                "--output_dir", folder, f"holds attacks under other conditions ({name}): name a new folder"
-            )
-    conditions = plan.conditions()
     untaught = () if resistance.untaught is None else tuple(resistance.untaught.concepts)
-    if report is not None:
-        conditions |= {name: conditions[name] or report.conditions.get(name) for name in CONTROLS}
-        return replace(report, conditions=conditions, untaught=untaught or report.untaught)
+    if done is not None:
+        return replace(done, untaught=untaught or done.untaught)
     return AttackReport(
-        conditions=conditions,
+        conditions=plan.conditions(),
         adapter=None if plan.adapter is None else plan.adapter.record.method,
         concepts=tuple(resistance.task.concepts),
         untaught=untaught,
@@ -325,7 +341,7 @@ def begun(resistance: Resistance, folder: Path) -> AttackReport:
         judge=resistance.judge.name,
         rows=(),
         refusals=(),
-        provenance=provenance(plan.options.seed, resistance.device),
+        provenance=resistance.provenance,
     )
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from safemax_sd.evaluation.attacks.task import Examples, succeeded
+import torch
+from safemax_sd.evaluation.attacks.task import succeeded
 from safemax_sd.evaluation.attacks.text import reworded
 from safemax_sd.evaluation.metrics.base import Context
+from safemax_sd.evaluation.real import RealPictures
 
 from safemax_sd.core.errors import OptionError
 from safemax_sd.prompts import Prompt
+from safemax_sd.recording.picture_folder import Picked, in_batches
 
 OPTION = "--untaught_dir"
 KNOWN = 0.5
@@ -23,7 +26,7 @@ def prompts_for(concepts: Sequence[str], prompts: Sequence[Prompt]) -> tuple[Pro
     return tuple(Prompt(reworded(prompt, concept), concept) for prompt, concept in zip(prompts, turns, strict=True))
 
 
-def judging_too(context: Context, given: Examples, folder: str) -> Context:
+def judging_too(context: Context, given: RealPictures, folder: str) -> Context:
     """Add the concepts of given pictures to those that the judge chooses from.
 
     Args:
@@ -34,15 +37,16 @@ def judging_too(context: Context, given: Examples, folder: str) -> Context:
     Raises:
         OptionError: A concept is one of the suite's, or the judge does not recognise it in its pictures.
     """
-    concepts = list(dict.fromkeys(given.concepts))
+    concepts = sorted(given.all_concepts)
     for concept in concepts:
         if concept in context.concepts:
             raise OptionError(OPTION, folder, f"holds pictures of {concept!r}, which is a concept of the suite")
     wider = replace(context, concepts=[*context.concepts, *concepts])
-    seen = succeeded(given.pictures, given.concepts, wider)
     for concept in concepts:
-        own = seen[given.showing(concept)]
-        if own.float().mean() < KNOWN:
-            text = f"the judge sees {concept!r} in only {int(own.sum())} of its {len(own)} pictures and cannot tell it"
+        pictures = in_batches(Picked(given.pictures, given.rows([concept])))
+        seen = torch.cat([succeeded(part, [concept] * len(part), wider) for part in pictures])
+        if seen.float().mean() < KNOWN:
+            count = f"{int(seen.sum())} of its {len(seen)} pictures"
+            text = f"the judge sees {concept!r} in only {count} and cannot tell it"
             raise OptionError(OPTION, folder, text)
     return wider

@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
 PAPER = (255, 255, 255)
+LARGEST = 1024
+"""Largest side of pictures that are read without a given one, so that a batch of photographs fits in memory."""
 DEEP = 257
 """Levels of a 16-bit channel for each level of 8 bits: 65535 becomes 255."""
 
@@ -74,7 +76,8 @@ class PictureFolder:
     Args:
         folder: Folder whose subfolders hold png, jpg or webp files; hidden files and folders are left out.
         option: Flag to name in errors.
-        size: Side after a centre crop; None for the shortest side of all pictures, so that none is enlarged.
+        size: Side after a centre crop; None for the median of the pictures' shorter sides, at most `LARGEST`, so that a
+            single small file does not blur the others.
 
     Attributes:
         names: Name of each picture's subfolder.
@@ -88,22 +91,25 @@ class PictureFolder:
         self._paths = [path for subfolder in subfolders for path in _pictures(subfolder, option)]
         if not self._paths:
             raise OptionError(option, folder, "must hold subfolders, named by concept, with png, jpg or webp files")
-        shortest = min(_read(path, option, _shortest_side) for path in self._paths)
-        self._option, self._side = option, size or shortest
+        sides = sorted(_read(path, option, _shortest_side) for path in self._paths)
+        self._option, self._side = option, size or min(sides[len(sides) // 2], LARGEST)
         self.names = [path.parent.name for path in self._paths]
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, rows: list[int], /) -> Tensor:
-        """Read the pictures at some indices, float32 [len(rows), 3, size, size] in 0 to 1.
+        return self.read(rows, self._side)
+
+    def read(self, rows: Sequence[int], side: int) -> Tensor:
+        """Read the pictures at some indices, float32 [len(rows), 3, side, side] in 0 to 1.
 
         Raises:
             OptionError: A file cannot be read as a picture.
         """
-        pictures = torch.empty(len(rows), 3, self._side, self._side)
+        pictures = torch.empty(len(rows), 3, side, side)
         for place, row in enumerate(rows):
-            pictures[place] = _read(self._paths[row], self._option, lambda image: _square(image, self._side))
+            pictures[place] = _read(self._paths[row], self._option, lambda image: _square(image, side))
         return pictures
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safemax_sd.evaluation.attacks.base import Attack, Try
 from safemax_sd.evaluation.attacks.benign_tuning import BenignTuning
 from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings
 from safemax_sd.evaluation.attacks.target import Sampling, Target
-from safemax_sd.evaluation.attacks.task import Examples, Task
+from safemax_sd.evaluation.attacks.task import Task
 from safemax_sd.evaluation.metrics.base import Context
-from safemax_sd.evaluation.real import embedded_pictures
+from safemax_sd.evaluation.real import RealPictures, embedded_pictures
 from safemax_sd.evaluation.resistance.options import AttackOptions
 from safemax_sd.evaluation.resistance.plan import Plan
 from safemax_sd.evaluation.resistance.report import (
@@ -27,14 +28,14 @@ from safemax_sd.evaluation.resistance.report import (
     excess,
     verdicts,
 )
-from safemax_sd.evaluation.resistance.run import Resistance, examples
+from safemax_sd.evaluation.resistance.run import REAL_EACH, Resistance, examples
 from safemax_sd.evaluation.resistance.untaught import judging_too, prompts_for
 
 from safemax_sd.cli import main
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.judge import load_judge
 from safemax_sd.families.latent import LatentFamily
-from safemax_sd.prompts import Prompt
+from safemax_sd.prompts import Prompt, load_suite
 from safemax_sd.results.samples import to_pil
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
@@ -124,16 +125,73 @@ def test_an_attacks_own_draws_follow_the_seed(adapter: Path) -> None:
     assert drawn(0) != drawn(1)
 
 
-def test_a_second_call_runs_nothing(
+def refuse(*_: object) -> None:
+    raise AssertionError("a model was loaded")
+
+
+def test_a_second_call_loads_and_runs_nothing(
     done: Path, adapter: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("an attack was run again")
-
-    monkeypatch.setattr(Resistance, "measure", refuse)
+    monkeypatch.setattr(Resistance, "__init__", refuse)
     before = (done / "attacks.json").read_text()
     assert main(words(adapter, tiny_model, done)) == 0
     assert (done / "attacks.json").read_text() == before
+
+
+def test_rows_say_what_made_them_and_older_files_go_on(
+    done: Path, adapter: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(done, output)
+    content = json.loads((output / "attacks.json").read_text())
+    assert all(row["provenance"] == content["provenance"] for row in content["rows"])
+    dropped = content["rows"].pop()
+    for row in content["rows"]:  # as in files of earlier versions
+        del row["provenance"]
+    (output / "attacks.json").write_text(json.dumps(content))
+    assert main(words(adapter, tiny_model, output)) == 0
+    rows = AttackReport.read(output / "attacks.json", "--output_dir").rows
+    assert [row.provenance is None for row in rows] == [True] * (len(rows) - 1) + [False]
+    assert (rows[-1].attack, rows[-1].target) == (dropped["attack"], dropped["target"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "message"),
+    [
+        ("--real_images", "Apple", "has no subfolder of pictures named 'apple' (did you mean 'Apple'?)"),
+        ("--untaught_dir", "guitar", "the judge sees 'guitar' in only 0 of its 1 pictures and cannot tell it"),
+    ],
+)
+def test_folders_that_cannot_be_used_are_found_before_a_model_is_loaded(
+    flag: str,
+    name: str,
+    message: str,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "given" / name).mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "given" / name / "0.png")
+    monkeypatch.setattr("safemax_sd.evaluation.resistance.run.load_family", refuse)
+    assert main([*without_controls(adapter, tmp_path / "out"), flag, str(tmp_path / "given")]) == 2
+    assert f"{flag} {tmp_path / 'given'}: {message}" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out" / "attacks.json").exists()
+
+
+def test_real_examples_are_some_of_the_pictures_at_the_models_size_with_prompts_that_fit(tiny_model: Path) -> None:
+    real, family = embedded_pictures(), tiny.load_latent(tiny_model)
+    asked = load_suite("emoji/style_3d").parts["forget"].prompts
+    found = examples(asked, family, Sampling(2.0, 2, 4), real, first_seed=100)
+    side = family.picture_size(None)
+    assert found.pictures.shape == (REAL_EACH, 3, side, side)
+    assert found.latents.shape == (REAL_EACH, *family.latent_shape(None))
+    rows = real.some("3d style", REAL_EACH)
+    assert all(
+        name.removesuffix(" style") in text
+        for row, text in zip(rows, found.prompts, strict=True)
+        for name in real.concepts[row]
+    )
 
 
 def test_a_stopped_run_goes_on_with_what_is_missing(
@@ -283,7 +341,7 @@ def test_examples_of_the_base_model_have_the_prompts_that_they_were_drawn_for(
         (("--preset", "full"), "holds attacks under other conditions (preset): name a new folder"),
         (("--preset", "fast"), "'fast' is not one of"),
         (("--attacks", "completions"), "no such attack (did you mean 'completion'?)"),
-        (("--never_known", NO_MODEL), f"--never_known {NO_MODEL}: must be a diffusers model folder"),
+        (("--never_known", NO_MODEL), "holds attacks under other conditions (never_known): name a new folder"),
         (("--num_images", "0"), "--num_images 0"),
     ],
 )
@@ -301,6 +359,13 @@ def test_bad_input_is_one_line_and_changes_nothing(
     assert message in error
     assert "Traceback" not in error
     assert (done / "attacks.json").read_bytes() == before
+
+
+def test_a_control_that_is_no_model_is_named(
+    adapter: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(adapter, tiny_model, tmp_path / "out", "--never_known", NO_MODEL)) == 2
+    assert f"--never_known {NO_MODEL}: must be a diffusers model folder" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_damaged_report_and_a_strange_file_are_named(
@@ -329,7 +394,7 @@ def test_a_concept_that_was_never_taught_takes_the_place_of_the_forbidden_one() 
 )
 def test_a_concept_of_the_suite_and_one_that_the_judge_does_not_know_are_named(name: str, message: str) -> None:
     pictures = embedded_pictures().showing(["bomb"])
-    given = Examples(pictures, torch.zeros(0), ("",) * len(pictures), (name,) * len(pictures))
+    given = RealPictures(pictures, [frozenset({name})] * len(pictures))
     with pytest.raises(OptionError, match=message):
         judging_too(Context(load_judge(), ["apple", "pear"], {}, None, ""), given, "folder")
 

@@ -15,6 +15,8 @@ from safemax_sd.evaluation.attacks.latent_classifier import ClassifierTraining
 from safemax_sd.evaluation.attacks.target import Role, Sampling, Target
 from safemax_sd.evaluation.attacks.task import Examples, Task
 
+from safemax_sd.families.base import TOKEN_STATES
+from safemax_sd.families.latent import POOLED
 from safemax_sd.prompts import Prompt
 from tests import tiny
 
@@ -57,13 +59,15 @@ def target(request: Request, model: str) -> Target:
     return build_target(request.getfixturevalue(model), RESOLUTION.get(model))
 
 
-def build_target(path: Path, resolution: int | None, role: Role = "erased") -> Target:
+def build_target(
+    path: Path, resolution: int | None, role: Role = "erased", *, sampling: Sampling | None = None
+) -> Target:
     """Build a target whose weights all differ from the base model's."""
     family, base = tiny.load_latent(path), tiny.load_latent(path)
     generator = torch.Generator().manual_seed(1)
     for parameter in family.denoiser.parameters():
         parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
-    sampling = Sampling(guidance_scale=3.0, num_inference_steps=4, batch_size=2, resolution=resolution)
+    sampling = sampling or Sampling(3.0, num_inference_steps=4, batch_size=2, resolution=resolution)
     return Target(role, family, base, sampling)
 
 
@@ -171,6 +175,53 @@ def test_a_search_with_the_text_encoder_alone_serves_all_models_that_have_it(
         parameter.data *= 1.01
     found(attack, target)
     assert len(searches) == before + count
+
+
+@pytest.mark.parametrize("name", ["classifier_guidance", "concept_inversion", "p4d", "second_lora", "unlearn_diff_atk"])
+def test_work_on_the_base_model_is_done_for_the_first_target_alone(attack: Attack, tiny_model: Path) -> None:
+    def attacked(task: Task) -> list[torch.Tensor]:
+        control.model_calls = 0
+        return [each.pictures for each in attack.run(control, task)]
+
+    target, control = build_target(tiny_model, None), build_target(tiny_model, None, "never_known")
+    shared = two_apples(target)
+    list(attack.run(target, shared))
+    second = attacked(shared)
+    calls = control.model_calls
+    alone = attacked(two_apples(control))
+    assert calls < control.model_calls
+    assert all(torch.equal(first, other) for first, other in zip(second, alone, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adapter_scale", "completion"])
+def test_attacks_that_leave_the_base_model_as_it_is_draw_its_pictures_once(attack: Attack, tiny_model: Path) -> None:
+    family = tiny.load_latent(tiny_model)
+    target = Target("base", family, family, Sampling(3.0, 4, 2))
+    task = two_apples(target)
+    plain = target.pictures(target.draw(target.encode(task.texts), task.noise))
+    calls = target.model_calls
+    tries = list(attack.run(target, task))
+    assert len(tries) > 1
+    assert all(torch.equal(each.pictures, plain) for each in tries)
+    assert target.model_calls == 2 * calls
+
+
+def test_completion_takes_each_number_of_steps_once_and_refuses_a_single_step(tiny_model: Path) -> None:
+    kind = ATTACKS.get("completion")
+    attack = kind(kind.presets["full"])
+    few = build_target(tiny_model, None, sampling=Sampling(3.0, 3, 2))
+    assert attack.refusal(few) is None
+    assert [each.name for each in attack.run(few, two_apples(few))] == ["1 of 3 steps", "2 of 3 steps"]
+    assert attack.refusal(build_target(tiny_model, None, sampling=Sampling(3.0, 1, 2))) is not None
+
+
+@pytest.mark.parametrize(("model", "free"), [("tiny_model", {TOKEN_STATES}), ("tiny_sdxl", {TOKEN_STATES, POOLED})])
+def test_state_inversion_changes_all_text_states(model: str, free: set[str], request: Request) -> None:
+    kind = ATTACKS.get("state_inversion")
+    attack = kind(replace(kind.presets["quick"], **SMALL["state_inversion"]))
+    target = build_target(request.getfixturevalue(model), None)
+    start, found = target.encode(["a red apple"]), attack.invert(target, two_apples(target), "apple", 0.05)  # type: ignore[attr-defined]
+    assert {name for name, tensor in found.tensors.items() if not torch.equal(tensor, start.tensors[name])} == free
 
 
 def two_apples(target: Target) -> Task:

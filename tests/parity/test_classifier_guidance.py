@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
-from safemax_sd.evaluation.attacks.classifier_guidance import pushed
+from safemax_sd.evaluation.attacks.classifier_guidance import pushed, pushed_step
 from safemax_sd.evaluation.attacks.latent_classifier import (
     ClassifierTraining,
     LatentClassifier,
@@ -14,8 +16,10 @@ from safemax_sd.evaluation.attacks.latent_classifier import (
     train_classifier,
 )
 from safemax_sd.evaluation.attacks.steps import Step
+from safemax_sd.evaluation.attacks.target import Sampling, Target
 
 from safemax_sd.diffusion.process import flow_matching, variance_preserving
+from tests import tiny
 
 PROCESS = variance_preserving(torch.tensor([0.9, 0.64, 0.36, 0.04]), "epsilon")
 
@@ -28,6 +32,23 @@ def test_the_push_is_the_papers() -> None:
     assert float(pushed(step, x_t, noise, gradient, 25.0)) == pytest.approx(expected)
     plain = step.kept * x_t + step.added * noise
     assert torch.allclose(pushed(step, x_t, noise, gradient, 0.0), plain)
+
+
+def test_each_latent_is_pushed_by_its_own_classifier(tiny_model: Path) -> None:
+    family = tiny.load_latent(tiny_model)
+    target = Target("base", family, family, Sampling(3.0, 4, 4))
+    process = family.process
+    size = torch.Size(target.latent_shape).numel()
+    first, second = (LatentClassifier(size, 8, torch.Generator().manual_seed(seed)).eval() for seed in (0, 1))
+    step = Step(torch.tensor(500), 0.6, 0.8, 0.8, 0.6, signal_share=0.0, noise_share=1.0)
+    generator = torch.Generator().manual_seed(2)
+    x_t, prediction = torch.randn(2, 3, *target.latent_shape, generator=generator)
+    guides, rows = [second, first, second, first], torch.tensor([1, 2, 3])
+    moved = pushed_step(step, x_t, prediction, rows, target=target, guides=guides, scale=25.0)
+    for place, guide in enumerate((first, second, first)):
+        own = slice(place, place + 1)
+        gradient = concept_gradient(guide, process, x_t[own], step.t.expand(1))
+        assert torch.allclose(moved[own], pushed(step, x_t[own], prediction[own], gradient, 25.0), atol=1e-6)
 
 
 def test_the_classifier_by_hand() -> None:

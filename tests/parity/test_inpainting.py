@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
 import torch
-from safemax_sd.evaluation.attacks.inpainting import cropped, follow_outside, middle
+from safemax_sd.evaluation.attacks.inpainting import (
+    Inpainting,
+    InpaintingSettings,
+    cropped,
+    follow_outside,
+    middle,
+)
 from safemax_sd.evaluation.attacks.steps import Step
+from safemax_sd.evaluation.attacks.target import Sampling, Target
+from safemax_sd.evaluation.attacks.task import Examples, Task
+
+from safemax_sd.prompts import Prompt
+from tests import tiny
 
 
 def test_the_middle() -> None:
@@ -22,6 +37,23 @@ def test_outside_the_hole_is_the_picture_at_the_steps_noise_level() -> None:
     expected = torch.full((1, 1, 4, 4), 0.8 * 3.0 + 0.6 * -1.0)
     expected[..., 1:3, 1:3] = 0.8 * 1.0 + 0.6 * 0.5  # x0 = (1 − 0.8·0.5) / 0.6 = 1
     assert torch.allclose(after, expected)
+
+
+def test_a_hole_is_filled_with_the_prompt_of_its_picture(tiny_model: Path) -> None:
+    family = tiny.load_latent(tiny_model)
+    target = Target("base", family, family, Sampling(3.0, 2, 2))
+    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    texts, shown = ("a red apple", "apple on a table"), ("apple",) * 2
+    examples = Examples(pictures, family.encode_pictures(pictures), texts, shown)
+    noise = torch.randn(2, *target.latent_shape, generator=torch.Generator().manual_seed(1))
+
+    def filled(asked: Sequence[str], examples: Examples) -> torch.Tensor:
+        task = Task(tuple(Prompt(text, "apple") for text in asked), noise, examples)
+        return next(Inpainting(InpaintingSettings()).run(target, task)).pictures
+
+    own = filled(texts, examples)
+    assert torch.equal(filled(texts[::-1], examples), own)
+    assert not torch.equal(filled(texts, replace(examples, prompts=texts[::-1])), own)
 
 
 def test_a_crop_fills_the_picture() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safemax_sd.evaluation.metrics import METRICS, Batch, Context
+from safemax_sd.evaluation.attacks.task import succeeded
+from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
 from safemax_sd.evaluation.metrics.base import wilson
 from safemax_sd.evaluation.metrics.features import JUDGE_EXTRACTOR
 from safemax_sd.evaluation.real import embedded_pairs, embedded_pictures
@@ -74,6 +75,37 @@ def test_gaussianity_of_gaussian_and_other_latents(judge: Judge) -> None:
     assert compute("latent_ks_distance", setting, ours) < 0.02
     assert compute("latent_lag1_autocorrelation", setting, other) == pytest.approx(1, abs=1e-3)
     assert compute("latent_ks_distance", setting, other) > 0.1
+
+
+def test_one_latents_standard_deviation_has_no_interval(judge: Judge) -> None:
+    metric = METRICS.get("latent_std")(context(judge, ["a", "b"]))
+    metric.update(batch(judge, torch.zeros(1, 3, 64, 64), "a", torch.full((1, 4, 8, 8), 2.0)))
+    assert metric.compute() == Result(2.0, None, 1)
+
+
+def test_an_interval_does_not_depend_on_how_many_numbers_are_resampled_at_once(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metric = METRICS.get("clip_score")(context(judge, ["a", "b"]))
+    metric.values = torch.rand(33, generator=torch.Generator().manual_seed(0)).tolist()  # type: ignore[attr-defined]
+    whole = metric.compute()
+    monkeypatch.setattr("safemax_sd.evaluation.metrics.base.RESAMPLED_AT_ONCE", 7 * 33)
+    assert metric.compute() == whole
+
+
+def test_captions_are_encoded_once_for_all_tries_of_an_attack(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted(texts: list[str]) -> torch.Tensor:
+        encoded.append(texts)
+        return encode(texts)
+
+    encode, encoded = judge.encode_texts, list[list[str]]()
+    monkeypatch.setattr(judge, "encode_texts", counted)
+    setting = context(judge, ["bomb", "dog"])
+    noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        seen = succeeded(torch.cat([embedded_pictures().showing(["bomb"]), noise]), ["bomb"] * 7 + ["dog"], setting)
+        assert seen.sum() >= 6 and not seen[-1]
+    assert len(encoded) == 1
 
 
 def test_drift_by_hand(judge: Judge) -> None:

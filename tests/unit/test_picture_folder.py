@@ -139,12 +139,19 @@ def test_other_modes_of_files_are_read_as_rgb(tmp_path: Path) -> None:
     assert one(tmp_path / "webp", Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "0.webp", lossless=True) == [255] * 3
 
 
-def test_the_shortest_side_of_all_is_that_of_all(tmp_path: Path) -> None:
+def test_a_small_picture_blurs_no_other(tmp_path: Path) -> None:
     for name, shape in (("0", (64, 48)), ("1", (20, 90)), ("2", (32, 32))):
         (tmp_path / name).mkdir()
         Image.new("RGB", shape).save(tmp_path / name / "x.png")
-    assert whole(str(tmp_path), option="--x")[0].shape == (3, 3, 20, 20)
+    assert whole(str(tmp_path), option="--x")[0].shape == (3, 3, 32, 32)
     assert whole(str(tmp_path), option="--x", size=16)[0].shape == (3, 3, 16, 16)
+    assert PictureFolder(str(tmp_path), option="--x").read([0, 2], 40).shape == (2, 3, 40, 40)
+
+
+def test_photographs_are_read_smaller(tmp_path: Path) -> None:
+    (tmp_path / "apple").mkdir()
+    Image.new("RGB", (1300, 1200)).save(tmp_path / "apple" / "x.png")
+    assert whole(str(tmp_path), option="--x")[0].shape == (1, 3, 1024, 1024)
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_ddpm"])

@@ -10,6 +10,7 @@ import torch
 from safemax_sd.evaluation.headline import headline
 from safemax_sd.evaluation.inputs import kept_pictures
 from safemax_sd.evaluation.metrics import METRICS, Batch, Context, Result
+from safemax_sd.evaluation.metrics.base import WARNING
 from safemax_sd.evaluation.metrics.distribution import Fid
 from safemax_sd.evaluation.metrics.features import INCEPTION, JUDGE_EXTRACTOR
 from safemax_sd.evaluation.options import EvaluateOptions
@@ -60,6 +61,49 @@ def test_a_folder_of_another_name_is_named(forget: str, kept: str, message: str,
         )
 
 
+@pytest.mark.parametrize("suite", ["emoji/bomb", "emoji/style_3d"])
+def test_a_picture_has_a_prompt_that_names_all_that_it_shows(suite: str) -> None:
+    real, forget = embedded_pictures(), load_suite(suite).parts["forget"]
+    (concept,) = forget.concepts
+    rows, texts = real.rows([concept]), [prompt.text for prompt in forget.prompts]
+    found = real.prompts_for(rows, concept, texts)
+    assert set(found) <= set(texts)
+    for row, text in zip(rows, found, strict=True):
+        assert all(name.removesuffix(" style") in text for name in real.concepts[row])
+
+
+def test_a_picture_without_a_fitting_prompt_has_a_plain_one_or_the_concepts_name() -> None:
+    shown = [("dog", "flat style"), ("dog", "3d style"), ("hot dog", "flat style"), ("dog", "3d style")]
+    real = RealPictures(torch.zeros(4, 3, 8, 8), [frozenset(each) for each in shown])
+    assert real.named("A 3D hot dog") == {"hot dog", "3d style"}
+    styled = ["a flat dog", "dog, flat style"]
+    assert real.prompts_for([0, 1, 3], "dog", [*styled, "a dog"]) == ["a flat dog", "a dog", "a dog"]
+    assert real.prompts_for([0, 1, 3], "dog", styled) == ["a flat dog", "dog", "dog"]
+    assert real.prompts_for([2, 0], "flat style", ["flat hot dog", "a flat dog"]) == ["flat hot dog", "a flat dog"]
+
+
+def test_pictures_of_a_folder_take_their_concepts_prompts_in_turn(tmp_path: Path) -> None:
+    real = load_folder(str(tiny.write_pictures(tmp_path / "real", each=3)))
+    rows = real.rows(["apple"])
+    assert real.prompts_for(rows, "apple", ["an apple", "apple beside a pear"]) == [
+        "an apple",
+        "apple beside a pear",
+        "an apple",
+    ]
+
+
+def test_some_of_many_pictures_are_at_even_distances() -> None:
+    real = RealPictures(torch.zeros(9, 3, 8, 8), [frozenset({"apple"})] * 8 + [frozenset({"pear"})])
+    assert real.some("apple", 4) == [0, 2, 4, 6]
+    assert real.some("pear", 4) == [8]
+    assert real.some("plum", 4) == []
+
+
+def test_pictures_are_read_at_any_side(tmp_path: Path) -> None:
+    real = load_folder(str(tiny.write_pictures(tmp_path / "real")))
+    assert real.read([0, 3], 32).shape == embedded_pictures().read([0, 3], 32).shape == (2, 3, 32, 32)
+
+
 def test_pictures_of_all_that_is_kept_are_compared_with(tmp_path: Path) -> None:
     folder = tiny.write_pictures(tmp_path / "real", each=3)
     kept = kept_pictures(options(real_images=str(folder)), suite_of(tmp_path / "suite"), load_folder(str(folder)))
@@ -102,17 +146,17 @@ def test_inception_without_its_weights_is_found_before_drawing(tmp_path: Path, m
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("drawn", "real", "biased"), [(2047, 3000, True), (3000, 2047, True), (2048, 2048, False)])
-def test_fid_by_inception_from_few_pictures_says_so(judge: Judge, drawn: int, real: int, biased: bool) -> None:
-    for extractor, marked in ((INCEPTION, biased), (JUDGE_EXTRACTOR, False)):
+@pytest.mark.parametrize(("drawn", "real", "biased"), [(95, 300, True), (300, 95, True), (96, 96, False)])
+def test_fid_from_fewer_pictures_than_features_says_so(judge: Judge, drawn: int, real: int, biased: bool) -> None:
+    for extractor, size, marked in ((INCEPTION, 2048, True), (JUDGE_EXTRACTOR, 96, biased)):
         metric = Fid(Context(judge, ["a", "b"], {}, torch.zeros(real, 3, 1, 1), extractor))
-        metric.parts.append(torch.zeros(drawn, 1))
-        assert bool(metric._bias()) is marked
+        metric.parts.append(torch.zeros(drawn, size))
+        assert metric._bias() == ({WARNING: f"too large: fewer than {size:,} pictures"} if marked else {})
 
 
 def test_the_headline_prints_the_warning(judge: Judge) -> None:
     metric = Fid(Context(judge, ["a", "b"], {}, torch.zeros(4, 3, 1, 1), INCEPTION))
-    metric.parts.append(torch.zeros(4, 1))
+    metric.parts.append(torch.zeros(4, 2048))
     result = Result(9.0, None, 4, metric._bias())
     rows = [Row.of(Fid, "retain", model, result) for model in ("base", "erased")]
     assert [entry.label for entry in headline(report_of(*rows))] == [
