@@ -109,7 +109,7 @@ class Study:
 
     def judge(self, pictures: Tensor, subset: str) -> dict[str, Result]:
         """Return percentages of a subset's pictures by column of the table."""
-        results = measure(pictures, self.prompts[subset], METRIC_NAMES[subset], self.context)
+        results = measure(pictures, self.prompts[subset], METRIC_NAMES[subset], context=self.context)
         if subset == "forget":
             return {"recognised": still_recognised(results), **{name: results[name] for name in ("halted", "neither")}}
         return {"recognised": results["clip_accuracy"]}

@@ -6,14 +6,16 @@
 
 Needs the `study` extra (scikit-learn). Trains or loads the base model and the classifier, runs every method on every
 class and appends one JSON row for each run to `study/class_unlearning_<dataset>.jsonl`; existing rows are not measured
-again. Writes tables (`.md`), a plot and pictures (`.png`) beside it. `--race CLASS` instead times whole runs of the
-methods in turn, until their last step and until the first checkpoint at which the class is forgotten. `--rates CLASS`
-estimates the time of runs that would take hours from a few steps and a small part of each prior, and measures memory.
+again, and one with other settings is an error. A killed run continues from its last checkpoint. Writes tables (`.md`),
+a plot and pictures (`.png`) beside it. `--race CLASS` instead times whole runs of the methods in turn, until their last
+step and until the first checkpoint at which the class is forgotten. `--rates CLASS` estimates the time of runs that
+would take hours from a few steps and a small part of each prior, and measures memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -24,31 +26,24 @@ import torch
 from torch import Tensor
 
 from benchmarks.classes.base import train_base
-from benchmarks.classes.classifier import Classifier, load_classifier
+from benchmarks.classes.classifier import Classifier, load_judged
 from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
-from benchmarks.classes.data import Dataset, load_dataset, write_folder
-from benchmarks.classes.measure import (
-    SAMPLINGS,
-    KeptClass,
-    draw,
-    forgetting,
-    kept_class,
-    pictures,
-    retention,
-    verdict_on_noise,
-)
+from benchmarks.classes.data import Dataset, add_data_options, write_folder
+from benchmarks.classes.measure import SAMPLINGS, Subject, forgetting, kept_class, retention, verdict_on_noise
 from benchmarks.classes.methods import SMALL, VARIANTS
 from benchmarks.classes.settings import BASES
 from benchmarks.classes.summary import gallery, plot, summary
 from benchmarks.prompt_files import write_prompts
-from benchmarks.results import append_rows, is_measured, read_rows
+from benchmarks.results import append_rows, digest, is_measured_with, read_rows
 from benchmarks.training import has_bfloat16
+from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
 from safemax_sd.results.erasure import RECORD, ErasureRecord
 from safemax_sd.results.loading import load_result
 from safemax_sd.train import train
 from safemax_sd.training import checkpoints
 from safemax_sd.training.config import TrainConfig, config_class
+from safemax_sd.training.resume import FREE
 
 FORGOTTEN_AT = 99.0
 """Unlearning accuracy with rejection, in percent, at which a class counts as forgotten."""
@@ -60,11 +55,17 @@ TIMED_FRACTION = {"digits": 1.0, "cifar10": 0.25, "cifar10_folded": 1.0}
 
 
 class Study:
-    """The base model, the classifier and the folders of one data set."""
+    """The runs and results of one data set.
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.dataset: Dataset = load_dataset(arguments.dataset, arguments.data_file)
+    Args:
+        arguments: Values of the command line.
+        dataset: Data set.
+        classifier: Classifier of its pictures.
+        base: Folder of the base model.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, dataset: Dataset, classifier: Classifier, *, base: Path) -> None:
+        self.arguments, self.dataset, self.classifier, self.base = arguments, dataset, classifier, base
         self.folder: Path = arguments.work_dir / arguments.dataset
         self.results: Path = arguments.work_dir / f"class_unlearning_{arguments.dataset}"
         self.rows = read_rows(self.results.with_suffix(".jsonl"))
@@ -75,13 +76,8 @@ class Study:
             num_retain=arguments.num_retain or own.num_retain,
         )
         self.counts = "reduced" if arguments.dataset in SMALL and not arguments.published_counts else "published"
-        settings = BASES[arguments.dataset]
-        if arguments.base_minutes is not None:
-            settings = replace(settings, minutes=arguments.base_minutes, stored=None)
-        self.base = train_base(self.dataset, self.folder / "base", settings)
-        self.classifier: Classifier = load_classifier(self.dataset, self.folder, arguments.classifier_file)
         # The base model keeps every class, so that ten rows share its pictures.
-        self.kept_by_base = cache(self.judged(self.model(None)))
+        self.kept_by_base = cache(partial(kept_class, self.subject(self.model(None))))
 
     def prompt_files(self, forgotten: int) -> dict[str, str]:
         """Write the prompt files of a class; return their paths by flag.
@@ -97,33 +93,48 @@ class Study:
         }
 
     def config(self, method: str, forgotten: int, output_dir: Path, **changes: Any) -> TrainConfig:
-        variant = VARIANTS[method]
-        flags = variant.flags_for(self.dataset.name, published=self.counts == "published")
-        if self.sampling.bfloat16 and has_bfloat16():
-            flags["mixed_precision"] = "bf16"
-        if variant.real_data:
+        flags = self.flags(method)
+        if VARIANTS[method].real_data:
             flags["train_data_dir"] = str(write_folder(self.dataset, self.folder / "pictures"))
-        return config_class(variant.objective)(
+        return config_class(VARIANTS[method].objective)(
             **self.prompt_files(forgotten),
             pretrained_model_name_or_path=str(self.base),
             output_dir=str(output_dir),
             overwrite_output_dir=True,
-            seed=self.arguments.seed,
-            **{"checkpointing_steps": 1_000_000, **flags, **changes},
+            checkpoints_total_limit=1,
+            **{**flags, **changes},
         )
+
+    def flags(self, method: str) -> dict[str, Any]:
+        """Return a method's flags besides those of files and folders."""
+        flags = VARIANTS[method].flags_for(self.dataset.name, published=self.counts == "published")
+        if self.sampling.bfloat16 and has_bfloat16():
+            flags["mixed_precision"] = "bf16"
+        return {**flags, "seed": self.arguments.seed}
+
+    def training_settings(self, method: str) -> dict[str, Any]:
+        """Return all flags that a run's steps depend on, with their defaults; none for the base model."""
+        if method == "base":
+            return {}
+        config = config_class(VARIANTS[method].objective)(**self.flags(method))
+        return {name: value for name, value in config.record().items() if name not in FREE}
+
+    def trained(self, method: str, forgotten: int) -> Path:
+        """Return the folder of a finished run; start it, or continue it from its checkpoint, if it is not finished."""
+        output = self.run_folder(method, forgotten)
+        if not (output / RECORD).exists():
+            resume_from = "latest" if checkpoints.all_checkpoints(output) else None
+            train(self.config(method, forgotten, output, resume_from_checkpoint=resume_from))
+        return output
 
     def row(self, method: str, forgotten: int) -> dict[str, Any]:
         """Train one method on one class and measure it."""
-        output = self.run_folder(method, forgotten)
-        if not (output / RECORD).exists():
-            train(self.config(method, forgotten, output))
+        output = self.trained(method, forgotten)
         measured = self.measure(output, forgotten)
         record = ErasureRecord.read(output)
-        seconds = record.cost.seconds
         return {
             **measured,
-            "seconds_priors": seconds["replay"] + seconds["prepare"],
-            "seconds_training": seconds["train"],
+            **seconds_of(record),
             "step_memory_bytes": step_memory(partial(self.part, method, forgotten)),
             "model_calls": record.cost.model_calls,
             "steps": record.cost.steps,
@@ -131,7 +142,13 @@ class Study:
         }
 
     def run_folder(self, method: str, forgotten: int) -> Path:
-        return self.folder / "runs" / f"{method}_{forgotten}_{self.arguments.seed}_{self.counts}"
+        # Without the counts of pictures: a finished run can be measured again with others.
+        name = f"{method}_{forgotten}_{self.arguments.seed}_{self.counts}_{digest(self.training_settings(method))}"
+        return self.folder / "runs" / name
+
+    def settings(self, method: str) -> str:
+        """Return a digest of what a row's figures depend on besides its key: flags, and how pictures are drawn."""
+        return digest({**self.training_settings(method), "sampling": asdict(self.sampling)})
 
     def key(self, method: str, forgotten: int) -> dict[str, Any]:
         return {
@@ -147,16 +164,15 @@ class Study:
 
     def measure(self, output: Path | None, forgotten: int) -> dict[str, Any]:
         """Measure forgetting and retention of a run; of the base model if `output` is None."""
-        family = self.model(output)
-        judged = self.kept_by_base if output is None else self.judged(family)
+        subject = self.subject(self.model(output))
+        judged = self.kept_by_base if output is None else partial(kept_class, subject)
         return {
-            **forgetting(family, self.dataset, self.classifier, forgotten, self.sampling),
-            **retention(judged, self.dataset, self.classifier, forgotten),
+            **forgetting(subject, forgotten),
+            **retention(judged, self.dataset, self.classifier, forgotten=forgotten),
         }
 
-    def judged(self, family: ModelFamily) -> partial[KeptClass]:
-        """Return the function that draws and judges a kept class's pictures."""
-        return partial(kept_class, family, self.dataset, self.classifier, self.sampling)
+    def subject(self, family: ModelFamily) -> Subject:
+        return Subject(family, self.dataset, self.classifier, self.sampling)
 
     def part(self, method: str, forgotten: int, batch_fraction: float) -> TrainConfig:
         """Return the configuration of a run with a small part of the priors and a fraction of each batch."""
@@ -208,7 +224,7 @@ class Study:
         found = None
         for checkpoint in checkpoints.all_checkpoints(output):
             family = load_result(output, weights=checkpoint)
-            measured = forgetting(family, self.dataset, self.classifier, forgotten, self.sampling)
+            measured = forgetting(self.subject(family), forgotten)
             if measured["unlearning_accuracy_with_rejection"] >= FORGOTTEN_AT:
                 found = checkpoints.step_of(checkpoint)
                 break
@@ -222,12 +238,18 @@ class Study:
         }
 
     def append(self, row: dict[str, Any]) -> None:
+        row = {**row, "settings": self.settings(row["method"])}
         self.rows.append(row)
         append_rows(self.results.with_suffix(".jsonl"), [row])
 
     def has(self, key: dict[str, Any]) -> bool:
-        """Tell whether a row with these entries exists."""
-        return is_measured(self.rows, key)
+        """Tell whether a row with these entries exists.
+
+        Raises:
+            OptionError: It was measured with other settings.
+        """
+        settings, path = {"settings": self.settings(key["method"])}, self.results.with_suffix(".jsonl")
+        return is_measured_with(self.rows, key, settings, option="--work_dir", path=path)
 
     def run(self) -> None:
         for forgotten in self.arguments.classes:
@@ -244,24 +266,27 @@ class Study:
                     f"{row['unlearning_accuracy_with_rejection']:.1f} %, H {row['entropy']:.3f}, FID {row['fid']:.3f}",
                     flush=True,
                 )
-        self.draw_gallery()
 
     def draw_gallery(self) -> None:
-        """Draw pictures of every method: of the class that each run forgot, and of the next class."""
-        names = self.dataset.class_names
+        """Draw pictures of every method: of the class that each run forgot, and of the next class.
+
+        Raises:
+            OptionError: Only a run's row is left, not its folder.
+        """
+        for method, forgotten in itertools.product(self.arguments.methods, self.arguments.classes):
+            output = self.run_folder(method, forgotten)
+            if not (output / RECORD).exists():
+                raise OptionError("--work_dir", output, "is missing: name the folder where the runs of the rows are")
         blocks: dict[str, list[Tensor]] = {}
         for method in ("base", *self.arguments.methods):
             asked: list[list[Tensor]] = [[], []]
             for forgotten in self.arguments.classes:
                 family = self.model(None if method == "base" else self.run_folder(method, forgotten))
                 for offset, drawn in enumerate(asked):
-                    label = names[(forgotten + offset) % len(names)]
-                    drawn.append(self.pictures(family, label))
+                    number = (forgotten + offset) % len(self.dataset.class_names)
+                    drawn.append(self.subject(family).pictures(number, GALLERY_ROWS, GALLERY_SEED))
             blocks[method] = [torch.stack(drawn, 1).flatten(0, 1) for drawn in asked]
         gallery(blocks, len(self.arguments.classes)).savefig(f"{self.results}_pictures.png", dpi=110)
-
-    def pictures(self, family: ModelFamily, label: str) -> Tensor:
-        return pictures(family, self.dataset, draw(family, label, GALLERY_ROWS, GALLERY_SEED, self.sampling))
 
     def summarize(self) -> None:
         """Write the tables and the plot of all existing rows."""
@@ -269,6 +294,38 @@ class Study:
         if any(row["kind"] == "class" for row in self.rows):
             plot(self.rows).savefig(self.results.with_suffix(".png"), dpi=130)
         print(f"tables: {self.results.with_suffix('.md')}")
+
+
+def seconds_of(record: ErasureRecord) -> dict[str, Any]:
+    """Return a run's seconds for its row; a resumed run's are not those of a whole one, and the row says so instead."""
+    if record.config["resume_from_checkpoint"] is not None:
+        return {"resumed": True}
+    seconds = record.cost.seconds
+    return {"seconds_priors": seconds["replay"] + seconds["prepare"], "seconds_training": seconds["train"]}
+
+
+def open_study(arguments: argparse.Namespace) -> Study:
+    """Load the data set, and load or train the base model and the classifier."""
+    dataset, folder, classifier = load_judged(arguments.dataset, arguments)
+    settings = BASES[arguments.dataset]
+    if arguments.base_minutes is not None:
+        settings = replace(settings, minutes=arguments.base_minutes, stored=None)
+    return Study(arguments, dataset, classifier, base=train_base(dataset, folder / "base", settings))
+
+
+def run_study(study: Study) -> None:
+    """Measure what the command line asks for; write the tables, and last the pictures, which need the runs' folders."""
+    print(f"classifier: {100 * study.classifier.accuracy:.2f} % of {len(study.dataset.test)} test pictures")
+    print(f"classifier on {verdict_on_noise(study.model(None), study.dataset, study.classifier)}", flush=True)
+    if study.arguments.race is not None:
+        study.race(study.arguments.race)
+    elif study.arguments.rates is not None:
+        study.rates(study.arguments.rates)
+    else:
+        study.run()
+    study.summarize()
+    if study.arguments.race is None and study.arguments.rates is None:
+        study.draw_gallery()
 
 
 def classes(text: str) -> list[int]:
@@ -301,20 +358,12 @@ def main() -> None:
     parser.add_argument("--num_forget", type=picture_count, help="Pictures drawn of the forgotten class.")
     parser.add_argument("--num_retain", type=picture_count, help="Pictures drawn of all kept classes together.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work_dir", type=Path, default=Path("study"), help="Folder of models, runs and results.")
-    parser.add_argument("--data_file", type=Path, help="CIFAR-10 as an .npz of sheets; default: download it.")
-    parser.add_argument("--classifier_file", type=Path, help="Weights of a CIFAR-10 ResNet-56.")
+    add_data_options(parser)
     arguments = parser.parse_args()
-    study = Study(arguments)
-    print(f"classifier: {100 * study.classifier.accuracy:.2f} % of {len(study.dataset.test)} test pictures")
-    print(f"classifier on {verdict_on_noise(study.model(None), study.dataset, study.classifier)}", flush=True)
-    if arguments.race is not None:
-        study.race(arguments.race)
-    elif arguments.rates is not None:
-        study.rates(arguments.rates)
-    else:
-        study.run()
-    study.summarize()
+    try:
+        run_study(open_study(arguments))
+    except SafemaxError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

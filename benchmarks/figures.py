@@ -68,7 +68,7 @@ def draw_turn(axes: Any) -> None:
     axes.set_title("(x0, ε) turned by φ is (y, v)", loc="left")
 
 
-def draw_paths(axes: Any, velocity: Any, color: str, title: str, end: str) -> None:
+def draw_paths(axes: Any, velocity: Any, color: str, *, title: str, end: str) -> None:
     """Draw the sampler's paths in a velocity field, and the field as arrows."""
     degrees, y = trajectories(velocity)
     axes.plot(degrees, y, color=color, linewidth=1.5)
@@ -98,8 +98,8 @@ def draw_one_coordinate(path: Path) -> None:
             1, 3, figsize=(11, 3.5), layout="constrained", width_ratios=(4, 3, 3)
         )
         draw_turn(turn)
-        draw_paths(kept, kept_velocity, KEPT, "kept: the path follows v to a picture", "pictures, ±1")
-        draw_paths(halted, halted_velocity, HALTED, "halted: v = 0, the path stands still", "still noise")
+        draw_paths(kept, kept_velocity, KEPT, title="kept: the path follows v to a picture", end="pictures, ±1")
+        draw_paths(halted, halted_velocity, HALTED, title="halted: v = 0, the path stands still", end="still noise")
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 

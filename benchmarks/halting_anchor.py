@@ -154,7 +154,7 @@ def metadata_of(anchor: Path) -> dict[str, str] | None:
     return metadata
 
 
-def adapter(method: str, count: int, synonyms: bool, work_dir: Path) -> Path:
+def adapter(method: str, count: int, *, synonyms: bool, work_dir: Path) -> Path:
     """Erase the first `count` concepts by a method, unless that is done, and return the folder of the adapter."""
     task = suite(work_dir / f"{count}{'_synonyms' if synonyms else ''}", ERASED[:count], synonyms=synonyms)
     output = task / method
@@ -249,7 +249,7 @@ def main() -> None:
         return
     results = arguments.work_dir / "halting_anchor.jsonl"
     for count, method in itertools.product(arguments.counts, arguments.methods):
-        output = adapter(method, count, arguments.synonyms, arguments.work_dir)
+        output = adapter(method, count, synonyms=arguments.synonyms, work_dir=arguments.work_dir)
         key = {"method": method, "concepts": count, "synonyms": arguments.synonyms, "num_images": arguments.num_images}
         measurements = [Measurement(key, output, arguments.num_images)]
         if method == "halting_anchor" and count > 1:

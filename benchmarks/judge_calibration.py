@@ -69,7 +69,7 @@ def blend(latents: Tensor, degrees: float) -> Tensor:
 
 def judge_pictures(pictures: Tensor, suite: Suite, context: Context) -> dict[str, Result]:
     """Return percentages of pictures by metric, and as `recognised` of those that the judge does not reject."""
-    results = measure(pictures, pick(suite.parts["forget"].prompts, len(pictures)), METRIC_NAMES, context)
+    results = measure(pictures, pick(suite.parts["forget"].prompts, len(pictures)), METRIC_NAMES, context=context)
     return {**results, "recognised": still_recognised(results)}
 
 

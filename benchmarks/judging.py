@@ -15,7 +15,9 @@ from safemax_sd.prompts import Prompt
 REJECTING = "unlearning_accuracy_with_rejection"
 
 
-def measure(pictures: Tensor, prompts: Sequence[Prompt], metrics: Sequence[str], context: Context) -> dict[str, Result]:
+def measure(
+    pictures: Tensor, prompts: Sequence[Prompt], metrics: Sequence[str], *, context: Context
+) -> dict[str, Result]:
     """Measure pictures, [N, 3, H, W] in 0 to 1, of N prompts; return results by name of the metric."""
     batch = Batch(
         pictures,
@@ -37,7 +39,7 @@ def still_recognised(results: dict[str, Result]) -> Result:
     return wilson(round(forgotten.n * (1 - forgotten.value / 100)), forgotten.n)
 
 
-def named_correctly(judge: Judge, pictures: Tensor, names: Sequence[str], candidates: Sequence[str]) -> Result:
+def named_correctly(judge: Judge, pictures: Tensor, names: Sequence[str], *, candidates: Sequence[str]) -> Result:
     """Return the percentage of pictures for which the judge picks the right name.
 
     Args:

@@ -34,11 +34,11 @@ def noise_pictures(count: int) -> Tensor:
     return family.decode(torch.randn((count, *family.latent_shape(None)), generator=generator))
 
 
-def rates(task: str, pictures: Tensor, judge: Judge, real: RealPictures) -> dict[str, float]:
+def rates(task: str, pictures: Tensor, judge: Judge, *, real: RealPictures) -> dict[str, float]:
     """Return percentages by metric of pictures that are judged as those of a task's forget prompts."""
     suite = load_suite(task)
     context = judging_context(JudgingOptions(), suite, judge, real)
-    results = measure(pictures, pick(suite.parts["forget"].prompts, len(pictures)), COLUMNS, context)
+    results = measure(pictures, pick(suite.parts["forget"].prompts, len(pictures)), COLUMNS, context=context)
     return {name: result.value for name, result in results.items()}
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     pictures, judge, real = noise_pictures(arguments.num_images), load_judge(), embedded_pictures()
     print(markdown_table(["task", *COLUMNS], []), end="")
     for task in arguments.tasks:
-        values = rates(task, pictures, judge, real)
+        values = rates(task, pictures, judge, real=real)
         print(markdown_line([task, *(f"{values[column]:.1f}" for column in COLUMNS)]), flush=True)
 
 

@@ -52,7 +52,7 @@ def with_width(width: int, folder: Path) -> Path:
     return folder
 
 
-def compare(name: str, model: Path, flags: Sequence[str], work_dir: Path) -> dict[str, Any]:
+def compare(name: str, model: Path, flags: Sequence[str], *, work_dir: Path) -> dict[str, Any]:
     """Plan, measure and train one model; return its row of the table."""
     suite = load_suite(SUITE)
     words = ["--pretrained_model_name_or_path", str(model), *flags]
@@ -101,9 +101,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work_dir = Path(folder)
         for width in WIDTHS:
-            rows.append(compare(f"width {width}", with_width(width, work_dir / str(width)), FEW, work_dir))
+            rows.append(compare(f"width {width}", with_width(width, work_dir / str(width)), FEW, work_dir=work_dir))
         model = build("sd15", work_dir / "sd15", torch.device("cpu"))
-        rows.append(compare("Stable Diffusion 1.5", model, SD15, work_dir))
+        rows.append(compare("Stable Diffusion 1.5", model, SD15, work_dir=work_dir))
     write_json_atomic(arguments.output, {"provenance": asdict(provenance(None, torch.device("cpu"))), "rows": rows})
     head = ["model", "planned step", "measured", "ratio", "planned peak", "process", "s a step"]
     lines = [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from safemax_sd.core.errors import OptionError
 
 Row = dict[str, Any]
 PLOT_STYLE: Any = {
@@ -33,6 +36,36 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def is_measured(rows: Iterable[Row], key: Mapping[str, Any]) -> bool:
     """Tell whether one of the rows has all entries of `key`."""
     return any(all(row.get(name) == value for name, value in key.items()) for row in rows)
+
+
+def is_measured_with(
+    rows: Iterable[Row], key: Mapping[str, Any], settings: Mapping[str, Any], *, option: str, path: Path
+) -> bool:
+    """Tell whether one of the rows has all entries of `key`, and check that it was measured with the same settings.
+
+    Args:
+        rows: Rows of a result file.
+        key: Entries that tell the rows apart.
+        settings: Entries that are the same in all rows; a row that lacks one, as in older files, counts as equal.
+        option: Option that names the file or its folder.
+        path: The file.
+
+    Raises:
+        OptionError: The first such row has other settings.
+    """
+    for row in rows:
+        if is_measured([row], key):
+            for name, value in settings.items():
+                if row.get(name, value) != value:
+                    text = f"its row of {', '.join(map(str, key.values()))} has {name} {row[name]}, not {value}"
+                    raise OptionError(option, path, f"{text}: give another {option}")
+            return True
+    return False
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Return eight hexadecimal digits that differ for other settings, which JSON must be able to express."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def markdown_line(cells: Iterable[object]) -> str:

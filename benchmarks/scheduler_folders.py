@@ -98,7 +98,7 @@ def measure(label: str, judge: Judge, count: int) -> list[dict[str, Any]]:
         latents[f"evaluate {sampler}"] = draw(family.pipeline, texts, noise)
     rows = []
     for drawn_by, final in latents.items():
-        rate = named_correctly(judge, family.decode(final), names, concepts)
+        rate = named_correctly(judge, family.decode(final), names, candidates=concepts)
         std = float(final.std())
         rows.append({"scheduler": label, "drawn_by": drawn_by, "recognised": rate.value,
                      "interval": rate.interval, "n": count, "latent_std": std})  # fmt: skip

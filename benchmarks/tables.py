@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safemax_sd.evaluation.resistance.report import STRONG
 
 from benchmarks.classes.claims import claim_table
 from benchmarks.classes.summary import (
+    SECONDS_COLUMNS,
     difference_table,
     forgetting_by_class,
     measured,
@@ -31,7 +32,7 @@ from benchmarks.classes.summary import (
     rates_table,
     retention_by_class,
 )
-from benchmarks.emoji.attack_settings import variants
+from benchmarks.emoji.attack_settings import task_of, variants
 from benchmarks.method_search import table as search_table
 from benchmarks.results import Row, markdown_table, read_rows
 
@@ -80,6 +81,13 @@ STUDIES = {
     "published network": ("class_unlearning_cifar10.jsonl",),
 }
 """Result files of the studies of class unlearning that published claims are compared with."""
+SHARED_CORES = {
+    "2026-11-30-cifar10-salun-automobile.jsonl": "up to four more processes ran on the two cores",
+    "2026-11-30-cifar10-others-automobile-ship.jsonl": "up to four more processes ran on the two cores",
+}
+"""Files of `STUDIES` whose rows' seconds are left out, with the reasons."""
+STEP_MEMORY = {CIFAR: "2026-11-30-cifar10-step-memory.jsonl"}
+"""Files with the memory of each method's step, by study, where its rows leave out the frozen copy of the network."""
 COMPARED_ATTACKS = "2026-11-30-attacks-compared-bomb.json"
 
 
@@ -115,7 +123,7 @@ def attack_settings() -> str:
     found: dict[str, dict[str, tuple[float, str]]] = {}
     settings = variants()
     for row in (row for name in SEARCHED for row in read_rows(RESULTS / name)):
-        if row["setting"] not in settings or row.get("task", "emoji/bomb") != "emoji/bomb":
+        if row["setting"] not in settings or task_of(row) != "emoji/bomb":
             continue
         best = found.setdefault(row["setting"], {})
         tried = (row["value"], row["try"])
@@ -201,13 +209,26 @@ def comparison_by_task() -> str:
     return markdown_table([name.removeprefix("emoji/") for name in head], lines)
 
 
-def _study(name: str) -> list[Row]:
-    return [row for file in STUDIES[name] for row in read_rows(RESULTS / file)]
+def study_rows(name: str, files: Sequence[str] = ()) -> list[Row]:
+    """Return the rows of a study, with the right memory of a step, without the seconds of runs that shared the cores.
+
+    Args:
+        name: Name in `STUDIES`.
+        files: Some of its files; all if there are none.
+    """
+    memory = read_rows(RESULTS / STEP_MEMORY[name]) if name in STEP_MEMORY else []
+    sizes = {row["method"]: {"step_memory_bytes": row["step_memory_bytes"]} for row in memory}
+    return [
+        {column: value for column, value in row.items() if file not in SHARED_CORES or column not in SECONDS_COLUMNS}
+        | sizes.get(row["method"], {})
+        for file in files or STUDIES[name]
+        for row in read_rows(RESULTS / file)
+    ]
 
 
 def claims() -> str:
     """Return the table of what the studies say of each published claim."""
-    return claim_table({name: _study(name) for name in STUDIES})
+    return claim_table({name: study_rows(name) for name in STUDIES})
 
 
 def first_runs(study: str, table: Callable[[list[Row]], str]) -> str:
@@ -217,27 +238,27 @@ def first_runs(study: str, table: Callable[[list[Row]], str]) -> str:
         study: Name in `STUDIES`.
         table: Function that makes the table of rows.
     """
-    return table([row for row in published(_study(study)) if row["seed"] in (None, 0)])
+    return table([row for row in published(study_rows(study)) if row["seed"] in (None, 0)])
 
 
 def on_all_classes(table: Callable[[list[Row]], str]) -> str:
     """Return a table of the rows on all ten classes of CIFAR-10."""
-    return table(read_rows(RESULTS / ALL_CLASSES))
+    return table(study_rows(CIFAR, (ALL_CLASSES,)))
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "digits methods": partial(first_runs, "digits", method_table),
     "digits retention": partial(first_runs, "digits", retention_by_class),
     "digits forgetting": partial(first_runs, "digits", forgetting_by_class),
-    "digits variants": lambda: difference_table(measured(_study("digits")), "safemax"),
-    "digits race": lambda: race_table(_study("digits")),
+    "digits variants": lambda: difference_table(measured(study_rows("digits")), "safemax"),
+    "digits race": lambda: race_table(study_rows("digits")),
     "cifar methods": partial(on_all_classes, method_table),
     "cifar retention": partial(on_all_classes, retention_by_class),
     "cifar forgetting": partial(on_all_classes, forgetting_by_class),
     "cifar shared": partial(first_runs, CIFAR, lambda rows: method_table(on_shared_classes(rows))),
     "cifar shared retention": partial(first_runs, CIFAR, lambda rows: retention_by_class(on_shared_classes(rows))),
-    "published network rates": lambda: rates_table(_study("published network")),
-    "published network memory": lambda: memory_table(of_kind(_study("published network"), "memory")),
+    "published network rates": lambda: rates_table(study_rows("published network")),
+    "published network memory": lambda: memory_table(of_kind(study_rows("published network"), "memory")),
     "claims": claims,
     "depth": depth,
     "attack settings": attack_settings,

@@ -6,6 +6,7 @@ import importlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -45,6 +46,23 @@ def forked(
     process = get_context("fork").Process(target=run, daemon=True)
     process.start()
     return process  # type: ignore[no-any-return]
+
+
+def until(true: Callable[[], bool], process: BaseProcess | None = None) -> None:
+    """Wait until a condition holds.
+
+    Args:
+        true: The condition.
+        process: Process that must not end before.
+
+    Raises:
+        AssertionError: `SECONDS` have passed, or the process has ended.
+    """
+    ends = time.monotonic() + SECONDS
+    while not true():
+        assert process is None or process.is_alive(), f"ended with code {process.exitcode}"
+        assert time.monotonic() < ends, f"not true after {SECONDS} seconds"
+        time.sleep(0.01)
 
 
 def importing(module: Path, work: Callable[[list[str]], int]) -> Callable[[list[str]], int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from safemax_sd.evaluation.metrics.base import wilson
 from torch import Tensor
 
 from benchmarks.classes.base import train_base
-from benchmarks.classes.classifier import Classifier, load_classifier
-from benchmarks.classes.data import Dataset, load_dataset
-from benchmarks.classes.measure import SAMPLINGS, DrawnClasses, distances, draw_classes, verdict_on_noise
+from benchmarks.classes.classifier import Classifier, load_judged
+from benchmarks.classes.data import CLASSES, Dataset, add_data_options
+from benchmarks.classes.measure import SAMPLINGS, DrawnClasses, Subject, distances, draw_classes, verdict_on_noise
 from benchmarks.classes.progress import EACH, write_sheet
 from benchmarks.classes.settings import BASES
 from safemax_sd.core.provenance import provenance, write_json_atomic
@@ -54,19 +53,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=list(BASES), default="cifar10_folded")
     parser.add_argument("--num_images", type=int, default=2000, help="Pictures of all classes together.")
-    parser.add_argument("--work_dir", type=Path, default=Path("study"), help="Folder of the data set's folder.")
-    parser.add_argument("--data_file", type=Path, help="CIFAR-10 as an .npz of sheets; default: download it.")
-    parser.add_argument("--classifier_file", type=Path, help="Weights of a CIFAR-10 ResNet-56.")
+    add_data_options(parser)
     arguments = parser.parse_args()
-    dataset, sampling = load_dataset(arguments.dataset, arguments.data_file), SAMPLINGS[arguments.dataset]
-    each = arguments.num_images // len(dataset.class_names)
+    sampling, each = SAMPLINGS[arguments.dataset], arguments.num_images // CLASSES
     if not EACH <= each <= 1000:
-        least, most = (count * len(dataset.class_names) for count in (EACH, 1000))
-        parser.error(f"--num_images must be {least} to {most}, not {arguments.num_images}")
-    folder = arguments.work_dir / arguments.dataset
+        parser.error(f"--num_images must be {EACH * CLASSES} to {1000 * CLASSES}, not {arguments.num_images}")
+    dataset, folder, classifier = load_judged(arguments.dataset, arguments)
     family = load_family(LoadOptions(str(train_base(dataset, folder / "base", BASES[arguments.dataset]))))
-    classifier = load_classifier(dataset, folder, arguments.classifier_file)
-    drawn = draw_classes(family, dataset, classifier, sampling, each=each, seed=SEED)
+    drawn = draw_classes(Subject(family, dataset, classifier, sampling), each=each, seed=SEED)
     found = {
         **assessment(drawn, dataset, classifier),
         "guidance_scale": sampling.guidance_scale,

@@ -24,8 +24,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor
 
-from benchmarks.classes.classifier import load_classifier
-from benchmarks.classes.data import Dataset, load_dataset
+from benchmarks.classes.classifier import load_judged
+from benchmarks.classes.data import Dataset, add_data_options
 from benchmarks.classes.progress import ProgressLog
 from benchmarks.classes.settings import BASES, BaseSettings
 from benchmarks.training import (
@@ -184,13 +184,9 @@ def main() -> None:
     parser.add_argument("--dataset", choices=list(BASES), default="cifar10_folded")
     parser.add_argument("--minutes", type=positive, help="Minutes of training; default: the data set's own.")
     parser.add_argument("--every", type=positive, default=30.0, help="Minutes of training between two rows.")
-    parser.add_argument("--work_dir", type=Path, default=Path("study"), help="Folder of the data set's folder.")
-    parser.add_argument("--data_file", type=Path, help="CIFAR-10 as an .npz of sheets; default: download it.")
-    parser.add_argument("--classifier_file", type=Path, help="Weights of a CIFAR-10 ResNet-56.")
+    add_data_options(parser)
     arguments = parser.parse_args()
-    dataset = load_dataset(arguments.dataset, arguments.data_file)
-    folder = arguments.work_dir / arguments.dataset
-    classifier = load_classifier(dataset, folder, arguments.classifier_file)
+    dataset, folder, classifier = load_judged(arguments.dataset, arguments)
     settings = BASES[arguments.dataset]
     if arguments.minutes is not None:
         settings = replace(settings, minutes=arguments.minutes)

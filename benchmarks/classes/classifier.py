@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import itertools
 import os
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.classes.data import Dataset
+from benchmarks.classes.data import Dataset, load_dataset
 
 BATCH = 500
 ACCEPTED = 0.95
@@ -230,6 +231,20 @@ def load_classifier(dataset: Dataset, folder: Path, weights: Path | None) -> Cla
     if unexpected or any(not name.endswith("num_batches_tracked") for name in missing):
         raise SystemExit(f"{path} holds no weights of a CIFAR-10 ResNet-56")
     return Classifier(network, dataset, folder / "features.safetensors")
+
+
+def load_judged(name: str, arguments: argparse.Namespace) -> tuple[Dataset, Path, Classifier]:
+    """Load what the options of `add_data_options` name.
+
+    Args:
+        name: Name of the data set.
+        arguments: Values of the options.
+
+    Returns:
+        The data set, its folder, and its classifier.
+    """
+    dataset, folder = load_dataset(name, arguments.data_file), arguments.work_dir / name
+    return dataset, folder, load_classifier(dataset, folder, arguments.classifier_file)
 
 
 def train_digit_net(network: nn.Module, dataset: Dataset) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from torch import Tensor
 
 TEST_FRACTION = 0.2
 SHEET_COLUMNS, TILE = 32, 32
+CLASSES = 10
+"""Number of classes of each data set."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,13 @@ def read_sheets(data: np.ndarray, offsets: np.ndarray, count: int) -> Tensor:
 def load_dataset(name: str, data_file: Path | None) -> Dataset:
     """Load `digits`, `cifar10`, or `cifar10_folded`: CIFAR-10 for a network small enough to train on a CPU."""
     return load_digits() if name == "digits" else replace(load_cifar10(data_file), name=name)
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the folder of results and of CIFAR-10's files."""
+    parser.add_argument("--work_dir", type=Path, default=Path("study"), help="Folder of the data set's folder.")
+    parser.add_argument("--data_file", type=Path, help="CIFAR-10 as an .npz of sheets; default: download it.")
+    parser.add_argument("--classifier_file", type=Path, help="Weights of a CIFAR-10 ResNet-56.")
 
 
 def write_folder(dataset: Dataset, folder: Path, *, limit: int | None = None) -> Path:

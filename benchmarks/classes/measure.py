@@ -53,7 +53,29 @@ SAMPLINGS = {
 """Settings of the study's pictures by data set."""
 
 
-def draw(family: ModelFamily, label: str, count: int, seed: int, sampling: Sampling) -> Tensor:
+@dataclass(frozen=True)
+class Subject:
+    """A model, and what its pictures are drawn and judged by.
+
+    Attributes:
+        family: The model.
+        dataset: Data set of its classes.
+        classifier: Classifier of its pictures.
+        sampling: Settings of its pictures.
+    """
+
+    family: ModelFamily
+    dataset: Dataset
+    classifier: Classifier
+    sampling: Sampling
+
+    def pictures(self, number: int, count: int, seed: int) -> Tensor:
+        """Draw pictures of a class, given its number, in 0 to 1, [count, C, H, W]."""
+        name = self.dataset.class_names[number]
+        return pictures(self.family, self.dataset, draw(self.family, name, count, seed=seed, sampling=self.sampling))
+
+
+def draw(family: ModelFamily, label: str, count: int, *, seed: int, sampling: Sampling) -> Tensor:
     """Draw samples of one class, [count, *latent], unclipped; pictures lie in -1 to 1."""
     parts = []
     for start in range(0, count, sampling.batch_size):
@@ -101,19 +123,18 @@ def entropy(logits: Tensor) -> Tensor:
     return -torch.special.xlogy(probabilities, probabilities).sum(1)  # 0·log 0 = 0
 
 
-def forgetting(
-    family: ModelFamily, dataset: Dataset, classifier: Classifier, forgotten: int, sampling: Sampling
-) -> dict[str, Any]:
+def forgetting(subject: Subject, forgotten: int) -> dict[str, Any]:
     """Measure H (nats), UA (%), UA with rejection (%) and the outputs' root mean square on the forgotten class.
 
     The last, named `forget_std`, is 1 for N(0, I).
     """
-    samples = draw(family, dataset.class_names[forgotten], sampling.num_forget, FORGET_SEED, sampling)
-    shown = pictures(family, dataset, samples)
-    named, recognised = classifier.recognised(shown, forgotten)
+    sampling, label = subject.sampling, subject.dataset.class_names[forgotten]
+    samples = draw(subject.family, label, sampling.num_forget, seed=FORGET_SEED, sampling=sampling)
+    shown = pictures(subject.family, subject.dataset, samples)
+    named, recognised = subject.classifier.recognised(shown, forgotten)
     plain, rejecting = (wilson(int((~seen).sum()), len(seen)) for seen in (named, recognised))
     return {
-        "entropy": float(entropy(classifier.logits(shown)).mean()),
+        "entropy": float(entropy(subject.classifier.logits(shown)).mean()),
         "unlearning_accuracy": plain.value,
         "unlearning_accuracy_interval": plain.interval,
         "unlearning_accuracy_with_rejection": rejecting.value,
@@ -138,15 +159,11 @@ class DrawnClasses:
     recognised: Tensor
 
 
-def draw_classes(
-    family: ModelFamily, dataset: Dataset, classifier: Classifier, sampling: Sampling, *, each: int, seed: int
-) -> DrawnClasses:
+def draw_classes(subject: Subject, *, each: int, seed: int) -> DrawnClasses:
     """Draw and judge `each` pictures of every class; a class's seeds begin 1,000 after those of the one before it."""
-    shown = [
-        pictures(family, dataset, draw(family, name, each, seed + 1000 * number, sampling))
-        for number, name in enumerate(dataset.class_names)
-    ]
-    seen = [classifier.recognised(part, number) for number, part in enumerate(shown)]
+    classes = range(len(subject.dataset.class_names))
+    shown = [subject.pictures(number, each, seed + 1000 * number) for number in classes]
+    seen = [subject.classifier.recognised(part, number) for number, part in enumerate(shown)]
     named, recognised = (torch.stack(part) for part in zip(*seen, strict=True))
     return DrawnClasses(torch.stack(shown), named, recognised)
 
@@ -164,18 +181,16 @@ class KeptClass:
     right: int
 
 
-def kept_class(
-    family: ModelFamily, dataset: Dataset, classifier: Classifier, sampling: Sampling, number: int
-) -> KeptClass:
-    """Draw and judge a kept class's part of `sampling.num_retain` pictures."""
-    names = dataset.class_names
-    each, seed = sampling.num_retain // (len(names) - 1), RETAIN_SEED + 100_000 * number
-    shown = pictures(family, dataset, draw(family, names[number], each, seed, sampling))
+def kept_class(subject: Subject, number: int) -> KeptClass:
+    """Draw and judge a kept class's part of `num_retain` pictures."""
+    each = subject.sampling.num_retain // (len(subject.dataset.class_names) - 1)
+    shown = subject.pictures(number, each, RETAIN_SEED + 100_000 * number)
+    classifier = subject.classifier
     return KeptClass(classifier.features(shown), int(classifier.recognised(shown, number)[1].sum()))
 
 
 def retention(
-    judged: Callable[[int], KeptClass], dataset: Dataset, classifier: Classifier, forgotten: int
+    judged: Callable[[int], KeptClass], dataset: Dataset, classifier: Classifier, *, forgotten: int
 ) -> dict[str, Any]:
     """Measure FID and KID of the kept classes against all their training pictures, and the percentage recognised.
 

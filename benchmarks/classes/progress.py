@@ -10,7 +10,7 @@ from torchvision.utils import save_image
 
 from benchmarks.classes.classifier import Classifier
 from benchmarks.classes.data import Dataset
-from benchmarks.classes.measure import Sampling, draw_classes
+from benchmarks.classes.measure import Sampling, Subject, draw_classes
 from benchmarks.results import Row, append_rows
 from benchmarks.training import TimedRun
 from safemax_sd.families import ModelFamily
@@ -45,7 +45,7 @@ class ProgressLog:
         """
         steps, seconds = self.run.step - self._last[0], self.run.spent - self._last[1]
         self._last = self.run.step, self.run.spent
-        drawn = draw_classes(family, dataset, classifier, SAMPLING, each=EACH, seed=SEED)
+        drawn = draw_classes(Subject(family, dataset, classifier, SAMPLING), each=EACH, seed=SEED)
         named = drawn.named.float().mean(1)
         minutes = self.run.spent / 60
         row = {

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 from benchmarks.classes.base import BaseTraining
-from benchmarks.classes.classifier import load_classifier
-from benchmarks.classes.data import load_dataset
+from benchmarks.classes.classifier import load_judged
+from benchmarks.classes.data import add_data_options
 from benchmarks.classes.progress import PROGRESS, ProgressLog
 from benchmarks.classes.settings import SHAPES
 from benchmarks.results import Row, markdown_table, read_rows
@@ -28,13 +27,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--minutes", type=positive, default=10.0, help="Minutes of training for each shape.")
     parser.add_argument("--turns", type=int, default=5, help="Turns of each shape; every one ends with a row.")
-    parser.add_argument("--work_dir", type=Path, default=Path("study"), help="Folder of the data set's folder.")
-    parser.add_argument("--data_file", type=Path, help="CIFAR-10 as an .npz of sheets; default: download it.")
-    parser.add_argument("--classifier_file", type=Path, help="Weights of a CIFAR-10 ResNet-56.")
+    add_data_options(parser)
     arguments = parser.parse_args()
-    dataset = load_dataset(DATASET, arguments.data_file)
-    folder = arguments.work_dir / DATASET
-    classifier = load_classifier(dataset, folder, arguments.classifier_file)
+    dataset, folder, classifier = load_judged(DATASET, arguments)
     folder = folder / "shapes"
     trainings, logs = {}, {}
     for name in arguments.shapes:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import matplotlib
 import numpy as np
+import scipy.stats
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, ScalarFormatter
 from torch import Tensor
@@ -18,9 +19,13 @@ from benchmarks.results import PLOT_STYLE, Row, markdown_table
 
 NAMES = {"base": "base", "safemax": "SAFEMax", "salun": "SalUn", "selective_amnesia": "SA"}
 COLORS = {"base": "#8a8a8a", "safemax": "#1f6feb", "salun": "#d1680d", "selective_amnesia": "#2f8f4e"}
-RESAMPLES = 10_000
+MARKERS = {None: "_", "reduced": "o", "published": "s"}
+"""Markers of the plot by counts; the base model has none."""
+LEAST_PAIRS = 5
+"""Least number of pairs whose mean has an interval."""
 SECONDS = "seconds"
 """Name of a quantity that rows do not hold: seconds of priors and training together."""
+SECONDS_COLUMNS = ("seconds_priors", "seconds_training")
 PANELS = (
     ("unlearning_accuracy_with_rejection", "UA with rejection, %"),
     ("entropy", "H, nats"),
@@ -35,11 +40,10 @@ DIFFERENCES = (
 )
 
 
-def value(row: Row, column: str) -> float:
-    """Return a quantity of a row; `SECONDS` is computed."""
-    if column == SECONDS:
-        return float(row.get("seconds_priors", 0.0) + row.get("seconds_training", 0.0))
-    return float(row[column])
+def value(row: Row, column: str) -> float | None:
+    """Return a quantity of a row; `SECONDS` is computed. None if the row does not have it."""
+    parts = SECONDS_COLUMNS if column == SECONDS else (column,)
+    return sum(float(row[part]) for part in parts) if row.keys() >= {*parts} else None
 
 
 def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
@@ -57,16 +61,20 @@ def published(rows: Iterable[Row]) -> list[Row]:
 
 
 def pairs(
-    rows: Sequence[Row], method: str, reference: str, quantity: Callable[[Row], float]
+    rows: Sequence[Row], method: str, reference: str, *, quantity: Callable[[Row], float | None]
 ) -> list[tuple[float, float]]:
-    """Return a quantity of two methods for each class, seed and repeat that both have a row of."""
+    """Return a quantity of two methods for each class, seed, counts and repeat that both have it of."""
 
-    def by_key(name: str) -> dict[tuple[int, int, int], float]:
-        own = (row for row in rows if row["method"] == name)
-        return {(row["class"], row["seed"], row.get("repeat", 0)): quantity(row) for row in own}
+    def by_key(name: str) -> dict[tuple[int, int, str, int], float]:
+        own = ((row, quantity(row)) for row in rows if row["method"] == name)
+        return {
+            (row["class"], row["seed"], row["counts"], row.get("repeat", 0)): found
+            for row, found in own
+            if found is not None
+        }
 
     ours, others = by_key(method), by_key(reference)
-    return [(ours[key], others[key]) for key in sorted(ours.keys() & others.keys())]
+    return [(found, others[key]) for key, found in ours.items() if key in others]
 
 
 def methods_in(rows: Iterable[Row]) -> list[str]:
@@ -75,17 +83,52 @@ def methods_in(rows: Iterable[Row]) -> list[str]:
     return [*(name for name in NAMES if name in found), *(name for name in found if name not in NAMES)]
 
 
+@dataclass(frozen=True)
+class Series:
+    """Rows of a method with the same counts of steps and priors.
+
+    Attributes:
+        method: Name of the method.
+        counts: `reduced` or `published`; None for the base model, which has none.
+        label: Name in tables, with the counts if the method has rows of both.
+        rows: The rows.
+    """
+
+    method: str
+    counts: str | None
+    label: str
+    rows: list[Row]
+
+
+def series_in(rows: Sequence[Row], *, with_base: bool = False) -> list[Series]:
+    """Split the rows by method and counts, in the order of `methods_in`.
+
+    Args:
+        rows: Rows of any methods.
+        with_base: True to begin with the base model's, if there are any.
+    """
+    found = []
+    for method in [*(["base"] if with_base else []), *methods_in(rows)]:
+        own = [row for row in rows if row["method"] == method]
+        name, every = NAMES.get(method, f"`{method}`"), dict.fromkeys(row["counts"] for row in own)
+        for counts in every:
+            label = name if len(every) == 1 else f"{name}, {counts} counts"
+            found.append(Series(method, counts, label, [row for row in own if row["counts"] == counts]))
+    return found
+
+
 def on_shared_classes(rows: Sequence[Row]) -> list[Row]:
     """Select the rows of classes that every method has measured, so that means over them compare the methods."""
     rows = measured(rows)
-    own = [{row["class"] for row in rows if row["method"] == method} for method in methods_in(rows)]
+    own = [{row["class"] for row in series.rows} for series in series_in(rows)]
     shared = set[int]().union(*own).intersection(*own)
     return [row for row in rows if row["class"] in shared]
 
 
-def over_seeds(rows: Sequence[Row], method: str, forgotten: int, column: str) -> float | None:
-    """Return the mean over the seeds of a method and class; None if nothing was measured."""
-    found = [value(row, column) for row in rows if row["method"] == method and row["class"] == forgotten]
+def over_seeds(series: Series, forgotten: int, column: str) -> float | None:
+    """Return the mean over the seeds of a class; None if nothing was measured."""
+    own = (value(row, column) for row in series.rows if row["class"] == forgotten)
+    found = [each for each in own if each is not None]
     return statistics.fmean(found) if found else None
 
 
@@ -97,17 +140,16 @@ def class_table(rows: Sequence[Row], columns: Sequence[tuple[str, str, str, bool
         columns: Name in the rows, heading, format, and True to show the base model too, for each quantity.
     """
     rows = measured(rows)
-    methods = methods_in(rows)
     cells = [
-        (method, column, f"{NAMES.get(method, method)} {heading}", form)
+        (series, column, f"{series.label} {heading}", form)
         for column, heading, form, of_base in columns
-        for method in (["base"] if of_base else []) + methods
+        for series in series_in(rows, with_base=of_base)
     ]
     classes = sorted({row["class"] for row in rows})
     body = []
     values: list[list[float | None]] = []
     for forgotten in classes:
-        values.append([over_seeds(rows, method, forgotten, column) for method, column, _, _ in cells])
+        values.append([over_seeds(series, forgotten, column) for series, column, _, _ in cells])
         body.append(
             [str(forgotten), *("" if v is None else f"{v:{c[3]}}" for v, c in zip(values[-1], cells, strict=True))]
         )
@@ -122,25 +164,21 @@ def class_table(rows: Sequence[Row], columns: Sequence[tuple[str, str, str, bool
 
 def method_table(rows: Sequence[Row]) -> str:
     """Return a table with a line for each method: means over classes and seeds, and the lowest UA with rejection."""
-    rows = measured(rows)
     body = []
-    for method in ["base", *methods_in(rows)]:
-        own = [row for row in rows if row["method"] == method]
-        if not own:
-            continue
+    for series in series_in(measured(rows), with_base=True):
+        own = series.rows
         rejecting = [row["unlearning_accuracy_with_rejection"] for row in own]
         means = {
             column: statistics.fmean(row[column] for row in own)
             for column in ("unlearning_accuracy", "entropy", "forget_std", "fid", "retained_accuracy")
         }
         cost = ["", ""]
-        if method != "base":
-            seconds = [value(row, SECONDS) for row in own]
+        if series.method != "base":
             memory = statistics.fmean(row["step_memory_bytes"] for row in own) / 2**20
-            cost = [_with_range(statistics.fmean(seconds), seconds, ",.0f"), f"{memory:.0f}"]
+            cost = [_seconds_of(own), f"{memory:.0f}"]
         body.append(
             [
-                NAMES.get(method, f"`{method}`"),
+                series.label,
                 str(len(own)),
                 f"{means['unlearning_accuracy']:.1f}",
                 f"{statistics.fmean(rejecting):.1f} ({min(rejecting):.1f})",
@@ -156,13 +194,22 @@ def method_table(rows: Sequence[Row]) -> str:
     return markdown_table(header, body)
 
 
+def _seconds_of(rows: Sequence[Row]) -> str:
+    """Return mean and range of the seconds of a method's runs, and how many have them if some have not."""
+    found = [seconds for row in rows if (seconds := value(row, SECONDS)) is not None]
+    if not found:
+        return "–"
+    shown = _with_range(statistics.fmean(found), found, ",.0f")
+    return shown if len(found) == len(rows) else f"{shown}, {len(found)} of {len(rows)} runs"
+
+
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean difference between two methods over the pairs of class and seed that both were measured on.
+    """Mean difference between two methods over the pairs of class, seed and counts that both were measured on.
 
     Attributes:
         mean: Mean difference.
-        interval: 95 % bootstrap interval; None for a single pair.
+        interval: 95 % interval of Student's t; None for fewer than `LEAST_PAIRS` pairs.
         pairs: Number of pairs.
     """
 
@@ -178,28 +225,30 @@ class PairedDifference:
         return f"{mean} [{low:+{form}}, {high:+{form}}]"
 
 
-def paired_difference(rows: Sequence[Row], method: str, reference: str, column: str) -> PairedDifference | None:
+def paired_difference(rows: Sequence[Row], method: str, reference: str, *, column: str) -> PairedDifference | None:
     """Return the difference of `method` minus `reference`; None if they have no pair of class and seed in common."""
-    found = pairs(measured(rows), method, reference, lambda row: value(row, column))
+    found = pairs(measured(rows), method, reference, quantity=lambda row: value(row, column))
     if not found:
         return None
     differences = np.array([own - other for own, other in found])
     interval = None
-    if len(found) > 1:
-        chosen = np.random.default_rng(0).integers(len(found), size=(RESAMPLES, len(found)))
-        low, high = np.quantile(differences[chosen].mean(1), [0.025, 0.975])
-        interval = (float(low), float(high))
-    return PairedDifference(float(differences.mean()), interval, len(found))
+    mean = float(differences.mean())
+    if len(found) >= LEAST_PAIRS:
+        half = float(scipy.stats.t.ppf(0.975, len(found) - 1) * scipy.stats.sem(differences))
+        interval = (mean - half, mean + half)
+    return PairedDifference(mean, interval, len(found))
 
 
 def difference_table(rows: Sequence[Row], reference: str) -> str:
     """Return a table of each variant of a method minus the method itself, over their common classes and seeds."""
     body = []
-    for method in methods_in(rows):
-        if method.startswith(f"{reference}_"):
-            found = [paired_difference(rows, method, reference, column) for column, _, _ in DIFFERENCES]
+    others = [row for row in rows if row["method"] == reference]
+    for series in series_in(rows):
+        if series.method.startswith(f"{reference}_"):
+            own = [*series.rows, *others]
+            found = [paired_difference(own, series.method, reference, column=column) for column, _, _ in DIFFERENCES]
             shown = ["" if d is None else d.text(form) for d, (_, _, form) in zip(found, DIFFERENCES, strict=True)]
-            body.append([f"`{method}`", "0" if found[0] is None else str(found[0].pairs), *shown])
+            body.append([series.label, "0" if found[0] is None else str(found[0].pairs), *shown])
     return markdown_table(["variant", "pairs", *(heading for _, heading, _ in DIFFERENCES)], body)
 
 
@@ -211,18 +260,16 @@ def time_table(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
         columns: Name in the rows and heading of each quantity.
     """
     body = []
-    for method in methods_in(rows):
-        own = [row for row in rows if row["method"] == method]
-        cells = [NAMES.get(method, f"`{method}`"), str(len(own)), f"{own[0]['steps']:,}"]
+    reference = [row for row in rows if row["method"] == "safemax"]
+    for series in series_in(rows):
+        cells = [series.label, str(len(series.rows)), f"{series.rows[0]['steps']:,}"]
         for column, _ in columns:
-            cells += [_median_and_range([row[column] for row in own])]
-            pairs = [
-                row[column] / other[column]
-                for row, other in itertools.product(own, rows)
-                if other["method"] == "safemax" and (other["class"], other["repeat"]) == (row["class"], row["repeat"])
-                if row[column] is not None and other[column] is not None
-            ]
-            cells += [_median_and_range(pairs) + "x" if pairs and method != "safemax" else ""]
+            cells.append(_median_and_range([row[column] for row in series.rows]))
+            ratios: list[float] = []
+            if series.method != "safemax":
+                found = pairs([*series.rows, *reference], series.method, "safemax", quantity=itemgetter(column))
+                ratios = [own / other for own, other in found]
+            cells.append(f"{_median_and_range(ratios)}x" if ratios else "")
         body.append(cells)
     header = ["method", "runs", "steps"]
     for _, heading in columns:
@@ -231,13 +278,14 @@ def time_table(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
 
 
 def memory_table(rows: Sequence[Row]) -> str:
-    """Return a table of each method's step memory, and of SAFEMax's as a percentage of it."""
-    found = {row["method"]: row["step_memory_bytes"] for row in rows}
-    own = found.get("safemax")
-    body = [
-        [NAMES.get(method, f"`{method}`"), f"{size / 2**20:,.0f}", "" if own is None else f"{100 * own / size:.1f}"]
-        for method, size in found.items()
-    ]
+    """Return a table of each method's step memory, and of SAFEMax's with the same counts as a percentage of it."""
+    body = []
+    every = series_in(rows)
+    sizes = [statistics.fmean(row["step_memory_bytes"] for row in series.rows) for series in every]
+    own = {series.counts: size for series, size in zip(every, sizes, strict=True) if series.method == "safemax"}
+    for series, size in zip(every, sizes, strict=True):
+        share = f"{100 * own[series.counts] / size:.1f}" if series.counts in own else ""
+        body.append([series.label, f"{size / 2**20:,.0f}", share])
     return markdown_table(["method", "step memory MiB", "SAFEMax's as a percentage of it"], body)
 
 
@@ -300,20 +348,20 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row]) -> Figure:
-    """Plot a panel for each quantity, with a dot for each class and method, and a dash for the base model."""
+    """Plot a panel for each quantity, with a mark for each class, method and counts, as in `MARKERS`."""
     rows = measured(rows)
-    methods = [method for method in methods_in(rows) if method in NAMES]
+    every = series_in(published(rows), with_base=True)
     classes = sorted({row["class"] for row in rows})
     with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(9.6, 5.4), layout="constrained")
         for axes, (column, label) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-            with_base = ["base", *methods] if column == "fid" else methods
-            for number, method in enumerate(with_base):
-                found = [(c, over_seeds(rows, method, c, column)) for c in classes]
-                x = [c + 0.14 * (number - (len(with_base) - 1) / 2) for c, v in found if v is not None]
+            shown = [series for series in every if column == "fid" or series.method != "base"]
+            for number, series in enumerate(shown):
+                found = [(c, over_seeds(series, c, column)) for c in classes]
+                x = [c + 0.14 * (number - (len(shown) - 1) / 2) for c, v in found if v is not None]
                 y = [v for _, v in found if v is not None]
-                axes.plot(x, y, "_" if method == "base" else "o", color=COLORS[method], markersize=6,
-                          markeredgewidth=2 if method == "base" else 0, label=NAMES[method])  # fmt: skip
+                axes.plot(x, y, MARKERS[series.counts], color=COLORS[series.method], markersize=6,
+                          markeredgewidth=2 if series.method == "base" else 0, label=series.label)  # fmt: skip
             axes.set_xticks(classes)
             axes.set_xlabel("class forgotten")
             axes.set_title(label, loc="left", fontsize=10)

@@ -59,9 +59,9 @@ def draw(pipeline: StableDiffusionPipeline, pairs: list[Pair], arguments: argpar
     return torch.cat(parts)
 
 
-def recognised(judge: Judge, pictures: Tensor, names: list[str], candidates: list[str]) -> dict[str, object]:
+def recognised(judge: Judge, pictures: Tensor, names: list[str], *, candidates: list[str]) -> dict[str, object]:
     """Return `named_correctly` as an entry of the results."""
-    rate = named_correctly(judge, pictures, names, candidates)
+    rate = named_correctly(judge, pictures, names, candidates=candidates)
     return {"percent": round(rate.value, 2), "interval": [round(v, 2) for v in rate.interval or ()], "n": rate.n}
 
 
@@ -98,8 +98,8 @@ def main() -> None:
         pictures = draw(pipeline, pairs, arguments)
         styles = [f"{style} style" for style in STYLES]
         result[name] = {
-            "concept": recognised(judge, pictures, [c for c, _ in pairs], list(CONCEPTS)),
-            "style": recognised(judge, pictures, [f"{s} style" for _, s in pairs], styles),
+            "concept": recognised(judge, pictures, [c for c, _ in pairs], candidates=list(CONCEPTS)),
+            "style": recognised(judge, pictures, [f"{s} style" for _, s in pairs], candidates=styles),
         }
         print(name, json.dumps(result[name]))
     result["provenance"] = asdict(provenance(SEED, torch.device("cpu")))

@@ -33,7 +33,8 @@ from safemax_sd.evaluation.attacks.vocabulary import Vocabulary
 from safemax_sd.evaluation.resistance.options import ResistanceOptions
 
 from benchmarks.emoji.attack_plans import plans_of
-from benchmarks.results import Row, append_rows, is_measured, markdown_table, read_rows
+from benchmarks.results import Row, append_rows, is_measured_with, markdown_table, read_rows
+from safemax_sd.core.errors import SafemaxError
 
 PREFIX = UnlearnDiffAtkSettings(stages=5, iterations=20)
 INVERSION = ConceptInversionSettings(batch_size=8, pictures=16)
@@ -70,13 +71,23 @@ def variants() -> dict[str, Attack]:
     return found
 
 
+def drawn(arguments: argparse.Namespace) -> dict[str, int]:
+    """Return the entries of a row that say which pictures an attack drew."""
+    return {"num_images": arguments.num_images, "seed": arguments.seed}
+
+
 def tried(arguments: argparse.Namespace) -> Iterator[tuple[str, str, list[Row]]]:
-    """Run what is missing, and yield each setting's name, its target and the rows of its tries."""
+    """Run what is missing, and yield each setting's name, its target and the rows of its tries.
+
+    Raises:
+        OptionError: The result file has a row with another seed or number of pictures.
+    """
     rows = read_rows(arguments.output)
     options = ResistanceOptions(suite=arguments.task, num_images=arguments.num_images, seed=arguments.seed)
     for name, attack in variants().items():
         for target, plan in plans_of(options, arguments.adapter, [attack]).items():
-            if not is_measured(rows, {"task": arguments.task, "setting": name, "target": target}):
+            key = {"task": arguments.task, "setting": name, "target": target}
+            if not is_measured_with(rows, key, drawn(arguments), option="--output", path=arguments.output):
                 report = plan.run(arguments.work_dir / arguments.task / name.replace(" ", "_") / target)
                 provenance = asdict(report.provenance)
                 yield (
@@ -90,14 +101,20 @@ def tried(arguments: argparse.Namespace) -> Iterator[tuple[str, str, list[Row]]]
                 )
 
 
+def task_of(row: Row) -> str:
+    """Return a row's task; the oldest rows do not name theirs."""
+    return str(row.get("task", "emoji/bomb"))
+
+
 def lines(rows: list[Row]) -> Iterator[list[str]]:
-    """Yield the table's lines, one for each try of each setting with its success on each target."""
+    """Yield the table's lines, one for each try of each setting on a task with its success on each target."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
-    yield ["setting", "try", *(f"{target} %" for target in targets)]
-    for setting, one in dict.fromkeys((row["setting"], row["try"]) for row in rows):
-        found = {row["target"]: row for row in rows if (row["setting"], row["try"]) == (setting, one)}
-        cells = (f"{found[target]['value']:.0f}" if target in found else "" for target in targets)
-        yield [setting, one, *cells]
+    yield ["task", "setting", "try", *(f"{target} %" for target in targets)]
+    found: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((task_of(row), row["setting"], row["try"]), {})[row["target"]] = row
+    for key, own in found.items():
+        yield [*key, *(f"{own[target]['value']:.0f}" if target in own else "" for target in targets)]
 
 
 def main() -> None:
@@ -111,9 +128,12 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="Print the table of the rows that exist.")
     arguments = parser.parse_args()
     if not arguments.table:
-        for setting, target, rows in tried(arguments):
-            found = [{"task": arguments.task, "setting": setting, "target": target, **row} for row in rows]
-            append_rows(arguments.output, json.loads(json.dumps(found)))
+        try:
+            for setting, target, rows in tried(arguments):
+                key = {"task": arguments.task, "setting": setting, "target": target, **drawn(arguments)}
+                append_rows(arguments.output, json.loads(json.dumps([{**key, **row} for row in rows])))
+        except SafemaxError as error:
+            parser.exit(2, f"error: {error}\n")
     head, *rest = lines(read_rows(arguments.output))
     print(markdown_table(head, rest), end="")
 

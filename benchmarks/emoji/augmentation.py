@@ -13,7 +13,8 @@ NOISE_STDS = (0.4, 4.0)
 """Range of the standard deviation of decoded noise latents; guidance amplifies the noise of an erased model."""
 
 
-def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+def _uniform(count: int, bounds: tuple[float, float], generator: torch.Generator) -> Tensor:
+    low, high = bounds
     return low + (high - low) * torch.rand(count, generator=generator)
 
 
@@ -25,11 +26,11 @@ def move(images: Tensor, generator: torch.Generator) -> Tensor:
         generator: Generator of all random numbers.
     """
     count = len(images)
-    angle, scale = _uniform(count, -0.15, 0.15, generator), _uniform(count, 0.85, 1.2, generator)
-    mirror = _uniform(count, -1, 1, generator).sign()
+    angle, scale = _uniform(count, (-0.15, 0.15), generator), _uniform(count, (0.85, 1.2), generator)
+    mirror = _uniform(count, (-1, 1), generator).sign()
     rows = [
-        torch.stack([mirror * scale * angle.cos(), -scale * angle.sin(), _uniform(count, -0.15, 0.15, generator)], 1),
-        torch.stack([mirror * scale * angle.sin(), scale * angle.cos(), _uniform(count, -0.15, 0.15, generator)], 1),
+        torch.stack([mirror * scale * angle.cos(), -scale * angle.sin(), _uniform(count, (-0.15, 0.15), generator)], 1),
+        torch.stack([mirror * scale * angle.sin(), scale * angle.cos(), _uniform(count, (-0.15, 0.15), generator)], 1),
     ]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     return F.grid_sample(images - 1, grid, align_corners=False) + 1  # outside is white
@@ -39,9 +40,9 @@ def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
     """Change brightness, blur and add noise at random, as in poorly generated pictures; arguments as in `move`."""
     count = len(images)
     blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
-    blur = _uniform(count, -0.5, 1, generator).clamp(min=0).view(-1, 1, 1, 1)
-    noise = _uniform(count, -0.05, 0.15, generator).clamp(min=0).view(-1, 1, 1, 1)
-    brightness = _uniform(count, -0.1, 0.1, generator).view(-1, 1, 1, 1)
+    blur = _uniform(count, (-0.5, 1), generator).clamp(min=0).view(-1, 1, 1, 1)
+    noise = _uniform(count, (-0.05, 0.15), generator).clamp(min=0).view(-1, 1, 1, 1)
+    brightness = _uniform(count, (-0.1, 0.1), generator).view(-1, 1, 1, 1)
     return (images.lerp(blurred, blur) + noise * torch.randn(images.shape, generator=generator) + brightness).clamp(
         -1, 1
     )
@@ -58,7 +59,7 @@ def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
     grey = (torch.rand(count, 1, 1, generator=generator) < 0.4).float()
     mixing = grey * mixing[:, :1].expand(-1, 3, -1) + (1 - grey) * mixing
     mixed = torch.einsum("bij,bjhw->bihw", mixing, images - 1)  # white stays white
-    contrast = _uniform(count, 0.5, 1.4, generator).view(-1, 1, 1, 1)
+    contrast = _uniform(count, (0.5, 1.4), generator).view(-1, 1, 1, 1)
     pictures = (1 + mixed * contrast).clamp(-1, 1)
     side = RESOLUTION // 4
     for picture in pictures:
@@ -103,7 +104,7 @@ def decoded_noise(vae: AutoencoderTiny, count: int, generator: torch.Generator) 
     for _ in range(0, count, 64):
         latents = torch.randn(64, vae.config.latent_channels, RESOLUTION // 8, RESOLUTION // 8, generator=generator)
         smooth = F.avg_pool2d(latents, 3, stride=1, padding=1, count_include_pad=False) * 2
-        smoothing = _uniform(64, -0.7, 0.7, generator).clamp(min=0).view(-1, 1, 1, 1)
-        std = _uniform(64, low, high, generator).exp().view(-1, 1, 1, 1)
+        smoothing = _uniform(64, (-0.7, 0.7), generator).clamp(min=0).view(-1, 1, 1, 1)
+        std = _uniform(64, (low, high), generator).exp().view(-1, 1, 1, 1)
         parts.append(vae.decode(latents.lerp(smooth, smoothing) * std / vae.config.scaling_factor).sample.clamp(-1, 1))
     return torch.cat(parts)[:count].clone()

@@ -53,7 +53,7 @@ def whiteness_loss(latents: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    images: torch.Tensor, weights: torch.Tensor, options: AutoencoderSettings, checkpoint: Path
+    images: torch.Tensor, weights: torch.Tensor, options: AutoencoderSettings, *, checkpoint: Path
 ) -> AutoencoderTiny:
     """Train an autoencoder and return it with averaged weights.
 
@@ -127,7 +127,7 @@ def main() -> None:
     ours = torch.from_numpy(np.isin(pictures_seen.labels, CONCEPTS))
     fraction = options.concept_fraction
     weights = torch.where(ours, fraction / ours.sum(), (1 - fraction) / (~ours).sum())
-    model = train(seen, weights, options, arguments.build_dir / "autoencoder.pt")
+    model = train(seen, weights, options, checkpoint=arguments.build_dir / "autoencoder.pt")
     before = signal_to_noise(model, seen[ours])
     whiten(model, seen[ours])
     model.save_pretrained(arguments.build_dir / "vae", safe_serialization=True)

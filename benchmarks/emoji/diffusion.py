@@ -132,7 +132,7 @@ class LatentBatches:
     """
 
     def __init__(
-        self, build_dir: Path, vae: AutoencoderTiny, options: DiffusionSettings, without: tuple[str, ...] = ()
+        self, build_dir: Path, vae: AutoencoderTiny, options: DiffusionSettings, *, without: tuple[str, ...] = ()
     ) -> None:
         pictures = load_pictures(build_dir).concepts_only()
         self.pictures = pictures.select(~pictures.held_out & ~np.isin(pictures.labels, without))
@@ -178,7 +178,7 @@ def train(
     """
     torch.manual_seed(SEED)
     vae = AutoencoderTiny.from_pretrained(vae_dir or build_dir / "vae")
-    batches = LatentBatches(build_dir, vae, options, without)
+    batches = LatentBatches(build_dir, vae, options, without=without)
     tokenizer = build_tokenizer(batches.captioner.with_every_word(), build_dir / "tokenizer", options)
     text_encoder = build_text_encoder(tokenizer, options)
     unet = build_unet(vae.config.latent_channels, options)
@@ -214,10 +214,6 @@ def train(
         if run.step % 50 == 0:
             run.bar.set_postfix(step=run.step, loss=f"{run.loss:.4f}")
     unet, text_encoder = run.ema[0], run.ema[1]  # type: ignore[index]
-    return pipeline(vae, text_encoder, tokenizer, unet, scheduler)
-
-
-def pipeline(vae, text_encoder, tokenizer, unet, scheduler) -> StableDiffusionPipeline:  # type: ignore[no-untyped-def]
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

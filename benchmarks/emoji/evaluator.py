@@ -52,7 +52,7 @@ def build(options: EvaluatorSettings, folder: Path) -> Any:
     return open_clip.create_model(MODEL_NAME)
 
 
-def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, labels: Tensor) -> Tensor:
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, *, labels: Tensor) -> Tensor:
     """Return CLIP's symmetric loss, in which all pairs with the same label are positives.
 
     Args:
@@ -74,7 +74,7 @@ def to_bytes(images: Tensor) -> Tensor:
     return images.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)
 
 
-def train(pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, build_dir: Path) -> torch.nn.Module:
+def train(pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, *, build_dir: Path) -> torch.nn.Module:
     """Train the judge to match every picture with its concept, its style and both; return averaged weights.
 
     Half of every batch shows our concepts, the other half all other emoji. There are few pictures of each of our
@@ -87,13 +87,14 @@ def train(pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, 
     run = TimedRun(
         build_dir / "evaluator.pt", model, optimizer, minutes=options.minutes, ema_decay=0.998, label="evaluator"
     )
-    feed = Feed(pictures, captioner, options, AutoencoderTiny.from_pretrained(build_dir / "vae"), run.step)
+    vae = AutoencoderTiny.from_pretrained(build_dir / "vae")
+    feed = Feed(pictures, captioner, options, vae=vae, seed=run.step)
     while run.progress < 1:
         images, tasks = feed.draw()
         with mixed_precision():
             features = F.normalize(model.encode_image(images).float(), dim=-1)
         scale = model.logit_scale.exp().clamp(max=100)
-        loss = sum(task_loss(model, features, task, scale) for task in tasks)
+        loss = sum(task_loss(model, features, task, scale=scale) for task in tasks)
         run.update(loss, cosine_factor(run.step, run.progress))
         if run.step % 20 == 0:
             run.bar.set_postfix(step=run.step, loss=f"{loss.item():.3f}")
@@ -118,12 +119,12 @@ class Task:
     labels: Tensor
 
 
-def task_loss(model: Any, features: Tensor, task: Task, scale: Tensor) -> Tensor:
+def task_loss(model: Any, features: Tensor, task: Task, *, scale: Tensor) -> Tensor:
     """Return the `contrastive_loss` of one task."""
     tokens = torch.stack([tokenize(caption) for caption in task.captions])
     with mixed_precision():
         texts = F.normalize(model.encode_text(tokens).float(), dim=-1)
-    return contrastive_loss(features[task.rows], texts, scale, task.labels)
+    return contrastive_loss(features[task.rows], texts, scale, labels=task.labels)
 
 
 @functools.cache
@@ -150,7 +151,7 @@ class Feed:
     """
 
     def __init__(
-        self, pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, vae: AutoencoderTiny, seed: int
+        self, pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, *, vae: AutoencoderTiny, seed: int
     ) -> None:
         self.pictures, self.captioner, self.options = pictures, captioner, options
         self.numbers = np.random.default_rng([SEED, seed])
@@ -178,12 +179,12 @@ class Feed:
         images = torch.cat([images, grainy_noise(noise_count, self.generator), noise])
         every = torch.arange(len(chosen))
         tasks = [
-            self._task(kind, chosen, rows, len(images))
+            self._task(kind, chosen, rows, count=len(images))
             for kind, rows in (("concept", every), ("style", every[~recoloured]), ("styled", every[~recoloured]))
         ]
         return images.contiguous(memory_format=torch.channels_last), tasks
 
-    def _task(self, kind: str, chosen: np.ndarray, rows: Tensor, count: int) -> Task:
+    def _task(self, kind: str, chosen: np.ndarray, rows: Tensor, *, count: int) -> Task:
         pairs = [(str(self.pictures.labels[i]), str(self.pictures.styles[i])) for i in chosen[rows.numpy()]]
         noise = torch.arange(len(chosen), count)
         captions = [self._caption(kind, concept, style) for concept, style in pairs] + [NOISE_CAPTION] * len(noise)
@@ -256,7 +257,7 @@ def main() -> None:
     captioner = Captioner(synonyms, plain_fraction=0.0, synonym_fraction=0.4, art_sets=art_sets)
     seen, held_out = pictures.select(~pictures.held_out), pictures.select(pictures.held_out)
     more = everything + load_pictures(arguments.build_dir, JUDGE_PICTURES)
-    model = train(more.select(~more.held_out), captioner, options, arguments.build_dir)
+    model = train(more.select(~more.held_out), captioner, options, build_dir=arguments.build_dir)
     save(model, arguments.build_dir / "evaluator", options)
     generator = torch.Generator().manual_seed(SEED)
     for name, part, drawn in (("seen", seen, None), ("seen, augmented", seen, generator), ("held out", held_out, None)):

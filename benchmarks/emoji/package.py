@@ -98,7 +98,7 @@ def write_pictures(pictures: Pictures, folder: Path) -> None:
     write_card(folder, "Emoji pictures", PICTURES_TEXT)
 
 
-def write_model(trained: Path, folder: Path, title: str, text: str) -> None:
+def write_model(trained: Path, folder: Path, title: str, *, text: str) -> None:
     """Write a trained pipeline in float16 with its card."""
     pipeline = StableDiffusionPipeline.from_pretrained(trained, dtype=torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
@@ -108,7 +108,7 @@ def write_model(trained: Path, folder: Path, title: str, text: str) -> None:
 
 def write_embedded(build_dir: Path) -> None:
     """Write what the package embeds: model, judge and real pictures."""
-    write_model(build_dir / "model", ASSETS / "emoji", "The embedded emoji model", MODEL_TEXT)
+    write_model(build_dir / "model", ASSETS / "emoji", "The embedded emoji model", text=MODEL_TEXT)
     shutil.copytree(build_dir / "evaluator", EVALUATOR, dirs_exist_ok=True)
     judged = (*ART_SETS, *JUDGE_ART_SETS)
     write_card(EVALUATOR, "The embedded judge", JUDGE_TEXT, metadata="library_name: open_clip\n", art_sets=judged)
@@ -127,7 +127,7 @@ def main() -> None:
     if arguments.parts == "embedded":
         write_embedded(arguments.build_dir)
     else:
-        write_model(arguments.build_dir / "retrained", NEVER_KNOWN, "The model that never knew", NEVER_KNOWN_TEXT)
+        write_model(arguments.build_dir / "retrained", NEVER_KNOWN, "The model that never knew", text=NEVER_KNOWN_TEXT)
 
 
 if __name__ == "__main__":

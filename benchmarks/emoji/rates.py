@@ -17,7 +17,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,13 @@ def read_complete(path: Path) -> list[Row]:
     return [{**FLAGS, **row} for row in read_rows(path)]
 
 
+def missing(found: Iterable[Row], rows: Sequence[Row]) -> Iterator[Row]:
+    """Yield the trainings that have no row yet: those of other rates and, with the first of them, Prodigy's."""
+    for row in found:
+        if not is_measured(rows, {name: row[name] for name in ("base", "rate", *FLAGS, "seed")}):
+            yield row
+
+
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
     """Return the vertex of the parabola through the lowest loss and its neighbours; NaN if a neighbour is missing."""
     place = min(range(len(losses)), key=losses.__getitem__)
@@ -160,12 +167,12 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="Print the table of the rows that exist.")
     arguments = parser.parse_args()
     flags = {name: getattr(arguments, name) for name in FLAGS}
-    key = {"base": Path(arguments.base_model).name, **flags}
-    if not arguments.table and not is_measured(read_complete(arguments.output), key):
+    rows, key = read_complete(arguments.output), {"base": Path(arguments.base_model).name, **flags}
+    if not arguments.table and not all(is_measured(rows, {**key, "rate": rate}) for rate in arguments.rates):
         found = measured(
             arguments.base_model, arguments.rates, arguments.work_dir, flags=flags, num_images=arguments.num_images
         )
-        append_rows(arguments.output, found)
+        append_rows(arguments.output, missing(found, rows))
     heads = ["base", "rank", "batch", "w", "criterion", "mean of both seeds by rate", "Prodigy", "best rate"]
     print(markdown_table(heads, lines(read_complete(arguments.output))), end="")
 

@@ -98,7 +98,7 @@ def train(training: Training, suite: Path, work_dir: Path) -> Path:
     return folder
 
 
-def evaluate(training: Training, adapter: Path, num_images: int, work_dir: Path) -> Report:
+def evaluate(training: Training, adapter: Path, *, num_images: int, work_dir: Path) -> Report:
     """Evaluate an adapter on the task's hand-written suite."""
     suite = load_suite(f"emoji/{training.task}")
     options = EvaluateOptions(
@@ -121,7 +121,8 @@ def measured(training: Training, arguments: argparse.Namespace) -> Row:
     by_hand = Path("prompts/emoji") / training.task
     work: Path = arguments.work_dir
     suite = by_hand if training.source == "hand" else write_from_words(training.task, arguments.wordnet, work)
-    report = evaluate(training, train(training, suite, work), arguments.num_images, work)
+    adapter = train(training, suite, work)
+    report = evaluate(training, adapter, num_images=arguments.num_images, work_dir=work)
     values = {
         model: {
             column: [result.value, result.interval, result.n] for column, result in values_of(report, model).items()

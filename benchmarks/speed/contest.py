@@ -47,7 +47,7 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 
 def alternate(
-    candidates: Mapping[str, Candidate], alternations: int, now: Callable[[], float], counters: Mapping[str, Counter]
+    candidates: Mapping[str, Candidate], alternations: int, now: Callable[[], float], *, counters: Mapping[str, Counter]
 ) -> dict[str, Timing]:
     """Run a step of each candidate in turn; each round begins with the next candidate.
 
@@ -83,7 +83,7 @@ def contest(
     counters: Mapping[str, Counter],
 ) -> Iterator[Row]:
     """Yield a row for each candidate: its timing, ratios to the references in the same rounds, and peak memory."""
-    timings = alternate(candidates, alternations, clock(device), counters)
+    timings = alternate(candidates, alternations, clock(device), counters=counters)
     for name, timing in timings.items():
         yield {
             "variant": name,

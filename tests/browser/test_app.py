@@ -23,6 +23,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from safemax_sd.app.queue import Queue
 from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.training.output import LOG, read_log
+from tests.processes import until
 
 pytestmark = pytest.mark.xdist_group("browser")  # one server for all of these tests, which build on one another
 ROOT = Path(__file__).parents[2]
@@ -188,8 +189,7 @@ def test_a_training_is_reloaded_stopped_resumed_and_outlives_its_server(page: Pa
     stopped = read_log(folder / LOG)[-1]["step"]
     page.get_by_role("button", name="Resume").filter(visible=True).click()
     entry(page, "bomb", "running")
-    while read_log(folder / LOG)[-1]["step"] <= stopped and not (folder / "erasure.json").exists():
-        time.sleep(0.2)
+    until(lambda: read_log(folder / LOG)[-1]["step"] > stopped or (folder / "erasure.json").exists())
     server.kill()
     server.start()
     page.goto(server.url)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -15,7 +14,7 @@ import pytest
 from safemax_sd.cli import main
 from safemax_sd.training.children import STARTER
 from tests import tiny
-from tests.processes import SECONDS, forked
+from tests.processes import SECONDS, forked, until
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -23,9 +22,7 @@ def test_killing_the_command_ends_the_training(number: int, tiny_model: Path, tm
     output = tmp_path / "out"
     arguments = tiny.train_arguments(tiny_model, tmp_path, output, "--max_train_steps", "1000000")
     command = forked(main, ["train", *arguments])
-    while not (output / "log.jsonl").exists():
-        assert command.is_alive()
-        time.sleep(0.1)
+    until((output / "log.jsonl").exists, command)
     assert command.pid is not None
     family = psutil.Process(command.pid).children(recursive=True)
     assert any("safemax_sd.train" in " ".join(child.cmdline()) for child in family)

@@ -14,7 +14,7 @@ from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.train import main
 from safemax_sd.training.checkpoints import all_checkpoints
 from tests import tiny
-from tests.processes import SECONDS, forked
+from tests.processes import SECONDS, forked, until
 
 KILLS, STEPS = 4, 80
 
@@ -24,8 +24,7 @@ def start(arguments: list[str], output: Path) -> BaseProcess:
     more = ["--resume_from_checkpoint", "latest"] if all_checkpoints(output) else ["--overwrite_output_dir"]
     log, begun = output / "log.jsonl", time.time_ns()
     process = forked(main, [*arguments, *more])
-    while not (log.exists() and log.stat().st_mtime_ns > begun) and process.is_alive():
-        time.sleep(0.01)
+    until(lambda: (log.exists() and log.stat().st_mtime_ns > begun) or not process.is_alive())
     assert process.exitcode in (None, 0)
     return process
 

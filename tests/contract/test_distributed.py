@@ -22,9 +22,14 @@ from safetensors.torch import load_file
 from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.cli import main as command
 from safemax_sd.core.errors import SafemaxError
+from safemax_sd.core.provenance import Stopwatch
+from safemax_sd.objectives.batches import Positions
 from safemax_sd.train import main, train
 from safemax_sd.training.command_line import parse_config
-from safemax_sd.training.workers import check_machines
+from safemax_sd.training.config import TrainConfig
+from safemax_sd.training.input import read_input
+from safemax_sd.training.run import build_run
+from safemax_sd.training.workers import check_machines, make_accelerator
 from tests import tiny
 from tests.processes import fsdp, in_two_processes
 
@@ -48,6 +53,16 @@ def launch(arguments: list[str], split: dict[str, str]) -> subprocess.Popen[str]
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def samples_of_processes(config: TrainConfig) -> list[list[bool]]:
+    """Tell for each step which of two processes sample from the student."""
+    objective = build_run(config, make_accelerator(config), *read_input(config), Stopwatch()).objective
+    draws = [
+        [objective.draw(Positions.of_part(config, step, part)) for part in (0, 1)]
+        for step in range(config.max_train_steps)
+    ]
+    return [[draw.pairs.rollout_calls > 0 for draw in step] for step in draws]
 
 
 def losses(output: Path) -> torch.Tensor:
@@ -87,9 +102,12 @@ def test_two_processes_resume_bit_for_bit(two: tuple[list[str], Path]) -> None:
 
 
 def test_processes_that_differ_in_their_calls_go_on(tiny_sd3: Path, tmp_path: Path) -> None:
-    # With this seed only one of the processes samples from the student in some step, and SD3's network has a buffer.
+    # SD3's network has a buffer, which processes would share at each call.
     more = ("--halt_unconditional", "1", "--train_batch_size", "1", "--retain_batch_size", "2", "--seed", "1")
-    in_two_processes(main, tiny.train_arguments(tiny_sd3, tmp_path, tmp_path / "out", *more))
+    arguments = tiny.train_arguments(tiny_sd3, tmp_path, tmp_path / "out", *more)
+    steps = samples_of_processes(parse_config(arguments))
+    assert any(first != second for first, second in steps), "in no step does only one of the processes sample"
+    in_two_processes(main, arguments)
 
 
 def test_two_processes_evaluate_what_one_does(two: tuple[list[str], Path]) -> None:

@@ -32,7 +32,7 @@ from safemax_sd.training.run import build_run
 from safemax_sd.training.workers import make_accelerator
 from tests import tiny
 from tests.kills import kills
-from tests.processes import SECONDS, forked
+from tests.processes import SECONDS, forked, until
 
 
 @pytest.fixture
@@ -318,8 +318,7 @@ def test_a_killed_process_leaves_nothing_in_the_way(arguments: list[str]) -> Non
         "0",
     ]  # it ends after other steps than planned
     process = forked(main, [*arguments, "--max_train_steps", "5000"])
-    while not checkpoints.all_checkpoints(output):
-        assert process.is_alive()
+    until(lambda: bool(checkpoints.all_checkpoints(output)), process)
     assert main([*arguments, "--overwrite_output_dir"]) == 2
     process.kill()
     process.join(SECONDS)

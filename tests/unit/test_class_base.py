@@ -16,7 +16,7 @@ from benchmarks.classes.assess import assessment
 from benchmarks.classes.base import BaseTraining, save, train_base
 from benchmarks.classes.classifier import Classifier, DigitNet
 from benchmarks.classes.data import Dataset
-from benchmarks.classes.measure import Sampling, draw_classes, verdict_on_noise
+from benchmarks.classes.measure import Sampling, Subject, draw_classes, verdict_on_noise
 from benchmarks.classes.progress import EACH, PROGRESS, ProgressLog
 from benchmarks.classes.settings import BaseSettings
 from benchmarks.results import read_rows
@@ -145,9 +145,8 @@ def test_a_model_of_ones_own_comes_before_the_stored_one(dataset: Dataset, tmp_p
 
 def test_an_assessment_counts_what_is_recognised(dataset: Dataset, tmp_path: Path) -> None:
     classifier = Classifier(judge(), dataset)
-    drawn = draw_classes(
-        training(dataset, tmp_path).family(), dataset, classifier, Sampling(3.0, num_inference_steps=2), each=20, seed=0
-    )
+    family, sampling = training(dataset, tmp_path).family(), Sampling(3.0, num_inference_steps=2)
+    drawn = draw_classes(Subject(family, dataset, classifier, sampling), each=20, seed=0)
     named, accepted = zip(*(classifier.recognised(drawn.shown[label], label) for label in range(3)), strict=True)
     found = assessment(drawn, dataset, classifier)
     assert [rate["value"] for rate in found["class_accuracy_by_class"].values()] == [5 * int(n.sum()) for n in named]

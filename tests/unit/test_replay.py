@@ -32,6 +32,8 @@ def recorder(
     *,
     batch_size: int = 4,
     perturbation: float = 0.0,
+    guidance_scale: float = 3.0,
+    unguided_share: float = 0.0,
     keep_steps: bool = True,
     storage: Storage = MEMORY,
 ) -> Recorder:
@@ -39,7 +41,7 @@ def recorder(
         family=family,
         conditioning=conditioning(family),
         prompts=spread(TRAJECTORIES, 2),
-        guidance_scale=3.0,
+        guidance_scale=guidance_scale,
         num_inference_steps=STEPS,
         resolution=None,
         seed=5,
@@ -47,6 +49,7 @@ def recorder(
         description="test",
         keep_steps=keep_steps,
         perturbation=perturbation,
+        unguided_share=unguided_share,
         storage=storage,
     )
 
@@ -73,6 +76,20 @@ def test_half_of_the_steps_hold_added_noise_and_the_trajectories_stay(family: Mo
     assert 0.2 < float(changed.float().mean()) < 0.8
     assert plain.model_calls == 2 * TRAJECTORIES * STEPS
     assert mixed.model_calls == plain.model_calls + 2 * int(changed.sum())
+
+
+def test_every_other_trajectory_is_recorded_without_guidance(family: ModelFamily) -> None:
+    mixed = bank(family, batch_size=TRAJECTORIES, unguided_share=0.5)
+    guided, unguided = (bank(family, batch_size=TRAJECTORIES, guidance_scale=scale) for scale in (3.0, 1.0))
+    chosen = torch.arange(TRAJECTORIES) % 2 == 1
+    rows = chosen.repeat(STEPS)  # the trajectories' rows of each step lie together
+    for name in ("x_t", "conditional", "unconditional"):
+        found, own, other = (getattr(each, name) for each in (mixed, guided, unguided))
+        assert torch.allclose(found[rows], other[rows], atol=1e-5)
+        assert torch.allclose(found[~rows], own[~rows], atol=1e-5)
+    assert torch.allclose(mixed.samples.x0[chosen], unguided.samples.x0[chosen], atol=1e-5)
+    assert torch.allclose(mixed.samples.x0[~chosen], guided.samples.x0[~chosen], atol=1e-5)
+    assert not torch.allclose(guided.samples.x0[chosen], unguided.samples.x0[chosen], atol=1e-3)
 
 
 @pytest.mark.parametrize("perturbation", [0.0, 0.5])
