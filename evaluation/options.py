@@ -33,7 +33,7 @@ class JudgingOptions(Options):
 
     guidance_scale: float = option(5.0, "Guidance scale, unless a prompt file names its own.", GUIDANCE)
     num_inference_steps: int = option(25, "Sampling steps.", SAMPLING_STEPS)
-    clip_model: str = option("emoji", "Judge: emoji, or an open_clip model.", path=True)
+    clip_model: str = option("emoji", "Judge: emoji, an open_clip model, or a folder that open_clip saved.", path=True)
     clip_pretrained: str | None = option(None, "Pretrained tag of the judge, or a weight file.", path=True)
     real_images: str | None = option(None, "Folder with a subfolder of real pictures for each concept.", path=True)
     batch_size: int = option(32, "Pictures generated together.", BATCH)

@@ -14,6 +14,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -44,12 +45,13 @@ PREPROCESS = {
 }
 
 
-def build(options: EvaluatorSettings, folder: Path) -> Any:
-    """Register the model's configuration with open_clip and create it untrained."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{MODEL_NAME}.json").write_text(json.dumps(options.model_config, indent=1), encoding="utf8")
-    open_clip.add_model_config(folder / f"{MODEL_NAME}.json")
-    return open_clip.create_model(MODEL_NAME)
+def build(options: EvaluatorSettings) -> Any:
+    """Register the model's configuration with open_clip, which reads it from a file, and create it untrained."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"{MODEL_NAME}.json"
+        path.write_text(json.dumps(options.model_config, indent=1), encoding="utf8")
+        open_clip.add_model_config(path)
+        return open_clip.create_model(MODEL_NAME)
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, *, labels: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def train(pictures: Pictures, captioner: Captioner, options: EvaluatorSettings, 
     Pictures changed by `recolour` teach concepts only.
     """
     torch.manual_seed(SEED)
-    model = build(options, build_dir / "evaluator").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build(options).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     run = TimedRun(
         build_dir / "evaluator.pt", model, optimizer, minutes=options.minutes, ema_decay=0.998, label="evaluator"
@@ -237,6 +239,7 @@ def assess(model: torch.nn.Module, pictures: Pictures, generator: torch.Generato
 
 def save(model: torch.nn.Module, folder: Path, options: EvaluatorSettings) -> None:
     """Save weights in float16 and the configuration in the layout of open_clip's `local-dir:` models."""
+    folder.mkdir(parents=True, exist_ok=True)
     state = {
         name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
     }

@@ -140,9 +140,15 @@ class FullWeights(TrainedWeights):
 
 def save_denoiser(family: ModelFamily, directory: Path) -> None:
     """Write the denoiser's folder in diffusers' format, its weights in one file, whatever their size."""
+    clear_path(family.denoiser)
     family.denoiser.save_pretrained(  # type: ignore[operator]
         directory / family.denoiser_part, max_shard_size=sys.maxsize
     )
+
+
+def clear_path(denoiser: nn.Module) -> None:
+    """Empty the configuration's entry of the folder that the denoiser was loaded from, which diffusers would save."""
+    denoiser.register_to_config(_name_or_path="")  # type: ignore[operator]
 
 
 def attach(

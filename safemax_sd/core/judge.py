@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from safemax_sd.assets import EVALUATOR
@@ -16,6 +18,12 @@ from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
 from safemax_sd.core.provenance import public_path
 
 BATCH = 128
+EMBEDDED = "safemax_emoji"
+"""Name of the embedded judge in reports."""
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+"""Files of a judge's folder, which open_clip writes for the hub."""
+UNUSABLE = (RuntimeError, OSError, ValueError, LookupError, TypeError, EOFError, UnpicklingError, SafetensorError)
+"""Errors that open_clip raises for settings, weights and tokenizers that are damaged or do not fit each other."""
 STYLE_SUFFIX = " style"
 PHOTO_TEMPLATES = {
     "concept": "a photo of a {}",
@@ -47,7 +55,7 @@ class Judge:
         size: int,
         mean: Sequence[float],
         std: Sequence[float],
-        templates: dict[str, str],
+        templates: Mapping[str, str],
         name: str,
     ) -> None:
         self.templates = {**PHOTO_TEMPLATES, **templates}
@@ -135,39 +143,43 @@ def load_judge(clip_model: str = "emoji", clip_pretrained: str | None = None) ->
     import open_clip
 
     if clip_model == "emoji":
-        return _load_folder(EVALUATOR)
-    if (Path(clip_model) / "open_clip_config.json").is_file():
-        return _load_folder(Path(clip_model))
+        return _load_folder(EVALUATOR, EMBEDDED)
+    if (Path(clip_model) / CONFIG).is_file():
+        return _load_folder(Path(clip_model), Path(clip_model).resolve().name)
     if clip_model not in open_clip.list_models():
         raise OptionError("--clip_model", clip_model, "is not an open_clip model; see open_clip.list_models()")
     if not clip_pretrained:
         raise OptionError("--clip_pretrained", "(not given)", f"is required with --clip_model {clip_model}")
     try:
         model = open_clip.create_model(clip_model, pretrained=clip_pretrained, device="cpu")
-    except (RuntimeError, OSError, ValueError) as error:
+    except UNUSABLE as error:
         raise OptionError("--clip_pretrained", clip_pretrained, f"cannot be loaded: {reason_of(error)}") from error
-    visual = model.visual
-    size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
-    mean = visual.image_mean or open_clip.OPENAI_DATASET_MEAN
-    std = visual.image_std or open_clip.OPENAI_DATASET_STD
-    tokenizer = open_clip.get_tokenizer(clip_model)
     name = f"{clip_model} ({public_path(clip_pretrained)})"
-    return Judge(model, tokenizer, size=size, mean=mean, std=std, templates=PHOTO_TEMPLATES, name=name)
+    return _judge(model, open_clip.get_tokenizer(clip_model), {}, name)
 
 
-def _load_folder(folder: Path) -> Judge:
+def _load_folder(folder: Path, name: str) -> Judge:
+    """Load a judge from the files that open_clip writes for the hub; `templates` in its settings are our own entry.
+
+    Raises:
+        OptionError: A file is missing, or cannot be used.
+    """
     import open_clip
 
-    config_path, weights = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
-    if not config_path.is_file() or not weights.is_file():
-        raise OptionError("--clip_model", folder, "lacks open_clip_config.json or open_clip_model.safetensors")
-    config = json.loads(config_path.read_text(encoding="utf8"))
-    settings, templates = config["preprocess_cfg"], config.get("templates", PHOTO_TEMPLATES)
-    name = next((path.stem for path in folder.glob("*.json") if path != config_path), "")
-    if not name:
-        raise OptionError("--clip_model", folder, "lacks the model's own configuration (<name>.json)")
-    open_clip.add_model_config(folder / f"{name}.json")
-    model = open_clip.create_model(name, pretrained=str(weights), device="cpu")
-    tokenizer = open_clip.get_tokenizer(name)
-    mean, std = settings["mean"], settings["std"]
-    return Judge(model, tokenizer, size=settings["size"], mean=mean, std=std, templates=templates, name=name)
+    if not (folder / WEIGHTS).is_file():
+        raise OptionError("--clip_model", folder, f"lacks {WEIGHTS}")
+    source = f"local-dir:{folder}"
+    try:
+        templates = json.loads((folder / CONFIG).read_text(encoding="utf8")).get("templates", {})
+        model, tokenizer = open_clip.create_model(source, device="cpu"), open_clip.get_tokenizer(source)
+        return _judge(model, tokenizer, templates, name)
+    except (*UNUSABLE, AttributeError) as error:
+        raise OptionError("--clip_model", folder, f"cannot be loaded: {reason_of(error)}") from error
+
+
+def _judge(model: Any, tokenizer: Any, templates: Mapping[str, str], name: str) -> Judge:
+    visual = model.visual
+    size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
+    return Judge(
+        model, tokenizer, size=size, mean=visual.image_mean, std=visual.image_std, templates=templates, name=name
+    )

@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # the options of a command line, which are read without torch
 PACKAGES = ("safemax_sd", "torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")
 JSON_WIDTH = 160
 """Longest line, in characters, that a whole list or object is written on; a measurement fits."""
+STATUS = Path("/proc/self/status")
+"""Linux's account of the running process."""
 SECRET_FLAGS = ("--hub_token", "--hub-token")
 """Flags whose values are never recorded."""
 
@@ -202,31 +204,40 @@ def peak_memory_bytes(device: torch.device) -> int:
 
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux":
-        # getrusage's peak is no use on Linux: a new process inherits the peak of the process that started it.
-        status = Path("/proc/self/status").read_text(encoding="utf8")
-        return 1024 * int(re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[0])
+        # On Linux, getrusage's peak comes second: a new process inherits the peak of the process that started it.
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(encoding="utf8"), re.MULTILINE)
+        if found is not None:  # sandboxes such as gVisor leave it out
+            return 1024 * int(found[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all, even if the machine goes down meanwhile.
 
     Raises:
         OSError: The file cannot be written; an older file of that name is untouched. See `errors.path_errors`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.safemax-tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else the new name may reach the disk before the content
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
 
 
+def utf8(text: str) -> bytes:
+    """Encode a text as UTF-8, with bytes of a path that are no characters as escapes; JSON reads the path back."""
+    return text.encode("utf8", "backslashreplace")
+
+
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a text as UTF-8, whole or not at all."""
-    atomic_write_bytes(path, text.encode("utf8"))
+    """Write a text as UTF-8, whole or not at all; see `utf8`."""
+    atomic_write_bytes(path, utf8(text))
 
 
 def write_tensors_atomic(path: Path, tensors: dict[str, Tensor]) -> None:

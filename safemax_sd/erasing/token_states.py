@@ -79,7 +79,7 @@ def kept_states(family: ModelFamily, kept: PromptSet) -> tuple[Tensor, Tensor]:
 
 
 def last_token_states(family: ModelFamily, texts: Sequence[str], *, padding: bool = False) -> list[Tensor]:
-    """Return the state of each text's last token before the end-of-text token.
+    """Return the state of the last token before the end-of-text token of each text, which is cut if it is too long.
 
     Args:
         family: Model with a tokenizer.
@@ -91,7 +91,8 @@ def last_token_states(family: ModelFamily, texts: Sequence[str], *, padding: boo
     """
     lengths = [len(ids) for ids in family.tokenizer(list(texts), verbose=False)["input_ids"]]
     states = family.encode_prompts(texts).tensors[TOKEN_STATES].float().cpu()
-    places = [min(max(length - 2, 0), states.shape[1] - 1) for length in lengths]
+    window = states.shape[1]  # a cut text ends in the end-of-text token as well
+    places = [max(min(length, window) - 2, 0) for length in lengths]
     return [rows[place : None if padding else place + 1] for rows, place in zip(states, places, strict=True)]
 
 

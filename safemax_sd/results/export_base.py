@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers import AutoModel, DiffusionPipeline
@@ -20,16 +22,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from safemax_sd.adapters.lora import check_fit, read_weights
-from safemax_sd.adapters.weights import FULL_WEIGHTS
+from safemax_sd.adapters.weights import FULL_WEIGHTS, clear_path
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError, reason_of
 from safemax_sd.core.provenance import absolute_path, write_json_atomic
 from safemax_sd.core.quiet import quiet
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.families.original_checkpoint import whole_names
-from safemax_sd.families.single_file import AVERAGES, EIGHT_BITS, is_single_file, of_denoiser, with_configuration
+from safemax_sd.families.single_file import (
+    AVERAGES,
+    DTYPES,
+    EIGHT_BITS,
+    is_single_file,
+    of_denoiser,
+    with_configuration,
+)
 from safemax_sd.results.erasure import ErasureRecord
-from safemax_sd.results.folder import copy_folder
+from safemax_sd.results.folder import MODEL_INDEX, copy_folder
 
 PLAIN_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
 
@@ -89,7 +98,9 @@ class ExportBase(ABC):
             OptionError: The denoiser cannot be loaded.
             SafemaxError: Full weights cannot be read or do not fit the run's own configuration.
         """
-        return self._full_denoiser() if self.source.record.full else self._base_denoiser()
+        denoiser = self._full_denoiser() if self.source.record.full else self._base_denoiser()
+        clear_path(denoiser)
+        return denoiser
 
     def _full_denoiser(self) -> nn.Module:
         directory, part = self.source.directory, self.source.part
@@ -112,7 +123,12 @@ class ExportBase(ABC):
 
     @abstractmethod
     def write_pipeline(self, denoiser: nn.Module, folder: Path) -> None:
-        """Write a pipeline folder with another denoiser and the run's prediction type."""
+        """Write a pipeline folder with another denoiser and the run's prediction type.
+
+        Raises:
+            OptionError: The base model's other parts cannot be read.
+            OSError: A file cannot be written.
+        """
 
     @abstractmethod
     def scheduler_config(self) -> Mapping[str, Any]:
@@ -132,6 +148,21 @@ class ExportBase(ABC):
         text = f"its base model {self.source.base} cannot be loaded: {reason}"
         return OptionError("--adapter", self.source.directory, text)
 
+    @contextmanager
+    def reading(self, what: str = "") -> Iterator[None]:
+        """Blame errors of the block on the base model, not on the folder that is written at the same time.
+
+        Args:
+            what: Name of the file or part that is read, for the message; empty if the errors name it.
+
+        Raises:
+            OptionError: Something in the block cannot be read.
+        """
+        try:
+            yield
+        except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+            raise self.lost(f"{what}: {reason_of(error)}" if what else reason_of(error)) from error
+
 
 class FolderBase(ExportBase):
     """A pipeline folder, whose files outside the denoiser are copied.
@@ -143,14 +174,12 @@ class FolderBase(ExportBase):
         super().__init__(source)
         base = source.record.base_model
         self.folder = Path(resolve_model(base.name_or_path))
-        try:
+        with self.reading():
             if not self.folder.is_dir():
                 where = {"revision": base.revision, "variant": base.variant, "cache_dir": base.cache_dir}
                 self.folder = Path(DiffusionPipeline.download(base.name_or_path, **where))
-        except (OSError, ValueError) as error:
-            raise self.lost(reason_of(error)) from error
-        if not (self.folder / "model_index.json").is_file():
-            raise self.lost("it holds no model_index.json")
+        if not (self.folder / MODEL_INDEX).is_file():
+            raise self.lost(f"it holds no {MODEL_INDEX}")
 
     def _files(self, part: str) -> tuple[str | None, list[Path]]:
         """Return the variant of a part's weight files, and the files.
@@ -169,24 +198,26 @@ class FolderBase(ExportBase):
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        return _usual_dtype(self._files(self.source.part)[1][0])
+        path = self._files(self.source.part)[1][0]
+        with self.reading(path.name):
+            usual = _usual_dtype(path)
+        return usual
 
     def _base_denoiser(self) -> nn.Module:
         part = self.source.part
         variant, _ = self._files(part)
-        try:
+        with self.reading(part):
             model = AutoModel.from_pretrained(str(self.folder), subfolder=part, variant=variant, torch_dtype=self.dtype)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise self.lost(reason_of(error)) from error
         return model  # type: ignore[no-any-return]
 
     def write_pipeline(self, denoiser: nn.Module, folder: Path) -> None:
         source = self.source
-        index = json.loads((self.folder / "model_index.json").read_text(encoding="utf8"))
-        shutil.copyfile(self.folder / "model_index.json", folder / "model_index.json")
-        for name in index:
-            if name != source.part and (self.folder / name).is_dir():
-                copy_folder(self.folder / name, folder / name)
+        parts = [name for name in self._json(MODEL_INDEX) if name != source.part and (self.folder / name).is_dir()]
+        for name in parts:
+            self._check_readable(name)
+        shutil.copyfile(self.folder / MODEL_INDEX, folder / MODEL_INDEX)
+        for name in parts:
+            copy_folder(self.folder / name, folder / name)
         prediction_type = source.record.base_model.prediction_type
         if prediction_type is not None:  # --prediction_type of the run overrides the base model's
             config = {**self.scheduler_config(), "prediction_type": prediction_type}
@@ -194,10 +225,29 @@ class FolderBase(ExportBase):
         denoiser.save_pretrained(folder / source.part, variant=self._files(source.part)[0])  # type: ignore[operator]
 
     def scheduler_config(self) -> Mapping[str, Any]:
-        return self._config("scheduler", "scheduler_config.json")
+        return self._json("scheduler/scheduler_config.json")
 
-    def _config(self, part: str, name: str) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.folder / part / name).read_text(encoding="utf8"))
+    def _check_readable(self, part: str) -> None:
+        """Open every file of a part: an error while it is copied may be the copy's.
+
+        Raises:
+            OptionError: A file or folder cannot be read, such as a link to nothing.
+        """
+        with self.reading(part):
+            for here, _, names in os.walk(self.folder / part, onerror=_raise, followlinks=True):
+                for name in names:
+                    (Path(here) / name).open("rb").close()
+
+    def _json(self, name: str) -> dict[str, Any]:
+        """Read a JSON file of the model.
+
+        Raises:
+            OptionError: The file cannot be read.
+        """
+        with self.reading(name):
+            content: Any = json.loads((self.folder / name).read_text(encoding="utf8"))
+            if not isinstance(content, dict):
+                raise ValueError("not a JSON object")
         return content
 
     def other_weights(self) -> dict[str, Tensor]:
@@ -205,7 +255,7 @@ class FolderBase(ExportBase):
         for part, convert in self.source.record.family.original_parts.items():
             if part != self.source.part:
                 state = {name: tensor for file in self._files(part)[1] for name, tensor in read_weights(file).items()}
-                converted |= convert(state, self._config(part, "config.json"))
+                converted |= convert(state, self._json(f"{part}/config.json"))
         return converted
 
 
@@ -231,10 +281,9 @@ class FileBase(ExportBase):
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        try:
-            return _usual_dtype(self.path)
-        except (OSError, SafetensorError) as error:
-            raise self.lost(reason_of(error)) from error
+        with self.reading():
+            usual = _usual_dtype(self.path)
+        return usual
 
     def _base_denoiser(self) -> nn.Module:
         denoiser: nn.Module = getattr(self.pipeline, self.source.part)
@@ -253,7 +302,9 @@ class FileBase(ExportBase):
         return config
 
     def other_weights(self) -> dict[str, Tensor]:
-        state, record = load_file(self.path), self.source.record
+        record = self.source.record
+        with self.reading():
+            state = load_file(self.path)
         denoiser = of_denoiser(state)
         # Weights averaged over the training know what was erased.
         kept = {name: t for name, t in state.items() if name not in denoiser and not name.startswith(AVERAGES)}
@@ -264,9 +315,20 @@ class FileBase(ExportBase):
         return kept
 
 
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
 def _usual_dtype(path: Path) -> torch.dtype:
-    """Return the type of most tensors in a file; bfloat16 if that is fp8, of which it has all values."""
+    """Return the type of most weights in a file; bfloat16 if that is fp8, of which it has all values.
+
+    Raises:
+        ValueError: The file holds no weights.
+    """
     with safe_open(path, "pt") as file:
-        kinds = Counter(file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118
+        names = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+        kinds = Counter(DTYPES[name] for name in names if name in DTYPES)
+    if not kinds:
+        raise ValueError("it holds no weights")
     usual = kinds.most_common(1)[0][0]
     return torch.bfloat16 if usual in EIGHT_BITS else usual

@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import option
-from safemax_sd.core.provenance import json_text
+from safemax_sd.core.provenance import json_text, utf8
 from safemax_sd.objectives.options import ObjectiveOptions
 from safemax_sd.results.erasure import RECORD, ErasureRecord
 
@@ -89,7 +89,7 @@ def published(path: Path) -> bytes | Path:
     """Return the content to upload for a file: its path, or the bytes of `ErasureRecord.public` for a record."""
     if path.name != RECORD:
         return path
-    return json_text(ErasureRecord.read(path.parent, "--output_dir").public().to_json()).encode("utf8")
+    return utf8(json_text(ErasureRecord.read(path.parent, "--output_dir").public().to_json()))
 
 
 def push(config: HubOptions) -> str:

@@ -30,7 +30,7 @@ class ProbeOptions(ReplayOptions):
     stop_at_unlearning_accuracy: float | None = option(
         None, "Unlearning accuracy of a probe, in percent, at which training stops.", PERCENTAGE
     )
-    clip_model: str = option("emoji", "Judge of the probe: emoji, or an open_clip model name.", path=True)
+    clip_model: str = option("emoji", "Judge of the probe; as for `safemax evaluate`.", path=True)
     clip_pretrained: str | None = option(None, "Pretrained tag of open_clip, or a weight file.", path=True)
     probe_steps: int = option(50, "Steps between probes.", STEPS)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from safemax_sd.words.wordnet import ENDINGS
 
 DATA = Path(__file__).parent / "data"
 ARTIST, STYLE = "artist", "style"
@@ -17,6 +21,22 @@ LISTED = {"style": "styles", "person": "persons", "brand": "brands", "nsfw": "ns
 """Kinds with a list of their own, and the names of its file."""
 ARTICLES = ("a", "an", "the")
 DETERMINERS = (*ARTICLES, "any", "one", "some", "several", "two")
+VOWEL_SOUND = re.compile(
+    r"(?!u(?:ni(?!n|m|dentified)|[fkv]|[rst][aeiou]|sb?$|$)|e[uw]|onc?e$)[aeiou]|hour|heir|honest|honou?r|[fhlmnrsx]$"
+)
+"""Beginnings of words that begin with a vowel when spoken: an hour, an X-ray, but a uniform, a euro, a U-boat."""
+IRREGULAR = {
+    "cacti": "cactus", "children": "child", "dice": "die", "feet": "foot", "fungi": "fungus", "geese": "goose",
+    "lice": "louse", "men": "man", "mice": "mouse", "octopi": "octopus", "oxen": "ox", "people": "person",
+    "teeth": "tooth", "women": "woman",
+}  # fmt: skip
+"""Singulars of plurals that end like no others."""
+SINGULAR_ENDINGS = ("ss", "us", "is")
+SINGULAR = frozenset({
+    "asbestos", "atlas", "biceps", "canvas", "chaos", "christmas", "cosmos", "cyclops", "gas", "lens", "pancreas",
+    "rhinoceros", "thermos", "triceratops",
+})  # fmt: skip
+"""Singulars that end in s, besides those with `SINGULAR_ENDINGS`. WordNet cannot tell: it lists scissors like lens."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,12 @@ def things() -> list[str]:
     return (DATA / "things.txt").read_text(encoding="utf8").splitlines()
 
 
+@cache
+def uncountable() -> frozenset[str]:
+    """Read the nouns that take no article."""
+    return frozenset((DATA / "uncountable.txt").read_text(encoding="utf8").splitlines())
+
+
 def scenes() -> list[tuple[str, str]]:
     """Read the everyday prompts, each with the concept that it shows."""
     return [(row["prompt"], row["concept"]) for row in _rows("scenes")]
@@ -96,36 +122,49 @@ def same_or_end(name: str, word: str) -> bool:
 def clashes(phrase: str, names: Iterable[tuple[str, ...]]) -> bool:
     """Tell whether a phrase holds any of the names, or is the end of one and so means more: swords, crossed swords."""
     known = list(names)
-    own = _singular(plain(without_article(phrase)))
-    return holds(phrase, known) or any(_singular(name)[-len(own) :] == own for name in known)
+    own = _stems(plain(without_article(phrase)))
+    return holds(phrase, known) or any(_same(_stems(name)[-len(own) :], own) for name in known)
 
 
 def holds(text: str, names: Iterable[tuple[str, ...]]) -> bool:
-    """Tell whether a text contains any of the names as whole words, in the singular or with an s.
+    """Tell whether a text contains any of the names as whole words, in the singular or plural.
 
     Args:
         text: Text.
         names: Names as `plain` returns them.
     """
-    stems = _singular(plain(text))
-    wanted = [_singular(name) for name in names if name]
-    return any(stems[i : i + len(name)] == name for name in wanted for i in range(len(stems) - len(name) + 1))
+    stems = _stems(plain(text))
+    wanted = [_stems(name) for name in names if name]
+    return any(_same(stems[i : i + len(name)], name) for name in wanted for i in range(len(stems)))
 
 
-def _singular(words: Iterable[str]) -> list[str]:
-    return [word.removesuffix("s") for word in words]
+def _stems(words: Iterable[str]) -> list[set[str]]:
+    """Return each word with all singulars that it may have."""
+    return [{word, IRREGULAR.get(word, word), *_singulars(word)} for word in words]
+
+
+def _singulars(word: str) -> Iterator[str]:
+    if not word.endswith("ss"):
+        yield from (word.removesuffix(plural) + one for plural, one in ENDINGS if word.endswith(plural))
+
+
+def _same(one: Sequence[set[str]], other: Sequence[set[str]]) -> bool:
+    return len(one) == len(other) and all(a & b for a, b in zip(one, other, strict=True))
 
 
 def with_article(name: str) -> str:
     """Return a name with its article, as in `an apple`; one that begins with an article or `any` stays as it is."""
-    first = name.split()[0].casefold()
-    return name if first in DETERMINERS else f"{'an' if first[0] in 'aeiou' else 'a'} {name}"
+    if name.split()[0].casefold() in DETERMINERS:
+        return name
+    spoken = next(iter(plain(name)), "")
+    return f"{'an' if VOWEL_SOUND.match(spoken) else 'a'} {name}"
 
 
 def noun_phrase(name: str) -> str:
-    """Return a noun with its article, which a plural has not."""
-    last = name.split()[-1]
-    return name if last.endswith("s") and not last.endswith(("ss", "us", "is")) else with_article(name)
+    """Return a noun with its article, which a plural and an uncountable noun have not."""
+    head = next(reversed(plain(name.partition(" of ")[0])), "")
+    many = head in IRREGULAR or (head.endswith("s") and not head.endswith(SINGULAR_ENDINGS) and head not in SINGULAR)
+    return name if many or head in uncountable() else with_article(name)
 
 
 def without_article(phrase: str) -> str:

@@ -152,7 +152,8 @@ def _from_wordnet(word: str, kind: str, wordnet: WordNet, chosen: Synset, senses
     below, above = wordnet.by_use(wordnet.below(chosen)), wordnet.above(chosen)
     mine = {tuple(plain(name)) for name in (word, (wordnet.lemma(word) or word).replace("_", " "))}
     forbidden = mine | {tuple(plain(name)) for name in chosen.names}
-    bare = chosen.file == SUBSTANCE or kind != "object"
+    substance = chosen.file == SUBSTANCE
+    bare = substance or kind != "object"
     kinds = [one for one in (chosen, *below) if not one.related(INSTANCE_OF)]
     says = [name for one in kinds for name in wordnet.names_meaning(one) if not holds(name, mine)]
     others = [name if bare else noun_phrase(name) for name in dict.fromkeys(says)]
@@ -162,9 +163,7 @@ def _from_wordnet(word: str, kind: str, wordnet: WordNet, chosen: Synset, senses
         instance = bool(chosen.related(INSTANCE_OF))
         described = with_article(described) if instance or not bare else described
         others.insert(2, f"by {described}" if kind == "style" else described)
-    near = [
-        noun_phrase(name) for one in wordnet.beside(chosen, LEAST_BESIDE) for name in wordnet.names_meaning(one)[:1]
-    ]
+    near = [name for one in wordnet.beside(chosen, LEAST_BESIDE) for name in wordnet.names_meaning(one)[:1]]
     number = senses.index(chosen) + 1
     more = f"; --sense {word}=N for another" if len(senses) > 1 else ""
     source = f"meaning {number} of {len(senses)} in {wordnet.version}, {chosen.gloss!r}{more}"
@@ -172,9 +171,9 @@ def _from_wordnet(word: str, kind: str, wordnet: WordNet, chosen: Synset, senses
     return Concept(
         word,
         _judged(kind, word),
-        (_phrase(kind, word),),
+        (word if bare else noun_phrase(word),),
         tuple(others),
-        tuple(near) if kind in ("object", "nsfw") else (),
+        tuple(near if substance else map(noun_phrase, near)) if kind in ("object", "nsfw") else (),
         frozenset(forbidden | wider),
         source,
         artist=kind == "style" and chosen.file == PERSON,

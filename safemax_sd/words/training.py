@@ -13,7 +13,7 @@ from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
 from safemax_sd.training.output import checkpoint_to_resume
 from safemax_sd.words.options import ForgetOptions
-from safemax_sd.words.writing import WrittenSuite, holds_suite, save_suite, write_files, write_suite
+from safemax_sd.words.writing import WrittenSuite, keeps_suite, save_suite, write_files, write_suite
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Beside:
 def write_beside(options: ForgetOptions, arguments: Sequence[str]) -> Beside:
     """Write the suite of a training to `OUTPUT_DIR_prompts`, once the whole command line is known to be good.
 
-    A suite that stands there and comes from the same words is kept, with its edits.
+    A suite that stands there and comes from the same words and sources is kept. Edits of the same words are kept too.
 
     Args:
         options: Words to forget.
@@ -35,14 +35,14 @@ def write_beside(options: ForgetOptions, arguments: Sequence[str]) -> Beside:
 
     Raises:
         OptionError: The words, the training's flags or its output folder cannot be used; nothing is written. Or another
-            suite is in the way.
+            suite is in the way: an edited one is never replaced.
     """
     config, suite = checked(options, arguments, ranked=True)
     output_dir = Path(config.output_dir)
     with claimed(output_dir):
         checkpoint_to_resume(config)
     folder = beside(output_dir)
-    if holds_suite(folder, suite):
+    if keeps_suite(folder, suite):
         kept = f"suite: {folder}, kept as it stands"
         return Beside([*arguments, *_files(folder)], (*suite.notes, kept))
     save_suite(suite, folder, overwrite=config.overwrite_output_dir)

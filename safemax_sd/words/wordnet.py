@@ -29,8 +29,9 @@ SUBSTANCE, PERSON = 27, 18
 KINDS, INSTANCES, KIND_OF, INSTANCE_OF = "~", "~i", "@", "@i"
 ENDINGS = (
     ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y"), ("s", ""),
+    ("oes", "o"), ("ves", "f"), ("ves", "fe"),
 )  # fmt: skip
-"""Endings of plurals and what stands in their place in the singular."""
+"""Endings of plurals and what stands in their place in the singular, in the order in which `lemma` tries them."""
 
 
 @dataclass(frozen=True)

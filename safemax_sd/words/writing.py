@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from safemax_sd import __version__
 from safemax_sd.assets import CAPTIONS
 from safemax_sd.core.errors import OptionError, path_errors
-from safemax_sd.core.provenance import atomic_write_text, public_path, write_json_atomic
+from safemax_sd.core.provenance import atomic_write_text, file_sha256, public_path, write_json_atomic
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.prompts import PromptSet, load_prompts
 from safemax_sd.results.folder import FILES, claimed, replacing
@@ -23,6 +24,10 @@ from safemax_sd.words.suite import as_csv, choose, compose
 from safemax_sd.words.wordnet import find_wordnet
 
 RECORD, CARD = "suite.json", "README.md"
+HASHES = "sha256"
+"""Key of the record under which the CSVs' hashes are stored, by file name."""
+ASKED = ("words", "kind", "senses", "concepts")
+"""Keys of what a user asked for; the others are sources, and the order of templates."""
 EXPLAINED = {
     "forget": "what is erased, in every template of the kind.",
     "retain": "what is kept: neighbours in other words, others of the kind, everyday prompts. Training replays these.",
@@ -88,6 +93,7 @@ def write_suite(
     parts = compose(chosen, kind, seed, model)
     if "retain" not in parts:
         raise OptionError("--concepts", options.concepts, "names nothing but what is to be forgotten")
+    files = {f"{part}.csv": as_csv(rows) for part, rows in parts.items()}
     record = {
         "format": 1,
         "words": asked,
@@ -98,6 +104,7 @@ def write_suite(
         "wordnet": None if wordnet is None else {"version": wordnet.version, "sha256": wordnet.sha256},
         "base_model": None if base is None else {"name": public_path(base.name_or_path), "revision": base.revision},
         "safemax_sd": __version__,
+        HASHES: {name: hashlib.sha256(text.encode("utf8")).hexdigest() for name, text in files.items()},
     }
     notes = [f"{one.word}: {one.source}" for one in concepts]
     unknown = [] if model is None else [word for word in asked if not model.known([word])]
@@ -105,7 +112,6 @@ def write_suite(
         f"{word}: the base model's tokenizer has no word for it, and may never have learnt it" for word in unknown
     ]
     notes.append(f"kind {kind}: " + ", ".join(f"{len(parts.get(part, ()))} {part}" for part in EXPLAINED))
-    files = {f"{part}.csv": as_csv(rows) for part, rows in parts.items()}
     files[CARD] = _card(concepts, record, parts)
     return WrittenSuite(kind, files, record, tuple(notes))
 
@@ -188,13 +194,48 @@ def write_files(suite: WrittenSuite, folder: Path) -> None:
     write_json_atomic(folder / RECORD, dict(suite.record))
 
 
-def holds_suite(folder: Path, suite: WrittenSuite) -> bool:
-    """Tell whether a folder has a suite that was written from the same words and sources, edited or not."""
+def keeps_suite(folder: Path, suite: WrittenSuite) -> bool:
+    """Tell whether a folder's suite serves as it stands.
+
+    That is one of the same words and sources, and one of the same words that was edited, whatever it was written from.
+
+    Raises:
+        OptionError: The suite was written from other words and edited, or the folder cannot be read.
+    """
     with path_errors("--output_dir", folder):
-        if not (folder / RECORD).is_file():
+        found = _record_in(folder)
+        if found is None:
             return False
-        try:
-            found = json.loads((folder / RECORD).read_text(encoding="utf8"))
-        except ValueError:
+        if _sources(found) == _sources(suite.record):
+            return True
+        if not _edited(folder, found):
             return False
-    return isinstance(found, dict) and {k: v for k, v in found.items() if k != FILES} == dict(suite.record)
+    if any(found.get(key) != suite.record[key] for key in ASKED):
+        text = "holds an edited suite of other words: move it away, or name another --output_dir"
+        raise OptionError("--output_dir", folder, text)
+    return True
+
+
+def _record_in(folder: Path) -> dict[str, Any] | None:
+    """Read the record of a folder's suite; None if there is none, or it is damaged."""
+    if not (folder / RECORD).is_file():
+        return None
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf8"))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _sources(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record without what it says of files, whose order of prompts may differ by a model's rounding."""
+    return {key: value for key, value in record.items() if key not in (FILES, HASHES)}
+
+
+def _edited(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Tell whether a CSV differs from what was written; True for a record of old, which has no hashes."""
+    hashes = record.get(HASHES)
+    if not isinstance(hashes, dict):
+        return True
+    paths = {name: folder / name for name in hashes}
+    return any(not path.is_file() or file_sha256(path) != hashes[name] for name, path in paths.items())

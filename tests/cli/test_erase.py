@@ -155,6 +155,17 @@ def test_a_concept_that_comes_back_gives_the_same_file(anchor: Path, files: dict
     assert ErasureRecord.read(output).forget.concepts == ("apple", "fig")
 
 
+def test_prompts_that_are_cut_are_named(
+    anchor: Path, files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, path in files.items():
+        path.write_text(f"{path.read_text()}{name} {'and so on ' * 5},{name}\n")
+    run_erase(anchor, files, tmp_path / "erased")
+    change(tmp_path / "erased", add=files["more"])
+    for flag, name in (("--forget_prompts", "forget"), ("--retain_prompts", "retain"), ("--add", "more")):
+        assert f"{flag} {files[name]}: 1 prompts are longer than the model's 24 tokens" in caplog.text
+
+
 def test_a_record_of_version_1_can_be_changed(anchor: Path, files: dict[str, Path], tmp_path: Path) -> None:
     new, old = tmp_path / "new", tmp_path / "old"
     run_erase(anchor, files, new)

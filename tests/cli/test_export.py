@@ -18,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -29,7 +29,7 @@ from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.results.export import EXPORT_FILE
 from safemax_sd.train import train
 from safemax_sd.training.command_line import parse_config
-from tests import tiny
+from tests import tiny, tiny_families
 from tests.original_mmdit import sd3_changes
 from tests.processes import SECONDS, forked
 
@@ -92,6 +92,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def names_of_folders(folder: Path, *named: Path) -> list[str]:
+    """Return the files of a folder that name one of other folders."""
+    return [name for name, content in files(folder).items() if any(str(one).encode() in content for one in named)]
+
+
 def test_a_merged_folder_is_the_base_with_the_adapter(tiny_model: Path, apple: Path, tmp_path: Path) -> None:
     output = tmp_path / "merged"
     export([apple], output, "--merge")
@@ -102,6 +107,7 @@ def test_a_merged_folder_is_the_base_with_the_adapter(tiny_model: Path, apple: P
     changed = {name for name in old if new.get(name) != old[name]}
     assert changed == {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
     assert set(new) - set(old) == {EXPORT_FILE}
+    assert names_of_folders(output, apple, tiny_model) == []
     assert not [path for path in tmp_path.iterdir() if path != output]
 
 
@@ -142,6 +148,7 @@ def test_all_weights_take_the_place_of_the_denoiser(tiny_model: Path, full: Path
     own, merged = load_file(full / weights), load_file(tmp_path / "merged" / weights)
     assert all(torch.equal(own[name], merged[name]) for name in own)
     assert not torch.allclose(predict(stock(tmp_path / "merged")), predict(stock(tiny_model)))
+    assert names_of_folders(full / "unet", tiny_model) == names_of_folders(tmp_path / "merged", full, tiny_model) == []
 
 
 def test_weights_keep_the_type_and_the_variant_of_the_base(tiny_model: Path, tmp_path: Path) -> None:
@@ -400,6 +407,36 @@ def test_a_base_model_that_is_gone_or_another(tiny_model: Path, tiny_v_model: Pa
         assert_refused(invoke([run], output, "--merge"), f"--adapter {run}: its base model {base} .*{message}", output)
     tiny.build_ddpm(base)
     assert_refused(invoke([run], output, "--merge"), f"does not fit {base}: no layer", output)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "more", "message"),
+    [
+        ("model_index.json", b"{", [], "model_index.json: Expecting property name"),
+        ("model_index.json", b"[]", [], "model_index.json: not a JSON object"),
+        ("text_encoder/model.safetensors", None, [], "text_encoder: .*No such file"),
+        ("unet/diffusion_pytorch_model.safetensors", b"cut", [], "diffusion_pytorch_model.safetensors: "),
+        ("unet/diffusion_pytorch_model.safetensors", save({}), [], "diffusion_pytorch_model.safetensors: it holds no"),
+        ("unet/config.json", b"{", [], "unet: "),
+        ("scheduler/scheduler_config.json", b"", ["--single_file"], "scheduler/scheduler_config.json: Expecting value"),
+        ("text_encoder/config.json", None, ["--single_file"], "text_encoder/config.json: .*No such file"),
+    ],
+)
+def test_a_base_model_that_cannot_be_read(
+    name: str, content: bytes | None, more: list[str], message: str, apple: Path, tmp_path: Path
+) -> None:
+    base = tiny.build_stable_diffusion(tmp_path / "base", vae=tiny_families.autoencoder(4, None))
+    run, output = Path(shutil.copytree(apple, tmp_path / "run")), tmp_path / "out"
+    record = json.loads((run / "erasure.json").read_text())
+    record["base_model"]["name_or_path"] = str(base)
+    (run / "erasure.json").write_text(json.dumps(record))
+    (base / name).unlink()
+    if content is None:
+        (base / name).symlink_to(tmp_path / "gone")
+    else:
+        (base / name).write_bytes(content)
+    expected = f"--adapter {run}: its base model {base} cannot be loaded: {message}"
+    assert_refused(invoke([run], output, "--merge", *more), expected, output)
 
 
 def export_onto_a_full_disk(arguments: list[str]) -> int:

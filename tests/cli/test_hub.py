@@ -38,14 +38,14 @@ class Hub:
     Attributes:
         url: Address of the server.
         authorization: Authorization headers of the requests.
-        created: Names of the created repositories.
+        created: Names of the created repositories, and whether each is to be private.
         files: Content of the commit's files.
         refuse: True to answer every request with 401.
     """
 
     url: str = ""
     authorization: set[str | None] = field(default_factory=set)
-    created: list[str] = field(default_factory=list)
+    created: list[tuple[str, bool]] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     refuse: bool = False
 
@@ -53,7 +53,9 @@ class Hub:
         """Return the hub's reply to a request; None for an unknown request."""
         if path == "/api/repos/create":
             content = json.loads(body)
-            self.created.append(content["name"])
+            # Which of the two is sent depends on the release of huggingface_hub.
+            private = content.get("visibility") == "private" or content.get("private") is True
+            self.created.append((content["name"], private))
             return {"url": f"{self.url}/{content.get('organization') or 'me'}/{content['name']}"}
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}
@@ -126,8 +128,19 @@ def test_what_is_uploaded(served: Hub, tiny_model: Path, uploaded: Path) -> None
         read = json.loads if name == "erasure.json" else bytes  # the length of the path decides where lines break
         assert read(content) == read(expected)
     assert not [name for name, content in served.files.items() if b"/tmp" in content]
-    assert served.created == ["out"]
+    assert served.created == [("out", False)]
     assert served.authorization == {f"Bearer {TOKEN}"}
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_repository_is_private_where_the_flag_says_so(
+    private: bool, served: Hub, uploaded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", served.url)
+    monkeypatch.setattr(served, "created", [])
+    monkeypatch.setattr(served, "files", {})
+    hub.push(TrainConfig(output_dir=str(uploaded), push_to_hub=True, hub_private=private, hub_token=TOKEN))
+    assert served.created == [("out", private)]
 
 
 def test_the_token_is_written_nowhere(uploaded: Path) -> None:

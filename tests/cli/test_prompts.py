@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from safemax_sd.cli import main
+from safemax_sd.core.errors import OptionError
 from safemax_sd.prompts import load_suite
 from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.input import read_input
-from safemax_sd.words.training import beside
+from safemax_sd.words.command_line import split_forget
+from safemax_sd.words.training import beside, write_beside
 from tests import tiny
 
 WORDNET = ("--wordnet", str(Path(__file__).parents[1] / "wordnet"))
@@ -106,6 +108,23 @@ def test_a_training_writes_the_suite_beside_its_run(
     assert main([*command, "--overwrite_output_dir"]) == 0
     assert "out_prompts, kept as it stands" in capsys.readouterr().out
     assert ErasureRecord.read(tmp_path / "out").forget.count == 1
+
+
+def test_an_edited_suite_is_never_replaced(tiny_model: Path, tmp_path: Path) -> None:
+    def written(*more: str) -> tuple[str, ...]:
+        command = training(tiny_model, tmp_path, "--overwrite_output_dir", *WORDNET, *more)
+        return write_beside(*split_forget(command[1:])).notes
+
+    forget, retain = (tmp_path / "out_prompts" / name for name in ("forget.csv", "retain.csv"))
+    written("--forget", "bomb")
+    before = retain.read_bytes()
+    written("--forget", "bomb", "--seed", "5")
+    assert retain.read_bytes() != before  # nobody has edited it
+    forget.write_text("prompt,concept\na bomb,bomb\n")
+    assert written("--forget", "bomb")[-1].endswith("out_prompts, kept as it stands")
+    with pytest.raises(OptionError, match="out_prompts: holds an edited suite of other words: move it away"):
+        written("--forget", "church")
+    assert forget.read_text() == "prompt,concept\na bomb,bomb\n"
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,14 @@ def test_another_kind_of_weights_takes_the_place_of_the_first(config: TrainConfi
     assert {path.name for path in output.iterdir()} & {*WEIGHTS, *BESIDE_WEIGHTS} == {adapter.WEIGHTS_NAME}
 
 
+def test_a_folder_s_name_may_be_no_text(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = os.fsdecode(b"caf\xe9/out")
+    train(replace(config, output_dir=folder, max_train_steps=1))
+    record = json.loads((Path(folder) / "erasure.json").read_text(encoding="utf8"))
+    assert record["config"]["output_dir"] == folder
+
+
 @pytest.mark.parametrize(
     ("name", "reason"), [("tensorbord", "did you mean 'tensorboard'"), ("clearml", "is not installed")]
 )

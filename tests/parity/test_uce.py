@@ -16,7 +16,7 @@ from safemax_sd.adapters.lora import effective_weight
 from safemax_sd.core.errors import OptionError
 from safemax_sd.erasing.edits.uce import Uce, UceConfig, redirected
 from safemax_sd.erasing.token_states import last_token_states
-from safemax_sd.families import LoadOptions, load_family
+from safemax_sd.families import TOKEN_STATES, LoadOptions, load_family
 from safemax_sd.results.erasure import RECORD, ErasureRecord
 from safemax_sd.results.loading import load_result
 from tests import tiny
@@ -114,3 +114,23 @@ def test_with_padding_each_token_is_taken_for_the_guides(tiny_model: Path, tmp_p
         unit = SETTINGS.lamb * torch.eye(len(right), dtype=torch.float64)
         stock = pipeline.unet.get_submodule(f"{name}.base_layer").weight
         assert torch.allclose(stock.double(), (left + weight @ unit) @ torch.linalg.inv(right + unit), atol=1e-5)
+
+
+def test_the_last_token_of_a_cut_text_is_the_one_before_the_end(tiny_model: Path) -> None:
+    family = load_family(LoadOptions(str(tiny_model)))
+    window = family.tokenizer.model_max_length
+    texts = ["a" * letters for letters in (window - 3, window - 2, window - 1, window + 7)]
+    states = family.encode_prompts(texts).tensors[TOKEN_STATES]
+    found = torch.cat(last_token_states(family, texts))
+    assert torch.equal(found, torch.stack([states[0, -3], *states[1:, -2]]))
+    assert not torch.equal(found[-1], states[-1, -1])
+
+
+def test_prompts_that_are_cut_are_named(tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = flags(tiny_model, tmp_path)
+    for part in (config.forget_prompts, config.retain_prompts):
+        with Path(part).open("a") as file:
+            file.write(f"{Path(part).stem} {'and so on ' * 5},{Path(part).stem}\n")
+    Uce(config).run()
+    for flag in ("--forget_prompts", "--retain_prompts"):
+        assert f"{flag} {getattr(config, flag[2:])}: 1 prompts are longer than the model's 24 tokens" in caplog.text

@@ -14,6 +14,8 @@ ORDER = (
     *("objectives", "recording", "adapters", "families", "diffusion", "prompts", "presets", "core", "assets"),
 )
 """Folders and files of the package; each may import only those after it."""
+REST = ("benchmarks", "evaluation", "examples", "tests")
+"""Folders that no wheel contains by these names."""
 MOST_ENTRIES = 20
 
 
@@ -38,7 +40,7 @@ def own_name(path: Path) -> str:
 
 
 def imported_names(path: Path) -> list[str]:
-    """Return the dotted names that a file imports from this package, at any place."""
+    """Return the dotted names that a file imports, at any place."""
     names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
         if isinstance(node, ast.Import):
@@ -47,7 +49,12 @@ def imported_names(path: Path) -> list[str]:
             assert node.level == 0, f"{path}: imports are absolute"
             module = node.module or ""
             names += [f"{module}.{alias.name}" for alias in node.names] if module == "safemax_sd" else [module]
-    return [name for name in names if name.startswith("safemax_sd.")]
+    return names
+
+
+def own_imports(path: Path) -> list[str]:
+    """Return the dotted names that a file imports from this package."""
+    return [name for name in imported_names(path) if name.startswith("safemax_sd.")]
 
 
 def test_every_folder_has_a_place() -> None:
@@ -60,14 +67,19 @@ def test_every_folder_has_a_place() -> None:
 @pytest.mark.parametrize("path", sources(), ids=own_name)
 def test_imports_run_down(path: Path) -> None:
     room = room_of(own_name(path))
-    for name in imported_names(path):
+    for name in own_imports(path):
         other = room_of(name)
         if other in ORDER and other != room:
             assert ORDER.index(other) > ORDER.index(room), f"{room} imports {name}"
 
 
+def test_the_package_runs_without_the_rest_of_the_repository() -> None:
+    taken = [(own_name(path), name) for path in sources() for name in imported_names(path)]
+    assert not [(path, name) for path, name in taken if name.partition(".")[0] in REST]
+
+
 def test_no_file_imports_in_a_circle() -> None:
-    graph = {own_name(path).removesuffix(".__init__"): set(imported_names(path)) for path in sources()}
+    graph = {own_name(path).removesuffix(".__init__"): set(own_imports(path)) for path in sources()}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:

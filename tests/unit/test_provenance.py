@@ -1,15 +1,18 @@
-"""Seconds by phase, and the peak memory of a process."""
+"""Seconds by phase, the peak memory of a process, and records of paths that are no text."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from safemax_sd.core import provenance
-from safemax_sd.core.provenance import Stopwatch, peak_memory_bytes
+from safemax_sd.core.provenance import Stopwatch, atomic_write_text, peak_memory_bytes, write_json_atomic
 
 MIB = 2**20
 PRINT_PEAK = """
@@ -48,3 +51,17 @@ def test_peak_memory_is_the_process_s_own() -> None:
     before, after = map(int, done.stdout.split())
     assert before < ours - 512 * MIB
     assert 200 * MIB < after - before < 400 * MIB
+
+
+def test_peak_memory_without_linux_s_own_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "status").write_text("Name:\tpython\nVmRSS:\t  1024 kB\n")
+    monkeypatch.setattr(provenance, "STATUS", tmp_path / "status")
+    assert peak_memory_bytes(torch.device("cpu")) > 64 * MIB
+
+
+def test_a_path_that_is_no_text_is_recorded(tmp_path: Path) -> None:
+    path, file = os.fsdecode(b"caf\xe9/run"), tmp_path / "file"
+    atomic_write_text(file, path)
+    assert file.read_text(encoding="utf8") == r"caf\udce9/run"
+    write_json_atomic(file, {"output_dir": path})
+    assert json.loads(file.read_text(encoding="utf8")) == {"output_dir": path}

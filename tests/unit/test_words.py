@@ -305,7 +305,51 @@ def test_lists_are_well_formed() -> None:
 def test_words_of_phrases() -> None:
     assert [with_article(name) for name in ("apple", "the sun", "any of it")] == ["an apple", "the sun", "any of it"]
     assert [noun_phrase(name) for name in ("jeans", "bus", "glass")] == ["jeans", "a bus", "a glass"]
+    assert noun_phrase("pair of scissors") == "a pair of scissors" and noun_phrase("loaf of bread") == "a loaf of bread"
     assert [without_article(phrase) for phrase in ("an apple", "a pair of jeans")] == ["apple", "pair of jeans"]
     assert plain("Coca-Cola’s Café") == ["coca", "colas", "cafe"]
     assert clashes("two bombs", [("bomb",)]) and clashes("a sword", [("crossed", "swords")])
     assert not clashes("a fox", [("fox", "terrier")]) and not clashes("a bombardier", [("bomb",)])
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        *("a unicorn", "a ukulele", "a uniform", "a UFO", "a user", "a U-boat", "a one-armed bandit", "a eucalyptus"),
+        *(
+            "an umbrella",
+            "an urn",
+            "an usher",
+            "an unidentified object",
+            "an uninvited guest",
+            "an octopus",
+            "an X-ray",
+        ),
+        *("an hourglass", "an heirloom", "an école", "a house", "a honeybee", "a lens", "a gas", "an atlas"),
+        *("honey", "wild rice", "children", "wolves", "scissors"),
+    ],
+)
+def test_the_article_is_that_of_the_sound(phrase: str) -> None:
+    assert noun_phrase(without_article(phrase)) == phrase
+
+
+@pytest.mark.parametrize(
+    ("plural", "singular"),
+    [
+        *(("children", "child"), ("knives", "knife"), ("wolves", "wolf"), ("churches", "church"), ("boxes", "box")),
+        *(("women", "woman"), ("potatoes", "potato"), ("fairies", "fairy"), ("glasses", "glass"), ("mice", "mouse")),
+        ("crossed swords", "crossed sword"),
+    ],
+)
+def test_a_name_is_held_in_the_singular_and_plural(plural: str, singular: str) -> None:
+    for one, other in ((plural, singular), (singular, plural)):
+        assert holds(f"two small {one} in a garden", [tuple(plain(other))])
+        assert clashes(f"a {one}", [tuple(plain(other))])
+    assert not holds("a brass bed", [("bra",), ("bras",)]) and not holds("a fox", [("ox",)])
+
+
+def test_no_plural_of_a_forbidden_word_is_retained(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("a lamp\nthree knives\nscissors\n")
+    parts = written(tmp_path / "suite", "knife", kind="object", concepts=str(names)).parts
+    assert set(parts["retain"].concepts) == {"lamp", "scissors"}

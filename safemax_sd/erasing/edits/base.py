@@ -15,7 +15,7 @@ from safemax_sd.core.provenance import Cost, Stopwatch, provenance
 from safemax_sd.core.registry import Registry
 from safemax_sd.families import ModelFamily, load_family
 from safemax_sd.families.options import LoadingOptions
-from safemax_sd.prompts import PromptOptions, PromptSet, check_disjoint, load_prompts
+from safemax_sd.prompts import PromptOptions, PromptSet, check_disjoint, load_prompts, warn_over_long
 from safemax_sd.results.erasure import RECORD, BaseModel, Edit, ErasureRecord, ForgetFile, PromptFile, TotalCost
 from safemax_sd.results.folder import claimed, replacing
 from safemax_sd.results.model_card import write_model_card
@@ -151,6 +151,8 @@ class BaseModelEdit(ClosedFormEdit):
             clock = Stopwatch()
             with clock.phase("load"):
                 family = self._load()
+                warn_over_long(forget, family.tokenizer, option="--forget_prompts")
+                warn_over_long(retain, family.tokenizer, option="--retain_prompts")
             changes = self.solve(family, forget, retain, clock)
             with replacing(self.output_dir, RECORD) as folder:
                 with clock.phase("write"):

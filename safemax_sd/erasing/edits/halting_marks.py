@@ -37,7 +37,7 @@ from safemax_sd.erasing.stored_states import StoredStates
 from safemax_sd.erasing.token_states import contexts, forbidden_states, kept_states, texts_by_concept
 from safemax_sd.families import load_family
 from safemax_sd.objectives.halting_anchor import HaltingAnchor
-from safemax_sd.prompts import PromptSet, load_prompts
+from safemax_sd.prompts import PromptSet, load_prompts, warn_over_long
 from safemax_sd.results.erasure import RECORD, Edit, ErasureRecord, ForgetFile, PromptFile, damaged
 from safemax_sd.results.folder import claimed, replacing
 from safemax_sd.results.loading import load_result
@@ -177,6 +177,8 @@ class HaltingMarks(ClosedFormEdit):
         clock, record = Stopwatch(), self.anchor_record()
         with clock.phase("load"):
             family = load_result(self.anchor)
+            warn_over_long(forget, family.tokenizer, option="--forget_prompts")
+            warn_over_long(retain, family.tokenizer, option="--retain_prompts")
         with clock.phase("encode"):
             texts, templates = texts_by_concept(forget), contexts(retain)
             kept, kept_row = kept_states(family, retain)
@@ -205,9 +207,10 @@ class HaltingMarks(ClosedFormEdit):
         texts = {} if added is None else texts_by_concept(added)
         # Known prompts are not encoded again: in another batch, their states would differ by rounding.
         new = {concept: own for concept, own in texts.items() if before.texts.get(concept) != own}
-        if new:
+        if added is not None and new:
             with clock.phase("load"):
                 family = load_family(record.base_model.options())
+                warn_over_long(added, family.tokenizer, option="--add")
             with clock.phase("encode"):
                 stored.known.update(forbidden_states(family, new, before.contexts))
         erased += [concept for concept in texts if concept not in erased]
