@@ -26,7 +26,7 @@ from safemax_sd.evaluation.attacks.task import Task
 from safemax_sd.evaluation.attacks.text import FREE, TextEncoders, refusal, reworded
 from torch import Tensor
 
-from safemax_sd.families.base import Conditioning
+from safemax_sd.families import Conditioning
 
 GAP = "\0"
 """Character in place of the concept while a prompt is cut into tokens; no prompt holds it."""

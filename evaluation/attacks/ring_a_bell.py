@@ -26,7 +26,7 @@ from safemax_sd.evaluation.attacks.task import Task
 from safemax_sd.evaluation.attacks.text import TextEncoders, pictures_of, refusal, reworded, searched
 from torch import Tensor
 
-from safemax_sd.families.base import TOKEN_STATES
+from safemax_sd.families import TOKEN_STATES
 
 
 @dataclass(frozen=True)

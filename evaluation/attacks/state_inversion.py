@@ -22,7 +22,7 @@ from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 from transformers import get_wsd_schedule
 
-from safemax_sd.families.base import TOKEN_STATES, Conditioning
+from safemax_sd.families import TOKEN_STATES, Conditioning
 from safemax_sd.families.latent import POOLED
 
 

@@ -9,7 +9,7 @@ import torch
 from safemax_sd.evaluation.attacks.target import Target
 from torch import Tensor
 
-from safemax_sd.families.base import Conditioning
+from safemax_sd.families import Conditioning
 
 
 @dataclass(frozen=True)

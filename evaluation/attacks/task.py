@@ -48,9 +48,7 @@ class Task:
         examples: Pictures of the same concepts.
         seed: Seed of every random draw.
         kept: Pictures of other concepts, for attacks with `needs_kept`; None until such an attack is to run.
-        searches: Texts that searches with text encoders alone have found, by a hash of all that they depend on; targets
-            with the same encoders share them.
-        shared: Results of work on the base model, by name; see `once`.
+        shared: Results of work that does not depend on the target, by name; see `once`.
     """
 
     prompts: tuple[Prompt, ...]
@@ -58,7 +56,6 @@ class Task:
     examples: Examples
     seed: int = 0
     kept: Examples | None = None
-    searches: dict[str, list[str]] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -96,13 +93,20 @@ class Task:
         """Return what `make` returns, which is called for the first of the task's targets alone.
 
         Args:
-            name: Name of the work, with all settings that it depends on.
-            make: Work on the base model, on which no other target has any influence.
+            name: Name of the work, with all settings that it depends on besides prompts, seed and size of the pictures.
+            make: Work with the base model or the text encoders, on which the target itself has no influence.
         """
-        if name not in self.shared:
-            self.shared[name] = make()
-        made: T = self.shared[name]
+        key = f"{name}, {self._asked}"
+        if key not in self.shared:
+            self.shared[key] = make()
+        made: T = self.shared[key]
         return made
+
+    @cached_property
+    def _asked(self) -> str:
+        """Digest of prompts, seed and latent size, which differ between tasks that share work."""
+        own = f"{self.prompts} {self.seed} {tuple(self.noise.shape)}"
+        return hashlib.sha256(own.encode()).hexdigest()
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a generator that is the same for the same seed and purpose."""

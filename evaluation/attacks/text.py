@@ -18,7 +18,7 @@ from safemax_sd.evaluation.attacks.target import Target
 from safemax_sd.evaluation.attacks.task import Task
 from torch import Tensor, nn
 
-from safemax_sd.families.base import TOKEN_STATES, Conditioning
+from safemax_sd.families import TOKEN_STATES, Conditioning
 from safemax_sd.families.latent import POOLED, LatentFamily
 from safemax_sd.prompts import Prompt
 
@@ -250,13 +250,13 @@ def searched(
         search: Function of a prompt's index that returns its text.
         name: Name of the search with all its settings.
     """
-    own = f"{encoders.digest()} {name} {most} {task.seed} {task.prompts}"
-    key = hashlib.sha256(own.encode()).hexdigest()
-    if key not in task.searches:
-        texts = {}
+
+    def texts() -> list[str]:
+        found = {}
         for concept in task.concepts:
             rows = task.rows(concept).tolist()
-            found = [search(row) for row in rows[:most]]
-            texts.update({row: found[place % len(found)] for place, row in enumerate(rows)})
-        task.searches[key] = [texts[row] for row in range(len(task))]
-    return task.searches[key]
+            own = [search(row) for row in rows[:most]]
+            found.update({row: own[place % len(own)] for place, row in enumerate(rows)})
+        return [found[row] for row in range(len(task))]
+
+    return task.once(f"{name} {most} {encoders.digest()}", texts)

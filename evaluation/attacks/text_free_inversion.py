@@ -34,7 +34,7 @@ from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 from torch import Tensor
 
-from safemax_sd.families.base import Conditioning
+from safemax_sd.families import Conditioning
 
 UNGUIDED = 1.0
 """Guidance scale of the inversion and of sampling from its end."""

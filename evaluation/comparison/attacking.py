@@ -26,6 +26,23 @@ FAILURE = "failure.txt"
 """File with the reason why attacks failed, beside their `attacks.json`."""
 
 
+class SharedWork:
+    """Work that does not depend on the attacked model, kept for one task and seed at a time.
+
+    Runs of one task and seed follow each other, so that nothing is held longer than it is needed.
+    """
+
+    def __init__(self) -> None:
+        self._of: tuple[str, int] | None = None
+        self._shared: dict[str, Any] = {}
+
+    def of(self, task: str, seed: int) -> dict[str, Any]:
+        """Return `Task.shared` of a task and seed; that of any other is dropped."""
+        if self._of != (task, seed):
+            self._of, self._shared = (task, seed), {}
+        return self._shared
+
+
 @dataclass(frozen=True)
 class AttackRun:
     """The attacks on one model, in a folder of their own.
@@ -35,14 +52,14 @@ class AttackRun:
         role: Target.
         options: Options of the attacks.
         folder: Folder of the attacks.
-        searches: `Task.searches` of all attacks of the comparison.
+        work: Work that the attacks of a task and seed share.
     """
 
     cell: Cell
     role: Role
     options: ResistanceOptions
     folder: Path
-    searches: dict[str, list[str]]
+    work: SharedWork
 
     @property
     def label(self) -> str:
@@ -122,7 +139,7 @@ class AttackRun:
         with path_errors("--output_dir", self.folder):
             (self.folder / FAILURE).unlink(missing_ok=True)
         try:
-            run_plan(self.plan(), self.folder, self.searches)
+            run_plan(self.plan(), self.folder, self.work.of(self.cell.task, self.seed))
         except Exception as error:  # whatever fails, the other parts can still be run
             with path_errors("--output_dir", self.folder):
                 atomic_write_text(self.folder / FAILURE, failure_reason(error))
@@ -134,20 +151,20 @@ Part = Cell | AttackRun
 def with_attacks(comparison: Comparison, cells: Sequence[Cell]) -> list[Part]:
     """Put the attacks of each cell after it, and those of the controls of a task and seed before its first cell."""
     settings, parts, begun = comparison.settings, list[Part](), set[tuple[str, int]]()
-    searches: dict[str, list[str]] = {}
+    work = SharedWork()
     for cell in cells:
         suite, seed = cell.erasure.suite, cell.erasure.seed
         if settings.attacks and (cell.task, seed) not in begun:
             begun.add((cell.task, seed))
-            parts += _controls(comparison, cell, searches)
+            parts += _controls(comparison, cell, work)
         parts.append(cell)
         if settings.attacks and cell.method.not_attacked is None:
             options = settings.resistance(suite, seed)
-            parts.append(AttackRun(cell, "erased", options, cell.folder / "attacks", searches))
+            parts.append(AttackRun(cell, "erased", options, cell.folder / "attacks", work))
     return parts
 
 
-def _controls(comparison: Comparison, cell: Cell, searches: dict[str, list[str]]) -> list[AttackRun]:
+def _controls(comparison: Comparison, cell: Cell, work: SharedWork) -> list[AttackRun]:
     """Return the attacks on the controls of a cell's task and seed, which depend on no method."""
     known: list[tuple[Role, str | None]] = [("base", None)]
     if comparison.settings.never_known is not None:
@@ -159,7 +176,7 @@ def _controls(comparison: Comparison, cell: Cell, searches: dict[str, list[str]]
             role,
             comparison.settings.resistance(suite, seed, never_known=folder),
             comparison.folder / CONTROLS / role / cell.task / str(seed),
-            searches,
+            work,
         )
         for role, folder in known
     ]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -55,13 +56,13 @@ class Resistance:
 
     Args:
         plan: Plan of the run.
-        searches: `Task.searches` of earlier runs, to which this one adds; None for none.
+        shared: `Task.shared` of earlier runs of the same task, to which this one adds; None for none.
 
     Raises:
         OptionError: A flag, or a file or folder that it names, cannot be used.
     """
 
-    def __init__(self, plan: Plan, searches: dict[str, list[str]] | None = None) -> None:
+    def __init__(self, plan: Plan, shared: dict[str, Any] | None = None) -> None:
         self.plan, options = plan, plan.options
         self.device = torch.device(process_state().device)
         self.provenance = provenance(options.seed, self.device)
@@ -78,7 +79,7 @@ class Resistance:
         resolution = None if plan.adapter is None else plan.adapter.record.resolution
         self.sampling = Sampling(options.guidance_scale, options.num_inference_steps, options.batch_size, resolution)
         self.families = {role: self._family(role) for role in plan.roles}
-        self.task = replace(self._task(real), searches={} if searches is None else searches)
+        self.task = replace(self._task(real), shared={} if shared is None else shared)
         self.untaught = None if given is None else self._untaught_task(given)
 
     def _base(self) -> LatentFamily:
@@ -247,13 +248,13 @@ def attack(options: AttackOptions) -> Path:
     return folder
 
 
-def run_plan(plan: Plan, folder: Path, searches: dict[str, list[str]] | None = None) -> None:
+def run_plan(plan: Plan, folder: Path, shared: dict[str, Any] | None = None) -> None:
     """Run what a folder lacks of a plan.
 
     Args:
         plan: Plan of the run.
         folder: Folder of attacks.json and its page.
-        searches: `Task.searches` of earlier runs, to which this one adds; None for none.
+        shared: `Task.shared` of earlier runs of the same task, to which this one adds; None for none.
 
     Raises:
         OptionError: The folder cannot be used or holds attacks under other conditions, or a model cannot be loaded.
@@ -268,7 +269,7 @@ def run_plan(plan: Plan, folder: Path, searches: dict[str, list[str]] | None = N
         if done is not None and not plan.missing(done):
             publish(done, folder, {})  # the page may be of an older version
         else:
-            run_all(Resistance(plan, searches), folder, done)
+            run_all(Resistance(plan, shared), folder, done)
 
 
 def resumed(plan: Plan, folder: Path) -> AttackReport | None:

@@ -16,7 +16,8 @@ from safemax_sd.core.provenance import write_json_atomic
 from safemax_sd.core.quiet import quiet
 from safemax_sd.diffusion.process import check_variance_preserving, from_scheduler
 from safemax_sd.diffusion.schedulers import as_scheduler, settings_of
-from safemax_sd.families.base import Conditioning, LoadOptions, LoraTargets, ModelFamily
+from safemax_sd.families.base import LoadOptions, LoraTargets, ModelFamily
+from safemax_sd.families.conditioning import Conditioning
 from safemax_sd.families.folders import LOAD_ERRORS, cannot_be_loaded, load_part, own_side
 from safemax_sd.families.single_file import CONFIG_OPTION, is_single_file
 from safemax_sd.families.unet import ATTENTION, CONVOLUTIONS, memory_format

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from safemax_sd.families.base import TOKEN_STATES, Conditioning, LoadOptions
+from safemax_sd.families.base import LoadOptions
+from safemax_sd.families.conditioning import TOKEN_STATES, Conditioning
 from safemax_sd.families.latent import POOLED
 from safemax_sd.families.original_flux import diffusers_flux
 from safemax_sd.families.single_file import ConvertDenoiser

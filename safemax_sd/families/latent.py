@@ -20,7 +20,8 @@ from safemax_sd.core.provenance import sorted_metadata
 from safemax_sd.core.quiet import quiet
 from safemax_sd.diffusion.process import DiffusionProcess, from_scheduler
 from safemax_sd.diffusion.schedulers import settings_of
-from safemax_sd.families.base import Conditioning, LoadOptions, ModelFamily
+from safemax_sd.families.base import LoadOptions, ModelFamily
+from safemax_sd.families.conditioning import Conditioning
 from safemax_sd.families.folders import (
     LOAD_ERRORS,
     cannot_be_loaded,

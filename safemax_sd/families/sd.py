@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from safemax_sd.families.base import TOKEN_STATES, Conditioning
+from safemax_sd.families.conditioning import TOKEN_STATES, Conditioning
 from safemax_sd.families.original_checkpoint import STABLE_DIFFUSION, Convert
 from safemax_sd.families.unet import UNetFamily
 

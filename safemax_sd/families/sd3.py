@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from safemax_sd.families.base import TOKEN_STATES, Conditioning
+from safemax_sd.families.conditioning import TOKEN_STATES, Conditioning
 from safemax_sd.families.latent import POOLED
 from safemax_sd.families.original_names import KohyaLayer, original_sd3_layers
 from safemax_sd.families.transformer import TransformerFamily

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from safemax_sd.families.base import TOKEN_STATES, Conditioning
+from safemax_sd.families.conditioning import TOKEN_STATES, Conditioning
 from safemax_sd.families.latent import POOLED
 from safemax_sd.families.original_checkpoint import STABLE_DIFFUSION_XL, Convert
 from safemax_sd.families.original_names import KohyaLayer, original_unet_names

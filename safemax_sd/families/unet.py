@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from safemax_sd.core.errors import OptionError
 from safemax_sd.diffusion.process import check_variance_preserving
 from safemax_sd.diffusion.schedulers import as_scheduler
-from safemax_sd.families.base import TOKEN_STATES, Conditioning, LoadOptions, LoraTargets
+from safemax_sd.families.base import LoadOptions, LoraTargets
+from safemax_sd.families.conditioning import TOKEN_STATES, Conditioning
 from safemax_sd.families.latent import LatentFamily
 
 if TYPE_CHECKING:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from safemax_sd.evaluation.comparison.grid import compare
+from safemax_sd.evaluation.comparison.attacking import AttackRun, SharedWork, with_attacks
+from safemax_sd.evaluation.comparison.config import read_comparison
+from safemax_sd.evaluation.comparison.grid import compare, make_cells
 from safemax_sd.evaluation.comparison.runs import Attempt, read_controls, read_runs
 from safemax_sd.evaluation.resistance.report import AttackReport
 from safemax_sd.evaluation.resistance.run import Resistance
@@ -85,6 +87,17 @@ def test_erased_models_are_attacked_in_their_cells_and_controls_once(grid: Path)
         assert report.adapter == ("uce" if role == "erased" else None)
         assert {row.success.n for row in report.rows} == {2}
         assert (folder / "index.html").is_file()
+
+
+def test_the_attacks_of_a_task_and_seed_share_work(place: Path, tiny_model: Path) -> None:
+    comparison = read_comparison(attacked(place, tiny_model, seeds=[0, 1]), None)
+    runs = [part for part in with_attacks(comparison, make_cells(comparison)) if isinstance(part, AttackRun)]
+    assert len({id(run.work) for run in runs}) == 1 and {run.seed for run in runs} == {0, 1}
+    work = SharedWork()
+    first = work.of("task", 0)
+    first["search"] = ["a text"]
+    assert work.of("task", 0) is first
+    assert work.of("task", 1) == {} == work.of("task", 0)
 
 
 def test_results_hold_what_the_folders_do(grid: Path) -> None:

@@ -15,7 +15,7 @@ from safemax_sd.evaluation.attacks.latent_classifier import ClassifierTraining
 from safemax_sd.evaluation.attacks.target import Role, Sampling, Target
 from safemax_sd.evaluation.attacks.task import Examples, Task
 
-from safemax_sd.families.base import TOKEN_STATES
+from safemax_sd.families import TOKEN_STATES
 from safemax_sd.families.latent import POOLED
 from safemax_sd.prompts import Prompt
 from tests import tiny
@@ -151,9 +151,9 @@ def test_a_search_with_the_text_encoder_alone_serves_all_models_that_have_it(
     attack: Attack, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def found(attack: Attack, target: Target, **changes: Any) -> list[tuple[str, ...]]:
-        return [each.found for each in attack.run(target, replace(two_apples(target), searches=shared, **changes))]
+        return [each.found for each in attack.run(target, replace(two_apples(target), shared=shared, **changes))]
 
-    shared: dict[str, list[str]] = {}
+    shared: dict[str, Any] = {}
     search, searches = type(attack).search, []  # type: ignore[attr-defined]
 
     def counted(*args: Any) -> Any:

@@ -16,8 +16,7 @@ from safemax_sd.evaluation.attacks.ring_a_bell import (
 from safemax_sd.evaluation.attacks.task import Examples, Task
 from safemax_sd.evaluation.attacks.text import TextEncoders
 
-from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.families.base import TOKEN_STATES
+from safemax_sd.families import TOKEN_STATES, LoadOptions, load_family
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.prompts import Prompt
 

@@ -16,8 +16,7 @@ from safemax_sd.evaluation.attacks.unlearn_diff_atk import (
     sampled,
 )
 
-from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.families.base import TOKEN_STATES
+from safemax_sd.families import TOKEN_STATES, LoadOptions, load_family
 from safemax_sd.families.latent import LatentFamily
 
 

@@ -21,8 +21,7 @@ from benchmarks.classes.data import Dataset, read_sheets, write_folder
 from benchmarks.classes.measure import Sampling, Subject, forgetting, kept_class, retention
 from benchmarks.classes.methods import VARIANTS, Variant
 from safemax_sd.core.memory import TensorMemory
-from safemax_sd.families import LoadOptions, load_family
-from safemax_sd.families.base import Conditioning
+from safemax_sd.families import Conditioning, LoadOptions, load_family
 from safemax_sd.families.ddpm import LABELS
 from safemax_sd.recording.picture_folder import PictureFolder
 from safemax_sd.training.config import config_class

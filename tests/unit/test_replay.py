@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from safemax_sd.core.errors import OptionError
-from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, load_family
-from safemax_sd.families.base import TrajectoryPoint
+from safemax_sd.families import Conditioning, LoadOptions, ModelFamily, TrajectoryPoint, load_family
 from safemax_sd.recording.replay import MEMORY, Recorder, ReplayBank, Storage, _perturbed, bank_bytes, dispersed, spread
 
 STEPS, TRAJECTORIES = 4, 6
