@@ -45,6 +45,8 @@ from safemax_sd.training import checkpoints
 from safemax_sd.training.config import TrainConfig, config_class
 from safemax_sd.training.resume import FREE
 
+DRAWN = ("class", "race")
+"""Kinds of rows that measure pictures; the others measure steps alone."""
 FORGOTTEN_AT = 99.0
 """Unlearning accuracy with rejection, in percent, at which a class counts as forgotten."""
 GALLERY_ROWS, GALLERY_SEED = 3, 30_000_000
@@ -113,11 +115,16 @@ class Study:
         return {**flags, "seed": self.arguments.seed}
 
     def training_settings(self, method: str) -> dict[str, Any]:
-        """Return all flags that a run's steps depend on, with their defaults; none for the base model."""
+        """Return the flags that a run's steps depend on and that differ from their defaults; none for the base model.
+
+        A flag that is added to the package later leaves earlier rows as they are.
+        """
         if method == "base":
             return {}
-        config = config_class(VARIANTS[method].objective)(**self.flags(method))
-        return {name: value for name, value in config.record().items() if name not in FREE}
+        kind = config_class(VARIANTS[method].objective)
+        usual = kind().record()
+        found = kind(**self.flags(method)).record()
+        return {name: value for name, value in found.items() if name not in FREE and value != usual[name]}
 
     def trained(self, method: str, forgotten: int) -> Path:
         """Return the folder of a finished run; start it, or continue it from its checkpoint, if it is not finished."""
@@ -146,9 +153,10 @@ class Study:
         name = f"{method}_{forgotten}_{self.arguments.seed}_{self.counts}_{digest(self.training_settings(method))}"
         return self.folder / "runs" / name
 
-    def settings(self, method: str) -> str:
-        """Return a digest of what a row's figures depend on besides its key: flags, and how pictures are drawn."""
-        return digest({**self.training_settings(method), "sampling": asdict(self.sampling)})
+    def settings(self, key: dict[str, Any]) -> str:
+        """Return a digest of what a row depends on besides its key: flags and, if it has pictures, their settings."""
+        drawn = {"sampling": asdict(self.sampling)} if key["kind"] in DRAWN else {}
+        return digest({**self.training_settings(key["method"]), **drawn})
 
     def key(self, method: str, forgotten: int) -> dict[str, Any]:
         return {
@@ -238,7 +246,7 @@ class Study:
         }
 
     def append(self, row: dict[str, Any]) -> None:
-        row = {**row, "settings": self.settings(row["method"])}
+        row = {**row, "settings": self.settings(row)}
         self.rows.append(row)
         append_rows(self.results.with_suffix(".jsonl"), [row])
 
@@ -248,7 +256,7 @@ class Study:
         Raises:
             OptionError: It was measured with other settings.
         """
-        settings, path = {"settings": self.settings(key["method"])}, self.results.with_suffix(".jsonl")
+        settings, path = {"settings": self.settings(key)}, self.results.with_suffix(".jsonl")
         return is_measured_with(self.rows, key, settings, option="--work_dir", path=path)
 
     def run(self) -> None:
@@ -276,7 +284,7 @@ class Study:
         for method, forgotten in itertools.product(self.arguments.methods, self.arguments.classes):
             output = self.run_folder(method, forgotten)
             if not (output / RECORD).exists():
-                raise OptionError("--work_dir", output, "is missing: name the folder where the runs of the rows are")
+                raise OptionError("--work_dir", output, "is missing: pictures need the runs of all rows")
         blocks: dict[str, list[Tensor]] = {}
         for method in ("base", *self.arguments.methods):
             asked: list[list[Tensor]] = [[], []]

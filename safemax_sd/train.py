@@ -64,7 +64,10 @@ NEARLY_DIVERGED = 0.9
 GUARDED_STEPS = (25, 50, 100, 200)
 """Steps after which a run is checked: one that diverges does so in its first 25 steps (docs/learning_rate.md)."""
 VALIDATION_SEED = 950_000
-"""Seed of the first validation picture, apart from those of trajectories and of the probe."""
+"""Seed of the first validation picture, apart from those of trajectories and of the probe.
+
+See `recording.recording.SEEDS`.
+"""
 LOSS_NOT_FINITE, DIVERGES = "the loss became", "the run diverges"
 """Beginnings of the errors of a learning rate that is too high."""
 
@@ -174,7 +177,8 @@ def loop(run: Run) -> None:
             forgotten = accuracy >= run.probe.threshold
         log.write(run.step, row)
         if run.step % config.checkpointing_steps == 0 and run.step < config.max_train_steps:
-            save_checkpoint(run)
+            with run.clock.phase("checkpoints"):
+                save_checkpoint(run)
         due = run.step % config.validation_steps == 0 or run.step == config.max_train_steps
         if run.validation is not None and (due or forgotten):
             with run.family.uneven_calls():

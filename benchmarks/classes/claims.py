@@ -65,12 +65,15 @@ def faster(method: str, wanted: float, *, priors: bool) -> Callable[[Sequence[Ro
 
     def ask(rows: Sequence[Row]) -> Answer | None:
         for kind, seconds, origin in (("rates", estimated, ", from the rates of parts"), ("class", taken, "")):
-            found = pairs(of_kind(rows, kind), method, SAFEMAX, quantity=seconds)
+            runs = kind == "class"
+            found = pairs(_first_runs(rows) if runs else of_kind(rows, kind), method, SAFEMAX, quantity=seconds)
             if found:
                 ratios = [other / own for other, own in found]
                 median = statistics.median(ratios)
                 spread = f" ({min(ratios):.1f} to {max(ratios):.1f})" if len(ratios) > 1 else ""
-                return Answer(f"{median:.1f}{spread}{origin}", median >= wanted)
+                over = f" over {len(found)} {'class' if len(found) == 1 else 'classes'}" if runs else ""
+                complete = not runs or len(found) == CLASSES
+                return Answer(f"{median:.1f}{spread}{origin}{over}", median >= wanted if complete else None)
         return None
 
     return ask

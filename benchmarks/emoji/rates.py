@@ -112,7 +112,7 @@ def read_complete(path: Path) -> list[Row]:
 
 
 def missing(found: Iterable[Row], rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield the trainings that have no row yet: those of other rates and, with the first of them, Prodigy's."""
+    """Yield the rows whose base model, rate, flags and seed are in no existing row."""
     for row in found:
         if not is_measured(rows, {name: row[name] for name in ("base", "rate", *FLAGS, "seed")}):
             yield row

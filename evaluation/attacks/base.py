@@ -61,6 +61,7 @@ class Attack(ABC):
 
     Attributes:
         name: Name on the command line and in `attacks.json`.
+        version: Number that is raised when the same settings measure something else; rows of another one are made anew.
         label: Name for a reader.
         access: Part of the model that the attack changes.
         paper: Publication; empty for an attack of this project's own.
@@ -77,6 +78,7 @@ class Attack(ABC):
     """
 
     name: ClassVar[str]
+    version: ClassVar[int] = 1
     label: ClassVar[str]
     access: ClassVar[Access]
     paper: ClassVar[str] = ""

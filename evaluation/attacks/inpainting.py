@@ -43,6 +43,7 @@ class Inpainting(Attack):
     """Pictures of the concept with a hole in the middle, which the target has to fill."""
 
     name: ClassVar[str] = "inpainting"
+    version: ClassVar[int] = 2
     label: ClassVar[str] = "Inpainting"
     access: ClassVar[Access] = "latent"
     paper: ClassVar[str] = "arXiv 2505.17013"

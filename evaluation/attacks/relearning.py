@@ -23,6 +23,7 @@ class Relearning(Attack):
     """A fine-tuning on pictures of the concept; the numbers of steps show how near the knowledge still is."""
 
     name: ClassVar[str] = "relearning"
+    version: ClassVar[int] = 2
     label: ClassVar[str] = "Relearning"
     access: ClassVar[Access] = "weights"
     paper: ClassVar[str] = "github.com/sail-sg/Meta-Unlearning"

@@ -41,6 +41,7 @@ class SecondLora(Attack):
     """A concept's LoRA for the base model, merged into the target at strength 1."""
 
     name: ClassVar[str] = "second_lora"
+    version: ClassVar[int] = 2
     label: ClassVar[str] = "Second LoRA"
     access: ClassVar[Access] = "weights"
     note: ClassVar[str] = "a LoRA of the concept, trained on the base model"

@@ -45,6 +45,7 @@ class StateInversion(Attack):
     """Text states that make the model denoise pictures of the concept."""
 
     name: ClassVar[str] = "state_inversion"
+    version: ClassVar[int] = 2
     label: ClassVar[str] = "State inversion"
     access: ClassVar[Access] = "embedding"
     note: ClassVar[str] = "all text states of a prompt are optimised"

@@ -79,7 +79,7 @@ def sampler_steps(target: Target) -> list[Step]:
 @torch.no_grad()
 def guided(target: Target, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
     """Return the native prediction with guidance, [B, *latent]; the conditioning is one of `with_guidance`."""
-    return target.family.predict_guided(x_t, t.expand(len(x_t)), conditioning, target.guidance_scale)
+    return target.family.predict_guided(x_t, t.expand(len(x_t)), conditioning, guidance_scale=target.guidance_scale)
 
 
 def walk(target: Target, conditioning: Conditioning, noise: Tensor, follow: Follow) -> Tensor:

@@ -93,7 +93,8 @@ class Task:
         """Return what `make` returns, which is called for the first of the task's targets alone.
 
         Args:
-            name: Name of the work, with all settings that it depends on besides prompts, seed and size of the pictures.
+            name: Name of the work, with all settings that it depends on besides the task's own entries and how pictures
+                are drawn: runs that share work have the same.
             make: Work with the base model or the text encoders, on which the target itself has no influence.
         """
         key = f"{name}, {self._asked}"

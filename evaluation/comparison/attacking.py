@@ -101,7 +101,7 @@ class AttackRun:
     def state(self) -> dict[str, Any]:
         """Return the status, one of those of a cell, and the reason if the attacks failed."""
         report, failure = self.report(), self.folder / FAILURE
-        if report is not None and all(report.has(attack.name, self.role) for attack in chosen(self.options.attacks)):
+        if report is not None and all(report.has(attack, self.role) for attack in chosen(self.options.attacks)):
             return {"status": "done"}
         if failure.is_file():
             return {"status": "failed", "reason": failure.read_text(encoding="utf8")}

@@ -34,8 +34,8 @@ from safemax_sd.prompts import Suite, pick
 TASKS_NOTE = "Prompts that methods are trained on and that are measured, and pictures of each model and seed."
 CALLS_NOTE = (
     "Evaluations of the network, counted for each sample. Trainings are rehearsed on the first task; an attack counts "
-    "with the most that it may take with 16 pictures of each concept. {base}: the pictures and attacks that all "
-    "methods share."
+    "with the most that it may take with 16 pictures of each concept, work that methods share included. {base}: the "
+    "pictures and attacks that all methods share."
 )
 NO_HOURS = (
     "Hours are not known: give --seconds_per_call, measured on your card. A finished comparison's compare.json has the "

@@ -20,7 +20,7 @@ from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
 
 FEWEST = 2
 """Number of pictures that a covariance needs."""
-FID_NOTE = f"the fewer pictures, the larger (far too large from fewer than features: {INCEPTION_SIZE:,} by Inception)"
+FID_NOTE = f"larger with fewer pictures; far too large with fewer than features ({INCEPTION_SIZE:,} by Inception)"
 KID_SUBSETS = 50
 
 

@@ -79,7 +79,7 @@ class Plan:
     def missing(self, report: AttackReport) -> list[tuple[Attack, Role]]:
         """Return the attacks that a report lacks, each with its target."""
         pairs = [(attack, role) for attack in self.attacks for role in self.roles]
-        return [(attack, role) for attack, role in pairs if not report.has(attack.name, role)]
+        return [(attack, role) for attack, role in pairs if not report.has(attack, role)]
 
     def differences(self, report: AttackReport) -> Iterator[tuple[str, object, object]]:
         """Yield name, value there and value here of each condition or setting in which a report differs."""

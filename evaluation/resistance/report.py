@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from safemax_sd.evaluation.attacks.base import Access, Point
+from safemax_sd.evaluation.attacks.base import Access, Attack, Point
 from safemax_sd.evaluation.attacks.target import Role
 from safemax_sd.evaluation.metrics.base import Result
 
@@ -79,6 +79,7 @@ class AttackRow:
         seconds: Wall-clock seconds, with the judging.
         provenance: Versions, commit, device and time of the run that made the row; None in files of earlier versions,
             which have the report's alone.
+        version: `Attack.version` that made the row; 1 in files that have none.
     """
 
     attack: str
@@ -94,6 +95,7 @@ class AttackRow:
     model_calls: int
     seconds: float
     provenance: Provenance | None = None
+    version: int = 1
 
 
 @dataclass(frozen=True)
@@ -135,14 +137,16 @@ class AttackReport:
         """Return the row of an attack on a target; None if it is not there."""
         return next((row for row in self.rows if (row.attack, row.target) == (attack, target)), None)
 
-    def has(self, attack: str, target: str) -> bool:
-        """Tell whether an attack on a target is done or does not apply."""
-        refused = any((each.attack, each.target) == (attack, target) for each in self.refusals)
-        return refused or self.row(attack, target) is not None
+    def has(self, attack: Attack | type[Attack], target: str) -> bool:
+        """Tell whether an attack on a target is done, by its present version, or does not apply."""
+        refused = any((each.attack, each.target) == (attack.name, target) for each in self.refusals)
+        row = self.row(attack.name, target)
+        return refused or (row is not None and row.version == attack.version)
 
     def with_row(self, row: AttackRow) -> Self:
-        """Return the report with one more row."""
-        return replace(self, rows=(*self.rows, row))
+        """Return the report with a new row, in place of an older one of the same attack and target."""
+        others = (each for each in self.rows if (each.attack, each.target) != (row.attack, row.target))
+        return replace(self, rows=(*others, row))
 
     def with_refusal(self, refusal: Refusal) -> Self:
         """Return the report with one more refusal."""

@@ -179,6 +179,7 @@ class Resistance:
             model_calls=target.model_calls,
             seconds=time.monotonic() - started,
             provenance=self.provenance,
+            version=attack.version,
         )
         return row, tally.pictures
 

@@ -147,7 +147,7 @@ def save_denoiser(family: ModelFamily, directory: Path) -> None:
 
 
 def clear_path(denoiser: nn.Module) -> None:
-    """Empty the configuration's entry of the folder that the denoiser was loaded from, which diffusers would save."""
+    """Clear `_name_or_path`: diffusers would save the folder that the denoiser was loaded from."""
     denoiser.register_to_config(_name_or_path="")  # type: ignore[operator]
 
 

@@ -37,7 +37,7 @@ def describe(queue: Queue, entry: Entry) -> str:
             if len(rows) > 1:
                 step = step_of(rows)
                 drawn = step - step % max(1, entry.steps // REDRAWN) if _trains(entry) else step
-                parts.append(_plot(log, str(rows[0]), entry.starts, drawn))
+                parts.append(_plot(log, str(rows[0]), starts=entry.starts, drawn=drawn))
     parts.append(_cost(queue.runs / entry.run))
     return "".join(parts)
 
@@ -81,7 +81,7 @@ def step_of(rows: list[dict[str, Any]]) -> int:
 
 
 @lru_cache(maxsize=64)
-def _plot(log: Path, first: str, starts: int, drawn: int) -> str:
+def _plot(log: Path, first: str, *, starts: int, drawn: int) -> str:
     """Plot the losses of a log, and keep the plot.
 
     Args:

@@ -32,8 +32,8 @@ class AppOptions(Options):
     share: bool = option(False, "Open the page to the internet, through a tunnel of Gradio's servers.")
     password: str | None = option(
         None,
-        f"Password of the page; ${PASSWORD} if not given. Without both, the page asks for none; with --share or a "
-        "--host of other machines, for a random one that is printed.",
+        f"Password of the page; ${PASSWORD} if not given. With neither, a page that other machines can reach gets a "
+        "random one, which is printed; a local page has none.",
         secret=True,
     )
 

@@ -155,7 +155,7 @@ def load_judge(clip_model: str = "emoji", clip_pretrained: str | None = None) ->
     except UNUSABLE as error:
         raise OptionError("--clip_pretrained", clip_pretrained, f"cannot be loaded: {reason_of(error)}") from error
     name = f"{clip_model} ({public_path(clip_pretrained)})"
-    return _judge(model, open_clip.get_tokenizer(clip_model), {}, name)
+    return _judge(model, open_clip.get_tokenizer(clip_model), templates={}, name=name)
 
 
 def _load_folder(folder: Path, name: str) -> Judge:
@@ -172,12 +172,12 @@ def _load_folder(folder: Path, name: str) -> Judge:
     try:
         templates = json.loads((folder / CONFIG).read_text(encoding="utf8")).get("templates", {})
         model, tokenizer = open_clip.create_model(source, device="cpu"), open_clip.get_tokenizer(source)
-        return _judge(model, tokenizer, templates, name)
+        return _judge(model, tokenizer, templates=templates, name=name)
     except (*UNUSABLE, AttributeError) as error:
         raise OptionError("--clip_model", folder, f"cannot be loaded: {reason_of(error)}") from error
 
 
-def _judge(model: Any, tokenizer: Any, templates: Mapping[str, str], name: str) -> Judge:
+def _judge(model: Any, tokenizer: Any, *, templates: Mapping[str, str], name: str) -> Judge:
     visual = model.visual
     size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
     return Judge(

@@ -30,7 +30,7 @@ JSON_WIDTH = 160
 """Longest line, in characters, that a whole list or object is written on; a measurement fits."""
 STATUS = Path("/proc/self/status")
 """Linux's account of the running process."""
-SECRET_FLAGS = ("--hub_token", "--hub-token")
+SECRET_FLAGS = ("--hub_token", "--hub-token", "--password")
 """Flags whose values are never recorded."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from safemax_sd.families.conditioning import Conditioning
 
 LOWEST_START = 0.05
-"""Fraction of a schedule's levels below the highest by which a trajectory may start lower, though with pure noise.
+"""Largest distance below the highest noise level at which pure noise may start, as a fraction of all levels.
 
 Stable Diffusion's own sampler starts there with 20 steps.
 """
@@ -78,7 +78,7 @@ class SampledModel(ABC):
         return conditional, unconditional
 
     def predict_guided(
-        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float | Tensor
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, *, guidance_scale: float | Tensor
     ) -> Tensor:
         """Return the prediction that a sampler follows; the conditioning is one of `with_guidance`."""
         if self.calls_a_step(guidance_scale) == 1:
@@ -115,8 +115,7 @@ class SampledModel(ABC):
         """Move a sampler's steps, which are equally far apart, by a fraction of a step.
 
         They move to higher noise levels, or to lower ones if the first is at the highest already ("trailing" spacing).
-        Pure noise cannot start much below that level, so that steps which are far apart move by a part of their
-        distance only.
+        Pure noise cannot start much below the highest level, so steps that are far apart move by less than a step.
 
         Args:
             scheduler: Sampler whose steps are set.
@@ -146,10 +145,10 @@ class SampledModel(ABC):
             x_T: Start noise, [B, *latent].
             guidance_scale: w in ε_u + w·(ε_c − ε_u), or the network's input; [B, 1, …] for a scale for each sample.
             num_inference_steps: Number of steps.
-            grid_shift: Fraction of a step by which the steps are moved to higher noise levels, 0 to 1.
+            grid_shift: Fraction of a step by which the steps are moved, 0 to 1; see `shift_timesteps`.
             skipped: Number of first steps that are left out: x_T are the latents after them.
         """
-        scheduler = self._sampler_after(skipped, num_inference_steps, x_T, grid_shift)
+        scheduler = self._sampler_after(skipped, num_inference_steps, x_T, grid_shift=grid_shift)
         conditioning = self.with_guidance(conditioning.to(x_T.device), guidance_scale)
         x = x_T
         for time in scheduler.timesteps[skipped:]:
@@ -160,7 +159,7 @@ class SampledModel(ABC):
             yield TrajectoryPoint(x, t, conditional, unconditional, following)
             x = following
 
-    def _sampler_after(self, skipped: int, num_inference_steps: int, x_T: Tensor, grid_shift: float = 0.0) -> Any:
+    def _sampler_after(self, skipped: int, num_inference_steps: int, x_T: Tensor, *, grid_shift: float = 0.0) -> Any:
         """Build a sampler with its steps set, of which the first `skipped` are taken already."""
         scheduler = self.sampler()
         self.set_timesteps(scheduler, num_inference_steps, x_T)
@@ -183,16 +182,18 @@ class SampledModel(ABC):
         """Return the latents at the end of `trajectory`, [B, *latent], sampled without dropout."""
         scheduler = self._sampler_after(skipped, num_inference_steps, x_T)
         with self.evaluating():
-            return self._sampled(conditioning, x_T, guidance_scale, scheduler, scheduler.timesteps[skipped:])
+            return self._sampled(
+                conditioning, x_T, scheduler, times=scheduler.timesteps[skipped:], guidance_scale=guidance_scale
+            )
 
     def _sampled(
-        self, conditioning: Conditioning, x_T: Tensor, guidance_scale: float, scheduler: Any, times: Tensor
+        self, conditioning: Conditioning, x_T: Tensor, scheduler: Any, *, times: Tensor, guidance_scale: float
     ) -> Tensor:
         """Return the latents after some steps of a sampler, [B, *latent]."""
         conditioning = self.with_guidance(conditioning.to(x_T.device), guidance_scale)
         x = x_T
         for time in times:
-            guided = self.predict_guided(x, time.expand(len(x)), conditioning, guidance_scale)
+            guided = self.predict_guided(x, time.expand(len(x)), conditioning, guidance_scale=guidance_scale)
             x = scheduler.step(guided, time, x).prev_sample
         return x
 
@@ -213,7 +214,8 @@ class SampledModel(ABC):
             x_t after those steps, [B, *latent], and its native time t, [B].
         """
         scheduler = self._sampler_after(0, num_inference_steps, x_T)
-        x_t = self._sampled(conditioning, x_T, guidance_scale, scheduler, scheduler.timesteps[:steps])
+        times = scheduler.timesteps[:steps]
+        x_t = self._sampled(conditioning, x_T, scheduler, times=times, guidance_scale=guidance_scale)
         return x_t, scheduler.timesteps[steps].expand(len(x_t))
 
     @contextmanager

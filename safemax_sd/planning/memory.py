@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -182,7 +183,9 @@ class MemoryPlan:
             count = max(count, PROBE_PICTURES)
         held = [tensor for network in self.family.networks().values() for tensor in tensors_of(network)]
         x_t, t, conditioning = self._inputs(count)
-        sampled = self._without_gradients(lambda: self.family.predict_guided(x_t, t, conditioning, 1.0), held)
+        guidance = self.config.replay_guidance_scale
+        predict = partial(self.family.predict_guided, x_t, t, conditioning, guidance_scale=guidance)
+        sampled = self._without_gradients(predict, held)
         return max(sampled, self._without_gradients(lambda: self.family.decode(x_t), held))
 
     def _checkpointing(self, kernels: Kernels) -> None:

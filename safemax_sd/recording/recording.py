@@ -38,10 +38,12 @@ from safemax_sd.recording.replay import (
 )
 
 SEEDS, RETAIN_SEED, EXTRA_SEED = 10_000_000, 500_000, 750_000
-"""Offsets that keep the seeds of runs, retain and extra start noise disjoint.
+"""Offsets that keep the seeds of runs, retain and extra start noise disjoint, up to 150,000 trajectories of each.
 
 An evaluation's runs are as far apart, and their seeds begin a million later (`evaluation/prompt_settings.py`).
 """
+REPLAY_VERSION = 2
+"""Number that is raised when the same flags record other trajectories; a run is resumed with the same one alone."""
 TRAJECTORIES = Range("must be in 1 to 1,000,000", lambda value: 1 <= value <= 1_000_000)
 
 
@@ -246,7 +248,13 @@ def make_recorder(
         keep_steps=keep_steps,
         perturbation=config.retain_perturbation if kept and keep_steps else 0.0,
         unguided_share=config.replay_unguided_share if kept else 0.0,
-        storage=bank_storage(config, name, family.latent_shape(config.resolution), len(shown), keep_steps=keep_steps),
+        storage=bank_storage(
+            config,
+            name,
+            latent_shape=family.latent_shape(config.resolution),
+            trajectories=len(shown),
+            keep_steps=keep_steps,
+        ),
     )
 
 
@@ -270,7 +278,11 @@ def record_extra(config: ReplayOptions, encoder: PromptEncoder, needs: ReplayNee
             description="replay extra",
             keep_steps=False,
             storage=bank_storage(
-                config, "extra", family.latent_shape(config.resolution), needs.extra_trajectories, keep_steps=False
+                config,
+                "extra",
+                latent_shape=family.latent_shape(config.resolution),
+                trajectories=needs.extra_trajectories,
+                keep_steps=False,
             ),
         ).record()
     return Extra(rows, bank.samples, bank.model_calls)
@@ -298,7 +310,7 @@ def with_nearest(prompts: int, trajectories: int, share: float, order: Callable[
 
 
 def bank_storage(
-    config: ReplayOptions, name: str, latent_shape: tuple[int, ...], trajectories: int, *, keep_steps: bool
+    config: ReplayOptions, name: str, *, latent_shape: tuple[int, ...], trajectories: int, keep_steps: bool
 ) -> Storage:
     """Choose the storage of a bank: memory for one process and a small bank, otherwise files in the output folder."""
     size = bank_bytes(latent_shape, trajectories, config.replay_inference_steps if keep_steps else 0)

@@ -27,6 +27,7 @@ from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError, reason_of
 from safemax_sd.core.provenance import absolute_path, write_json_atomic
 from safemax_sd.core.quiet import quiet
+from safemax_sd.families.folders import LOAD_ERRORS
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.families.original_checkpoint import whole_names
 from safemax_sd.families.single_file import (
@@ -160,7 +161,9 @@ class ExportBase(ABC):
         """
         try:
             yield
-        except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except LOAD_ERRORS as error:
             raise self.lost(f"{what}: {reason_of(error)}" if what else reason_of(error)) from error
 
 
@@ -296,6 +299,10 @@ class FileBase(ExportBase):
         for path in folder.glob("text_encoder*/model.safetensors"):
             if "CLIP" in type(getattr(self.pipeline, path.parent.name)).__name__:  # transformers 4 misreads short names
                 save_file(whole_names(load_file(path)), path, {"format": "pt"})
+        for path in folder.rglob("*.json"):  # parts that the file lacks name the folder which they are from
+            content = json.loads(path.read_text(encoding="utf8"))
+            if isinstance(content, dict) and content.get("_name_or_path"):
+                write_json_atomic(path, {**content, "_name_or_path": ""})
 
     def scheduler_config(self) -> Mapping[str, Any]:
         config: Mapping[str, Any] = self.pipeline.scheduler.config

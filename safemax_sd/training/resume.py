@@ -13,6 +13,7 @@ from safemax_sd.core.errors import OptionError
 from safemax_sd.core.provenance import absolute_path
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.prompts import PromptSet
+from safemax_sd.recording.recording import REPLAY_VERSION
 from safemax_sd.training.checkpoints import CONDITIONS, step_of
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.sharding import Sharding
@@ -29,6 +30,7 @@ FREE = frozenset(
     }
 )
 """Flags that change no step of a run, and flags of files and presets, whose content is compared instead."""
+VERSION = "replay_version"
 STEADY = ("constant", "constant_with_warmup")
 """Learning-rate schedules that do not depend on the number of steps."""
 
@@ -40,6 +42,7 @@ def conditions(config: TrainConfig, forget: PromptSet, retain: PromptSet, accele
         "forget_prompts": forget.sha256,
         "retain_prompts": retain.sha256,
         **{name: value for name, value in config.record().items() if name not in FREE},
+        VERSION: REPLAY_VERSION,
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,  # the effective one, from a flag or Accelerate's settings
     }
@@ -68,7 +71,10 @@ def check_conditions(checkpoint: Path, now: dict[str, Any]) -> None:
         raise OptionError(OPTION, checkpoint, f"has no readable {CONDITIONS}: start the run anew") from error
     differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if differing:
-        name = differing[0]
+        name = VERSION if VERSION in differing else differing[0]
+        if name == VERSION:
+            text = "was written by a version of this package that records other trajectories: start the run anew"
+            raise OptionError(OPTION, checkpoint, text)
         change = f"{before.get(name)} and is {now.get(name)}"
         if name in ("forget_prompts", "retain_prompts"):
             change = "another file's content"

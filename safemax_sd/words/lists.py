@@ -22,9 +22,11 @@ LISTED = {"style": "styles", "person": "persons", "brand": "brands", "nsfw": "ns
 ARTICLES = ("a", "an", "the")
 DETERMINERS = (*ARTICLES, "any", "one", "some", "several", "two")
 VOWEL_SOUND = re.compile(
-    r"(?!u(?:ni(?!n|m|dentified)|[fkv]|[rst][aeiou]|sb?$|$)|e[uw]|onc?e$)[aeiou]|hour|heir|honest|honou?r|[fhlmnrsx]$"
+    r"(?!u(?:ni(?!n|m|dentified)|[fkv]|[rst][aeiou]|sb?$|$)|e[uw]|onc?e$)[aeiou]|hour|heir|honest|honou?r|[fhlmnrsx]$|8|1[18](?!\d)"
 )
 """Beginnings of words that begin with a vowel when spoken: an hour, an X-ray, but a uniform, a euro, a U-boat."""
+LONGEST_SPELLED = 3
+"""Most letters of a word in capitals that is spoken letter by letter, as an SUV or a UFO is, but not a NATO base."""
 IRREGULAR = {
     "cacti": "cactus", "children": "child", "dice": "die", "feet": "foot", "fungi": "fungus", "geese": "goose",
     "lice": "louse", "men": "man", "mice": "mouse", "octopi": "octopus", "oxen": "ox", "people": "person",
@@ -138,17 +140,18 @@ def holds(text: str, names: Iterable[tuple[str, ...]]) -> bool:
     return any(_same(stems[i : i + len(name)], name) for name in wanted for i in range(len(stems)))
 
 
-def _stems(words: Iterable[str]) -> list[set[str]]:
+def _stems(words: Iterable[str]) -> list[frozenset[str]]:
     """Return each word with all singulars that it may have."""
-    return [{word, IRREGULAR.get(word, word), *_singulars(word)} for word in words]
+    return [_singulars(word) for word in words]
 
 
-def _singulars(word: str) -> Iterator[str]:
-    if not word.endswith("ss"):
-        yield from (word.removesuffix(plural) + one for plural, one in ENDINGS if word.endswith(plural))
+@cache
+def _singulars(word: str) -> frozenset[str]:
+    regular = [word.removesuffix(plural) + one for plural, one in ENDINGS if word.endswith(plural)]
+    return frozenset((word, IRREGULAR.get(word, word), *([] if word.endswith("ss") else regular)))
 
 
-def _same(one: Sequence[set[str]], other: Sequence[set[str]]) -> bool:
+def _same(one: Sequence[frozenset[str]], other: Sequence[frozenset[str]]) -> bool:
     return len(one) == len(other) and all(a & b for a, b in zip(one, other, strict=True))
 
 
@@ -156,7 +159,9 @@ def with_article(name: str) -> str:
     """Return a name with its article, as in `an apple`; one that begins with an article or `any` stays as it is."""
     if name.split()[0].casefold() in DETERMINERS:
         return name
-    spoken = next(iter(plain(name)), "")
+    first = name.split()[0]
+    letters = first.isalpha() and first.isupper() and len(first) <= LONGEST_SPELLED
+    spoken = first[0].casefold() if letters else next(iter(plain(name)), "")
     return f"{'an' if VOWEL_SOUND.match(spoken) else 'a'} {name}"
 
 

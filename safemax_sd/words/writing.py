@@ -26,7 +26,7 @@ from safemax_sd.words.wordnet import find_wordnet
 RECORD, CARD = "suite.json", "README.md"
 HASHES = "sha256"
 """Key of the record under which the CSVs' hashes are stored, by file name."""
-ASKED = ("words", "kind", "senses", "concepts")
+ASKED = ("words", "kind", "senses")
 """Keys of what a user asked for; the others are sources, and the order of templates."""
 EXPLAINED = {
     "forget": "what is erased, in every template of the kind.",
@@ -198,9 +198,10 @@ def keeps_suite(folder: Path, suite: WrittenSuite) -> bool:
     """Tell whether a folder's suite serves as it stands.
 
     That is one of the same words and sources, and one of the same words that was edited, whatever it was written from.
+    One without hashes, of an earlier version of this package, counts as edited only if the words are the same.
 
     Raises:
-        OptionError: The suite was written from other words and edited, or the folder cannot be read.
+        OptionError: The suite was edited and is of another word, kind or sense; or the folder cannot be read.
     """
     with path_errors("--output_dir", folder):
         found = _record_in(folder)
@@ -208,12 +209,13 @@ def keeps_suite(folder: Path, suite: WrittenSuite) -> bool:
             return False
         if _sources(found) == _sources(suite.record):
             return True
+        other = next((key for key in ASKED if found.get(key) != suite.record[key]), None)
+        if other is None:
+            return HASHES not in found or _edited(folder, found)
         if not _edited(folder, found):
             return False
-    if any(found.get(key) != suite.record[key] for key in ASKED):
-        text = "holds an edited suite of other words: move it away, or name another --output_dir"
-        raise OptionError("--output_dir", folder, text)
-    return True
+    text = f"holds an edited suite of other {other}: move it away, or name another --output_dir"
+    raise OptionError("--output_dir", folder, text)
 
 
 def _record_in(folder: Path) -> dict[str, Any] | None:
@@ -233,9 +235,9 @@ def _sources(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _edited(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Tell whether a CSV differs from what was written; True for a record of old, which has no hashes."""
+    """Tell whether a CSV differs from what was written; False for a record without hashes, which cannot tell."""
     hashes = record.get(HASHES)
     if not isinstance(hashes, dict):
-        return True
+        return False
     paths = {name: folder / name for name in hashes}
     return any(not path.is_file() or file_sha256(path) != hashes[name] for name, path in paths.items())

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safemax_sd.evaluation.attacks.adapter_scale import AdapterScale
 from safemax_sd.evaluation.attacks.base import Attack, Try
 from safemax_sd.evaluation.attacks.benign_tuning import BenignTuning
+from safemax_sd.evaluation.attacks.completion import Completion
 from safemax_sd.evaluation.attacks.fine_tuning import FineTuningSettings
 from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
@@ -284,9 +286,21 @@ def test_a_failing_attack_is_named_and_the_others_run(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "1 of 12 attacks failed: completion on erased: RuntimeError: out of memory" in error
     report = AttackReport.read(output / "attacks.json", "--output_dir")
-    assert not report.has("completion", "erased") and report.has("adapter_scale", "erased")
+    assert not report.has(Completion, "erased") and report.has(AdapterScale, "erased")
     assert main(words(adapter, tiny_model, output)) == 0
-    assert AttackReport.read(output / "attacks.json", "--output_dir").has("completion", "erased")
+    report = AttackReport.read(output / "attacks.json", "--output_dir")
+    assert report.has(Completion, "erased")
+    stored = json.loads((output / "attacks.json").read_text())
+    for entry in stored["rows"]:
+        entry["version"] -= entry["attack"] == "completion"
+    (output / "attacks.json").write_text(json.dumps(stored))
+    assert main(words(adapter, tiny_model, output)) == 0
+    anew = AttackReport.read(output / "attacks.json", "--output_dir")
+    assert len(anew.rows) == len(report.rows)
+    for row in report.rows:
+        same = anew.row(row.attack, row.target)
+        assert same is not None and same.version == row.version
+        assert (same.seconds == row.seconds) == (row.attack != "completion")
 
 
 @pytest.mark.parametrize(

@@ -99,10 +99,16 @@ def model_of(name: str, words: list[str]) -> str:
 
 
 def benchmark_flags(words: Sequence[str]) -> list[str]:
-    """Return the flags of a benchmark's command that its source does not declare."""
-    path = ROOT / words[2].replace(".", "/")
-    source = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf8")
-    return [word for word in words if word.startswith("--") and f'"{word}"' not in source]
+    """Return the flags of a benchmark's command that neither its source nor what it imports from others declares."""
+    source = benchmark_source(words[2])
+    imported = re.findall(r"^from (benchmarks\.[\w.]+) import", source, re.MULTILINE)
+    declared = "".join([source, *map(benchmark_source, imported)])
+    return [word for word in words if word.startswith("--") and f'"{word}"' not in declared]
+
+
+def benchmark_source(module: str) -> str:
+    path = ROOT / module.replace(".", "/")
+    return (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -28,10 +28,13 @@ def text(claim: str, rows: list[dict[str, Any]]) -> str:
 
 
 def test_seconds_are_compared_class_by_class_with_and_without_priors() -> None:
-    rows = [row("safemax", 0), row("safemax", 1, seconds_training=4.0), row("safemax", 2)]
-    rows += [row("selective_amnesia", forgotten, seconds_priors=897.0, seconds_training=80.0) for forgotten in (0, 1)]
-    assert text("30 times faster than SA", rows) == "reproduced: 30.0 (20.0 to 40.0)"
-    assert text("230 times faster than SA with priors", rows) == "reproduced: 260.5 (195.4 to 325.7)"
+    rows = [row("safemax", forgotten, seconds_training=2.0 + 2 * (forgotten % 2)) for forgotten in range(10)]
+    other = {"seconds_priors": 897.0, "seconds_training": 80.0}
+    rows += [row("selective_amnesia", forgotten, **other) for forgotten in range(9)]
+    assert text("30 times faster than SA", rows) == "so far: 40.0 (20.0 to 40.0) over 9 classes"
+    rows.append(row("selective_amnesia", 9, **other))
+    assert text("30 times faster than SA", rows) == "reproduced: 30.0 (20.0 to 40.0) over 10 classes"
+    assert text("230 times faster than SA with priors", rows) == "reproduced: 260.5 (195.4 to 325.7) over 10 classes"
     assert CLAIMED["2 times faster than SalUn"].ask(rows) is None
 
 
@@ -72,7 +75,7 @@ def test_seconds_that_a_row_does_not_have_are_not_compared() -> None:
     untimed = row("salun", 1)
     del untimed["seconds_priors"], untimed["seconds_training"]
     rows = [row("safemax", 0), row("safemax", 1), row("salun", 0, seconds_training=8.0), untimed]
-    assert text("2 times faster than SalUn", rows) == "reproduced: 3.0"
+    assert text("2 times faster than SalUn", rows) == "so far: 3.0 over 1 class"
     assert CLAIMED["2 times faster than SalUn"].ask([rows[1], untimed]) is None
 
 

@@ -60,6 +60,7 @@ def test_a_row_with_other_settings_is_refused(
     assert before.has(key)
     more = study(dataset, tiny_ddpm, tmp_path, num_retain=20)
     assert more.run_folder("safemax", 0) == folder
+    assert more.settings({**key, "kind": "memory"}) == before.settings({**key, "kind": "memory"})
     with pytest.raises(
         OptionError, match=r"--work_dir .*digits.jsonl: its row of class, digits, safemax, 0, .* has set"
     ):
@@ -96,7 +97,7 @@ def test_a_killed_run_continues_and_has_no_seconds(dataset: Dataset, tiny_ddpm: 
 def test_tables_do_not_need_the_runs_folders(dataset: Dataset, tiny_ddpm: Path, tmp_path: Path) -> None:
     rows = [row for row in read_rows(DIGITS) if row["class"] == 0 and row["method"] in ("base", "safemax")]
     append_rows(tmp_path / "class_unlearning_digits.jsonl", rows)
-    with pytest.raises(OptionError, match=r"--work_dir .*safemax_0_0_reduced_.*: is missing: name the folder"):
+    with pytest.raises(OptionError, match=r"--work_dir .*safemax_0_0_reduced_.*: is missing: pictures need"):
         run_study(study(dataset, tiny_ddpm, tmp_path))
     assert "| SAFEMax | 3 |" in (tmp_path / "class_unlearning_digits.md").read_text(encoding="utf8")
     assert not (tmp_path / "class_unlearning_digits_pictures.png").exists()

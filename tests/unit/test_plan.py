@@ -242,3 +242,13 @@ def test_gradients_of_earlier_micro_batches_stay(emoji: Plan) -> None:
     accumulated = planned("--gradient_accumulation_steps", "2")
     at_once, parted = (plan.memory.phases[-1].parts for plan in (emoji, accumulated))
     assert parted["activations"] + parted["gradients"] > at_once["activations"] + 0.5 * at_once["gradients"]
+
+
+def test_pictures_while_training_are_sampled_with_the_runs_guidance() -> None:
+    """Compare many pictures: all are sampled together, and decoded in parts."""
+    words = ("--validation_prompt", "a bomb", "--num_validation_images", "256")
+    sampled = {}
+    for scale in ("1", "5"):
+        (phase,) = (p for p in planned(*words, "--replay_guidance_scale", scale).memory.phases if p.name == "pictures")
+        sampled[scale] = phase.parts["activations"]
+    assert sampled["5"] > 1.5 * sampled["1"]

@@ -21,7 +21,7 @@ from safemax_sd.recording.data import ErasureData
 from safemax_sd.recording.likeness import blocks, likeness, nearest
 from safemax_sd.recording.recording import EXTRA_SEED, RETAIN_SEED, SEEDS, Recording, bank_storage, with_nearest
 from safemax_sd.recording.replay import spread
-from safemax_sd.train import train
+from safemax_sd.train import VALIDATION_SEED, train
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.probe import PROBE_SEED
 from tests import tiny
@@ -203,13 +203,13 @@ def test_trajectories_are_recorded_in_the_precision_of_the_steps(
 
 
 def test_what_is_trained_on_starts_from_other_noise_than_what_is_measured() -> None:
-    """Compare seeds 0 to 20, with up to 100,000 trajectories or pictures of a kind."""
-    count = 100_000
+    """Compare seeds 0 to 20, with up to 150,000 trajectories of a kind and 50,000 pictures of validation or a probe."""
     trained = [SEEDS * seed + first for seed in range(21) for first in (0, RETAIN_SEED, EXTRA_SEED)]
     firsts = (*SUBSET_SEEDS.values(), FIRST_SEED, EXAMPLE_SEED, KEPT_SEED)
     measured = [RUN_SEEDS * seed + first for seed in range(21) for first in firsts]
-    starts = sorted([*trained, *measured, PROBE_SEED])
-    assert min(after - before for before, after in itertools.pairwise(starts)) >= count
+    lengths = {**dict.fromkeys([*trained, *measured], 150_000), PROBE_SEED: 50_000, VALIDATION_SEED: 50_000}
+    for start, following in itertools.pairwise(sorted(lengths)):
+        assert following - start >= lengths[start]
 
 
 def test_a_bank_larger_than_its_limit_is_kept_in_files(tiny_model: Path, tmp_path: Path) -> None:
@@ -219,5 +219,7 @@ def test_a_bank_larger_than_its_limit_is_kept_in_files(tiny_model: Path, tmp_pat
         size = 4 * math.prod(latent) * trajectories * latents
         for limit, in_memory in ((size, True), (size - 1, False)):
             limited = replace(config, replay_memory_gib=limit / 2**30)
-            storage = bank_storage(limited, "retain", latent, trajectories, keep_steps=keep_steps)
+            storage = bank_storage(
+                limited, "retain", latent_shape=latent, trajectories=trajectories, keep_steps=keep_steps
+            )
             assert (storage.folder is None) == in_memory

@@ -326,7 +326,8 @@ def test_words_of_phrases() -> None:
             "an X-ray",
         ),
         *("an hourglass", "an heirloom", "an école", "a house", "a honeybee", "a lens", "a gas", "an atlas"),
-        *("honey", "wild rice", "children", "wolves", "scissors"),
+        *("an SUV", "an FBI agent", "a US flag", "a NATO base", "an 8-ball", "an 11th hour", "a 110-volt plug"),
+        *("honey", "wild rice", "children", "wolves", "scissors", "ammunition"),
     ],
 )
 def test_the_article_is_that_of_the_sound(phrase: str) -> None:
