@@ -101,16 +101,18 @@ class RealPictures:
         """Concepts that any picture shows."""
         return frozenset[str]().union(*self.concepts)
 
-    def check_shown(self, concepts: Sequence[str], folder: str) -> None:
-        """Check that there are pictures of all concepts.
+    def check_shown(self, concepts: Sequence[str], folder: str | None) -> None:
+        """Check that a user's folder has pictures of all concepts; embedded ones need not.
 
         Args:
             concepts: Concepts that must be shown.
-            folder: Folder of `--real_images`, which the pictures are from.
+            folder: Folder of `--real_images`; None for the embedded pictures.
 
         Raises:
             OptionError: The folder lacks a concept.
         """
+        if folder is None:
+            return
         names = sorted(self.all_concepts)
         spelled = {name.casefold(): name for name in names}
         for concept in concepts:
@@ -132,9 +134,8 @@ class RealPictures:
         kept = suite.parts["retain"].concepts
         missing = [concept for concept in kept if concept not in self.all_concepts]
         forbidden = [concept for concept in suite.parts["forget"].concepts if concept not in self.all_concepts]
-        if folder is not None:
-            spelled = {name.casefold() for name in self.all_concepts}
-            self.check_shown([*missing, *(each for each in forbidden if each.casefold() in spelled)], folder)
+        spelled = {name.casefold() for name in self.all_concepts}
+        self.check_shown([*missing, *(each for each in forbidden if each.casefold() in spelled)], folder)
         if forbidden:
             logger.warning("no real picture shows %r: nothing is measured with rejection, nor neither", forbidden[0])
         if missing:

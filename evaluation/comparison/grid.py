@@ -136,7 +136,7 @@ def check(comparison: Comparison, parts: Sequence[Part]) -> None:
     real = load_real(options, settings.base_model)
     for suite in comparison.tasks.values():
         kept_pictures(options, suite, real)
-        if real is not None and settings.real_images is not None and settings.attacks:
+        if real is not None and settings.attacks:
             real.check_shown(suite.parts["forget"].concepts, settings.real_images)
     if real is not None:
         for _ in in_batches(real.pictures):  # a file with damaged data is found now, rather than after an erasure

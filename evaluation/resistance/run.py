@@ -67,7 +67,7 @@ class Resistance:
         self.device = torch.device(process_state().device)
         self.provenance = provenance(options.seed, self.device)
         real = load_real(options, plan.base_model.name_or_path)
-        if real is not None and options.real_images is not None:
+        if real is not None:
             real.check_shown(plan.suite.parts["forget"].concepts, options.real_images)
         self.judge = load_judge(options.clip_model, options.clip_pretrained)
         self.context = judging_context(options, plan.suite, self.judge, None)

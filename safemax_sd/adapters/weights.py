@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -146,9 +146,10 @@ def save_denoiser(family: ModelFamily, directory: Path) -> None:
     )
 
 
-def clear_path(denoiser: nn.Module) -> None:
-    """Clear `_name_or_path`: diffusers would save the folder that the denoiser was loaded from."""
-    denoiser.register_to_config(_name_or_path="")  # type: ignore[operator]
+def clear_path(part: Any) -> None:
+    """Clear `_name_or_path`: diffusers would save the folder that the part of a pipeline was loaded from."""
+    if part.config.get("_name_or_path"):
+        part.register_to_config(_name_or_path="")
 
 
 def attach(

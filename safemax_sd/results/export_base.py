@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from diffusers import AutoModel, DiffusionPipeline
+from diffusers.configuration_utils import ConfigMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -294,15 +295,14 @@ class FileBase(ExportBase):
 
     def write_pipeline(self, denoiser: nn.Module, folder: Path) -> None:
         setattr(self.pipeline, self.source.part, denoiser)
+        for part in self.pipeline.components.values():  # those that the file lacks come from another folder
+            if isinstance(part, ConfigMixin):
+                clear_path(part)
         with quiet():
             self.pipeline.save_pretrained(folder)
         for path in folder.glob("text_encoder*/model.safetensors"):
             if "CLIP" in type(getattr(self.pipeline, path.parent.name)).__name__:  # transformers 4 misreads short names
                 save_file(whole_names(load_file(path)), path, {"format": "pt"})
-        for path in folder.rglob("*.json"):  # parts that the file lacks name the folder which they are from
-            content = json.loads(path.read_text(encoding="utf8"))
-            if isinstance(content, dict) and content.get("_name_or_path"):
-                write_json_atomic(path, {**content, "_name_or_path": ""})
 
     def scheduler_config(self) -> Mapping[str, Any]:
         config: Mapping[str, Any] = self.pipeline.scheduler.config

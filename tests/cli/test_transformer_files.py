@@ -138,6 +138,7 @@ def test_a_merged_folder_of_a_transformer_is_that_of_its_folder(
         output = tmp_path / run.parent.name
         result = CliRunner().invoke(app, ["export", "--adapter", str(run), "--output_dir", str(output), "--merge"])
         assert result.exit_code == 0, result.output
+        assert not [path for path in output.rglob("*.json") if str(tmp_path.parent) in path.read_text()]
         pipeline = FluxPipeline.from_pretrained(output)
         states.append([getattr(pipeline, name).state_dict() for name in ("transformer", *FLUX_REST)])
     for ours, theirs in zip(*states, strict=True):

@@ -7,12 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from safemax_sd.commands.app import AppOptions
 from safemax_sd.core import provenance
+from safemax_sd.core.options import flags_of
 from safemax_sd.core.provenance import Stopwatch, atomic_write_text, peak_memory_bytes, write_json_atomic
+from safemax_sd.results.hub import HubOptions
 
 MIB = 2**20
 PRINT_PEAK = """
@@ -65,3 +69,9 @@ def test_a_path_that_is_no_text_is_recorded(tmp_path: Path) -> None:
     assert file.read_text(encoding="utf8") == r"caf\udce9/run"
     write_json_atomic(file, {"output_dir": path})
     assert json.loads(file.read_text(encoding="utf8")) == {"output_dir": path}
+
+
+@pytest.mark.parametrize("options", [AppOptions, HubOptions])
+def test_every_secret_flag_is_left_out_of_command_lines(options: type[Any]) -> None:
+    secrets = [f"--{flag.name}" for flag in flags_of(options) if flag.secret]
+    assert secrets and set(secrets) <= set(provenance.SECRET_FLAGS)
