@@ -147,8 +147,8 @@ def _rehearse(
     kind = OBJECTIVES.get(config.objective)
     needs = kind.needs(config, forget, retain)
     encoder = PromptEncoder(twin)
-    calls = {"prune": _pruning_calls(config, groups, encoder, forget, retain)} if config.prune else {}
-    recording = Recording(config, needs, encoder, forget, retain)
+    calls, retained = _prune(config, groups, encoder, forget, retain) if config.prune else ({}, None)
+    recording = Recording(config, needs, encoder, forget, retain, retained=retained)
     objective: Objective = kind(config, recording.before(0))  # type: ignore[arg-type]
     student, frozen = Student.of(twin, list(twin.denoiser.parameters())), []
 
@@ -207,13 +207,13 @@ def _train(
     return largest, calls
 
 
-def _pruning_calls(
+def _prune(
     config: TrainConfig, groups: int, encoder: PromptEncoder, forget: PromptSet, retain: PromptSet
-) -> int:
-    """Return the network evaluations of the pruning, whose layers are in so many groups."""
+) -> tuple[dict[str, int], ReplayBank]:
+    """Return the network evaluations of pruning so many groups of layers, and its trajectories of retain prompts."""
     recording = Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), encoder, forget, retain)
     data = recording.before(0)
-    return pruning_calls(groups, len(data.forget_bank), len(data.retain_bank)) + recording.model_calls
+    return {"prune": pruning_calls(groups, data) + recording.model_calls}, data.retain_bank
 
 
 def _size(bank: ReplayBank) -> tuple[int, int]:

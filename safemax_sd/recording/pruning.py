@@ -2,13 +2,15 @@
 
 A training that only hides a concept leaves its knowledge in the weights, and token states or a few steps of fine-tuning
 bring it back. Here every linear layer and convolution W loses what it reads of the concept. Let F = E[x xᵀ] be the
-layer's inputs on recorded trajectories of forget prompts, K that of retain prompts, and V the basis with VᵀKV = I and
-VᵀFV = diag(λ). Then W x = Σⱼ W K vⱼ (vⱼᵀx), and leaving out the term of j changes the layer's output on retain prompts
-by ‖W K vⱼ‖² on average, and on forget prompts by λⱼ times that. All terms with λⱼ above a ratio are left out:
+layer's inputs on recorded trajectories of forget prompts, K that on those of retain prompts, and V the basis with
+VᵀKV = I and VᵀFV = diag(λ). Then W x = Σⱼ W K vⱼ (vⱼᵀx), and leaving out the term of j changes the layer's output on
+retain prompts by ‖W K vⱼ‖² on average, and on forget prompts by λⱼ times that. All terms with λⱼ above a ratio are left
+out:
 
     W ← W (I − Σ K vⱼ vⱼᵀ).
 
-The change has a low rank, so that a LoRA takes it up.
+A guided sampler follows the predictions given the prompt and given the empty prompt, so K is the sum of their second
+moments on the same steps. The change has a low rank, so that a LoRA takes it up.
 
 Source: UCE (arXiv 2308.14761) edits layers in closed form by the same two second moments, and LEACE (arXiv 2306.03819)
 projects in the same basis; both do so on one kind of input, text states or a representation. Which directions, the
@@ -17,7 +19,7 @@ choice by λ, and every layer on whole trajectories are this project's own (docs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +51,8 @@ TINY = 1e-30
 
 Layer = nn.Linear | nn.Conv2d
 Layers = Mapping[str, Layer]
+Asked = Callable[[Tensor], Conditioning]
+"""Function that returns the conditioning of rows of a bank, given the numbers of their prompts, int64 [N]."""
 
 
 @dataclass
@@ -88,21 +92,28 @@ def prune(
     )
     groups, changes = layer_groups(layers), {}
     for group in groups:
-        forget = moments_of(family, group, data.forget_bank, forget_rows, data.forget, "prune forget")
-        retain = moments_of(family, group, data.retain_bank, retain_rows, data.retain, "prune retain")
+        forget = moments_of(family, group, data.forget_bank, forget_rows, [data.forget.select], "prune forget")
+        retain = moments_of(family, group, data.retain_bank, retain_rows, asked_to_retain(data), "prune retain")
         for name, layer in tqdm(group.items(), desc="prune", unit="layer"):
-            found, dual = directions(forget.mean(name), retain.mean(name), ratio)
+            found, dual = directions(forget.of(name), retain.of(name), ratio)
             if found.numel():
                 changes[name] = removal(layer, found, dual)
         del forget, retain  # or they would be held while the next group's are allocated
     # All layers change at the end: those of a later group would otherwise read less of the concept.
     fuse(family.denoiser, changes, family.options.name_or_path)
-    return changes, pruning_calls(len(groups), len(data.forget_bank), len(data.retain_bank))
+    return changes, pruning_calls(len(groups), data)
 
 
-def pruning_calls(groups: int, *rows: int) -> int:
-    """Return the network evaluations of pruning, counted per sample, for so many groups of layers and rows of banks."""
-    return groups * sum(min(count, MOST_ROWS) for count in rows)
+def asked_to_retain(data: ErasureData) -> list[Asked]:
+    """Return what a retain step is asked with: its prompt and, if a guided sampler mixes the two, the empty prompt."""
+    empty: list[Asked] = [lambda prompts: data.empty.repeat(len(prompts))] if data.classifier_free else []
+    return [data.retain.select, *empty]
+
+
+def pruning_calls(groups: int, data: ErasureData) -> int:
+    """Return the network evaluations of pruning so many groups of layers, counted per sample."""
+    forget, retain = (min(len(bank), MOST_ROWS) for bank in (data.forget_bank, data.retain_bank))
+    return groups * (forget + len(asked_to_retain(data)) * retain)
 
 
 def pruned_layers(family: ModelFamily, settings: LoraSettings | None) -> dict[str, Layer]:
@@ -152,14 +163,15 @@ class Moments:
 
     Args:
         layers: Layers by name.
+        kinds: Number of kinds of prompts, each of which asks all rows once.
 
     Attributes:
         sums: Sums of x xᵀ over all inputs x, float32 [n, n] each.
         counts: Numbers of their summands.
     """
 
-    def __init__(self, layers: Layers) -> None:
-        self._layers = layers
+    def __init__(self, layers: Layers, kinds: int = 1) -> None:
+        self._layers, self._kinds = layers, kinds
         sizes = {name: inputs_of(layer) for name, layer in layers.items()}
         self.sums = {name: torch.zeros(n, n, device=layers[name].weight.device) for name, n in sizes.items()}
         self.counts = dict.fromkeys(layers, 0)
@@ -177,9 +189,9 @@ class Moments:
         self.sums[name].addmm_(x.T, x)
         self.counts[name] += len(x)
 
-    def mean(self, name: str) -> Tensor:
-        """Return E[x xᵀ] of a layer's inputs, float32 [n, n]."""
-        return self.sums[name] / max(self.counts[name], 1)
+    def of(self, name: str) -> Tensor:
+        """Return E[x xᵀ] of a layer's inputs, that of each kind of prompts added, float32 [n, n]."""
+        return self.sums[name] * self._kinds / max(self.counts[name], 1)
 
 
 def moments_of(
@@ -187,7 +199,7 @@ def moments_of(
     layers: Layers,
     bank: ReplayBank,
     batches: Sequence[Tensor],
-    prompts: Conditioning,
+    kinds: Sequence[Asked],
     label: str,
 ) -> Moments:
     """Measure the second moments of the inputs of layers on rows of a bank.
@@ -197,15 +209,16 @@ def moments_of(
         layers: Layers of its denoiser.
         bank: Trajectories.
         batches: Rows to take, int64 [N] each.
-        prompts: Conditioning of the prompts that the bank was recorded for.
+        kinds: Kinds of prompts that the network is asked with; the moments of each are added.
         label: Label of the progress bar.
     """
-    moments = Moments(layers)
+    moments = Moments(layers, len(kinds))
     device = next(family.denoiser.parameters()).device
     with torch.no_grad(), family.evaluating(), moments.reading():
         for rows in tqdm(batches, desc=label, unit="batch"):
-            asked = prompts.select(bank.prompt[rows]).to(device)
-            family.predict(bank.x_t[rows].to(device), bank.t[rows].to(device), asked)
+            x_t, t = bank.x_t[rows].to(device), bank.t[rows].to(device)
+            for asked in kinds:
+                family.predict(x_t, t, asked(bank.prompt[rows]).to(device))
     return moments
 
 
@@ -213,8 +226,8 @@ def directions(forget: Tensor, retain: Tensor, ratio: float) -> tuple[Tensor, Te
     """Find the input directions that forget prompts use more than `ratio` times as strongly as retain prompts.
 
     Args:
-        forget: Second moments F of a layer's inputs on forget prompts, [n, n].
-        retain: Second moments K on retain prompts, [n, n].
+        forget: Second moments F of a layer's inputs for forget prompts, [n, n].
+        retain: Second moments K for what is retained, [n, n].
         ratio: λ above which a direction is found.
 
     Returns:

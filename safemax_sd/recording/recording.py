@@ -42,8 +42,11 @@ SEEDS, RETAIN_SEED, EXTRA_SEED = 10_000_000, 500_000, 750_000
 
 An evaluation's runs are as far apart, and their seeds begin a million later (`evaluation/prompt_settings.py`).
 """
-REPLAY_VERSION = 2
-"""Number that is raised when the same flags record other trajectories; a run is resumed with the same one alone."""
+REPLAY_VERSION = 3
+"""Number that is raised when the same flags record other trajectories, or prune otherwise.
+
+A run is resumed with the same one alone.
+"""
 TRAJECTORIES = Range("must be in 1 to 1,000,000", lambda value: 1 <= value <= 1_000_000)
 
 
@@ -95,13 +98,21 @@ class Recording:
         encoder: Encoder of the model to record.
         forget: Forget prompts.
         retain: Retain prompts.
+        retained: Trajectories of retain prompts, which needs of steps take in place of recording them; None for none.
 
     Raises:
         OptionError: A flag does not fit the model, or pictures cannot be used.
     """
 
     def __init__(
-        self, config: ReplayOptions, needs: ReplayNeeds, encoder: PromptEncoder, forget: PromptSet, retain: PromptSet
+        self,
+        config: ReplayOptions,
+        needs: ReplayNeeds,
+        encoder: PromptEncoder,
+        forget: PromptSet,
+        retain: PromptSet,
+        *,
+        retained: ReplayBank | None = None,
     ) -> None:
         family = encoder.family
         check_replay(config, family)
@@ -120,13 +131,17 @@ class Recording:
         used += [self._pictures["retain"].prompt] if self._pictures else []
         drawn = [*needs.retain_rows, *(row for rows in used for row in rows.tolist())]
         kept = encoder.encode_drawn(retain.texts, drawn, config.replay_guidance_scale)
+        nothing = ReplayBank.empty(family.latent_shape(config.resolution))
+        if keep_steps and retained is not None:
+            del trajectories["retain"]
+        else:
+            retained = nothing
         self._recorders: dict[str, Recorder] = {}
         for name, rows in trajectories.items():
             # With gradual recording, even the first trajectories should cover the whole file.
             shown = rows[dispersed(len(rows))] if self._last_step else rows
             conditioning = kept if name == "retain" else forbidden
             self._recorders[name] = make_recorder(config, family, name, conditioning, shown, keep_steps=keep_steps)
-        nothing = ReplayBank.empty(family.latent_shape(config.resolution))
         self._data = ErasureData(
             process=family.process,
             latent_shape=family.latent_shape(config.resolution),
@@ -137,9 +152,9 @@ class Recording:
             retain_concepts=tuple(prompt.shows for prompt in retain.prompts),
             empty=family.with_guidance(family.empty, config.replay_guidance_scale).to(CPU),
             forget_bank=nothing,
-            retain_bank=nothing,
+            retain_bank=retained,
             forget_samples=self._pictures.get("forget", nothing.samples),
-            retain_samples=self._pictures.get("retain", nothing.samples),
+            retain_samples=self._pictures.get("retain", retained.samples),
             extra=record_extra(config, encoder, needs),
         )
 

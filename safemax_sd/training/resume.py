@@ -73,7 +73,7 @@ def check_conditions(checkpoint: Path, now: dict[str, Any]) -> None:
     if differing:
         name = VERSION if VERSION in differing else differing[0]
         if name == VERSION:
-            text = "was written by a version of this package that records other trajectories: start the run anew"
+            text = "was written by a version of this package that records or prunes otherwise: start the run anew"
             raise OptionError(OPTION, checkpoint, text)
         change = f"{before.get(name)} and is {now.get(name)}"
         if name in ("forget_prompts", "retain_prompts"):

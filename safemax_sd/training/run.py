@@ -25,6 +25,7 @@ from safemax_sd.recording.data import ReplayNeeds
 from safemax_sd.recording.prompt_encoding import PromptEncoder
 from safemax_sd.recording.pruning import prune, pruned_layers
 from safemax_sd.recording.recording import Recording
+from safemax_sd.recording.replay import ReplayBank
 from safemax_sd.training import checkpoints
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.learning_rate import choose_rate
@@ -111,10 +112,10 @@ def build_run(
         encoder = PromptEncoder(family)
         validation = encoder.encode(config.validation_prompt) if config.validation_prompt else None
         probe = UnlearningProbe.build(config, encoder, forget, retain)
-    changes, pruning_calls = pruned(config, accelerator, encoder, forget, retain, clock)
+    changes, pruning_calls, retained = pruned(config, accelerator, encoder, forget, retain, clock)
     with clock.phase("replay"):
         needs = OBJECTIVES.get(config.objective).needs(config, forget, retain)
-        recording = Recording(config, needs, encoder, forget, retain)
+        recording = Recording(config, needs, encoder, forget, retain, retained=retained)
         with recording_precision(accelerator):
             data = recording.before(0)
     family.free_encoders(decoder=validation is None and probe is None)
@@ -201,23 +202,24 @@ def pruned(
     forget: PromptSet,
     retain: PromptSet,
     clock: Stopwatch,
-) -> tuple[dict[str, LowRank], dict[str, int]]:
+) -> tuple[dict[str, LowRank], dict[str, int], ReplayBank | None]:
     """Prune the frozen model if `--prune` asks for it.
 
     Returns:
-        The layers' changes, and the network evaluations of that phase, if it was run.
+        The layers' changes, and the network evaluations of that phase and the unpruned model's trajectories of retain
+        prompts, if it was run.
     """
     if not config.prune:
-        return {}, {}
-    # The objective's own trajectories are recorded after this: a LoRA that sees those of the unpruned model learns back
-    # what has been removed.
+        return {}, {}, None
     with clock.phase("prune"):
         recording = Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), encoder, forget, retain)
         with recording_precision(accelerator):
             data = recording.before(0)
         layers, size = pruned_layers(encoder.family, config.lora()), config.replay_batch_size
         changes, calls = prune(encoder.family, layers, data, config.prune, batch_size=size, seed=config.seed)
-    return changes, {"prune": calls + recording.model_calls}
+    # What is retained is learnt from the unpruned model, which repairs what pruning costs. Forget prompts are recorded
+    # anew: their trajectories would teach the LoRA what has been removed.
+    return changes, {"prune": calls + recording.model_calls}, data.retain_bank
 
 
 def check_family(config: TrainConfig, family: ModelFamily) -> None:

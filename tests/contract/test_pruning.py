@@ -13,9 +13,11 @@ from torch import Tensor
 from safemax_sd.adapters.lora import WEIGHTS_NAME, LoraSettings
 from safemax_sd.core.errors import OptionError
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
+from safemax_sd.objectives.safemax import Safemax
 from safemax_sd.recording.data import ErasureData
 from safemax_sd.recording.pruning import (
     Layer,
+    asked_to_retain,
     directions,
     inputs_of,
     layer_groups,
@@ -108,14 +110,14 @@ def test_moments_are_those_of_what_a_layer_reads(data: ErasureData, family: Mode
         layer.register_forward_hook(lambda layer, _, y, name=name: outputs[name].append(y - bias(layer, y)))
         for name, layer in layers.items()
     ]
-    rows = torch.arange(len(data.retain_bank)).split(5)
-    found = moments_of(family, layers, data.retain_bank, rows, data.retain, "")
+    rows, kinds = torch.arange(len(data.retain_bank)).split(5), asked_to_retain(data)
+    found = moments_of(family, layers, data.retain_bank, rows, kinds, "")
     for handle in handles:
         handle.remove()
     for name, layer in layers.items():
         read = layer.weight.detach().flatten(1)
-        power = torch.cat([part.flatten() for part in outputs[name]]).square().mean().item()
-        assert (read @ found.mean(name) @ read.T).trace().item() / len(read) == pytest.approx(power, rel=1e-3), name
+        power = len(kinds) * torch.cat([part.flatten() for part in outputs[name]]).square().mean().item()
+        assert (read @ found.of(name) @ read.T).trace().item() / len(read) == pytest.approx(power, rel=1e-3), name
 
 
 def bias(layer: Layer, y: Tensor) -> Tensor:
@@ -125,22 +127,24 @@ def bias(layer: Layer, y: Tensor) -> Tensor:
 
 
 def test_pruning_takes_forget_prompts_away_more_than_retain_prompts(data: ErasureData, family: ModelFamily) -> None:
-    banks = {"forget": (data.forget_bank, data.forget), "retain": (data.retain_bank, data.retain)}
+    retained = dict(zip(("retain", "empty"), asked_to_retain(data), strict=True))
+    kinds = {
+        "forget": (data.forget_bank, data.forget.select),
+        **{name: (data.retain_bank, asked) for name, asked in retained.items()},
+    }
 
     def predictions() -> dict[str, Tensor]:
         with torch.no_grad():
-            return {
-                name: family.predict(bank.x_t, bank.t, prompts.select(bank.prompt))
-                for name, (bank, prompts) in banks.items()
-            }
+            return {name: family.predict(bank.x_t, bank.t, asked(bank.prompt)) for name, (bank, asked) in kinds.items()}
 
     before, weights = predictions(), {k: v.clone() for k, v in family.denoiser.state_dict().items()}
     layers = pruned_layers(family, LORA)
     changes, calls = prune(family, layers, data, RATIO, batch_size=4, seed=0)
-    assert calls == len(data.forget_bank) + len(data.retain_bank)
+    assert calls == len(data.forget_bank) + 2 * len(data.retain_bank)
     after = predictions()
     changed = {name: (after[name] - before[name]).square().mean().item() for name in before}
     assert changed["forget"] > 2 * changed["retain"] > 0
+    assert changed["forget"] > 2 * changed["empty"] > 0
     for name, weight in family.denoiser.state_dict().items():
         change = changes.get(name.removesuffix(".weight"))
         added = 0 if change is None else (change.up.flatten(1) @ change.down.flatten(1)).view_as(weight)
@@ -177,6 +181,28 @@ def test_a_pruned_training_is_a_lora_on_the_base_model_and_resumes(
     load_result(output)
     resumed = train(replace(run, resume_from_checkpoint="checkpoint-2"))
     assert all(torch.equal(stored[name], tensor) for name, tensor in load_file(resumed / WEIGHTS_NAME).items())
+
+
+def test_what_is_retained_is_learnt_from_the_unpruned_model(
+    config: TrainConfig, data: ErasureData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[ErasureData] = []
+    given = Safemax.extend
+
+    def extend(objective: Safemax, trained_on: ErasureData) -> None:
+        seen.append(trained_on)
+        given(objective, trained_on)
+
+    monkeypatch.setattr(Safemax, "extend", extend)
+    output = train(replace(config, max_train_steps=1))
+    (pruned,) = seen
+    assert torch.equal(pruned.retain_bank.x_t, data.retain_bank.x_t)
+    assert torch.equal(pruned.retain_bank.conditional, data.retain_bank.conditional)
+    assert torch.equal(pruned.forget_bank.prompt, data.forget_bank.prompt)
+    assert not torch.allclose(pruned.forget_bank.conditional, data.forget_bank.conditional, atol=1e-3)
+    calls = ErasureRecord.read(output).cost.model_calls
+    recorded = 2 * config.replay_inference_steps * config.forget_trajectories
+    assert calls["replay"] == recorded, "trajectories of retain prompts are recorded once, before pruning"
 
 
 @pytest.mark.parametrize(
