@@ -57,7 +57,10 @@ NAMES = {
 """Names of the models in the tables, by those in the result files."""
 KEPT = ("retained", "neighbours")
 """Columns of the comparison of attacks that say what a method keeps."""
-DEPTHS = ("2026-11-29-depth-strongest-rates.json", "2026-11-29-depth-strongest-rates-dog-weapons.json")
+PRUNED = "2026-11-30-pruning-retained.json"
+"""File of the pruned erasures: attacks, and what is kept."""
+DEPTHS = ("2026-11-29-depth-strongest-rates.json", "2026-11-29-depth-strongest-rates-dog-weapons.json", PRUNED)
+"""Files of the table of depths; of rows of the same attack and target, the last counts."""
 ATTACKED = ("base", "esd", "salun")
 """Models in the table of attacks' settings."""
 SEARCHED = (
@@ -103,7 +106,7 @@ def depth() -> str:
     """
     rows = [row for name in DEPTHS for row in _read(name)["rows"]]
     attacks = {(row["task"].removeprefix("emoji/"), row["target"], row["attack"]): row for row in rows}
-    kept = _kept(_read("2026-11-28-depth-directions.json")["evaluation"])
+    kept = _kept(_read(PRUNED)["evaluation"])
     lines = []
     for task, target in ((task, target) for task, targets in SHOWN.items() for target in targets):
         success, tries = (attacks[task, target, attack] for attack in ("state_inversion", "relearning"))
@@ -140,17 +143,17 @@ def _tried(value: float, name: str) -> str:
 
 
 def _kept(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Return what is recognised of retain prompts and of neighbours, by erasure, of separate runs with the same flags.
+    """Return what is recognised of retain prompts and of neighbours, by erasure.
 
     Args:
-        rows: Measurements of erasures with pruning; of SAFEMax's own, seed 0's are taken.
+        rows: Measurements of erasures with pruning; of SAFEMax's own, those of runs with seed 0 are added.
     """
     found: dict[str, list[float]] = {}
     for part in ("retain", "neighbours"):
         wanted = {"metric": "clip_accuracy", "model": "erased", "subset": part}
         for row in rows:
             if wanted.items() <= row.items():
-                found.setdefault(row["erasure"].replace("directions", "pruned"), []).append(row["value"])
+                found.setdefault(row["erasure"], []).append(row["value"])
     for row in _read("2026-11-28-safemax-defaults.json")["rows"]:
         name = f"{row['task'].removeprefix('emoji/')}_default"
         if (row["code"], row["seed"]) == ("now", 0):

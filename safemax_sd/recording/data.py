@@ -57,7 +57,7 @@ class ErasureData:
         retain_concepts: Concept of each retain prompt, likewise.
         empty: Conditioning of the empty prompt, one row.
         forget_bank: Trajectories of the frozen model for the forget prompts.
-        retain_bank: Trajectories of the frozen model for the retain prompts.
+        retain_bank: Trajectories of the frozen model for the retain prompts, from before any pruning.
         forget_samples: Samples of the forget prompts: ends of trajectories, or real pictures if there are any.
         retain_samples: Samples of the retain prompts, likewise.
         extra: Data of `ReplayNeeds.extra_prompts`; None if there are none.
