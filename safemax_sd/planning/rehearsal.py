@@ -18,10 +18,9 @@ from safemax_sd.families import TOKEN_STATES, Conditioning, ModelFamily
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.objectives.batches import Batch, Positions
 from safemax_sd.prompts import PromptSet
-from safemax_sd.recording.data import ReplayNeeds
 from safemax_sd.recording.prompt_encoding import PromptEncoder
 from safemax_sd.recording.pruning import layer_groups, pruned_layers, pruning_calls
-from safemax_sd.recording.recording import Recording
+from safemax_sd.recording.recording import Recording, recording_to_prune
 from safemax_sd.recording.replay import ReplayBank
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.probe import probe_calls
@@ -211,7 +210,7 @@ def _prune(
     config: TrainConfig, groups: int, encoder: PromptEncoder, forget: PromptSet, retain: PromptSet
 ) -> tuple[dict[str, int], ReplayBank]:
     """Return the network evaluations of pruning so many groups of layers, and its trajectories of retain prompts."""
-    recording = Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), encoder, forget, retain)
+    recording = recording_to_prune(config, encoder, forget, retain)
     data = recording.before(0)
     return {"prune": pruning_calls(groups, data) + recording.model_calls}, data.retain_bank
 

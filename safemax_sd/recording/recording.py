@@ -185,6 +185,13 @@ class Recording:
         return math.ceil(share * len(recorder.prompts))
 
 
+def recording_to_prune(
+    config: ReplayOptions, encoder: PromptEncoder, forget: PromptSet, retain: PromptSet
+) -> Recording:
+    """Return the recording that pruning reads: all steps of all trajectories at once, whatever the objective."""
+    return Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), encoder, forget, retain)
+
+
 def check_replay(config: ReplayOptions, family: ModelFamily) -> None:
     """Check the flags of the recording that depend on the model.
 

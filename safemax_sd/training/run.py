@@ -21,10 +21,9 @@ from safemax_sd.core.provenance import Cost, Stopwatch
 from safemax_sd.families import Conditioning, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
 from safemax_sd.prompts import PromptSet, warn_over_long
-from safemax_sd.recording.data import ReplayNeeds
 from safemax_sd.recording.prompt_encoding import PromptEncoder
 from safemax_sd.recording.pruning import prune, pruned_layers
-from safemax_sd.recording.recording import Recording
+from safemax_sd.recording.recording import Recording, recording_to_prune
 from safemax_sd.recording.replay import ReplayBank
 from safemax_sd.training import checkpoints
 from safemax_sd.training.config import TrainConfig
@@ -212,7 +211,7 @@ def pruned(
     if not config.prune:
         return {}, {}, None
     with clock.phase("prune"):
-        recording = Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), encoder, forget, retain)
+        recording = recording_to_prune(config, encoder, forget, retain)
         with recording_precision(accelerator):
             data = recording.before(0)
         layers, size = pruned_layers(encoder.family, config.lora()), config.replay_batch_size
