@@ -15,6 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safemax_sd.evaluation.comparison.attack_table import SuccessColumn, attack_columns
+from safemax_sd.evaluation.comparison.runs import read_controls, read_runs
+from safemax_sd.evaluation.resistance.plan import chosen
 from safemax_sd.evaluation.resistance.report import STRONG
 
 from benchmarks.classes.claims import claim_table
@@ -92,6 +95,11 @@ SHARED_CORES = {
 STEP_MEMORY = {CIFAR: "2026-11-30-cifar10-step-memory.jsonl"}
 """Files with the memory of each method's step, by study, where its rows leave out the frozen copy of the network."""
 COMPARED_ATTACKS = "2026-11-30-attacks-compared-bomb.json"
+"""File of the table of all methods under attack."""
+ATTACKED_TASKS = ("2026-11-30-attacks-compared-weapons.json",)
+"""Files of the table of attacks by task."""
+ATTACKED_MODELS = ("base", "never_known", "safemax", "safemax_pruned")
+"""Models of that table, in the order of its figures."""
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -206,6 +214,26 @@ def attacked_methods() -> str:
     return markdown_table(["%", *(NAMES.get(label, f"`{label}`") for label in values)], lines)
 
 
+def attacked_tasks() -> str:
+    """Return the table of what each attack brings back from `ATTACKED_MODELS`, task by task; seeds are pooled."""
+    runs = [run for name in ATTACKED_TASKS for read in (read_runs, read_controls) for run in read(RESULTS / name)]
+    models = [(task, label) for task in dict.fromkeys(run.task for run in runs) for label in ATTACKED_MODELS]
+    applied = {attempt.attack for run in runs for attempt in run.attacks if attempt.success is not None}
+    attacks = [attack for attack in chosen(["all"]) if attack.name in applied]
+    columns = [column for column in attack_columns(attacks, runs) if isinstance(column, SuccessColumn)]
+    in_steps = {column.tries.attack for column in columns if column.tries.cost is not None}
+    lines = []
+    for column in columns:
+        attack, cost = column.tries.attack, column.tries.cost
+        if (attack in in_steps) == (cost is not None):
+            found = [column.value([run for run in runs if (run.task, run.label) == model]) for model in models]
+            steps = "" if cost is None else f", {cost:g} steps"
+            lines.append(
+                [f"`{attack.name}`{steps}", *("–" if value is None else f"{value.value:.0f}" for value in found)]
+            )
+    return markdown_table(["%", *(f"{task.removeprefix('emoji/')}: {NAMES[label]}" for task, label in models)], lines)
+
+
 def comparison_by_task() -> str:
     """Return the table of methods task by task."""
     head, *lines = _comparison(1)
@@ -266,6 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "depth": depth,
     "attack settings": attack_settings,
     "attacked methods": attacked_methods,
+    "attacked tasks": attacked_tasks,
     "comparison": comparison,
     "comparison by task": comparison_by_task,
     "search": lambda: search_table(read_rows(RESULTS / "emoji_search.jsonl")),
