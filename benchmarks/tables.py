@@ -99,7 +99,7 @@ COMPARED_ATTACKS = "2026-11-30-attacks-compared-bomb.json"
 ATTACKED_TASKS = ("2026-11-30-attacks-compared-weapons.json",)
 """Files of the table of attacks by task."""
 ATTACKED_MODELS = ("base", "never_known", "safemax", "safemax_pruned")
-"""Models of that table, in the order of its figures."""
+"""Models of that table, in the order of its columns."""
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -216,6 +216,7 @@ def attacked_methods() -> str:
 
 def attacked_tasks() -> str:
     """Return the table of what each attack brings back from `ATTACKED_MODELS`, task by task; seeds are pooled."""
+    # The base model is among both; the attacked one comes last, so that it counts.
     runs = [run for name in ATTACKED_TASKS for read in (read_runs, read_controls) for run in read(RESULTS / name)]
     models = [(task, label) for task in dict.fromkeys(run.task for run in runs) for label in ATTACKED_MODELS]
     applied = {attempt.attack for run in runs for attempt in run.attacks if attempt.success is not None}
