@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from safemax_sd.evaluation.comparison.attack_table import SuccessColumn, attack_columns
-from safemax_sd.evaluation.comparison.runs import read_controls, read_runs
+from safemax_sd.evaluation.comparison.runs import Run, read_controls, read_runs
 from safemax_sd.evaluation.resistance.plan import chosen
-from safemax_sd.evaluation.resistance.report import STRONG
 
 from benchmarks.classes.claims import claim_table
 from benchmarks.classes.summary import (
@@ -196,43 +195,50 @@ def comparison() -> str:
 
 def attacked_methods() -> str:
     """Return the table of what each attack brings back from each method's erased models, and of what they keep."""
-    comparison = _read(COMPARED_ATTACKS)
-    values = {line["label"]: line["values"] for line in comparison["attacks"]["summary"]}
+    comparison, runs = _read(COMPARED_ATTACKS), _attacked(COMPARED_ATTACKS)
+    labels = [line["label"] for line in comparison["attacks"]["summary"]]
     measured = {line["label"]: line["values"] for line in comparison["summary"]}
     lines = [
-        [column, *(f"{measured[label][column]['value']:.0f}" if label in measured else "–" for label in values)]
+        [column, *(f"{measured[label][column]['value']:.0f}" if label in measured else "–" for label in labels)]
         for column in KEPT
     ]
-    shown = [name for name in values["base"] if not name.endswith("_excess")]
-    in_steps = {name.partition("@")[0] for name in shown if "@" in name}
-    for name in (name for name in shown if name not in in_steps):
-        attack, _, steps = name.partition("@")
-        found = {label: own[name] for label, own in values.items()}
-        weak = " (too weak)" if values["base"][attack]["value"] < STRONG else ""
-        cells = ("–" if value is None else f"{value['value']:.0f}" for value in found.values())
-        lines.append([f"`{attack}`{steps and f', {steps} steps'}{weak}", *cells])
-    return markdown_table(["%", *(NAMES.get(label, f"`{label}`") for label in values)], lines)
+    lines += _brought_back(runs, [[run for run in runs if run.label == label] for label in labels])
+    return markdown_table(["%", *(NAMES.get(label, f"`{label}`") for label in labels)], lines)
 
 
 def attacked_tasks() -> str:
     """Return the table of what each attack brings back from `ATTACKED_MODELS`, task by task; seeds are pooled."""
-    # The base model is among both; the attacked one comes last, so that it counts.
-    runs = [run for name in ATTACKED_TASKS for read in (read_runs, read_controls) for run in read(RESULTS / name)]
+    runs = _attacked(*ATTACKED_TASKS)
     models = [(task, label) for task in dict.fromkeys(run.task for run in runs) for label in ATTACKED_MODELS]
+    lines = _brought_back(runs, [[run for run in runs if (run.task, run.label) == model] for model in models])
+    return markdown_table(["%", *(f"{task.removeprefix('emoji/')}: {NAMES[label]}" for task, label in models)], lines)
+
+
+def _attacked(*names: str) -> list[Run]:
+    """Return the runs of comparisons with attacks: the methods', and the controls'."""
+    # The base model is among both; the attacked one comes last, so that it counts.
+    return [run for name in names for read in (read_runs, read_controls) for run in read(RESULTS / name)]
+
+
+def _brought_back(runs: Sequence[Run], models: Sequence[Sequence[Run]]) -> list[list[str]]:
+    """Return a line for each attack, or for each number of its steps, with its success on each model.
+
+    Args:
+        runs: All runs, which tell whether an attack is too weak.
+        models: Runs of each model, which are pooled.
+    """
     applied = {attempt.attack for run in runs for attempt in run.attacks if attempt.success is not None}
     attacks = [attack for attack in chosen(["all"]) if attack.name in applied]
     columns = [column for column in attack_columns(attacks, runs) if isinstance(column, SuccessColumn)]
     in_steps = {column.tries.attack for column in columns if column.tries.cost is not None}
     lines = []
     for column in columns:
-        attack, cost = column.tries.attack, column.tries.cost
+        attack, cost, doubt = column.tries.attack, column.tries.cost, column.tries.doubt
         if (attack in in_steps) == (cost is not None):
-            found = [column.value([run for run in runs if (run.task, run.label) == model]) for model in models]
-            steps = "" if cost is None else f", {cost:g} steps"
-            lines.append(
-                [f"`{attack.name}`{steps}", *("–" if value is None else f"{value.value:.0f}" for value in found)]
-            )
-    return markdown_table(["%", *(f"{task.removeprefix('emoji/')}: {NAMES[label]}" for task, label in models)], lines)
+            found = [column.value(own) for own in models]
+            name = f"`{attack.name}`{'' if cost is None else f', {cost:g} steps'}{doubt and f' ({doubt})'}"
+            lines.append([name, *("–" if value is None else f"{value.value:.0f}" for value in found)])
+    return lines
 
 
 def comparison_by_task() -> str:
