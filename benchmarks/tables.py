@@ -202,16 +202,24 @@ def attacked_methods() -> str:
         [column, *(f"{measured[label][column]['value']:.0f}" if label in measured else "–" for label in labels)]
         for column in KEPT
     ]
-    lines += _brought_back(runs, [[run for run in runs if run.label == label] for label in labels])
+    lines += [[f"{name} ({doubt})" if doubt else name, *values] for name, doubt, values in _brought_back(runs, labels)]
     return markdown_table(["%", *(NAMES.get(label, f"`{label}`") for label in labels)], lines)
 
 
 def attacked_tasks() -> str:
-    """Return the table of what each attack brings back from `ATTACKED_MODELS`, task by task; seeds are pooled."""
+    """Return the table of what each attack brings back from `ATTACKED_MODELS`, task by task; seeds are pooled.
+
+    Where an attack is too weak on a task's base model, its successes on that task are in parentheses.
+    """
     runs = _attacked(*ATTACKED_TASKS)
-    models = [(task, label) for task in dict.fromkeys(run.task for run in runs) for label in ATTACKED_MODELS]
-    lines = _brought_back(runs, [[run for run in runs if (run.task, run.label) == model] for model in models])
-    return markdown_table(["%", *(f"{task.removeprefix('emoji/')}: {NAMES[label]}" for task, label in models)], lines)
+    tasks = dict.fromkeys(run.task for run in runs)
+    lines: dict[str, list[str]] = {}
+    for task in tasks:
+        own = [run for run in runs if run.task == task]
+        for name, doubt, values in _brought_back(own, ATTACKED_MODELS):
+            lines.setdefault(name, []).extend(f"({value})" if doubt else value for value in values)
+    head = ["%", *(f"{task.removeprefix('emoji/')}: {NAMES[label]}" for task in tasks for label in ATTACKED_MODELS)]
+    return markdown_table(head, [[name, *values] for name, values in lines.items()])
 
 
 def _attacked(*names: str) -> list[Run]:
@@ -220,12 +228,15 @@ def _attacked(*names: str) -> list[Run]:
     return [run for name in names for read in (read_runs, read_controls) for run in read(RESULTS / name)]
 
 
-def _brought_back(runs: Sequence[Run], models: Sequence[Sequence[Run]]) -> list[list[str]]:
-    """Return a line for each attack, or for each number of its steps, with its success on each model.
+def _brought_back(runs: Sequence[Run], labels: Sequence[str]) -> list[tuple[str, str, list[str]]]:
+    """Return the success of each attack, or of each number of its steps, on some labels' models, pooled.
 
     Args:
-        runs: All runs, which tell whether an attack is too weak.
-        models: Runs of each model, which are pooled.
+        runs: Runs with attacks.
+        labels: Labels, in the order of the successes.
+
+    Returns:
+        Names with the reason why an attack proves nothing, empty if it does, and a success for each label.
     """
     applied = {attempt.attack for run in runs for attempt in run.attacks if attempt.success is not None}
     attacks = [attack for attack in chosen(["all"]) if attack.name in applied]
@@ -235,9 +246,9 @@ def _brought_back(runs: Sequence[Run], models: Sequence[Sequence[Run]]) -> list[
     for column in columns:
         attack, cost, doubt = column.tries.attack, column.tries.cost, column.tries.doubt
         if (attack in in_steps) == (cost is not None):
-            found = [column.value(own) for own in models]
-            name = f"`{attack.name}`{'' if cost is None else f', {cost:g} steps'}{doubt and f' ({doubt})'}"
-            lines.append([name, *("–" if value is None else f"{value.value:.0f}" for value in found)])
+            found = [column.value([run for run in runs if run.label == label]) for label in labels]
+            name = f"`{attack.name}`{'' if cost is None else f', {cost:g} steps'}"
+            lines.append((name, doubt, ["–" if value is None else f"{value.value:.0f}" for value in found]))
     return lines
 
 
