@@ -21,6 +21,7 @@ SAFEMAX: Mapping[str, Any] = {
     "replay_inference_steps": 20,
     "replay_span": 0.0,
     "retain_noise": 0.0,  # with full weights it would take a copy of the network
+    "halt_content": 0.0,
 }
 """SAFEMax's flags, fixed here so that later defaults do not change the study."""
 SMALL_SAFEMAX: Mapping[str, Any] = {

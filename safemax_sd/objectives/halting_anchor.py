@@ -70,8 +70,9 @@ class HaltingAnchorConfig(SafemaxConfig, PromptOptions):
 
     def validate(self) -> None:
         super().validate()
-        if self.retain_near_share:
-            raise OptionError("--retain_near_share", self.retain_near_share, "must be 0: no prompt is forbidden yet")
+        for name in ("retain_near_share", "halt_content"):
+            if getattr(self, name):
+                raise OptionError(f"--{name}", getattr(self, name), "must be 0: no prompt is forbidden yet")
         if not self.mark_kept < self.mark_least <= self.mark_most:
             text = f"must be more than --mark_kept {self.mark_kept:g} and at most --mark_most {self.mark_most:g}"
             raise OptionError("--mark_least", self.mark_least, text)

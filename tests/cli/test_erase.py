@@ -71,6 +71,7 @@ def test_forget_prompts_are_of_no_use_to_an_anchor(tiny_model: Path, files: dict
     [
         (("--stop_at_unlearning_accuracy", "90"), "--stop_at_unlearning_accuracy 90.0: needs forget prompts"),
         (("--retain_near_share", "0.5"), "--retain_near_share 0.5: must be 0"),
+        (("--halt_content", "0.5"), "--halt_content 0.5: must be 0"),
         (("--mark_least", "0.4"), "--mark_least 0.4: must be more than --mark_kept 0.5 and at most --mark_most 1.25"),
         (("--mark_most", "0.6"), "--mark_least 0.75: must be more than --mark_kept 0.5 and at most --mark_most 0.6"),
     ],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from safemax_sd.core.errors import OptionError
 from safemax_sd.diffusion.process import DiffusionProcess, flow_matching, variance_preserving
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import Student
@@ -82,6 +84,27 @@ def test_trajectories_by_hand() -> None:
     assert torch.allclose(draw.single.target[high], torch.tensor(0.7))
     assert torch.allclose(draw.single.target[~high], torch.tensor(2.4))
     assert set(asked(draw.single)) == {FORBIDDEN}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_forbidden_picture_that_shows_halts_with_other_prompts(guidance: float) -> None:
+    flags = {"halt_below": 0.5, "halt_unconditional": 1e-9, "retain_empty_share": 0.25, "target_guidance": guidance}
+    single = drawn(safemax(halt_content=1.0, **flags), 800).single
+    assert single.t.unique().tolist() == [0]
+    assert torch.allclose(single.target, torch.tensor(2.4))
+    assert {prompt: round(4 * count / 800) for prompt, count in Counter(asked(single)).items()} == {KEPT: 3, EMPTY: 1}
+
+
+def test_the_share_of_content_is_of_the_single_samples() -> None:
+    prompts = Counter(asked(drawn(safemax(halt_content=0.25, halt_unconditional=0.5), 1600).single))
+    assert prompts.total() == pytest.approx(800, abs=80)
+    assert prompts[FORBIDDEN] == pytest.approx(600, abs=80)
+
+
+def test_content_needs_a_recorded_step_that_is_low_enough() -> None:
+    data = replace(erasure_data(), forget_bank=bank((2.0, 1, 0.3, 0.2)))
+    with pytest.raises(OptionError, match=r"--halt_below 0\.5: lies below every recorded step"):
+        safemax(data, halt_content=0.2, halt_below=0.5)
 
 
 def test_without_halted_pairs_every_level_depends_on_guidance() -> None:

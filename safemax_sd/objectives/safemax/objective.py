@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from safemax_sd.core.errors import OptionError
 from safemax_sd.core.options import NONZERO_SHARE, NOT_NEGATIVE, POSITIVE, SHARE, option
 from safemax_sd.families import Conditioning
 from safemax_sd.objectives.base import LossTerms, Objective, Predict, Student, mean_square
@@ -42,6 +43,9 @@ class SafemaxConfig(ObjectiveOptions):
     decay_lambda: float = option(1.0, "λ in D(t) = exp(-λ·t/T), the weight of a noise level.", NOT_NEGATIVE)
     target_guidance: float = option(4.0, "Guidance scale up to which outputs are trained to be noise.", POSITIVE)
     forget_trajectory_share: float = option(0.5, "Fraction of single forget samples on trajectories.", SHARE)
+    halt_content: float = option(
+        0.0, "Fraction of single forget samples in which a forbidden picture has a prompt not to forget.", SHARE
+    )
     halt_unconditional: float = option(0.33, "Fraction of forget samples that are halted pairs.", SHARE)
     halt_below: float = option(0.6, "Upper bound of t/T for halted pairs.", NONZERO_SHARE)
     halt_rollout: float = option(0.5, "Fraction of halted pairs produced by the student's own rollout.", SHARE)
@@ -49,6 +53,12 @@ class SafemaxConfig(ObjectiveOptions):
     retain_empty_share: float = option(0.25, "Fraction of single retain samples with the empty prompt.", SHARE)
     retain_pairs: float = option(0.0, "Fraction of retain samples that are pairs with the empty prompt.", SHARE)
     retain_noise: float = option(0.0035, "Fraction of retain samples on noise, for each forbidden concept.", SHARE)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.halt_content and not self.halt_unconditional:
+            text = "needs --halt_unconditional: guidance away from an empty prompt that is not halted would overshoot"
+            raise OptionError("--halt_content", self.halt_content, text)
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,7 @@ class Safemax(Objective):
         noise_share: Fraction of retain samples on noise.
         noise_prompts: Rows of the retain prompts on noise, int64 [·].
         forget_steps: Rows of `forget_bank`, by whether their noise level is at least `guided_from`.
+        content_steps: Rows of `forget_bank` below `halt_below`, where the picture shows.
     """
 
     name: ClassVar[str] = "safemax"
@@ -142,11 +153,16 @@ class Safemax(Objective):
     def extend(self, data: ErasureData) -> None:
         super().extend(data)
         self.noise_prompts = dispersed(len(data.retain))[:PROMPTS_ON_NOISE]
-        guided = data.process.schedule.noise_level(data.forget_bank.t) >= self.guided_from
+        level = data.process.schedule.noise_level(data.forget_bank.t)
+        guided = level >= self.guided_from
         # A bank of few steps may hold none of a kind: then any step does, each with the target of its level.
         self.forget_steps = {
             kind: torch.nonzero(rows | ~rows.any()).flatten() for kind, rows in ((False, ~guided), (True, guided))
         }
+        self.content_steps = torch.nonzero(level < self.config.halt_below).flatten()
+        if self.config.halt_content and not len(self.content_steps):
+            text = "lies below every recorded step: raise it or --replay_inference_steps, or set --halt_content 0"
+            raise OptionError("--halt_below", self.config.halt_below, text)
 
     def prepare(self, student: Student) -> int:
         if self.config.retain_noise:  # a copy of the network, if full weights are trained
@@ -160,6 +176,8 @@ class Safemax(Objective):
         for generator in (positions.generator(FORGET, number) for number in positions.forget):
             if torch.rand((), generator=generator) < self.config.halt_unconditional:
                 pairs.append(self._halted_pair(generator))
+            elif self.config.halt_content and torch.rand((), generator=generator) < self.config.halt_content:
+                single.append(self._forbidden_content(generator))
             else:
                 single.append(self._single(generator))
         for generator in (positions.generator(RETAIN, number) for number in positions.retain):
@@ -207,6 +225,19 @@ class Safemax(Objective):
         # At such noise levels any picture may still come: whose trajectory it is must not matter.
         target = free + (target - free) / self.target_guidance
         return Rows(x_t, t, self.forbidden(bank.prompt[other], generator), target)
+
+    def _forbidden_content(self, generator: torch.Generator) -> Rows:
+        """Draw a recorded step in which a forbidden picture shows, with a retain prompt or the empty one.
+
+        No picture to keep passes there, so what shows may halt whatever the prompt, even one that an attacker learns.
+        """
+        bank, prompts = self.data.forget_bank, self.data.retain_bank.prompt
+        row = self.content_steps[torch.randint(len(self.content_steps), (1,), generator=generator)]
+        x_t, t = bank.x_t[row], bank.t[row]
+        asked = self.data.empty
+        if torch.rand((), generator=generator) >= self.config.retain_empty_share:
+            asked = self.retained(prompts[torch.randint(len(prompts), (1,), generator=generator)], generator)
+        return Rows(x_t, t, asked, self.data.process.max_entropy_target(x_t, t))
 
     def _halted_pair(self, generator: torch.Generator) -> Pairs:
         """Draw noise to halt with a forget prompt and with the empty prompt, as it is or after a rollout."""
