@@ -213,13 +213,13 @@ def attacked_tasks() -> str:
     """
     runs = _attacked(*ATTACKED_TASKS)
     tasks = dict.fromkeys(run.task for run in runs)
-    lines: dict[str, list[str]] = {}
-    for task in tasks:
-        own = [run for run in runs if run.task == task]
-        for name, doubt, values in _brought_back(own, ATTACKED_MODELS):
-            lines.setdefault(name, []).extend(f"({value})" if doubt else value for value in values)
+    found = [_brought_back([run for run in runs if run.task == task], ATTACKED_MODELS) for task in tasks]
+    lines = []
+    for rows in zip(*found, strict=True):  # all tasks have the same attacks
+        cells = [f"({value})" if doubt else value for _, doubt, values in rows for value in values]
+        lines.append([rows[0][0], *cells])
     head = ["%", *(f"{task.removeprefix('emoji/')}: {NAMES[label]}" for task in tasks for label in ATTACKED_MODELS)]
-    return markdown_table(head, [[name, *values] for name, values in lines.items()])
+    return markdown_table(head, lines)
 
 
 def _attacked(*names: str) -> list[Run]:
