@@ -7,7 +7,7 @@ from typing import Literal
 
 from safemax_sd.evaluation.options import IMAGES, JudgingOptions
 
-from safemax_sd.core.options import SEED, option
+from safemax_sd.core.options import COUNT, SEED, option
 
 ALL = "all"
 
@@ -38,3 +38,6 @@ class AttackOptions(ResistanceOptions):
 
     adapter: str = field(metadata={"help": "Output folder of a training.", "path": True})
     output_dir: str | None = option(None, "Folder of the results; ADAPTER/attacks if not given.", path=True)
+    processes: int | None = option(
+        None, "Processes that attack at the same time, each with all models; one for each GPU if not given.", COUNT
+    )

@@ -9,19 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from safemax_sd.evaluation.attacks.base import ACCESS, ATTACKS, Attack
+from safemax_sd.evaluation.attacks.base import ATTACKS, Attack
 from safemax_sd.evaluation.attacks.plain import Plain
 from safemax_sd.evaluation.attacks.target import Role
 from safemax_sd.evaluation.inputs import find_suite
 from safemax_sd.evaluation.resistance.options import ALL, AttackOptions, ResistanceOptions
-from safemax_sd.evaluation.resistance.report import AttackReport
+from safemax_sd.evaluation.resistance.report import AttackReport, turn
 from safemax_sd.evaluation.subjects import Adapter
 
 from safemax_sd.core.provenance import json_text
 from safemax_sd.prompts import Suite
 from safemax_sd.results.erasure import BaseModel
 
-NO_CONDITIONS = ("attacks", "adapter", "output_dir", "batch_size")
+NO_CONDITIONS = ("attacks", "adapter", "output_dir", "batch_size", "processes")
 """Options that no row depends on, and the adapter's folder, whose record is a condition instead."""
 CONTROLS = ("never_known", "untaught_dir")
 """Options on which only their own control's rows depend, so that a control may join or be left out later."""
@@ -34,7 +34,7 @@ def chosen(names: Sequence[str]) -> list[type[Attack]]:
         OptionError: No attack has that name.
     """
     found = {ATTACKS.get(name) for name in (ATTACKS.names() if ALL in names else names)}
-    return sorted(found | {Plain}, key=lambda attack: (attack is not Plain, ACCESS.index(attack.access), attack.name))
+    return sorted(found | {Plain}, key=lambda attack: turn(attack.name, attack.access))
 
 
 @dataclass(frozen=True)

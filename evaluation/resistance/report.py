@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from safemax_sd.evaluation.attacks.base import Access, Attack, Point
+from safemax_sd.evaluation.attacks.base import ACCESS, Access, Attack, Point
+from safemax_sd.evaluation.attacks.plain import Plain
 from safemax_sd.evaluation.attacks.target import Role
 from safemax_sd.evaluation.metrics.base import Result
 
@@ -98,6 +99,11 @@ class AttackRow:
     version: int = 1
 
 
+def turn(attack: str, access: Access) -> tuple[bool, int, str]:
+    """Return the key that sorts attacks: the plain prompts first, then those with the least access."""
+    return attack != Plain.name, ACCESS.index(access), attack
+
+
 @dataclass(frozen=True)
 class Refusal:
     """An attack that does not apply to a target."""
@@ -144,9 +150,12 @@ class AttackReport:
         return refused or (row is not None and row.version == attack.version)
 
     def with_row(self, row: AttackRow) -> Self:
-        """Return the report with a new row, in place of an older one of the same attack and target."""
+        """Return the report with a new row, in place of an older one of the same attack and target.
+
+        Rows are in the order in which one process runs the attacks.
+        """
         others = (each for each in self.rows if (each.attack, each.target) != (row.attack, row.target))
-        return replace(self, rows=(*others, row))
+        return replace(self, rows=tuple(sorted((*others, row), key=lambda each: turn(each.attack, each.access))))
 
     def with_refusal(self, refusal: Refusal) -> Self:
         """Return the report with one more refusal."""

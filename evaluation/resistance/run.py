@@ -1,13 +1,14 @@
-"""Attacks on an erased model and its controls, one after another; a run that was stopped goes on."""
+"""Attacks on an erased model and its controls; a run that was stopped goes on."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safemax_sd.evaluation.resistance.curves import with_least
 from safemax_sd.evaluation.resistance.options import AttackOptions
 from safemax_sd.evaluation.resistance.page import PAGE_FILE, PICTURES, ROLES, SHOWN, sheet_name, write_page
 from safemax_sd.evaluation.resistance.plan import CONTROLS, Plan, chosen
+from safemax_sd.evaluation.resistance.processes import Crew
 from safemax_sd.evaluation.resistance.report import ATTACKS_FILE, AttackReport, AttackRow, Refusal
 from safemax_sd.evaluation.resistance.tally import Tally
 from safemax_sd.evaluation.resistance.untaught import OPTION, judging_too, prompts_for
@@ -39,7 +41,7 @@ from safemax_sd.prompts import Prompt, Suite, pick
 from safemax_sd.recording.replay import start_noise
 from safemax_sd.results.folder import check_no_model, claimed, foreign, not_ours, replacing
 from safemax_sd.results.samples import to_pil
-from safemax_sd.training.workers import process_state
+from safemax_sd.training.workers import claimed_by_main, from_main, in_group, process_state, started_in_group
 
 FIRST_SEED, EXAMPLE_SEED, KEPT_SEED = 5_000_000, 6_000_000, 7_000_000
 """Seeds of the first picture to bring back, the first example and the first kept picture, apart from evaluations'."""
@@ -240,17 +242,35 @@ def attack(options: AttackOptions) -> Path:
 
     Raises:
         OptionError: A flag, or a file or folder that it names, cannot be used.
-        SafemaxError: Some attacks failed, or weights cannot be read.
+        SafemaxError: Some attacks failed, weights cannot be read, or a process was killed.
     """
     options.validate()
     chosen(options.attacks)  # before any folder is read
+    if options.processes is not None and started_in_group():
+        raise OptionError("--processes", options.processes, "is not for processes that a launcher has started")
     folder = Path(options.output_dir or Path(options.adapter) / "attacks")
-    run_plan(Plan.of_command(options), folder)
+    plan = Plan.of_command(options)
+    count = 1 if started_in_group() else options.processes or max(1, torch.cuda.device_count())
+    if count == 1 or is_done(plan, folder):
+        run_plan(plan, folder)
+    else:
+        in_group(run_plan, (plan, folder), count)
     return folder
 
 
+def is_done(plan: Plan, folder: Path) -> bool:
+    """Tell whether a folder lacks nothing of a plan.
+
+    Raises:
+        OptionError: The folder cannot be used or holds attacks under other conditions.
+    """
+    with claimed(folder):
+        done = found_in(folder, plan)
+    return done is not None and not plan.missing(done)
+
+
 def run_plan(plan: Plan, folder: Path, shared: dict[str, Any] | None = None) -> None:
-    """Run what a folder lacks of a plan.
+    """Run what a folder lacks of a plan, this process's part if it is one of several.
 
     Args:
         plan: Plan of the run.
@@ -261,16 +281,26 @@ def run_plan(plan: Plan, folder: Path, shared: dict[str, Any] | None = None) -> 
         OptionError: The folder cannot be used or holds attacks under other conditions, or a model cannot be loaded.
         SafemaxError: Some attacks failed, or weights cannot be read.
     """
-    with claimed(folder):
-        check_no_model(folder)
-        for name in (ATTACKS_FILE, PAGE_FILE, PICTURES):
-            if foreign(folder, name, ATTACKS_FILE):
-                raise not_ours(folder, name)
-        done = resumed(plan, folder)
-        if done is not None and not plan.missing(done):
+    state = process_state()
+    with claimed_by_main(folder, state):
+        done = from_main(state, lambda: found_in(folder, plan))
+        if done is None or plan.missing(done):
+            run_all(Resistance(plan, shared), Crew(folder, state), done)
+        elif state.is_main_process:
             publish(done, folder, {})  # the page may be of an older version
-        else:
-            run_all(Resistance(plan, shared), folder, done)
+
+
+def found_in(folder: Path, plan: Plan) -> AttackReport | None:
+    """Return the report of a claimed folder; None if there is none.
+
+    Raises:
+        OptionError: The folder cannot be used or holds attacks under other conditions.
+    """
+    check_no_model(folder)
+    for name in (ATTACKS_FILE, PAGE_FILE, PICTURES):
+        if foreign(folder, name, ATTACKS_FILE):
+            raise not_ours(folder, name)
+    return resumed(plan, folder)
 
 
 def resumed(plan: Plan, folder: Path) -> AttackReport | None:
@@ -289,12 +319,14 @@ def resumed(plan: Plan, folder: Path) -> AttackReport | None:
     return replace(report, conditions=conditions)
 
 
-def run_all(resistance: Resistance, folder: Path, done: AttackReport | None) -> None:
+def run_all(resistance: Resistance, crew: Crew, done: AttackReport | None) -> None:
     """Run the attacks that a report lacks, and write the report into a folder after each.
+
+    An attack's targets are attacked by one process, so that they share work; see `Task.once`.
 
     Args:
         resistance: Models, judge and task of the attacks.
-        folder: Claimed output folder.
+        crew: Processes of the run.
         done: Report of the attacks that are done; None if there are none.
 
     Raises:
@@ -302,30 +334,71 @@ def run_all(resistance: Resistance, folder: Path, done: AttackReport | None) -> 
     """
     report = begun(resistance, done)
     todo = resistance.plan.missing(report)
-    total = sum(attack.calls(resistance.task_of(role), resistance.sampling) for attack, role in todo)
-    failures = []
-    with tqdm(total=total, unit="call", smoothing=0, leave=False) as bar:
-        for attack, role in todo:
+
+    def calls(pairs: Iterable[tuple[Attack, Role]]) -> int:
+        return sum(attack.calls(resistance.task_of(role), resistance.sampling) for attack, role in pairs)
+
+    attacks = {attack.name: [pair for pair in todo if pair[0] is attack] for attack, _ in todo}
+    if crew.state.num_processes > 1:  # the longest first, so that the processes end at about the same time
+        attacks = dict(sorted(attacks.items(), key=lambda each: -calls(each[1])))
+    failures: dict[tuple[Attack, Role], str] = {}
+    total, others = calls(todo), not crew.state.is_main_process
+    with crew.at_work(), tqdm(total=total, unit="call", smoothing=0, leave=False, disable=others) as bar:
+        for attack, role in chain.from_iterable(attacks[name] for name in crew.untaken(list(attacks))):
             bar.set_description(f"attack ({attack.name}, {ROLES[role]})")
             resistance.prepare(attack)
-            expected = bar.n + attack.calls(resistance.task_of(role), resistance.sampling)
-            sheets = {}
-            with resistance.target(role) as target:
-                target.on_calls = bar.update
-                try:
-                    reason = attack.refusal(target)
-                    if reason is not None:
-                        report = report.with_refusal(Refusal(attack.name, role, reason))
-                    else:
-                        row, pictures = resistance.measure(attack, target)
-                        report = with_least(report.with_row(row))
-                        sheets[sheet_name(attack.name, role)] = contact_sheet(to_pil(pictures[:SHOWN]), SHOWN)
-                except (SafemaxError, RuntimeError) as error:  # diverged, or out of memory: others need not be
-                    failures.append(f"{attack.name} on {ROLES[role]}: {failure_reason(error)}")
-            bar.total -= expected - bar.n  # `calls` is an upper bound, and an attack may be refused or fail
-            publish(report, folder, sheets)
-    if failures:
-        raise SafemaxError(f"{len(failures)} of {len(todo)} attacks failed: {'; '.join(failures)}")
+            try:
+                outcome, pictures = attempt(resistance, attack, role, bar.update)
+            except (SafemaxError, RuntimeError) as error:  # diverged, or out of memory: others need not be
+                failures[attack, role] = f"{attack.name} on {ROLES[role]}: {failure_reason(error)}"
+            else:
+                sheets = {}
+                if pictures is not None:
+                    sheets[sheet_name(attack.name, role)] = contact_sheet(to_pil(pictures[:SHOWN]), SHOWN)
+                with crew.writing():
+                    report = with_outcome(joined(report, crew.folder), outcome)
+                    publish(report, crew.folder, sheets)
+            # `calls` is an upper bound, an attack may be refused or fail, and other processes count for themselves.
+            bar.n = total - calls(pair for pair in resistance.plan.missing(report) if pair not in failures)
+        reasons = crew.all_of(list(failures.values()))
+    if reasons:
+        raise SafemaxError(f"{len(reasons)} of {len(todo)} attacks failed: {'; '.join(reasons)}")
+
+
+def attempt(
+    resistance: Resistance, attack: Attack, role: Role, on_calls: Callable[[int], object]
+) -> tuple[AttackRow | Refusal, Tensor | None]:
+    """Run an attack on a target if it applies.
+
+    Args:
+        resistance: Models, judge and task of the attacks.
+        attack: Attack.
+        role: The target's part in the comparison.
+        on_calls: Function called with the number of samples of each network evaluation.
+
+    Returns:
+        The row and the pictures that its success is judged on, [N, 3, H, W]; a refusal has no pictures.
+
+    Raises:
+        SafemaxError: No picture is finite, or a figure is not.
+    """
+    with resistance.target(role) as target:
+        target.on_calls = on_calls
+        reason = attack.refusal(target)
+        return resistance.measure(attack, target) if reason is None else (Refusal(attack.name, role, reason), None)
+
+
+def with_outcome(report: AttackReport, outcome: AttackRow | Refusal) -> AttackReport:
+    """Return a report with the outcome of one more attack."""
+    if isinstance(outcome, Refusal):
+        return report.with_refusal(outcome)
+    return with_least(report.with_row(outcome))
+
+
+def joined(report: AttackReport, folder: Path) -> AttackReport:
+    """Return a report with the attacks that other processes have written into its folder."""
+    written = AttackReport.find(folder, "--output_dir")
+    return report if written is None else replace(report, rows=written.rows, refusals=written.refusals)
 
 
 def begun(resistance: Resistance, done: AttackReport | None) -> AttackReport:

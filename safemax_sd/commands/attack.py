@@ -12,6 +12,8 @@ def attack(options: AttackOptions) -> None:
     """Attack an erasure and its controls, to see what comes back; writes attacks.json and a page, and resumes."""
     with one_line_errors():
         from safemax_sd.evaluation.resistance.run import attack as run
+        from safemax_sd.training.workers import process_state
 
         folder = run(options)
-        say(f"page: {folder / 'index.html'}")
+        if process_state().is_main_process:
+            say(f"page: {folder / 'index.html'}")

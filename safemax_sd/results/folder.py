@@ -26,11 +26,12 @@ logger = logging.getLogger("safemax_sd")
 LOCK = ".safemax.lock"
 STAGING = ".saving"
 COMMIT = "commit.json"
+ATTACKING = ".attacking"
 FILES = "files"
 """Key under which a record lists all files written with it, including itself."""
 MODEL_INDEX = "model_index.json"
 LEFTOVERS = re.compile(
-    r"\.saving(-\w{8})?|\.checkpoint-\d+(\.old)?|\.replay-(forget|retain|extra)|\..+\.\d+\.safemax-tmp"
+    r"\.saving(-\w{8})?|\.attacking|\.checkpoint-\d+(\.old)?|\.replay-(forget|retain|extra)|\..+\.\d+\.safemax-tmp"
 )
 """Pattern of the names that only a killed process leaves behind."""
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -21,6 +25,7 @@ from accelerate.utils import (
     patch_environment,
 )
 from torch import nn
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from safemax_sd.core.errors import OptionError, SafemaxError
@@ -31,6 +36,8 @@ T = TypeVar("T")
 
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """Texts in a backend's error for a process that is gone; gloo has no exception class of its own."""
+LONGEST_WAIT = timedelta(days=30)
+"""Time that the processes of a command that trains nothing wait for each other: their parts take unequally long."""
 PROCESS_LOST = (
     "error: another process of this run has ended, or the run was stopped; the last checkpoint is intact: start the "
     "run again with --resume_from_checkpoint latest"
@@ -132,7 +139,58 @@ def process_state() -> PartialState:
     """
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise SafemaxError("accelerate launch --use_fsdp is for safemax_sd.train: use --multi_gpu here")
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
+
+
+def started_in_group() -> bool:
+    """Tell whether a launcher has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def in_group(call: Callable[..., object], arguments: tuple[Any, ...], count: int) -> None:
+    """Call a function in several new processes, each on a GPU of its own or with its share of the cores.
+
+    Args:
+        call: Function of a module, which takes the processes from `process_state`.
+        arguments: Its arguments, which can be pickled.
+        count: Number of processes.
+
+    Raises:
+        SafemaxError: The function raised it in a process, or a process was killed; the others have ended.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    errors: SimpleQueue[str] = get_context("spawn").SimpleQueue()
+    try:
+        spawn(_member, (call, arguments, count, port, errors), nprocs=count)  # type: ignore[no-untyped-call]
+    except ProcessExitedException as error:
+        raise SafemaxError(str(error) if errors.empty() else errors.get()) from error
+
+
+def _member(
+    number: int,
+    call: Callable[..., object],
+    arguments: tuple[Any, ...],
+    count: int,
+    port: int,
+    errors: SimpleQueue[str],
+) -> None:
+    """Call a function as one process of a group; end this process if it raises a `SafemaxError`."""
+    # By default each process would start as many threads as there are cores.
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // count))
+    own = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    own |= {"MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+    os.environ.update({name: str(value) for name, value in own.items()})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    if not torch.cuda.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(threads)
+    try:
+        call(*arguments)
+    except SafemaxError as error:
+        errors.put(str(error))
+        sys.exit(1)
 
 
 def from_main(state: PartialState, call: Callable[[], T]) -> T:
