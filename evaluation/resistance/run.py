@@ -41,7 +41,14 @@ from safemax_sd.prompts import Prompt, Suite, pick
 from safemax_sd.recording.replay import start_noise
 from safemax_sd.results.folder import check_no_model, claimed, foreign, not_ours, replacing
 from safemax_sd.results.samples import to_pil
-from safemax_sd.training.workers import claimed_by_main, from_main, in_group, process_state, started_in_group
+from safemax_sd.training.workers import (
+    check_machines,
+    claimed_by_main,
+    from_main,
+    in_group,
+    process_state,
+    started_in_group,
+)
 
 FIRST_SEED, EXAMPLE_SEED, KEPT_SEED = 5_000_000, 6_000_000, 7_000_000
 """Seeds of the first picture to bring back, the first example and the first kept picture, apart from evaluations'."""
@@ -279,9 +286,10 @@ def run_plan(plan: Plan, folder: Path, shared: dict[str, Any] | None = None) -> 
 
     Raises:
         OptionError: The folder cannot be used or holds attacks under other conditions, or a model cannot be loaded.
-        SafemaxError: Some attacks failed, or weights cannot be read.
+        SafemaxError: Some attacks failed, weights cannot be read, or the processes run on several machines.
     """
     state = process_state()
+    check_machines(state)
     with claimed_by_main(folder, state):
         done = from_main(state, lambda: found_in(folder, plan))
         if done is None or plan.missing(done):

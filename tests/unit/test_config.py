@@ -88,7 +88,10 @@ def test_wrong_type() -> None:
         ({"learning_rate": float("nan")}, "--learning_rate"),
         ({"halt_unconditional": 1.5}, "--halt_unconditional"),
         ({"halt_below": 0.0}, "--halt_below"),
-        ({"halt_content": 0.2, "halt_unconditional": 0.0}, "--halt_content 0.2: needs --halt_unconditional"),
+        (
+            {"halt_content": 0.2, "halt_unconditional": 0.0},
+            "--halt_content 0.2: must be 0 without --halt_unc",
+        ),
         ({"resolution": 63}, "--resolution"),
         ({"lora_targets": "atention"}, "did you mean 'attention'"),
         ({"stop_at_unlearning_accuracy": 101.0}, "--stop_at_unlearning_accuracy"),
