@@ -14,7 +14,7 @@ from safemax_sd.evaluation.attacks.plain import Plain
 from safemax_sd.evaluation.attacks.target import Role
 from safemax_sd.evaluation.inputs import find_suite
 from safemax_sd.evaluation.resistance.options import ALL, AttackOptions, ResistanceOptions
-from safemax_sd.evaluation.resistance.report import AttackReport, turn
+from safemax_sd.evaluation.resistance.report import AttackReport, attack_order
 from safemax_sd.evaluation.subjects import Adapter
 
 from safemax_sd.core.provenance import json_text
@@ -34,7 +34,7 @@ def chosen(names: Sequence[str]) -> list[type[Attack]]:
         OptionError: No attack has that name.
     """
     found = {ATTACKS.get(name) for name in (ATTACKS.names() if ALL in names else names)}
-    return sorted(found | {Plain}, key=lambda attack: turn(attack.name, attack.access))
+    return sorted(found | {Plain}, key=lambda attack: attack_order(attack.name, attack.access))
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
+from safemax_sd.core.errors import OptionError
 from safemax_sd.results.folder import ATTACKING, remove
-from safemax_sd.training.workers import from_main
+from safemax_sd.training.workers import from_main, process_state
 
 WRITER = ".writer"
-"""Name of the file that the process that writes the report has locked."""
+"""Name of the file whose lock the writing process holds."""
+THROUGH = ".through-{}"
+"""Name of the file of a process that has no attack left to take."""
+POLL_SECONDS = 2.0
+
+
+def processes_to_start(asked: int | None, attacks: int) -> int:
+    """Return the number of processes to start for some attacks; 1 if this process runs them itself.
+
+    Args:
+        asked: Value of `--processes`; None for one process for each GPU.
+        attacks: Number of attacks to run.
+
+    Raises:
+        OptionError: There are fewer GPUs than processes.
+    """
+    device = process_state().device.type
+    gpus = torch.cuda.device_count() if device == "cuda" else 1
+    if asked is not None and asked > gpus and device != "cpu":
+        raise OptionError("--processes", asked, f"must be at most {gpus} here, one for each GPU")
+    return max(1, min(asked or gpus, attacks))
 
 
 @dataclass(frozen=True)
@@ -30,32 +52,53 @@ class Crew:
     folder: Path
     state: PartialState
 
+    @property
+    def alone(self) -> bool:
+        """True if there is one process, which needs no files to agree with others."""
+        return self.state.num_processes == 1
+
+    @property
+    def _files(self) -> Path:
+        return self.folder / ATTACKING
+
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Keep the files that the processes tell each other by; all of them enter, and leave, together."""
-        from_main(self.state, lambda: (self.folder / ATTACKING).mkdir())
+        """Keep the files by which the processes agree; all of them enter, and leave, together."""
+        if not self.alone:
+            from_main(self.state, self._files.mkdir)
         yield
-        self.state.wait_for_everyone()
-        if self.state.is_main_process:
-            remove(self.folder / ATTACKING)
+        if not self.alone:
+            self.state.wait_for_everyone()
+            if self.state.is_main_process:
+                remove(self._files)
 
     def untaken(self, names: Sequence[str]) -> Iterator[str]:
         """Yield the names that no process has taken, each as soon as it is taken by this one."""
         for name in names:
-            try:
-                (self.folder / ATTACKING / name).touch(exist_ok=False)
-            except FileExistsError:
-                continue
+            if not self.alone:
+                try:
+                    (self._files / name).touch(exist_ok=False)
+                except FileExistsError:
+                    continue
             yield name
+
+    def until_others_are_through(self) -> Iterator[None]:
+        """Tell the others that this process takes no more attacks; in the main one, yield until all have told."""
+        if self.alone:
+            return
+        (self._files / THROUGH.format(self.state.process_index)).touch()
+        while (
+            self.state.is_main_process and len(list(self._files.glob(THROUGH.format("*")))) < self.state.num_processes
+        ):
+            yield
+            time.sleep(POLL_SECONDS)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Wait until no other process writes the report, and keep the others out inside the block."""
-        with (self.folder / ATTACKING / WRITER).open("w") as writer:
+        if self.alone:
+            yield
+            return
+        with (self._files / WRITER).open("w") as writer:
             fcntl.flock(writer, fcntl.LOCK_EX)
             yield
-
-    def all_of(self, own: list[str]) -> list[str]:
-        """Return the texts of all processes, once each of them has called this."""
-        gathered: list[str] = gather_object(own)
-        return gathered

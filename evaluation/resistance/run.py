@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from PIL import Image
 from safemax_sd.evaluation.attacks.base import Attack
 from safemax_sd.evaluation.attacks.target import Role, Sampling, Target, draw, load_control, load_erased
@@ -24,7 +25,7 @@ from safemax_sd.evaluation.resistance.curves import with_least
 from safemax_sd.evaluation.resistance.options import AttackOptions
 from safemax_sd.evaluation.resistance.page import PAGE_FILE, PICTURES, ROLES, SHOWN, sheet_name, write_page
 from safemax_sd.evaluation.resistance.plan import CONTROLS, Plan, chosen
-from safemax_sd.evaluation.resistance.processes import Crew
+from safemax_sd.evaluation.resistance.processes import Crew, processes_to_start
 from safemax_sd.evaluation.resistance.report import ATTACKS_FILE, AttackReport, AttackRow, Refusal
 from safemax_sd.evaluation.resistance.tally import Tally
 from safemax_sd.evaluation.resistance.untaught import OPTION, judging_too, prompts_for
@@ -46,8 +47,8 @@ from safemax_sd.training.workers import (
     claimed_by_main,
     from_main,
     in_group,
+    launched_in_group,
     process_state,
-    started_in_group,
 )
 
 FIRST_SEED, EXAMPLE_SEED, KEPT_SEED = 5_000_000, 6_000_000, 7_000_000
@@ -58,6 +59,8 @@ REAL_EACH = 64
 """Most real pictures of a concept that are examples."""
 KEPT_EXAMPLES = 32
 """Pictures of other concepts that the base model draws for attacks that need them."""
+MOST_ERRORS = 2
+"""Errors of attacks in a row, such as too little memory, after which one of several processes takes no more."""
 
 
 class Resistance:
@@ -253,27 +256,29 @@ def attack(options: AttackOptions) -> Path:
     """
     options.validate()
     chosen(options.attacks)  # before any folder is read
-    if options.processes is not None and started_in_group():
-        raise OptionError("--processes", options.processes, "is not for processes that a launcher has started")
     folder = Path(options.output_dir or Path(options.adapter) / "attacks")
     plan = Plan.of_command(options)
-    count = 1 if started_in_group() else options.processes or max(1, torch.cuda.device_count())
-    if count == 1 or is_done(plan, folder):
+    launched = launched_in_group()
+    if launched and options.processes is not None:
+        raise OptionError("--processes", options.processes, "is not for processes that a launcher has started")
+    count = 1 if launched else processes_to_start(options.processes, missing_in(folder, plan))
+    if count == 1:
         run_plan(plan, folder)
     else:
         in_group(run_plan, (plan, folder), count)
     return folder
 
 
-def is_done(plan: Plan, folder: Path) -> bool:
-    """Tell whether a folder lacks nothing of a plan.
+def missing_in(folder: Path, plan: Plan) -> int:
+    """Return the number of attacks that a folder lacks; those on several targets count once.
 
     Raises:
-        OptionError: The folder cannot be used or holds attacks under other conditions.
+        OptionError: The folder cannot be used, another process has claimed it, or it holds attacks under other
+            conditions.
     """
     with claimed(folder):
         done = found_in(folder, plan)
-    return done is not None and not plan.missing(done)
+    return len(plan.attacks if done is None else {attack.name for attack, _ in plan.missing(done)})
 
 
 def run_plan(plan: Plan, folder: Path, shared: dict[str, Any] | None = None) -> None:
@@ -347,11 +352,17 @@ def run_all(resistance: Resistance, crew: Crew, done: AttackReport | None) -> No
         return sum(attack.calls(resistance.task_of(role), resistance.sampling) for attack, role in pairs)
 
     attacks = {attack.name: [pair for pair in todo if pair[0] is attack] for attack, _ in todo}
-    if crew.state.num_processes > 1:  # the longest first, so that the processes end at about the same time
+    if not crew.alone:  # the longest first, so that the processes end at about the same time
         attacks = dict(sorted(attacks.items(), key=lambda each: -calls(each[1])))
     failures: dict[tuple[Attack, Role], str] = {}
-    total, others = calls(todo), not crew.state.is_main_process
+    total, others, errors_in_a_row = calls(todo), not crew.state.is_main_process, 0
     with crew.at_work(), tqdm(total=total, unit="call", smoothing=0, leave=False, disable=others) as bar:
+
+        def show_progress() -> None:
+            # `calls` is an upper bound, an attack may be refused or fail, and other processes count for themselves.
+            bar.n = total - calls(pair for pair in resistance.plan.missing(report) if pair not in failures)
+            bar.refresh()
+
         for attack, role in chain.from_iterable(attacks[name] for name in crew.untaken(list(attacks))):
             bar.set_description(f"attack ({attack.name}, {ROLES[role]})")
             resistance.prepare(attack)
@@ -359,18 +370,27 @@ def run_all(resistance: Resistance, crew: Crew, done: AttackReport | None) -> No
                 outcome, pictures = attempt(resistance, attack, role, bar.update)
             except (SafemaxError, RuntimeError) as error:  # diverged, or out of memory: others need not be
                 failures[attack, role] = f"{attack.name} on {ROLES[role]}: {failure_reason(error)}"
+                errors_in_a_row += isinstance(error, RuntimeError)
+                if errors_in_a_row == MOST_ERRORS and not crew.alone:
+                    break  # what is wrong may be this process's device: the others take the rest
             else:
+                errors_in_a_row = 0
                 sheets = {}
                 if pictures is not None:
                     sheets[sheet_name(attack.name, role)] = contact_sheet(to_pil(pictures[:SHOWN]), SHOWN)
                 with crew.writing():
                     report = with_outcome(joined(report, crew.folder), outcome)
                     publish(report, crew.folder, sheets)
-            # `calls` is an upper bound, an attack may be refused or fail, and other processes count for themselves.
-            bar.n = total - calls(pair for pair in resistance.plan.missing(report) if pair not in failures)
-        reasons = crew.all_of(list(failures.values()))
+            show_progress()
+        bar.set_description("attack (other processes)")
+        for _ in crew.until_others_are_through():
+            report = joined(report, crew.folder)
+            show_progress()
+    reasons: list[str] = gather_object(list(failures.values()))
     if reasons:
-        raise SafemaxError(f"{len(reasons)} of {len(todo)} attacks failed: {'; '.join(reasons)}")
+        left = len(resistance.plan.missing(joined(report, crew.folder))) - len(reasons)
+        more = f"; {left} were not run" if left else ""
+        raise SafemaxError(f"{len(reasons)} of {len(todo)} attacks failed: {'; '.join(reasons)}{more}")
 
 
 def attempt(
@@ -406,7 +426,7 @@ def with_outcome(report: AttackReport, outcome: AttackRow | Refusal) -> AttackRe
 def joined(report: AttackReport, folder: Path) -> AttackReport:
     """Return a report with the attacks that other processes have written into its folder."""
     written = AttackReport.find(folder, "--output_dir")
-    return report if written is None else replace(report, rows=written.rows, refusals=written.refusals)
+    return report if written is None else replace(written, conditions=report.conditions, untaught=report.untaught)
 
 
 def begun(resistance: Resistance, done: AttackReport | None) -> AttackReport:

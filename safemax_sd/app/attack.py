@@ -45,7 +45,7 @@ def request(run: str, suite: str, attacks: list[str], num_images: int | None) ->
 
 
 def attacked(queue: Queue, entry: Entry) -> str:
-    """Return the pictures of the attacks that are done, the latest first, as HTML."""
+    """Return the pictures of the attacks that are done, those with the most access first, as HTML."""
     folder = queue.runs / entry.run / ATTACKED
     report = AttackReport.find(folder, "--runs_dir")
     if report is None:

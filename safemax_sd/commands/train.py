@@ -44,10 +44,10 @@ def launch_training(arguments: list[str]) -> None:
     from accelerate.commands.config.config_args import default_config_file
 
     from safemax_sd.training.children import run_child, run_launched
+    from safemax_sd.training.workers import threads_of_each
 
     processes = max(1, torch.cuda.device_count())
-    # By default PyTorch and the launcher count physical cores: on two virtual ones, a process would get one thread.
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
+    threads = threads_of_each(processes)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     if Path(default_config_file).exists():
         code = run_launched([*launcher, *TRAINING, *arguments])

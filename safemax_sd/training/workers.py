@@ -25,12 +25,13 @@ from accelerate.utils import (
     patch_environment,
 )
 from torch import nn
-from torch.multiprocessing.spawn import ProcessExitedException, spawn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import COUNT, RunOptions, option
 from safemax_sd.results.folder import claimed
+from safemax_sd.training.children import SIGNALLED, end_with_parent
 
 T = TypeVar("T")
 
@@ -142,9 +143,17 @@ def process_state() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
 
 
-def started_in_group() -> bool:
-    """Tell whether a launcher has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def launched_in_group() -> bool:
+    """Tell whether a launcher has started this process as one of a group."""
+    return "WORLD_SIZE" in os.environ
+
+
+def threads_of_each(processes: int) -> str:
+    """Return the number of threads of each of several processes that share the cores, as an environment variable's.
+
+    By default PyTorch and launchers count physical cores: on two virtual ones, a process would get one thread.
+    """
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
 
 
 def in_group(call: Callable[..., object], arguments: tuple[Any, ...], count: int) -> None:
@@ -162,14 +171,24 @@ def in_group(call: Callable[..., object], arguments: tuple[Any, ...], count: int
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     errors: SimpleQueue[str] = get_context("spawn").SimpleQueue()
+    group = spawn(_member, (os.getpid(), call, arguments, count, port, errors), nprocs=count, join=False)  # type: ignore[no-untyped-call]
     try:
-        spawn(_member, (call, arguments, count, port, errors), nprocs=count)  # type: ignore[no-untyped-call]
-    except ProcessExitedException as error:
-        raise SafemaxError(str(error) if errors.empty() else errors.get()) from error
+        while not group.join():
+            pass
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        if not errors.empty():
+            raise SafemaxError(errors.get()) from error
+        if isinstance(error, ProcessExitedException):
+            raise SafemaxError(f"{error}: the same command goes on where it stopped") from error
+        raise
+    finally:
+        for process in group.processes:
+            process.terminate()
 
 
 def _member(
     number: int,
+    starter: int,
     call: Callable[..., object],
     arguments: tuple[Any, ...],
     count: int,
@@ -177,20 +196,22 @@ def _member(
     errors: SimpleQueue[str],
 ) -> None:
     """Call a function as one process of a group; end this process if it raises a `SafemaxError`."""
-    # By default each process would start as many threads as there are cores.
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // count))
+    end_with_parent(starter)
+    threads = threads_of_each(count)
     own = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    own |= {"MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+    own |= {"MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in own.items()})
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": threads}
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    torch.set_num_threads(threads)
+    torch.set_num_threads(int(threads))
     try:
         call(*arguments)
     except SafemaxError as error:
         errors.put(str(error))
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(SIGNALLED + signal.SIGINT)
 
 
 def from_main(state: PartialState, call: Callable[[], T]) -> T:
