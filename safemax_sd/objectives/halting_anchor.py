@@ -58,7 +58,6 @@ class HaltingAnchorConfig(SafemaxConfig, PromptOptions):
     replay_span: float = option(0.0)
     retain_near_share: float = option(0.0, "Must be 0: there are no forget prompts yet.")
     replay_unguided_share: float = option(0.5)
-    halt_content: float = option(0.0, "Must be 0: there are no forbidden pictures yet.")
     retain_noise: float = option(0.2)
     max_train_steps: int = option(2000)
     marks: int = option(8, "Number of marks; concepts share them if there are more.", POSITIVE)

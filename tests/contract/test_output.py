@@ -41,7 +41,7 @@ def config(tiny_model: Path, tmp_path: Path) -> TrainConfig:
 
 def test_files(config: TrainConfig) -> None:
     # Halted samples, of two rows each, and perturbed steps are random; without them, model calls are easy to count.
-    config = replace(config, halt_unconditional=0.0, halt_content=0.0, retain_perturbation=0.0)  # type: ignore[call-arg]
+    config = replace(config, halt_unconditional=0.0, retain_perturbation=0.0)  # type: ignore[call-arg]
     config = replace(config, output_kohya_format=True, validation_prompt=["a red apple"], validation_steps=2)
     output = train(config)
     names = {path.name for path in output.iterdir()}

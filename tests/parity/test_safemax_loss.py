@@ -59,9 +59,8 @@ def erasure_data(process: DiffusionProcess | None = None, *, classifier_free: bo
 
 
 def safemax(data: ErasureData | None = None, **flags: object) -> Safemax:
-    """Build the objective without retain samples on noise or content to halt, unless flags say otherwise."""
-    off = {"retain_noise": 0.0, "halt_content": 0.0}
-    return Safemax(SafemaxConfig(**{**off, **flags}), data or erasure_data())  # type: ignore[arg-type]
+    """Build the objective without retain samples on noise, unless flags say otherwise."""
+    return Safemax(SafemaxConfig(**{"retain_noise": 0.0, **flags}), data or erasure_data())  # type: ignore[arg-type]
 
 
 def drawn(built: Safemax, forget: int, retain: int = 1) -> SafemaxDraw:

@@ -35,7 +35,7 @@ BY_SEED = {
     "correlation of neighbouring forbidden latents (noise: 0)": ("latent_lag1_autocorrelation/forget", ".2f"),
 }
 """Metric of a report and format for each value by seed in that table."""
-RESULT = ROOT / "docs" / "results" / "2026-11-30-safemax-defaults.json"
+RESULT = ROOT / "docs" / "results" / "2026-11-28-safemax-defaults.json"
 TASKS = ("emoji/bomb", "emoji/weapons", "emoji/style_blob")
 """Result file and tasks of that table, by column."""
 

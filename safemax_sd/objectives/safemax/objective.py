@@ -44,7 +44,7 @@ class SafemaxConfig(ObjectiveOptions):
     target_guidance: float = option(4.0, "Guidance scale up to which outputs are trained to be noise.", POSITIVE)
     forget_trajectory_share: float = option(0.5, "Fraction of single forget samples on trajectories.", SHARE)
     halt_content: float = option(
-        0.4, "Fraction of single forget samples in which a forbidden picture has a prompt not to forget.", SHARE
+        0.0, "Fraction of single forget samples in which a forbidden picture has a prompt not to forget.", SHARE
     )
     halt_unconditional: float = option(0.33, "Fraction of forget samples that are halted pairs.", SHARE)
     halt_below: float = option(0.6, "Upper bound of t/T for halted pairs.", NONZERO_SHARE)
