@@ -95,7 +95,9 @@ STEP_MEMORY = {CIFAR: "2026-11-30-cifar10-step-memory.jsonl"}
 """Files with the memory of each method's step, by study, where its rows leave out the frozen copy of the network."""
 COMPARED_ATTACKS = "2026-11-30-attacks-compared-bomb.json"
 """File of the table of all methods under attack."""
-ATTACKED_TASKS = ("2026-11-30-attacks-compared-dog.json", "2026-11-30-attacks-compared-weapons.json")
+ATTACKED_TASKS = tuple(
+    f"2026-11-30-attacks-compared-{name}.json" for name in ("dog", "dog-seed-1", "weapons", "weapons-seed-1")
+)
 """Files of the table of attacks by task."""
 ATTACKED_MODELS = ("base", "never_known", "safemax", "safemax_pruned")
 """Models of that table, in the order of its columns."""
