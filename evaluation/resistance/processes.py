@@ -21,6 +21,7 @@ WRITER = ".writer"
 THROUGH = ".through-{}"
 """Name of the file of a process that has no attack left to take."""
 POLL_SECONDS = 2.0
+"""Time between two looks at what the other processes have done."""
 
 
 def processes_to_start(asked: int | None, attacks: int) -> int:

@@ -20,6 +20,7 @@ from safemax_sd.core.records import EntryError, decode
 FORMAT_VERSION = 2
 ATTACKS_FILE = "attacks.json"
 ROLE_ORDER = get_args(Role)
+"""Targets in the order in which an attack runs on them."""
 STRONG = 90.0
 """Success on the base model, in percent, from which on an attack proves something."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,6 +24,7 @@ from accelerate.utils import (
     patch_environment,
 )
 from torch import nn
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -167,11 +167,8 @@ def in_group(call: Callable[..., object], arguments: tuple[Any, ...], count: int
     Raises:
         SafemaxError: The function raised it in a process, or a process was killed; the others have ended.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     errors: SimpleQueue[str] = get_context("spawn").SimpleQueue()
-    group = spawn(_member, (os.getpid(), call, arguments, count, port, errors), nprocs=count, join=False)  # type: ignore[no-untyped-call]
+    group = spawn(_member, (os.getpid(), call, arguments, count, get_free_port(), errors), nprocs=count, join=False)  # type: ignore[no-untyped-call]
     try:
         while not group.join():
             pass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from accelerate import PartialState
 from safemax_sd.evaluation.options import EvaluateOptions
 from safemax_sd.evaluation.run import evaluate
 from safetensors.torch import load_file
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.cli import main as command
@@ -41,10 +41,8 @@ STEADY = ("--lr_scheduler", "constant", "--replay_span", "0")
 
 def launch(arguments: list[str], split: dict[str, str]) -> subprocess.Popen[str]:
     """Launch a training in two gloo processes on the CPU by torchrun."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    port = str(get_free_port())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     environment = {**os.environ, **split, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, "-m", "safemax_sd.train", *arguments],

@@ -90,7 +90,7 @@ def test_wrong_type() -> None:
         ({"halt_below": 0.0}, "--halt_below"),
         (
             {"halt_content": 0.2, "halt_unconditional": 0.0},
-            "--halt_content 0.2: must be 0 without --halt_unc",
+            "--halt_content 0.2: must be 0 without --halt_unconditional",
         ),
         ({"resolution": 63}, "--resolution"),
         ({"lora_targets": "atention"}, "did you mean 'attention'"),
