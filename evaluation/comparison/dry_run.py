@@ -21,8 +21,8 @@ from safemax_sd.evaluation.comparison.tables import Entry, Grid, markdown
 from safemax_sd.evaluation.generate import Job
 from safemax_sd.evaluation.inputs import load_real
 from safemax_sd.evaluation.planning import EvaluationPlan
+from safemax_sd.evaluation.resistance.examples import EXAMPLES_EACH
 from safemax_sd.evaluation.resistance.plan import chosen
-from safemax_sd.evaluation.resistance.run import EXAMPLES_EACH
 from safemax_sd.evaluation.sampling import samplers_of
 from tqdm import tqdm
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from itertools import chain
@@ -16,12 +16,13 @@ import torch
 from accelerate.utils import gather_object
 from PIL import Image
 from safemax_sd.evaluation.attacks.base import Attack
-from safemax_sd.evaluation.attacks.target import Role, Sampling, Target, draw, load_control, load_erased
-from safemax_sd.evaluation.attacks.task import Examples, Task, succeeded
+from safemax_sd.evaluation.attacks.target import Role, Sampling, Target, load_control, load_erased
+from safemax_sd.evaluation.attacks.task import Task, succeeded
 from safemax_sd.evaluation.inputs import judging_context, load_real
 from safemax_sd.evaluation.prompt_settings import RUN_SEEDS, start_seeds
 from safemax_sd.evaluation.real import RealPictures, load_folder
 from safemax_sd.evaluation.resistance.curves import with_least
+from safemax_sd.evaluation.resistance.examples import examples, kept_examples
 from safemax_sd.evaluation.resistance.options import AttackOptions
 from safemax_sd.evaluation.resistance.page import PAGE_FILE, PICTURES, ROLES, SHOWN, sheet_name, write_page
 from safemax_sd.evaluation.resistance.plan import CONTROLS, Plan, chosen
@@ -38,7 +39,7 @@ from safemax_sd.core.pictures import contact_sheet
 from safemax_sd.core.provenance import provenance, public_path
 from safemax_sd.families import load_family
 from safemax_sd.families.latent import LatentFamily
-from safemax_sd.prompts import Prompt, Suite, pick
+from safemax_sd.prompts import pick
 from safemax_sd.recording.replay import start_noise
 from safemax_sd.results.folder import check_no_model, claimed, foreign, not_ours, replacing
 from safemax_sd.results.samples import to_pil
@@ -53,12 +54,6 @@ from safemax_sd.training.workers import (
 
 FIRST_SEED, EXAMPLE_SEED, KEPT_SEED = 5_000_000, 6_000_000, 7_000_000
 """Seeds of the first picture to bring back, the first example and the first kept picture, apart from evaluations'."""
-EXAMPLES_EACH = 16
-"""Examples that the base model draws of a concept without real pictures."""
-REAL_EACH = 64
-"""Most real pictures of a concept that are examples."""
-KEPT_EXAMPLES = 32
-"""Pictures of other concepts that the base model draws for attacks that need them."""
 MOST_ERRORS = 2
 """Errors of attacks in a row, such as too little memory, after which one of several processes takes no more."""
 
@@ -194,57 +189,6 @@ class Resistance:
             version=attack.version,
         )
         return row, tally.pictures
-
-
-def examples(
-    asked: Sequence[Prompt], base: LatentFamily, sampling: Sampling, real: RealPictures | None, *, first_seed: int
-) -> Examples:
-    """Return an attacker's pictures of prompts' concepts: real ones, or else pictures by the base model.
-
-    Of many real pictures `REAL_EACH` of each concept are taken. What a picture shows besides, such as a style, is what
-    its prompt names, where there is such a prompt.
-
-    Args:
-        asked: Prompts of the concepts.
-        base: Model before the erasure.
-        sampling: Settings of pictures by the base model.
-        real: Real pictures; None if there are none.
-        first_seed: Seed of the first picture by the base model.
-    """
-    side = base.picture_size(sampling.resolution)
-    pictures: list[Tensor] = []
-    prompts: list[str] = []
-    concepts: list[str] = []
-    for concept in dict.fromkeys(prompt.shows for prompt in asked):
-        own = [prompt for prompt in asked if prompt.shows == concept]
-        rows = [] if real is None else real.some(concept, REAL_EACH)
-        if real is not None and rows:
-            shown = real.read(rows, side)
-            texts = real.prompts_for(rows, concept, [prompt.text for prompt in own])
-        else:
-            texts = [prompt.text for prompt in pick(own, EXAMPLES_EACH)]
-            shown = drawn_examples(base, texts, sampling, first_seed=first_seed + len(prompts))
-        pictures.append(shown)
-        prompts += texts
-        concepts += [concept] * len(shown)
-    found = torch.cat(pictures)
-    return Examples(found, base.encode_pictures(found).cpu(), tuple(prompts), tuple(concepts))
-
-
-def kept_examples(suite: Suite, base: LatentFamily, sampling: Sampling, *, first_seed: int) -> Examples:
-    """Return pictures of concepts that are not forbidden, by the base model from the suite's retain prompts."""
-    prompts = pick(suite.parts["retain"].prompts, KEPT_EXAMPLES)
-    texts = tuple(prompt.text for prompt in prompts)
-    pictures = drawn_examples(base, texts, sampling, first_seed=first_seed)
-    return Examples(pictures, base.encode_pictures(pictures).cpu(), texts, tuple(prompt.shows for prompt in prompts))
-
-
-def drawn_examples(base: LatentFamily, prompts: Sequence[str], sampling: Sampling, *, first_seed: int) -> Tensor:
-    """Draw a picture for each prompt with the base model, [N, 3, H, W] in 0 to 1."""
-    seeds = list(range(first_seed, first_seed + len(prompts)))
-    noise = start_noise(base.latent_shape(sampling.resolution), seeds, torch.device("cpu"))
-    latents = draw(base, base.encode_prompts(prompts), noise, sampling)
-    return base.decode(latents.to(base.device)).cpu()
 
 
 def attack(options: AttackOptions) -> Path:

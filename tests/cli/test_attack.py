@@ -21,6 +21,7 @@ from safemax_sd.evaluation.attacks.target import Sampling, Target
 from safemax_sd.evaluation.attacks.task import Task
 from safemax_sd.evaluation.metrics.base import Context
 from safemax_sd.evaluation.real import RealPictures, embedded_pictures
+from safemax_sd.evaluation.resistance.examples import REAL_EACH, examples
 from safemax_sd.evaluation.resistance.options import AttackOptions
 from safemax_sd.evaluation.resistance.plan import Plan
 from safemax_sd.evaluation.resistance.report import (
@@ -30,7 +31,7 @@ from safemax_sd.evaluation.resistance.report import (
     excess,
     verdicts,
 )
-from safemax_sd.evaluation.resistance.run import REAL_EACH, Resistance, examples
+from safemax_sd.evaluation.resistance.run import Resistance
 from safemax_sd.evaluation.resistance.untaught import judging_too, prompts_for
 
 from safemax_sd.cli import main
@@ -339,7 +340,7 @@ def test_examples_of_the_base_model_have_the_prompts_that_they_were_drawn_for(
         return torch.zeros(len(prompts), 3, 8, 8)
 
     drawn: list[tuple[tuple[str, ...], int]] = []
-    monkeypatch.setattr("safemax_sd.evaluation.resistance.run.drawn_examples", drawing)
+    monkeypatch.setattr("safemax_sd.evaluation.resistance.examples.drawn_examples", drawing)
     asked = [Prompt(f"{concept} {number}", concept) for concept in ("apple", "pear") for number in range(23)]
     found = examples(asked, tiny.load_latent(tiny_model), Sampling(2.0, 2, 4), None, first_seed=100)
     assert found.prompts == drawn[0][0] + drawn[1][0]
