@@ -99,7 +99,8 @@ def train_in(
     if resume_from is not None:
         check_conditions(resume_from, under)
         check_length(resume_from, config.max_train_steps)
-    set_seed(config.seed)  # samples are drawn by number: processes need no seeds of their own
+    # Samples are drawn by number, but each process needs dropout masks of its own.
+    set_seed(config.seed, device_specific=True)
     clock = Stopwatch()
     run = build_run(config, accelerator, forget, retain, clock)
     run.conditions = under
@@ -159,7 +160,7 @@ def loop(run: Run) -> None:
     forgotten = False
     while run.step < config.max_train_steps and not forgotten:
         if run.recording.is_due(run.step):
-            with run.clock.phase("replay"), recording_precision(accelerator):
+            with run.clock.phase("replay"), recording_precision(config, accelerator):
                 run.objective.extend(run.recording.before(run.step))
             run.model_calls["replay"] = run.recording.model_calls
         terms = optimizer_step(run)
@@ -241,7 +242,7 @@ def optimizer_step(run: Run) -> dict[str, float]:
 @torch.no_grad()
 def reach(run: Run, draw: Draw) -> Batch:
     """Return the batch of a draw on the run's device, for which some objectives sample from the student."""
-    with run.family.uneven_calls():
+    with run.family.uneven_calls(), run.family.evaluating():  # a sampler has no dropout
         batch = run.objective.reach(run.predict, draw.to(run.accelerator.device))
     # Older PyTorch would use autocast's copies of the weights again, and those made here pass on no gradients.
     torch.clear_autocast_cache()

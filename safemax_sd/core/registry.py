@@ -36,8 +36,12 @@ class Registry(Generic[T]):
         """Return all names, sorted."""
         return sorted(self._classes())
 
-    def get(self, name: str) -> type[T]:
+    def get(self, name: str, *, option: str | None = None) -> type[T]:
         """Return the class with a name.
+
+        Args:
+            name: Name of the class.
+            option: Flag that gave the name, for errors; that of the kind of class if not given.
 
         Raises:
             OptionError: No class has that name; the message suggests the nearest.
@@ -45,7 +49,7 @@ class Registry(Generic[T]):
         classes = self._classes()
         if name not in classes:
             allowed = f"no such {self.kind}{closest(name, classes)}; there are: {', '.join(sorted(classes))}"
-            raise OptionError(f"--{self.kind.replace(' ', '_')}", name, allowed)
+            raise OptionError(option or f"--{self.kind.replace(' ', '_')}", name, allowed)
         return classes[name]
 
     def _classes(self) -> dict[str, type[T]]:

@@ -62,13 +62,13 @@ class LatentFamily(ModelFamily):
         if options.prediction_type is not None:
             self.scheduler_settings["prediction_type"] = options.prediction_type
         self.tokenizer = pipeline.tokenizer
+        self.denoiser: nn.Module = getattr(pipeline, self.denoiser_part)
         self.process = self._noise_process()
         pipeline.set_progress_bar_config(disable=True)
         for name, part in self.networks().items():
             part.requires_grad_(False).eval()
             if not (options.sharded and name == self.denoiser_part):
                 part.to(options.device)
-        self.denoiser: nn.Module = getattr(pipeline, self.denoiser_part)
         self.empty = self._encode_empty()  # sampling needs it after the text encoders are freed
 
     @classmethod

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from safemax_sd.families.conditioning import Conditioning
 
 LOWEST_START = 0.05
-"""Largest distance below the highest noise level at which pure noise may start, as a fraction of all levels.
+"""Largest shift of a sampler's steps below the highest noise level, as a fraction of all levels.
 
-Stable Diffusion's own sampler starts there with 20 steps.
+Pure noise cannot start much lower: Stable Diffusion's own sampler starts there with 20 steps.
 """
 
 

@@ -45,6 +45,7 @@ class EsdConfig(AuthorsAdamW):
 
     train_batch_size: int = option(1)
     retain_batch_size: int | None = option(1, "Not used: ESD has no retain loss.")
+    retain_weight: float = option(10.0, "Not used: ESD has no retain loss.")
     trainable: Literal["lora", "full"] = option("full", "Trained weights: the denoiser's, as published, or a LoRA.")
     lora_targets: LoraTargets = option("cross_attention")
     max_train_steps: int = option(200)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -58,7 +59,8 @@ class Salun(Relabelling):
 
     def prepare(self, student: Student) -> int:
         self.parameters = list(student.parameters)
-        self.mask = salient(self._forget_gradients(student), self.config.saliency_share)
+        # One mask for all processes: gradients on a GPU are not the same bit for bit.
+        self.mask = broadcast(salient(self._forget_gradients(student), self.config.saliency_share))
         return len(self.data.forget_samples)
 
     def draw(self, positions: Positions) -> RelabelledDraw:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -88,7 +88,8 @@ class SfrOn(Objective):
         self.parameters = list(student.parameters)
         forget = self._fisher(student, data.forget_samples, data.forget, FORGET_FISHER)
         retain = self._fisher(student, data.retain_samples, data.retain, RETAIN_FISHER)
-        self.mask = salient(forget, retain, self.config.saliency_threshold)
+        # One mask for all processes: gradients on a GPU are not the same bit for bit.
+        self.mask = broadcast(salient(forget, retain, self.config.saliency_threshold))
         return len(data.forget_samples) + len(data.retain_samples)
 
     def draw(self, positions: Positions) -> SfrOnBatch:

@@ -64,8 +64,12 @@ def suite_names() -> list[str]:
     return sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.glob("*/*/forget.csv"))
 
 
-def load_suite(name_or_folder: str) -> Suite:
+def load_suite(name_or_folder: str, *, option: str = "--suite") -> Suite:
     """Load a shipped suite by name, or any folder of the same layout.
+
+    Args:
+        name_or_folder: Name or folder of the suite.
+        option: Flag that gave it, for errors.
 
     Raises:
         OptionError: The name is neither, or the folder lacks forget.csv or retain.csv.
@@ -74,9 +78,9 @@ def load_suite(name_or_folder: str) -> Suite:
     folder = ROOT / name_or_folder if name_or_folder in names else Path(name_or_folder)
     if not (folder / "forget.csv").is_file():
         text = f"is neither a folder with a forget.csv nor one of {', '.join(names)}{closest(name_or_folder, names)}"
-        raise OptionError("--suite", name_or_folder, text)
+        raise OptionError(option, name_or_folder, text)
     parts = {
-        part: load_prompts(folder / f"{part}.csv", option="--suite")
+        part: load_prompts(folder / f"{part}.csv", option=option)
         for part in PARTS
         if part in PARTS[:2] or (folder / f"{part}.csv").exists()
     }

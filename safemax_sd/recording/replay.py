@@ -1,8 +1,8 @@
 """Replay: trajectories of the frozen model, recorded once and used as training targets.
 
 Sampling with guidance computes the conditional and the unconditional prediction at every step anyway, so recorded
-targets cost nothing beyond the samples, lie on the model's own trajectories, and need neither training pictures nor a
-second copy of the network.
+targets cost nothing beyond the samples, except those at perturbed states and of samplers that do not mix the two. They
+lie on the model's own trajectories, and need neither training pictures nor a second copy of the network.
 """
 
 from __future__ import annotations

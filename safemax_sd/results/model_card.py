@@ -142,7 +142,7 @@ def _opening(record: ErasureRecord) -> list[str]:
         title = f"# Erased from {markdown_text(base)}: {', '.join(concepts)}"
         sentence = (
             f"{what} {markdown_code(base)} forget {record.forget.count} forbidden prompts"
-            f" ({', '.join(concepts)}); {record.retain.count} prompts were trained to stay as they are."
+            f" ({', '.join(concepts)}); {record.retain.count} prompts are meant to stay as they are."
         )
     else:
         title = f"# Halting anchor of {markdown_text(base)}"

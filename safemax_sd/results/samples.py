@@ -84,7 +84,8 @@ def is_ours(picture: Path) -> bool:
 
 def own_samples(output_dir: Path) -> list[Path]:
     """List the files that `save_samples` wrote for a run, in the order of steps."""
-    return sorted(path for path in (output_dir / SAMPLES).glob("step-*.png") if is_ours(path))
+    own = (path for path in (output_dir / SAMPLES).glob("step-*.png") if is_ours(path))
+    return sorted(own, key=lambda path: (len(path.name), path.name))  # step-100000.png is later than step-99900.png
 
 
 def remove_samples(output_dir: Path) -> None:

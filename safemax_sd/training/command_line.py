@@ -58,8 +58,10 @@ def parse_config(
     defaults: dict[str, Any] = {}
     for file, content in files.items():
         defaults |= check_types(content, chosen, file)
+    # A flag that may be repeated would otherwise add to the file's values.
+    repeated = {flag.name for flag in flags_of(chosen) if flag.repeated and value_of(words, f"--{flag.name}")}
     parser = flag_parser(chosen, prog=prog, description=description)
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**{name: value for name, value in defaults.items() if name not in repeated})
     known, unknown = parser.parse_known_args(words)
     if unknown:
         flags = [f"--{entry.name}" for entry in dataclasses.fields(chosen)]

@@ -42,6 +42,9 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
     forget = retain if named is None else named
     if named is not None:
         check_disjoint(named, retain)
+    if config.train_data_dir is not None and objective.needs(config, forget, retain).stored != "samples":
+        text = f"is not used by --objective {config.objective}, which learns from what the model itself draws"
+        raise OptionError("--train_data_dir", config.train_data_dir, text)
     allowed = objective.allowed_weights
     if config.trainable not in allowed:
         text = f"does not go with --objective {config.objective}: use {' or '.join(sorted(allowed))}"

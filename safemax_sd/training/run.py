@@ -115,7 +115,7 @@ def build_run(
     with clock.phase("replay"):
         needs = OBJECTIVES.get(config.objective).needs(config, forget, retain)
         recording = Recording(config, needs, encoder, forget, retain, retained=retained)
-        with recording_precision(accelerator):
+        with recording_precision(config, accelerator):
             data = recording.before(0)
     family.free_encoders(decoder=validation is None and probe is None)
     objective = OBJECTIVES.get(config.objective)(config, data)  # type: ignore[arg-type]
@@ -212,7 +212,7 @@ def pruned(
         return {}, {}, None
     with clock.phase("prune"):
         recording = recording_to_prune(config, encoder, forget, retain)
-        with recording_precision(accelerator):
+        with recording_precision(config, accelerator):
             data = recording.before(0)
         layers, size = pruned_layers(encoder.family, config.lora()), config.replay_batch_size
         changes, calls = prune(encoder.family, layers, data, config.prune, batch_size=size, seed=config.seed)
@@ -239,11 +239,14 @@ def check_family(config: TrainConfig, family: ModelFamily) -> None:
 
 
 def frozen_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Return the type that the frozen weights are loaded in."""
-    # On a processor autocast alone is used: half-precision weights would be converted at every layer.
-    return torch.float32 if device.type == "cpu" else DTYPES[config.mixed_precision or "no"]
+    """Return the type that the model's weights are loaded in."""
+    # On a processor half-precision weights would be converted at every layer, and weights that are trained would keep
+    # the rounding: autocast alone is used.
+    whole = device.type == "cpu" or config.trainable == "full"
+    return torch.float32 if whole else DTYPES[config.mixed_precision or "no"]
 
 
-def recording_precision(accelerator: Accelerator) -> AbstractContextManager[Any]:
+def recording_precision(config: TrainConfig, accelerator: Accelerator) -> AbstractContextManager[Any]:
     """Return the context in which trajectories are recorded in the precision of the steps; see `frozen_dtype`."""
-    return accelerator.autocast() if accelerator.device.type == "cpu" else nullcontext()
+    whole = frozen_dtype(config, accelerator.device) == torch.float32
+    return accelerator.autocast() if whole else nullcontext()

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
     parse_flag_from_env,
@@ -38,7 +39,7 @@ T = TypeVar("T")
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """Texts in a backend's error for a process that is gone; gloo has no exception class of its own."""
 LONGEST_WAIT = timedelta(days=30)
-"""Time that the processes of a command that trains nothing wait for each other: their parts take unequally long."""
+"""Time that processes wait for each other: their parts of a recording, an evaluation or attacks take unequally long."""
 PROCESS_LOST = (
     "error: another process of this run has ended, or the run was stopped; the last checkpoint is intact: start the "
     "run again with --resume_from_checkpoint latest"
@@ -90,8 +91,11 @@ def make_accelerator(config: TrackerOptions) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=config.tracker,
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logging_dir),
-            # Buffers do not change, and processes that sample from the student differ in their number of calls.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                # Buffers do not change, and processes that sample from the student differ in their number of calls.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            ],
         )
     check_precision(accelerator.mixed_precision, accelerator.device)
     check_machines(accelerator.state)

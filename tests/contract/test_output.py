@@ -245,6 +245,7 @@ def test_a_checkpoint_of_unknown_conditions_is_refused(config: TrainConfig) -> N
     [
         ({"pretrained_model_name_or_path": "/nowhere"}, "--pretrained_model_name_or_path /nowhere"),
         ({"objective": "safemx"}, "did you mean 'safemax'"),
+        ({"train_data_dir": "pictures"}, "--train_data_dir pictures: is not used by --objective safemax"),
         ({"forget_prompts": "/nowhere.csv"}, "--forget_prompts /nowhere.csv"),
         ({"stop_at_unlearning_accuracy": 99.0, "clip_model": "none"}, "--clip_model none"),
         (
@@ -301,6 +302,9 @@ def test_a_run_from_another_folder_s_checkpoint_does_not_mix_with_the_one_it_rep
 def test_the_last_pictures_are_those_of_the_last_step(config: TrainConfig) -> None:
     output = train(replace(config, validation_prompt=["apple"], validation_steps=3))
     assert [path.name for path in own_samples(output)] == ["step-00003.png", "step-00004.png"]
+    for step in (99_900, 100_000):
+        shutil.copy(output / "samples" / "step-00004.png", output / "samples" / f"step-{step}.png")
+    assert own_samples(output)[-1].name == "step-100000.png"
 
 
 def test_full_weights_are_one_file_whatever_their_size(tiny_model: Path, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> N
     config = parse_config(["--config", str(path), "--rank", "8"])
     assert (config.learning_rate, config.rank, config.forget_prompts) == (1e-4, 8, "f.csv")
     assert config.validation_prompt == ["a", "b"]
+    given = parse_config(["--config", str(path), "--validation_prompt", "c", "--validation_prompt=d"])
+    assert given.validation_prompt == ["c", "d"]
     assert config.max_train_steps == config_class("safemax").max_train_steps
 
 

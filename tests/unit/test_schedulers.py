@@ -136,6 +136,19 @@ def test_a_flow_model_needs_a_flow_matching_scheduler(tiny_sd3: Path, tmp_path: 
         load(with_scheduler(tmp_path / "model", DDIMScheduler(**BETAS), tiny_sd3))
 
 
+@torch.no_grad()
+def test_sd3_may_shift_its_schedule_by_picture_size(tiny_sd3: Path, tmp_path: Path) -> None:
+    settings = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}
+    folder = with_scheduler(tmp_path / "model", FlowMatchEulerDiscreteScheduler(**settings), tiny_sd3)
+    family = load(folder)
+    noise = start_noise(family.latent_shape(None), [0, 1], torch.device("cpu"))
+    prompts = ["a red apple", "a pear"]
+    family.pipeline.scheduler = family.sampler()
+    stock = family.pipeline(prompts, latents=noise, guidance_scale=4.0, num_inference_steps=5, output_type="latent")
+    ours = family.sample(family.encode_prompts(prompts), noise, guidance_scale=4.0, num_inference_steps=5)
+    torch.testing.assert_close(ours, stock.images, atol=1e-4, rtol=1e-4)
+
+
 def test_the_prediction_type_may_be_overridden_on_a_zero_terminal_schedule(tiny_model: Path, tmp_path: Path) -> None:
     folder = with_scheduler(tmp_path / "model", DDIMScheduler(**BETAS, rescale_betas_zero_snr=True), tiny_model)
     family = load_family(LoadOptions(str(folder), prediction_type="v_prediction"))

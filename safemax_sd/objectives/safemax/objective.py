@@ -198,7 +198,10 @@ class Safemax(Objective):
         return SafemaxDraw(rows, pairs, rows, OnNoise(x, t, prompts, prompts), rows)
 
     def _single(self, generator: torch.Generator) -> Rows:
-        """Draw a forget prompt at a noise level drawn as in the model's training: on a trajectory, or on noise."""
+        """Draw a forget prompt on noise, at a level drawn as in the model's training, or on a recorded step.
+
+        The recorded step is any on the same side of `guided_from` as that level.
+        """
         process = self.data.process
         t = process.schedule.sample_times(1, generator)
         guided = bool(process.schedule.noise_level(t) >= self.guided_from)
