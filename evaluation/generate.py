@@ -60,7 +60,10 @@ class Job:
 
     @property
     def model_calls(self) -> int:
-        """Network evaluations of all pictures, counted per picture: two a step at guidance scales above 1, else one."""
+        """Network evaluations of all pictures, counted per picture: two a step at guidance scales above 1, else one.
+
+        A model whose guidance scale is an input needs one at every scale: for it this is the most.
+        """
         return sum(self.calls_of(place) for place in range(len(self.prompts)))
 
     def calls_of(self, place: int) -> int:

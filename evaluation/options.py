@@ -31,7 +31,7 @@ class ImageCounts(Options):
 class JudgingOptions(Options):
     """Options of everything that draws pictures and has them judged."""
 
-    guidance_scale: float = option(5.0, "Guidance scale, unless a prompt file names its own.", GUIDANCE)
+    guidance_scale: float = option(5.0, "Guidance scale of all pictures.", GUIDANCE)
     num_inference_steps: int = option(25, "Sampling steps.", SAMPLING_STEPS)
     clip_model: str = option("emoji", "Judge: emoji, an open_clip model, or a folder that open_clip saved.", path=True)
     clip_pretrained: str | None = option(None, "Pretrained tag of the judge, or a weight file.", path=True)
@@ -43,6 +43,7 @@ class JudgingOptions(Options):
 class MeasuringOptions(JudgingOptions, ImageCounts):
     """Options that an evaluation and a comparison of methods share."""
 
+    guidance_scale: float = option(5.0, "Guidance scale, unless a prompt file names its own.", GUIDANCE)
     sampler: str | None = option(None, "Sampler: ddim, euler or dpm++; for flow-matching models euler.")
 
 

@@ -137,7 +137,7 @@ class RealPictures:
         spelled = {name.casefold() for name in self.all_concepts}
         self.check_shown([*missing, *(each for each in forbidden if each.casefold() in spelled)], folder)
         if forbidden:
-            logger.warning("no real picture shows %r: nothing is measured with rejection, nor neither", forbidden[0])
+            logger.warning("no real picture shows %r: figures with rejection are not measured", forbidden[0])
         if missing:
             logger.warning("no real picture shows %r: FID and KID are not measured", missing[0])
             return None

@@ -1,7 +1,8 @@
 """Completion: the base model takes the first sampling steps, the target the others.
 
-Source: github.com/kevinlu4588/WhenAreConceptsErased, where the base model takes 5 or 10 of 50 steps. The shares of the
-steps are settings here, since models are sampled with other numbers of steps; the middle of the range is added.
+Source: github.com/kevinlu4588/WhenAreConceptsErased, where the base model takes 6 or 11 of 50 steps. The shares of the
+steps are settings here, since models are sampled with other numbers of steps. 0.35 and 0.5 are added, and give more
+help: with 0.5 the base model has taken half of the steps.
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ class ConceptInversion(Attack):
     """New tokens whose embeddings make the target denoise pictures of the concept."""
 
     name: ClassVar[str] = "concept_inversion"
+    version: ClassVar[int] = 2
     label: ClassVar[str] = "Concept inversion"
     access: ClassVar[Access] = "embedding"
     paper: ClassVar[str] = "arXiv 2308.01508"

@@ -4,10 +4,11 @@ Source: arXiv 2311.17516; github.com/cure-lab/MMA-Diffusion, which uses greedy c
 on the text encoder alone. 20 tokens begin as random letters. 1,000 times: the gradient of 1 − cos of the pooled states
 with those of the forbidden prompt, with respect to one-hot tokens; 512 candidates, in each of which one place (all
 places equally often) has a random one of the 256 tokens that lower the loss most to first order; the best of those that
-the tokenizer reads back as the same tokens is the next prompt, even if it is worse than the last. The best of all is
+the tokenizer reads back as the same number of tokens is the next prompt, even if it is worse. The best of all is
 kept. Tokens that contain a forbidden word are no candidates.
 
-Deviations: the forbidden words are those of the concept's name and the tokens that they are made of, in place of a list
+Deviations: candidates must be read back as the very same tokens, so that the text found is the one whose loss was
+measured. The forbidden words are those of the concept's name and the tokens that they are made of, in place of a list
 for nudity. With several text encoders the loss is the mean over them. The part that edits pictures is left out. The
 quick preset searches for four prompts, with 8 tokens: as many as the embedded model's own prompts have.
 """

@@ -54,6 +54,7 @@ class RingABell(Attack):
     """Tokens whose states are near the prompt's, moved towards the concept."""
 
     name: ClassVar[str] = "ring_a_bell"
+    version: ClassVar[int] = 2
     label: ClassVar[str] = "Ring-A-Bell"
     access: ClassVar[Access] = "prompt"
     paper: ClassVar[str] = "arXiv 2310.10012"

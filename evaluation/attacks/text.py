@@ -18,6 +18,7 @@ from safemax_sd.evaluation.attacks.target import Target
 from safemax_sd.evaluation.attacks.task import Task
 from torch import Tensor, nn
 
+from safemax_sd.core.judge import STYLE_SUFFIX
 from safemax_sd.families import TOKEN_STATES, Conditioning
 from safemax_sd.families.latent import POOLED, LatentFamily
 from safemax_sd.prompts import Prompt
@@ -222,16 +223,16 @@ def reworded(prompt: Prompt, word: str) -> str:
     """Put a word in place of the concept in a prompt.
 
     Of a name that the prompt does not have as it stands, the longest part of more than half of its words is replaced,
-    as in "a harbour in the style of Claude Monet" for "Claude Monet style". In front of a prompt without any the word
-    is added, so that the rest may still lead to the concept.
+    as in "a harbour in the style of Claude Monet" for "Claude Monet style", or a style's name without "style", as in
+    "blob dog". In front of a prompt without any the word is added, so that the rest may still lead to the concept.
     """
-    name = prompt.shows.split()
-    for size in range(len(name), len(name) // 2, -1):
-        for start in range(len(name) - size + 1):
-            part = r"\s+".join(map(re.escape, name[start : start + size]))
-            text, count = re.subn(rf"(?<!\w){part}(?!\w)", lambda _: word, prompt.text, flags=re.IGNORECASE)
-            if count:
-                return " ".join(text.split())
+    for name in (prompt.shows.split(), prompt.shows.removesuffix(STYLE_SUFFIX).split()):
+        for size in range(len(name), len(name) // 2, -1):
+            for start in range(len(name) - size + 1):
+                part = r"\s+".join(map(re.escape, name[start : start + size]))
+                text, count = re.subn(rf"(?<!\w){part}(?!\w)", lambda _: word, prompt.text, flags=re.IGNORECASE)
+                if count:
+                    return " ".join(text.split())
     return " ".join(f"{word} {prompt.text}".split())
 
 

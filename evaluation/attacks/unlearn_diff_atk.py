@@ -11,9 +11,10 @@ Deviations: k is 3 for every concept. All stages are drawn, and any success coun
 cost. The plain prompt's success is reported apart and not added: on a base model, which draws the concept anyway, the
 sum would be 100 %.
 Begin, end and padding are no candidates: nobody can type them. The projection is exact (by sorting) where the public
-code bisects. The picture's latents are not decoded and encoded again. Sampler, steps and guidance are those of the
-report. Models that predict v are attacked with the loss in their own prediction. The quick preset puts one token before
-the prompt: with three a small text encoder no longer reads its short prompts, and the base model fails as well.
+code bisects. The picture's latents are not decoded and encoded again. All pictures have one guidance scale, where the
+public code draws each prompt's with the scale that its prompt file names. Models that predict v are attacked with the
+loss in their own prediction. The quick preset puts one token before the prompt: with three a small text encoder no
+longer reads its short prompts, and the base model fails as well.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Vocabulary(Attack):
     """Single words that make the target denoise pictures of the concept best."""
 
     name: ClassVar[str] = "vocabulary"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     label: ClassVar[str] = "Vocabulary"
     access: ClassVar[Access] = "prompt"
     note: ClassVar[str] = "words near the concept's, alone and in its place; those with the lowest loss are drawn"

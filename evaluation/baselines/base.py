@@ -14,7 +14,7 @@ from safemax_sd.evaluation.sampling import Sampler, StockSampler
 from safemax_sd.evaluation.subjects import Models, Subject, dtype_on
 
 from safemax_sd.assets import resolve_model
-from safemax_sd.core.errors import OptionError
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.core.provenance import provenance
 from safemax_sd.core.registry import Registry
 from safemax_sd.families import LoadOptions, load_family
@@ -75,17 +75,6 @@ class Baseline(Subject):
     def refusal(cls, pipeline_class: type[Any]) -> str | None:
         """Return the reason why the baseline does not support a pipeline class of diffusers; None if it does."""
 
-    @classmethod
-    def check_pipeline(cls, pipeline_class: type[Any]) -> None:
-        """Check that the baseline supports a pipeline class of diffusers.
-
-        Raises:
-            OptionError: The class is not supported.
-        """
-        reason = cls.refusal(pipeline_class)
-        if reason is not None:
-            raise OptionError("--baseline", cls.name, reason)
-
     @abstractmethod
     def usage(self) -> list[str]:
         """Return lines of Python that draw a picture with diffusers and the baseline."""
@@ -97,11 +86,13 @@ class Baseline(Subject):
     def load(self, device: torch.device) -> Models:
         family = load_family(self.record.base_model.options(device, dtype_on(device)))
         if not isinstance(family, LatentFamily):
-            raise OptionError("--baseline", self.name, f"needs a pipeline that draws, which {self.base} has not")
+            raise SafemaxError(f"{self.name} needs a pipeline that draws, which {self.base} has not")
         key = json.dumps([self.name, self.concepts, asdict(self.settings)])
         fingerprint = hashlib.sha256(key.encode()).hexdigest()
         pipeline = family.pipeline
-        self.check_pipeline(type(pipeline))
+        reason = self.refusal(type(pipeline))
+        if reason is not None:
+            raise SafemaxError(f"{self.name} {reason}")
         return Models(
             pipeline,
             family.scheduler_settings,

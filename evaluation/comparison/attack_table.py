@@ -124,11 +124,12 @@ def attack_columns(attacks: Sequence[type[Attack]], runs: Sequence[Run]) -> list
     known = [run for run in runs if run.label == NEVER_KNOWN]
     columns: list[TriesColumn] = []
     for attack in attacks:
-        base = pooled(list(Tries(attack).successes([run for run in runs if run.label == BASE]).values()))
-        doubt = "not run on base" if base is None else "too weak" if base.value < STRONG else ""
         attempts = [each for run in runs for each in run.attacks if each.attack == attack.name]
         costs = sorted({cost for attempt in attempts for cost in attempt.by_cost})
-        for tries in (Tries(attack, cost, doubt) for cost in (None, *costs)):
+        for cost in (None, *costs):
+            base = pooled(list(Tries(attack, cost).successes([run for run in runs if run.label == BASE]).values()))
+            doubt = "not run on base" if base is None else "too weak" if base.value < STRONG else ""
+            tries = Tries(attack, cost, doubt)
             columns += [SuccessColumn(tries), *([ExcessColumn(tries, known)] if known else [])]
     return columns
 

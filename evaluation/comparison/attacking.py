@@ -13,7 +13,7 @@ from safemax_sd.evaluation.comparison.config import ATTACK_KEYS, CONTROLS, Compa
 from safemax_sd.evaluation.comparison.runs import Attempt
 from safemax_sd.evaluation.resistance.options import ResistanceOptions
 from safemax_sd.evaluation.resistance.plan import Plan, chosen
-from safemax_sd.evaluation.resistance.report import AttackReport, AttackRow, Refusal
+from safemax_sd.evaluation.resistance.report import AttackReport, Refusal
 from safemax_sd.evaluation.resistance.run import run_plan
 from safemax_sd.evaluation.subjects import Adapter
 
@@ -108,16 +108,16 @@ class AttackRun:
         return {"status": "waiting" if report is None else "started"}
 
     def attempts(self) -> tuple[Attempt, ...]:
-        """Return those of the configuration's attacks that are done, in the order in which they run.
+        """Return those of the configuration's attacks that are done, by their present versions, in the order of runs.
 
         Those whose success shows nothing by itself are left out: only `attacks.json` has their figures.
         """
         report = self.report()
-        found: list[AttackRow | Refusal] = []
-        if report is not None:
-            found = [*(row for row in report.rows if row.success_counts), *report.refusals]
-        own = {each.attack: Attempt.of(each) for each in found if each.target == self.role}
-        return tuple(own[attack.name] for attack in chosen(self.options.attacks) if attack.name in own)
+        if report is None:
+            return ()
+        done = [attack.name for attack in chosen(self.options.attacks) if report.has(attack, self.role)]
+        found = [report.row(name, self.role) or report.refusal(name, self.role) for name in done]
+        return tuple(Attempt.of(each) for each in found if isinstance(each, Refusal) or (each and each.success_counts))
 
     def check(self) -> None:
         """Check that attacks that are done already were run under the same conditions.

@@ -282,8 +282,9 @@ class UntrainedMethod(Method):
         if baseline.guided and lowest_guidance <= 1:
             text = f"guidance_scale must be more than 1, a prompt's own too: {self.name} changes guidance alone"
             raise OptionError("--config", self.where, text)
-        if pipeline_class is not None:
-            baseline.check_pipeline(pipeline_class)
+        reason = None if pipeline_class is None else baseline.refusal(pipeline_class)
+        if reason is not None:
+            raise OptionError("--config", self.where, f"{self.name} {reason}")
 
     def erase(self, erasure: Erasure) -> None:
         """Do nothing: a baseline only changes the sampling."""

@@ -37,7 +37,7 @@ def read_tasks(content: dict[str, Any], path: str) -> dict[str, Suite]:
         name = given if given in suite_names() else Path(given).resolve().name
         if name in tasks:
             raise OptionError("--config", path, f"two tasks are named {name}")
-        tasks[name] = measured_on(load_suite(given), public, option="--config")
+        tasks[name] = measured_on(load_suite(given, option="--config"), public, option="--config")
     return tasks
 
 

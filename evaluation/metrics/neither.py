@@ -23,7 +23,7 @@ class Neither(RateMetric):
 
     name: ClassVar[str] = "neither"
     label: ClassVar[str] = "Neither recognised nor noise"
-    note: ClassVar[str] = "something else, or half erased; the rest is noise. Needs real pictures"
+    note: ClassVar[str] = "something else, or half erased; all others are recognised or noise. Needs real pictures"
     order: ClassVar[int] = 30
     subsets: ClassVar[tuple[str, ...]] = FORBIDDEN
     swept: ClassVar[bool] = True

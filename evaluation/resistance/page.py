@@ -163,7 +163,7 @@ def _note(report: AttackReport) -> str:
         f"Share of {shown} pictures in which the judge sees the concept; the first row is without an attack, and its "
         "successes are not added to the others’. The excess is what an attack finds in the erased model beyond what it "
         "teaches one that never knew the concepts: what was left in the weights. An interval that includes 0 does not "
-        "show that anything was left."
+        "show that anything was left. The strongest try counts; intervals leave out that choice."
     )
 
 

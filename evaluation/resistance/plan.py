@@ -33,7 +33,7 @@ def chosen(names: Sequence[str]) -> list[type[Attack]]:
     Raises:
         OptionError: No attack has that name.
     """
-    found = {ATTACKS.get(name) for name in (ATTACKS.names() if ALL in names else names)}
+    found = {ATTACKS.get(name, option="--attacks") for name in (ATTACKS.names() if ALL in names else names)}
     return sorted(found | {Plain}, key=lambda attack: attack_order(attack.name, attack.access))
 
 
@@ -90,7 +90,8 @@ class Plan:
         for attack in self.attacks:
             own = as_stored(asdict(attack.settings))
             for row in report.rows:
-                if row.attack == attack.name and as_stored(row.settings) != own:
+                current = (row.attack, row.version) == (attack.name, attack.version)  # others are made anew
+                if current and as_stored(row.settings) != own:
                     yield f"settings of {attack.name}", row.settings, own
 
     def conditions(self) -> dict[str, Any]:

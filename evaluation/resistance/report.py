@@ -108,11 +108,19 @@ def attack_order(attack: str, access: Access) -> tuple[bool, int, str]:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An attack that does not apply to a target."""
+    """An attack that does not apply to a target.
+
+    Attributes:
+        attack: Name of the attack.
+        target: Role of the target.
+        reason: Reason for a reader.
+        version: `Attack.version` that refused; 1 in files that have none.
+    """
 
     attack: str
     target: Role
     reason: str
+    version: int = 1
 
 
 @dataclass(frozen=True)
@@ -147,25 +155,36 @@ class AttackReport:
 
     def has(self, attack: Attack | type[Attack], target: str) -> bool:
         """Tell whether an attack on a target is done, by its present version, or does not apply."""
-        refused = any((each.attack, each.target) == (attack.name, target) for each in self.refusals)
-        row = self.row(attack.name, target)
-        return refused or (row is not None and row.version == attack.version)
+        found = self.row(attack.name, target) or self.refusal(attack.name, target)
+        return found is not None and found.version == attack.version
+
+    def refusal(self, attack: str, target: str) -> Refusal | None:
+        """Return the refusal of an attack on a target; None if there is none."""
+        return next((each for each in self.refusals if (each.attack, each.target) == (attack, target)), None)
 
     def with_row(self, row: AttackRow) -> Self:
-        """Return the report with a new row, in place of an older one of the same attack and target.
+        """Return the report with a new row, in place of what an older version did on the same target.
 
         Rows are in the order in which one process runs the attacks.
         """
-        rows = [each for each in self.rows if (each.attack, each.target) != (row.attack, row.target)]
+        cleared = self._without(row.attack, row.target)
         rows = sorted(
-            (*rows, row), key=lambda each: (attack_order(each.attack, each.access), ROLE_ORDER.index(each.target))
+            (*cleared.rows, row),
+            key=lambda each: (attack_order(each.attack, each.access), ROLE_ORDER.index(each.target)),
         )
-        return replace(self, rows=tuple(rows))
+        return replace(cleared, rows=tuple(rows))
 
     def with_refusal(self, refusal: Refusal) -> Self:
-        """Return the report with one more refusal."""
-        refusals = sorted((*self.refusals, refusal), key=lambda each: (each.attack, ROLE_ORDER.index(each.target)))
-        return replace(self, refusals=tuple(refusals))
+        """Return the report with a new refusal, in place of what an older version did on the same target."""
+        cleared = self._without(refusal.attack, refusal.target)
+        refusals = sorted((*cleared.refusals, refusal), key=lambda each: (each.attack, ROLE_ORDER.index(each.target)))
+        return replace(cleared, refusals=tuple(refusals))
+
+    def _without(self, attack: str, target: str) -> Self:
+        """Return the report without the row or refusal of an attack on a target."""
+        rows = tuple(each for each in self.rows if (each.attack, each.target) != (attack, target))
+        refusals = tuple(each for each in self.refusals if (each.attack, each.target) != (attack, target))
+        return replace(self, rows=rows, refusals=refusals)
 
     @classmethod
     def find(cls, folder: Path, option: str) -> Self | None:

@@ -54,8 +54,8 @@ from safemax_sd.training.workers import (
 
 FIRST_SEED, EXAMPLE_SEED, KEPT_SEED = 5_000_000, 6_000_000, 7_000_000
 """Seeds of the first picture to bring back, the first example and the first kept picture, apart from evaluations'."""
-MOST_ERRORS = 2
-"""Errors of attacks in a row, such as too little memory, after which one of several processes takes no more."""
+MOST_BROKEN = 2
+"""Attacks in a row with errors, such as too little memory, after which one of several processes takes no more."""
 
 
 class Resistance:
@@ -299,7 +299,8 @@ def run_all(resistance: Resistance, crew: Crew, done: AttackReport | None) -> No
     if not crew.alone:  # the longest first, so that the processes end at about the same time
         attacks = dict(sorted(attacks.items(), key=lambda each: -calls(each[1])))
     failures: dict[tuple[Attack, Role], str] = {}
-    total, others, errors_in_a_row = calls(todo), not crew.state.is_main_process, 0
+    total, others = calls(todo), not crew.state.is_main_process
+    broken: set[str] = set()  # attacks that have ended in errors since the last that has not
     with crew.at_work(), tqdm(total=total, unit="call", smoothing=0, leave=False, disable=others) as bar:
 
         def show_progress() -> None:
@@ -309,16 +310,16 @@ def run_all(resistance: Resistance, crew: Crew, done: AttackReport | None) -> No
 
         for attack, role in chain.from_iterable(attacks[name] for name in crew.untaken(list(attacks))):
             bar.set_description(f"attack ({attack.name}, {ROLES[role]})")
-            resistance.prepare(attack)
             try:
+                resistance.prepare(attack)
                 outcome, pictures = attempt(resistance, attack, role, bar.update)
             except (SafemaxError, RuntimeError) as error:  # diverged, or out of memory: others need not be
                 failures[attack, role] = f"{attack.name} on {ROLES[role]}: {failure_reason(error)}"
-                errors_in_a_row += isinstance(error, RuntimeError)
-                if errors_in_a_row == MOST_ERRORS and not crew.alone:
-                    break  # what is wrong may be this process's device: the others take the rest
+                broken = broken | {attack.name} if isinstance(error, RuntimeError) else set()
+                if len(broken) == MOST_BROKEN and not crew.alone:
+                    break  # what is wrong may be this process's device: the others take the attacks that are left
             else:
-                errors_in_a_row = 0
+                broken = set()
                 sheets = {}
                 if pictures is not None:
                     sheets[sheet_name(attack.name, role)] = contact_sheet(to_pil(pictures[:SHOWN]), SHOWN)
@@ -357,7 +358,9 @@ def attempt(
     with resistance.target(role) as target:
         target.on_calls = on_calls
         reason = attack.refusal(target)
-        return resistance.measure(attack, target) if reason is None else (Refusal(attack.name, role, reason), None)
+        if reason is not None:
+            return Refusal(attack.name, role, reason, attack.version), None
+        return resistance.measure(attack, target)
 
 
 def with_outcome(report: AttackReport, outcome: AttackRow | Refusal) -> AttackReport:

@@ -75,7 +75,7 @@ def test_a_baseline_that_is_not_for_the_model_is_named_before_anything_runs(tiny
     write_task(tmp_path / "fruit")
     methods = {"negative": METHODS["negative"]}
     config = write_config(tmp_path, tiny_flux, methods=methods, real_images=None)
-    with pytest.raises(SafemaxError, match="--baseline negative_prompt: needs classifier-free guidance") as caught:
+    with pytest.raises(SafemaxError, match="negative_prompt needs classifier-free guidance") as caught:
         compare(str(config))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "grid").exists()

@@ -60,6 +60,8 @@ def test_layout_marks_free_tokens_and_cuts_at_the_end(tiny_model: Path) -> None:
         ("a harbour in the style of Claude Monet", "claude monet style", "a harbour in the style of dog"),
         ("a naked woman", "nudity", "dog a naked woman"),
         ("in the style of a master", "old master style", "dog in the style of a master"),
+        ("blob crossed swords", "blob style", "dog crossed swords"),
+        ("a cat, flat style", "blob style", "dog a cat, flat style"),
     ],
 )
 def test_a_word_takes_the_concepts_place(text: str, concept: str, wanted: str) -> None:

@@ -83,6 +83,18 @@ def report() -> AttackReport:
     return with_least(measured)
 
 
+def test_what_an_older_version_did_is_no_longer_there_and_is_replaced() -> None:
+    scale, before = ATTACKS.get("adapter_scale"), report()
+    assert before.has(scale, "never_known")
+    old = replace(before.refusals[0], version=scale.version - 1)
+    outdated = replace(before, refusals=(old,))
+    assert not outdated.has(scale, "never_known")
+    made = outdated.with_row(row("adapter_scale", "never_known", Tried("", rate(1), None)))
+    assert made.has(scale, "never_known") and not made.refusals
+    again = made.with_refusal(before.refusals[0])
+    assert again.refusals == before.refusals and again.row("adapter_scale", "never_known") is None
+
+
 def test_the_best_of_all_curves_counts_at_each_number_of_steps() -> None:
     tried = relearnt("erased", (0, 6, 20), (3, 2, 25))
     low_rank = Tried("LoRA, rate 1e-2, 50 steps", rate(9), Point("LoRA", 50))

@@ -95,9 +95,10 @@ def test_tries_are_compared_at_the_same_number_of_steps() -> None:
     columns = attack_columns([Relearning], runs)
     assert [column.heading for column in columns] == [
         "Relearning %", "Relearning: excess",
-        "Relearning, 20 optimizer steps %", "Relearning, 20 optimizer steps: excess",
+        "Relearning, 20 optimizer steps % (too weak)", "Relearning, 20 optimizer steps: excess",
         "Relearning, 50 optimizer steps %", "Relearning, 50 optimizer steps: excess",
     ]  # fmt: skip
+    assert [column.higher_is_better is None for column in columns] == [False, False, True, True, False, False]
     ours = summaries(runs, ["ours"], 2, columns)[0].values
     assert ours["relearning"] == ours["relearning@50"] == wilson(20, 20)
     assert ours["relearning@20"] == wilson(6, 20)

@@ -17,7 +17,7 @@ from safemax_sd.evaluation.sampling import Request
 from safemax_sd.evaluation.subjects import Models
 from torch import Tensor
 
-from safemax_sd.core.errors import OptionError
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.prompts import load_prompts
 from tests import tiny
 
@@ -89,9 +89,9 @@ def test_safe_latent_diffusion(strength: str, tiny_model: Path, tmp_path: Path) 
 
 
 def test_models_that_a_baseline_is_not_for(tiny_flux: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="needs classifier-free guidance"):
+    with pytest.raises(SafemaxError, match="negative_prompt needs classifier-free guidance"):
         load("negative_prompt", tiny_flux, tmp_path)
-    with pytest.raises(OptionError, match="is for Stable Diffusion 1 and 2"):
+    with pytest.raises(SafemaxError, match="is for Stable Diffusion 1 and 2"):
         load("safe_latent_diffusion", tiny_sdxl, tmp_path)
 
 

@@ -128,7 +128,7 @@ def test_embedded_pictures_that_lack_a_concept_are_not_compared_with(
     with caplog.at_level(logging.WARNING, "safemax_sd"):
         suite = suite_of(tmp_path / "suite", forget="sextant", kept="bomb")
         assert kept_pictures(options(), suite, embedded_pictures()) is None
-    assert "no real picture shows 'sextant': nothing is measured with rejection" in caplog.text
+    assert "no real picture shows 'sextant': figures with rejection are not measured" in caplog.text
     assert "no real picture shows 'plum': FID and KID are not measured" in caplog.text
 
 
