@@ -23,7 +23,7 @@ from safemax_sd.prompts import PromptSet, warn_over_long
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
 from safemax_sd.training.learning_rate import choose_rate
-from safemax_sd.training.run import check_family, frozen_dtype
+from safemax_sd.training.run import check_family, loading_dtype
 from safemax_sd.training.workers import check_precision
 
 logger = logging.getLogger("safemax_sd")
@@ -81,7 +81,7 @@ def make_plan(config: TrainConfig) -> Plan:
     precision: Any = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     check_precision(precision, torch.device(device))
     config = replace(config, mixed_precision=precision)
-    family = load_configurations(config.load_options(dtype=frozen_dtype(config, torch.device(device))))
+    family = load_configurations(config.load_options(dtype=loading_dtype(config, torch.device(device))))
     check_family(config, family)
     family.enable_memory_savings(gradient_checkpointing=config.gradient_checkpointing, xformers=False)
     warn_of_lengths(family.tokenizer, forget, retain)

@@ -160,7 +160,7 @@ def load(config: TrainConfig, accelerator: Accelerator, sharding: Sharding | Non
     Raises:
         OptionError: The model cannot be loaded, or does not support a flag's value.
     """
-    options = config.load_options(accelerator.device, frozen_dtype(config, accelerator.device))
+    options = config.load_options(accelerator.device, loading_dtype(config, accelerator.device))
     family = load_family(options) if sharding is None else sharding.load(options, accelerator, config.resolution)
     check_family(config, family)
     messages = family.enable_memory_savings(
@@ -238,7 +238,7 @@ def check_family(config: TrainConfig, family: ModelFamily) -> None:
         raise OptionError("--replay_inference_steps", config.replay_inference_steps, text)
 
 
-def frozen_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+def loading_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """Return the type that the model's weights are loaded in."""
     # On a processor half-precision weights would be converted at every layer, and weights that are trained would keep
     # the rounding: autocast alone is used.
@@ -247,6 +247,6 @@ def frozen_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 def recording_precision(config: TrainConfig, accelerator: Accelerator) -> AbstractContextManager[Any]:
-    """Return the context in which trajectories are recorded in the precision of the steps; see `frozen_dtype`."""
-    whole = frozen_dtype(config, accelerator.device) == torch.float32
+    """Return the context in which trajectories are recorded in the precision of the steps; see `loading_dtype`."""
+    whole = loading_dtype(config, accelerator.device) == torch.float32
     return accelerator.autocast() if whole else nullcontext()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from safemax_sd.evaluation.comparison.config import read_comparison
 
 from safemax_sd.adapters.halting_marks import HaltingMarksSettings
@@ -16,6 +17,7 @@ from safemax_sd.objectives.salun import SalunConfig
 from safemax_sd.training.command_line import parse_config
 from safemax_sd.training.config import config_class
 from safemax_sd.training.optimizers import check_optimizer
+from safemax_sd.training.run import loading_dtype
 
 OBJECTIVE_NAMES = OBJECTIVES.names()
 REQUIRED = ["--forget_prompts", "f", "--retain_prompts", "r", "--output_dir", "o"]
@@ -245,3 +247,12 @@ def test_a_comparison_is_refused(changed: dict[str, str], reason: str, tmp_path:
 
 def test_no_tracker_may_be_asked_for() -> None:
     assert parse_config([*REQUIRED, "--report_to", "none"]).tracker is None
+
+
+@pytest.mark.parametrize(
+    ("device", "trainable", "wanted"),
+    [("cuda", "lora", torch.bfloat16), ("cuda", "full", torch.float32), ("cpu", "lora", torch.float32)],
+)
+def test_weights_that_are_trained_are_not_rounded(device: str, trainable: str, wanted: torch.dtype) -> None:
+    words = [*REQUIRED, "--mixed_precision", "bf16", "--learning_rate", "1e-5", "--trainable", trainable]
+    assert loading_dtype(parse_config(words), torch.device(device)) == wanted
