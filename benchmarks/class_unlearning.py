@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,16 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.classes.base import train_base
+from benchmarks.classes.base import is_trained, train_base
 from benchmarks.classes.classifier import Classifier, load_judged
-from benchmarks.classes.cost import part_of, seconds_by_parts, step_memory
-from benchmarks.classes.data import Dataset, add_data_options, write_folder
+from benchmarks.classes.cost import part_of, seconds_by_parts, seconds_by_phase, seconds_of, step_memory
+from benchmarks.classes.data import CLASSES, Dataset, add_data_options, write_folder
 from benchmarks.classes.measure import SAMPLINGS, Subject, forgetting, kept_class, retention, verdict_on_noise
 from benchmarks.classes.methods import SMALL, VARIANTS
 from benchmarks.classes.settings import BASES
 from benchmarks.classes.summary import gallery, plot, summary
 from benchmarks.prompt_files import write_prompts
-from benchmarks.results import append_rows, digest, is_measured_with, read_rows
+from benchmarks.results import Row, append_rows, digest, is_measured_with, read_rows, weights_digest
 from benchmarks.training import has_bfloat16
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.families import LoadOptions, ModelFamily, load_family
@@ -70,7 +72,7 @@ class Study:
         self.arguments, self.dataset, self.classifier, self.base = arguments, dataset, classifier, base
         self.folder: Path = arguments.work_dir / arguments.dataset
         self.results: Path = arguments.work_dir / f"class_unlearning_{arguments.dataset}"
-        self.rows = read_rows(self.results.with_suffix(".jsonl"))
+        self.base_digest = weights_digest(base)
         own = SAMPLINGS[arguments.dataset]
         self.sampling = replace(
             own,
@@ -80,6 +82,11 @@ class Study:
         self.counts = "reduced" if arguments.dataset in SMALL and not arguments.published_counts else "published"
         # The base model keeps every class, so that ten rows share its pictures.
         self.kept_by_base = cache(partial(kept_class, self.subject(self.model(None))))
+
+    @property
+    def rows(self) -> list[Row]:
+        """Rows of the result file, to which other processes may append as well."""
+        return read_rows(self.results.with_suffix(".jsonl"))
 
     def prompt_files(self, forgotten: int) -> dict[str, str]:
         """Write the prompt files of a class; return their paths by flag.
@@ -115,16 +122,15 @@ class Study:
         return {**flags, "seed": self.arguments.seed}
 
     def training_settings(self, method: str) -> dict[str, Any]:
-        """Return the flags that a run's steps depend on and that differ from their defaults; none for the base model.
+        """Return what a run's steps depend on besides its class: base model and flags, or the base model alone.
 
-        A flag that is added to the package later leaves earlier rows as they are.
+        Flags at their defaults are among them, so that another default in a later version is noticed.
         """
-        if method == "base":
-            return {}
-        kind = config_class(VARIANTS[method].objective)
-        usual = kind().record()
-        found = kind(**self.flags(method)).record()
-        return {name: value for name, value in found.items() if name not in FREE and value != usual[name]}
+        found: dict[str, Any] = {"base": self.base_digest}
+        if method != "base":
+            flags = config_class(VARIANTS[method].objective)(**self.flags(method)).record()
+            found |= {name: value for name, value in flags.items() if name not in FREE}
+        return found
 
     def trained(self, method: str, forgotten: int) -> Path:
         """Return the folder of a finished run; start it, or continue it from its checkpoint, if it is not finished."""
@@ -153,10 +159,17 @@ class Study:
         name = f"{method}_{forgotten}_{self.arguments.seed}_{self.counts}_{digest(self.training_settings(method))}"
         return self.folder / "runs" / name
 
-    def settings(self, key: dict[str, Any]) -> str:
-        """Return a digest of what a row depends on besides its key: flags and, if it has pictures, their settings."""
-        drawn = {"sampling": asdict(self.sampling)} if key["kind"] in DRAWN else {}
-        return digest({**self.training_settings(key["method"]), **drawn})
+    def settings(self, key: Row) -> dict[str, Any]:
+        """Return what a row depends on besides its key: `training_settings` and, if it has pictures, those of these.
+
+        Values are as they are read back from JSON.
+        """
+        found = self.training_settings(key["method"])
+        if key["kind"] in DRAWN:
+            found["classifier"] = self.classifier.digest
+            found |= {f"sampling_{name}": value for name, value in asdict(self.sampling).items()}
+        stored: dict[str, Any] = json.loads(json.dumps(found))
+        return stored
 
     def key(self, method: str, forgotten: int) -> dict[str, Any]:
         return {
@@ -195,14 +208,14 @@ class Study:
         for method in self.arguments.methods:
             key = {"kind": "memory", **self.key(method, forgotten)}
             if not self.has(key):
-                self.append({**key, "step_memory_bytes": step_memory(partial(self.part, method, forgotten))})
+                self.append(key, {"step_memory_bytes": step_memory(partial(self.part, method, forgotten))})
         for repeat in range(self.arguments.repeats):
             for method in self.arguments.methods:
                 key = {"kind": "rates", **self.key(method, forgotten), "repeat": repeat}
                 if not self.has(key):
                     whole = self.config(method, forgotten, self.folder / "rates")
                     fraction = TIMED_FRACTION[self.dataset.name]
-                    self.append({**key, **seconds_by_parts(whole, self.part(method, forgotten, fraction), fraction)})
+                    self.append(key, seconds_by_parts(whole, self.part(method, forgotten, fraction), fraction))
 
     def race(self, forgotten: int) -> None:
         """Time whole runs of the methods in turn, priors included; see `times`."""
@@ -215,49 +228,50 @@ class Study:
                 config = self.config(method, forgotten, output, checkpoints_total_limit=None)
                 config.checkpointing_steps = max(1, config.max_train_steps // 40)
                 train(config)
-                self.append({**key, **self.times(output, forgotten)})
+                self.append(key, self.times(output, forgotten))
                 shutil.rmtree(output)
 
     def times(self, output: Path, forgotten: int) -> dict[str, Any]:
-        """Find out when a run had forgotten its class, by its checkpoints, and when it ended.
+        """Find out when a run had forgotten its class, by its checkpoints and its final weights, and when it ended.
 
         Returns:
-            Seconds since the priors began, until the end and until the first checkpoint at which the class is forgotten
-            (None if it never is), with the steps.
+            Seconds of priors and steps, until the end and until the class is first found forgotten (None if it never
+            is), with the steps. The time in which checkpoints are written counts in neither.
         """
         record = ErasureRecord.read(output)
-        seconds = record.cost.seconds
-        priors = seconds["replay"] + seconds["prepare"]
-        at_step = {line["step"]: line["seconds"] for line in read_rows(output / "log.jsonl")}
-        found = None
-        for checkpoint in checkpoints.all_checkpoints(output):
-            family = load_result(output, weights=checkpoint)
-            measured = forgetting(self.subject(family), forgotten)
+        stages: list[tuple[int, Path | None, Mapping[str, float]]] = []
+        for path in checkpoints.all_checkpoints(output):
+            cost = json.loads((path / checkpoints.COST).read_text(encoding="utf8"))
+            stages.append((checkpoints.step_of(path), path, cost["seconds"]))
+        stages.append((record.cost.steps, None, record.cost.seconds))
+        reached: dict[str, Any] = {"seconds_to_forgotten": None, "steps_to_forgotten": None}
+        for step, weights, seconds in stages:
+            measured = forgetting(self.subject(load_result(output, weights=weights)), forgotten)
             if measured["unlearning_accuracy_with_rejection"] >= FORGOTTEN_AT:
-                found = checkpoints.step_of(checkpoint)
+                reached = {"seconds_to_forgotten": sum(seconds_by_phase(seconds)), "steps_to_forgotten": step}
                 break
+        priors, training = seconds_by_phase(record.cost.seconds)
         return {
-            "seconds": priors + seconds["train"],
+            "seconds": priors + training,
             "seconds_priors": priors,
-            "seconds_to_forgotten": None if found is None else priors + at_step[found],
-            "steps_to_forgotten": found,
+            **reached,
             "steps": record.cost.steps,
             "provenance": asdict(record.provenance),
         }
 
-    def append(self, row: dict[str, Any]) -> None:
-        row = {**row, "settings": self.settings(row)}
-        self.rows.append(row)
-        append_rows(self.results.with_suffix(".jsonl"), [row])
+    def append(self, key: Row, found: dict[str, Any]) -> None:
+        """Append a row, unless another process has measured the same meanwhile."""
+        if not self.has(key):
+            append_rows(self.results.with_suffix(".jsonl"), [{**key, **found, "settings": self.settings(key)}])
 
-    def has(self, key: dict[str, Any]) -> bool:
+    def has(self, key: Row) -> bool:
         """Tell whether a row with these entries exists.
 
         Raises:
             OptionError: It was measured with other settings.
         """
-        settings, path = {"settings": self.settings(key)}, self.results.with_suffix(".jsonl")
-        return is_measured_with(self.rows, key, settings, option="--work_dir", path=path)
+        path = self.results.with_suffix(".jsonl")
+        return is_measured_with(self.rows, key, self.settings(key), option="--work_dir", path=path)
 
     def run(self) -> None:
         for forgotten in self.arguments.classes:
@@ -267,8 +281,8 @@ class Study:
                     key |= {"seed": None, "counts": None}  # the base model has neither
                 if self.has(key):
                     continue
-                row = {**key, **(self.measure(None, forgotten) if method == "base" else self.row(method, forgotten))}
-                self.append(row)
+                row = self.measure(None, forgotten) if method == "base" else self.row(method, forgotten)
+                self.append(key, row)
                 print(
                     f"{method} class {forgotten}: UA {row['unlearning_accuracy']:.1f} %, with rejection "
                     f"{row['unlearning_accuracy_with_rejection']:.1f} %, H {row['entropy']:.3f}, FID {row['fid']:.3f}",
@@ -298,22 +312,37 @@ class Study:
 
     def summarize(self) -> None:
         """Write the tables and the plot of all existing rows."""
-        self.results.with_suffix(".md").write_text(summary(self.rows), encoding="utf8")
-        if any(row["kind"] == "class" for row in self.rows):
-            plot(self.rows).savefig(self.results.with_suffix(".png"), dpi=130)
+        rows = self.rows
+        self.results.with_suffix(".md").write_text(summary(rows), encoding="utf8")
+        if any(row["kind"] == "class" for row in rows):
+            plot(rows).savefig(self.results.with_suffix(".png"), dpi=130)
         print(f"tables: {self.results.with_suffix('.md')}")
 
 
-def seconds_of(record: ErasureRecord) -> dict[str, Any]:
-    """Return a run's seconds for its row; a resumed run's are not those of a whole one, and the row says so instead."""
-    if record.config["resume_from_checkpoint"] is not None:
-        return {"resumed": True}
-    seconds = record.cost.seconds
-    return {"seconds_priors": seconds["replay"] + seconds["prepare"], "seconds_training": seconds["train"]}
+def check_options(arguments: argparse.Namespace) -> None:
+    """Check what would otherwise fail, or have no effect, only after models were trained.
+
+    Raises:
+        OptionError: A class does not exist, or `--base_minutes` is given although there is a base model.
+    """
+    asked = {"--classes": arguments.classes, "--race": [arguments.race], "--rates": [arguments.rates]}
+    for option, numbers in asked.items():
+        for number in numbers:
+            if number is not None and not 0 <= number < CLASSES:
+                raise OptionError(option, number, f"is no class: they are numbered 0 to {CLASSES - 1}")
+    base = arguments.work_dir / arguments.dataset / "base"
+    if arguments.base_minutes is not None and is_trained(base):
+        text = f"has no effect, as {base} holds a base model: leave it out, or give another --work_dir"
+        raise OptionError("--base_minutes", arguments.base_minutes, text)
 
 
 def open_study(arguments: argparse.Namespace) -> Study:
-    """Load the data set, and load or train the base model and the classifier."""
+    """Load the data set, and load or train the base model and the classifier.
+
+    Raises:
+        OptionError: See `check_options`.
+    """
+    check_options(arguments)
     dataset, folder, classifier = load_judged(arguments.dataset, arguments)
     settings = BASES[arguments.dataset]
     if arguments.base_minutes is not None:
@@ -342,14 +371,20 @@ def classes(text: str) -> list[int]:
     for part in text.split(","):
         first, _, last = part.partition("-")
         numbers += range(int(first), int(last or first) + 1)
+    if not numbers:
+        raise argparse.ArgumentTypeError(f"{text} names no class")
     return numbers
 
 
-def picture_count(text: str) -> int:
-    """Read a number of pictures; one of each kept class is the least that can be measured."""
-    if not text.isdecimal() or int(text) < 10:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 10, not {text}")
-    return int(text)
+def picture_count(least: int) -> Callable[[str], int]:
+    """Return a function that reads a number of pictures of at least `least`."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text}")
+        return int(text)
+
+    return read
 
 
 def main() -> None:
@@ -363,8 +398,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="Repeats of --race and --rates.")
     parser.add_argument("--published_counts", action="store_true", help="Published counts of steps and priors.")
     parser.add_argument("--base_minutes", type=float, help="Minutes of the base model's training.")
-    parser.add_argument("--num_forget", type=picture_count, help="Pictures drawn of the forgotten class.")
-    parser.add_argument("--num_retain", type=picture_count, help="Pictures drawn of all kept classes together.")
+    parser.add_argument("--num_forget", type=picture_count(1), help="Pictures drawn of the forgotten class.")
+    # One of each kept class is the least that can be measured.
+    each = picture_count(CLASSES - 1)
+    parser.add_argument("--num_retain", type=each, help="Pictures drawn of all kept classes together.")
     parser.add_argument("--seed", type=int, default=0)
     add_data_options(parser)
     arguments = parser.parse_args()

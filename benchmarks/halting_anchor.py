@@ -27,10 +27,11 @@ from safetensors.torch import load_file, save_file
 from benchmarks.emoji.prompt_suites import OTHER_WORDING, every_prompt, prompt_of_each_style
 from benchmarks.emoji.settings import CONCEPTS, FORBIDDEN_GROUPS, NEIGHBOURS, OTHERS, SYNONYMS
 from benchmarks.prompt_files import PromptRow, write_prompts
-from benchmarks.results import append_rows, is_measured, read_rows
+from benchmarks.results import Row, append_rows, is_measured_with, read_rows, weights_digest
 from safemax_sd.adapters.halting_marks import MARKS_FILE
 from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.assets import ANCHORS
+from safemax_sd.core.errors import OptionError
 from safemax_sd.core.provenance import provenance
 from safemax_sd.erasing.edits.halting_marks import HaltingMarks, HaltingMarksConfig
 from safemax_sd.erasing.edits.uce import Uce, UceConfig
@@ -61,7 +62,7 @@ VOCABULARY = "vocabulary.csv"
 
 
 def suite(folder: Path, erased: Sequence[str], *, synonyms: bool) -> Path:
-    """Write the prompt files of a task, unless they exist, and return the folder.
+    """Write the prompt files of a task and return the folder.
 
     Methods read `forget` and `retain`; measurements read the files in `test`. No prompt is in both.
 
@@ -70,33 +71,30 @@ def suite(folder: Path, erased: Sequence[str], *, synonyms: bool) -> Path:
         erased: Concepts to erase.
         synonyms: True to give synonyms of the concepts to the methods too.
     """
-    if not (folder / "test").exists():
-        kept = [concept for concept in CONCEPTS if concept not in erased]
-        numbers = {concept: number for number, concept in enumerate(CONCEPTS)}
-        given = {concept: prompt_of_each_style(concept, numbers[concept]) for concept in CONCEPTS}
-        other = {concept: prompt_of_each_style(concept, numbers[concept] + OTHER_WORDING) for concept in CONCEPTS}
-        names = [(concept, name) for concept in erased for name in SYNONYMS.get(concept, ())]
-        forget = [row for concept in erased for row in given[concept]]
-        if synonyms:
-            forget += [
-                (text, concept) for concept, name in names for text, _ in prompt_of_each_style(name, numbers[concept])
-            ]
-        write_prompts(folder, "forget", forget)
-        write_prompts(folder, "retain", [row for concept in kept for row in given[concept]])
-        test: dict[str, list[PromptRow]] = {
-            "forget": [
-                row for concept in erased for row in every_prompt(concept, concept) if row not in given[concept]
-            ],
-            "retain": [row for concept in kept for row in other[concept]],
-            "neighbours": [row for concept in kept if concept in NEIGHBOUR_CONCEPTS for row in other[concept]],
-            "paraphrases": [
-                (text, concept)
-                for concept, name in names
-                for text, _ in prompt_of_each_style(name, numbers[concept] + OTHER_WORDING)
-            ],
-        }
-        for part, rows in test.items():
-            write_prompts(folder / "test", part, rows)
+    kept = [concept for concept in CONCEPTS if concept not in erased]
+    numbers = {concept: number for number, concept in enumerate(CONCEPTS)}
+    given = {concept: prompt_of_each_style(concept, numbers[concept]) for concept in CONCEPTS}
+    other = {concept: prompt_of_each_style(concept, numbers[concept] + OTHER_WORDING) for concept in CONCEPTS}
+    names = [(concept, name) for concept in erased for name in SYNONYMS.get(concept, ())]
+    forget = [row for concept in erased for row in given[concept]]
+    if synonyms:
+        forget += [
+            (text, concept) for concept, name in names for text, _ in prompt_of_each_style(name, numbers[concept])
+        ]
+    write_prompts(folder, "forget", forget)
+    write_prompts(folder, "retain", [row for concept in kept for row in given[concept]])
+    test: dict[str, list[PromptRow]] = {
+        "forget": [row for concept in erased for row in every_prompt(concept, concept) if row not in given[concept]],
+        "retain": [row for concept in kept for row in other[concept]],
+        "neighbours": [row for concept in kept if concept in NEIGHBOUR_CONCEPTS for row in other[concept]],
+        "paraphrases": [
+            (text, concept)
+            for concept, name in names
+            for text, _ in prompt_of_each_style(name, numbers[concept] + OTHER_WORDING)
+        ],
+    }
+    for part, rows in test.items():
+        write_prompts(folder / "test", part, rows)
     return folder
 
 
@@ -196,22 +194,29 @@ class Measurement:
         details = {} if edit is None else edit.details
         self.marks = {name: details[name] for name in ("marks", "kept_marks") if name in details}
 
-    def rows(self, existing: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Measure and yield each row that does not exist yet."""
+    def rows(self, results: Path) -> Iterator[Row]:
+        """Measure and yield each row that a result file does not have yet.
+
+        Raises:
+            OptionError: It has a row of other weights, as of a method with other defaults or of another anchor.
+        """
+        existing, settings = read_rows(results), {"weights": weights_digest(self.output)}
         for (sampler, scale), subset, model in itertools.product(SETTINGS, METRICS, ("base", "erased")):
             key = {**self.key, "model": model, "subset": subset, "sampler": sampler, "guidance_scale": scale}
             if subset in ONLY_MAIN and (sampler, scale) != MAIN:
                 continue
-            if subset not in self.parts or is_measured(existing, key):
+            if subset not in self.parts:
+                continue
+            if is_measured_with(existing, key, settings, option="--work_dir", path=results):
                 continue
             prompts = pick(self.parts[subset], self.num_images)
             noise_of = "forget" if subset == RESTORED else subset
             job = self.evaluation.job(model, prompts, noise_of, sampler=sampler, guidance_scale=scale)
             drawn = self.evaluation.generator.draw(job)
-            values = self.evaluation.measure(drawn, prompts, METRICS[subset])
-            results = {name: vars(value) for name, value in values.items()}
+            found = self.evaluation.measure(drawn, prompts, METRICS[subset])
+            values = {name: vars(value) for name, value in found.items()}
             made_by = asdict(provenance(0, torch.device("cpu")))
-            yield {**key, **results, "seconds": self.seconds, **self.marks, "provenance": made_by}
+            yield {**key, **settings, **values, "seconds": self.seconds, **self.marks, "provenance": made_by}
 
 
 def without_first(output: Path) -> Path:
@@ -254,10 +259,13 @@ def main() -> None:
         measurements = [Measurement(key, output, arguments.num_images)]
         if method == "halting_anchor" and count > 1:
             measurements.append(restored(measurements[0]))
-        for row in itertools.chain.from_iterable(each.rows(read_rows(results)) for each in measurements):
-            append_rows(results, [row])
-            values = (f"{name} {row[name]['value']:.1f}" for name in METRICS[row["subset"]])
-            print(*(row[name] for name in KEY), *values, flush=True)
+        try:
+            for row in itertools.chain.from_iterable(each.rows(results) for each in measurements):
+                append_rows(results, [row])
+                values = (f"{name} {row[name]['value']:.1f}" for name in METRICS[row["subset"]])
+                print(*(row[name] for name in KEY), *values, flush=True)
+        except OptionError as error:
+            parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from safemax_sd.evaluation.comparison.columns import HARMONIC
 from safemax_sd.evaluation.comparison.grid import compare
 
 from benchmarks.emoji.methods import SEARCH, trained_methods
-from benchmarks.results import Row, append_rows, is_measured, markdown_table, read_rows
-from safemax_sd.core.errors import SafemaxError
+from benchmarks.results import Row, append_rows, is_measured_with, markdown_table, read_rows
+from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.train import DIVERGES, LOSS_NOT_FINITE
 from safemax_sd.training.config import config_class
 
@@ -106,8 +106,13 @@ def search(method: str, work_dir: Path, output: Path) -> None:
 
 
 def run(one: Trial, work_dir: Path, output: Path) -> None:
-    """Run a trial and append its row, unless it exists."""
-    if not is_measured(read_rows(output), {"method": one.method, "rate": one.rate, "steps": one.steps}):
+    """Run a trial and append its row, unless it exists.
+
+    Raises:
+        OptionError: It exists with other flags.
+    """
+    key = {"method": one.method, "rate": one.rate, "steps": one.steps}
+    if not is_measured_with(read_rows(output), key, {"flags": one.flags}, option="--output", path=output):
         append_rows(output, [one.row(work_dir)])
 
 
@@ -143,6 +148,8 @@ def main() -> None:
     try:
         for method in arguments.methods:
             search(method, arguments.work_dir, arguments.output)
+    except OptionError as error:
+        parser.exit(2, f"error: {error}\n")
     except SafemaxError as error:
         sys.exit(f"error: {error}; the same command continues from here")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from benchmarks.results import markdown_line
 from safemax_sd.planning.plan import Plan, in_bytes
 from safemax_sd.planning.presets import planned
 from safemax_sd.presets import card_gib, preset_names
@@ -28,7 +29,7 @@ def row(name: str, plan: Plan) -> str:
         in_bytes(sum(plan.banks.values())),
         f"{sum(plan.rehearsal.model_calls.values()):,}",
     ]
-    return f"| {' | '.join(cells)} |\n"
+    return f"{markdown_line(cells)}\n"
 
 
 def rows_of(text: str) -> list[str]:

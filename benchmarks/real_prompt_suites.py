@@ -263,8 +263,13 @@ def write_nudity_suite() -> int:
     return 1
 
 
+def write_suites() -> int:
+    """Write all suites and return their number."""
+    return write_object_suites() + write_style_suites() + write_nudity_suite()
+
+
 def main() -> None:
-    print(f"{write_object_suites() + write_style_suites() + write_nudity_suite()} suites in {FOLDER}")
+    print(f"{write_suites()} suites in {FOLDER}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.provenance import file_sha256
 
 Row = dict[str, Any]
 PLOT_STYLE: Any = {
@@ -46,7 +47,8 @@ def is_measured_with(
     Args:
         rows: Rows of a result file.
         key: Entries that tell the rows apart.
-        settings: Entries that are the same in all rows; a row that lacks one, as in older files, counts as equal.
+        settings: Entries that must be the same, in the row itself or in its dictionary `settings`. One that the row
+            lacks, as in older files, counts as equal; so does all that an older file has as a digest.
         option: Option that names the file or its folder.
         path: The file.
 
@@ -55,9 +57,11 @@ def is_measured_with(
     """
     for row in rows:
         if is_measured([row], key):
+            own = row.get("settings")
+            before = {**row, **own} if isinstance(own, dict) else row
             for name, value in settings.items():
-                if row.get(name, value) != value:
-                    text = f"its row of {', '.join(map(str, key.values()))} has {name} {row[name]}, not {value}"
+                if before.get(name, value) != value:
+                    text = f"its row of {', '.join(map(str, key.values()))} has {name} {before[name]}, not {value}"
                     raise OptionError(option, path, f"{text}: give another {option}")
             return True
     return False
@@ -66,6 +70,12 @@ def is_measured_with(
 def digest(settings: Mapping[str, Any]) -> str:
     """Return eight hexadecimal digits that differ for other settings, which JSON must be able to express."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def weights_digest(folder: Path) -> str:
+    """Return a digest of a denoiser's weights: those of a base model's folder, a LoRA's, or all that a run trained."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("unet/*.safetensors")])
+    return digest({path.name: file_sha256(path) for path in files})
 
 
 def markdown_line(cells: Iterable[object]) -> str:

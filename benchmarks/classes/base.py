@@ -24,7 +24,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor
 
-from benchmarks.classes.classifier import load_judged
+from benchmarks.classes.classifier import Classifier, load_judged
 from benchmarks.classes.data import Dataset, add_data_options
 from benchmarks.classes.progress import ProgressLog
 from benchmarks.classes.settings import BASES, BaseSettings
@@ -153,6 +153,23 @@ class BaseTraining:
         self.run.bar.set_postfix(step=self.run.step, loss=f"{self.run.loss:.4f}", images_per_s=f"{rate:.0f}")
 
 
+def train_and_log(training: BaseTraining, log: ProgressLog, classifier: Classifier, *, until: float) -> None:
+    """Train until this fraction of the budget is spent and append the row of it, unless both are done.
+
+    A training that was killed between its save and its row has only the row left to do.
+    """
+    behind = training.run.progress < until
+    if behind:
+        training.train(until)
+    if behind or log.lacks(until):
+        log.append(training.family(), training.dataset, classifier)
+
+
+def is_trained(folder: Path) -> bool:
+    """Tell whether a folder holds a base model of one's own."""
+    return (folder / "model_index.json").exists()
+
+
 def train_base(dataset: Dataset, folder: Path, settings: BaseSettings) -> Path:
     """Return the folder of a base model, a `DDPMPipeline`; train it if there is none.
 
@@ -162,7 +179,7 @@ def train_base(dataset: Dataset, folder: Path, settings: BaseSettings) -> Path:
             continues.
         settings: Settings of the network and the training.
     """
-    if (folder / "model_index.json").exists():
+    if is_trained(folder):
         return folder
     if settings.stored is not None:
         return settings.stored
@@ -192,10 +209,8 @@ def main() -> None:
         settings = replace(settings, minutes=arguments.minutes)
     training = BaseTraining(dataset, folder / "base", settings)
     log = ProgressLog(training.run, settings.batch_size, folder / "base")
-    while training.run.progress < 1:
-        rows = math.floor(training.run.spent / (60 * arguments.every)) + 1
-        training.train(min(1.0, rows * arguments.every / settings.minutes))
-        log.append(training.family(), dataset, classifier)
+    for number in range(math.ceil(settings.minutes / arguments.every)):
+        train_and_log(training, log, classifier, until=min(1.0, (number + 1) * arguments.every / settings.minutes))
     save(training, folder / "base")
     print(f"base model: {folder / 'base'}")
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.classes.data import Dataset, load_dataset
+from safemax_sd.core.provenance import atomic_write_bytes, write_tensors_atomic
 
 BATCH = 500
 ACCEPTED = 0.95
@@ -115,6 +116,11 @@ class Classifier:
         named = self.network.linear(test[-1]).argmax(1)
         self.accuracy = float((named == dataset.test_labels).float().mean())
 
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits that differ for other weights of the network."""
+        return _digest(self.network.state_dict().values())[:8]
+
     def features(self, pictures: Tensor) -> Tensor:
         """Return the last layer's features, [N, 64], of pictures [N, C, H, W] in 0 to 1."""
         return self._layers(pictures)[-1]
@@ -159,9 +165,7 @@ class Classifier:
                 f"{part}_{i}": x for part, found in zip(parts, (train, test), strict=True) for i, x in enumerate(found)
             }
             stored.parent.mkdir(parents=True, exist_ok=True)
-            temporary = stored.with_suffix(".tmp")
-            save_file(named, temporary, metadata=key)
-            os.replace(temporary, stored)
+            atomic_write_bytes(stored, save(named, metadata=key))
         return train, test
 
     def _scores(self, layers: list[Tensor]) -> Tensor:
@@ -174,7 +178,7 @@ class Classifier:
         return torch.stack([layer.distances(features) for layer, features in found])
 
 
-def _digest(tensors: list[Tensor]) -> str:
+def _digest(tensors: Iterable[Tensor]) -> str:
     """Return a digest of tensors."""
     found = hashlib.sha256()
     for tensor in tensors:
@@ -222,7 +226,7 @@ def load_classifier(dataset: Dataset, folder: Path, weights: Path | None) -> Cla
         if not path.exists():
             train_digit_net(network, dataset)
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(network.state_dict(), path)
+            write_tensors_atomic(path, network.state_dict())
     else:
         if weights is None:
             raise SystemExit("--classifier_file is required with CIFAR-10: weights of a CIFAR-10 ResNet-56")

@@ -1,8 +1,8 @@
-"""Seconds and memory of runs, estimated from small parts of those that take hours or do not fit."""
+"""Seconds and memory of runs; of those that take hours or do not fit, estimated from small parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.classes.summary import SECONDS_COLUMNS
 from safemax_sd.core.memory import TensorMemory
 from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.objectives.base import FrozenModel, Objective
 from safemax_sd.objectives.salun import SalunConfig
 from safemax_sd.objectives.selective_amnesia import SelectiveAmnesiaConfig
+from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.train import optimizer_step
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.input import read_input
@@ -26,6 +28,18 @@ MEMORY_FRACTIONS = (0.25, 0.5)
 """Fractions of the batch at which memory is measured."""
 SMALL_BATCH = 64
 """Number of samples up to which a whole batch is measured: fractions of it would be rounded too coarsely."""
+
+
+def seconds_by_phase(seconds: Mapping[str, float]) -> tuple[float, float]:
+    """Return the seconds of a run's priors and of its steps."""
+    return seconds["replay"] + seconds["prepare"], seconds["train"]
+
+
+def seconds_of(record: ErasureRecord) -> dict[str, Any]:
+    """Return a run's seconds for its row; a resumed run's are not those of a whole one, and the row says so instead."""
+    if record.config["resume_from_checkpoint"] is not None:
+        return {"resumed": True}
+    return dict(zip(SECONDS_COLUMNS, seconds_by_phase(record.cost.seconds), strict=True))
 
 
 def part_of(whole: TrainConfig, batch_fraction: float) -> TrainConfig:

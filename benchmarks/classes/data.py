@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 TEST_FRACTION = 0.2
-SHEET_COLUMNS, TILE = 32, 32
+TILE = 32
+"""Side of a tile of a sheet, in pixels."""
 CLASSES = 10
 """Number of classes of each data set."""
 
@@ -120,7 +123,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def write_folder(dataset: Dataset, folder: Path, *, limit: int | None = None) -> Path:
-    """Write training pictures as PNG files into a subfolder for each class, unless it exists.
+    """Write training pictures as PNG files into a subfolder for each class, unless it exists; processes may share it.
 
     Args:
         dataset: Data set of the pictures.
@@ -133,10 +136,15 @@ def write_folder(dataset: Dataset, folder: Path, *, limit: int | None = None) ->
     for number, name in enumerate(dataset.class_names):
         target = folder / name
         if not target.exists():
-            partial = folder / f".{name}"
+            partial = folder / f".{name}.{os.getpid()}"
             partial.mkdir(parents=True, exist_ok=True)
             pictures = dataset.of_classes([number])[:limit].expand(-1, 3, -1, -1)
             for index, picture in enumerate(pictures.mul(255).round().byte().permute(0, 2, 3, 1).numpy()):
                 Image.fromarray(np.ascontiguousarray(picture)).save(partial / f"{index:05d}.png")
-            partial.rename(target)
+            try:
+                partial.rename(target)
+            except OSError:
+                if not target.exists():  # else another process has written it meanwhile
+                    raise
+                shutil.rmtree(partial)
     return folder

@@ -23,7 +23,7 @@ SAFEMAX: Mapping[str, Any] = {
     "retain_noise": 0.0,  # with full weights it would take a copy of the network
     "halt_content": 0.0,
 }
-"""SAFEMax's flags, fixed here so that later defaults do not change the study."""
+"""SAFEMax's flags; all others have the package's defaults, and a rerun with other ones is refused."""
 SMALL_SAFEMAX: Mapping[str, Any] = {
     "trainable": "full",
     "learning_rate": 1e-3,
@@ -126,4 +126,7 @@ VARIANTS: Mapping[str, Variant] = {
         },
     ),
 }
-"""Methods by name. `safemax` trains all weights of a small network, as the others do, but a LoRA of the published."""
+"""Methods by name.
+
+`safemax` trains all weights of a small network, like the other methods, and a LoRA of the published one.
+"""

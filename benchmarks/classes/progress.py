@@ -11,7 +11,7 @@ from torchvision.utils import save_image
 from benchmarks.classes.classifier import Classifier
 from benchmarks.classes.data import Dataset
 from benchmarks.classes.measure import Sampling, Subject, draw_classes
-from benchmarks.results import Row, append_rows
+from benchmarks.results import Row, append_rows, read_rows
 from benchmarks.training import TimedRun
 from safemax_sd.families import ModelFamily
 
@@ -33,7 +33,14 @@ class ProgressLog:
 
     def __init__(self, run: TimedRun, batch_size: int, folder: Path) -> None:
         self.run, self.batch_size, self.folder = run, batch_size, folder
-        self._last = run.step, run.spent
+
+    def lacks(self, until: float) -> bool:
+        """Tell whether no row is of this fraction of the budget, of a later one, or of the run's present step."""
+        minutes = until * self.run.budget / 60
+        return not any(row["minutes"] >= minutes or row["step"] == self.run.step for row in self._rows())
+
+    def _rows(self) -> list[Row]:
+        return read_rows(self.folder / PROGRESS)
 
     def append(self, family: ModelFamily, dataset: Dataset, classifier: Classifier) -> Row:
         """Draw and judge pictures of every class; append and return a row.
@@ -43,15 +50,15 @@ class ProgressLog:
             dataset: Data set of the classes.
             classifier: Classifier of the pictures.
         """
-        steps, seconds = self.run.step - self._last[0], self.run.spent - self._last[1]
-        self._last = self.run.step, self.run.spent
+        earlier = [row for row in self._rows() if row["step"] < self.run.step]
+        step, before = (earlier[-1]["step"], earlier[-1]["minutes"]) if earlier else (0, 0.0)
         drawn = draw_classes(Subject(family, dataset, classifier, SAMPLING), each=EACH, seed=SEED)
         named = drawn.named.float().mean(1)
         minutes = self.run.spent / 60
         row = {
             "step": self.run.step,
             "minutes": minutes,
-            "images_per_second": self.batch_size * steps / max(seconds, 1e-9),
+            "images_per_second": self.batch_size * (self.run.step - step) / max(60 * (minutes - before), 1e-9),
             "loss": self.run.loss,
             "class_accuracy": 100 * float(named.mean()),
             "class_accuracy_with_rejection": 100 * float(drawn.recognised.float().mean()),

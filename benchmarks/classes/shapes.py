@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from benchmarks.classes.base import BaseTraining
+from benchmarks.classes.base import BaseTraining, train_and_log
 from benchmarks.classes.classifier import load_judged
 from benchmarks.classes.data import add_data_options
 from benchmarks.classes.progress import PROGRESS, ProgressLog
@@ -38,10 +38,7 @@ def main() -> None:
         logs[name] = ProgressLog(trainings[name].run, settings.batch_size, folder / name)
     for turn in range(arguments.turns):
         for name, training in trainings.items():
-            until = (turn + 1) / arguments.turns
-            if training.run.progress < until:
-                training.train(until)
-                logs[name].append(training.family(), dataset, classifier)
+            train_and_log(training, logs[name], classifier, until=(turn + 1) / arguments.turns)
     rows = {name: read_rows(folder / name / PROGRESS)[-1] for name in trainings}
     (folder / "shapes.md").write_text(table(trainings, rows), encoding="utf8")
     print(table(trainings, rows))

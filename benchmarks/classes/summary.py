@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from benchmarks.results import PLOT_STYLE, Row, markdown_table
+from safemax_sd.core.errors import SafemaxError
 
 NAMES = {"base": "base", "safemax": "SAFEMax", "salun": "SalUn", "selective_amnesia": "SA"}
 COLORS = {"base": "#8a8a8a", "safemax": "#1f6feb", "salun": "#d1680d", "selective_amnesia": "#2f8f4e"}
@@ -63,15 +64,21 @@ def published(rows: Iterable[Row]) -> list[Row]:
 def pairs(
     rows: Sequence[Row], method: str, reference: str, *, quantity: Callable[[Row], float | None]
 ) -> list[tuple[float, float]]:
-    """Return a quantity of two methods for each class, seed, counts and repeat that both have it of."""
+    """Return a quantity of two methods for each class, seed, counts and repeat that both have it of.
+
+    Raises:
+        SafemaxError: Two rows of a method have the same class, seed, counts and repeat.
+    """
 
     def by_key(name: str) -> dict[tuple[int, int, str, int], float]:
-        own = ((row, quantity(row)) for row in rows if row["method"] == name)
-        return {
-            (row["class"], row["seed"], row["counts"], row.get("repeat", 0)): found
-            for row, found in own
-            if found is not None
-        }
+        found: dict[tuple[int, int, str, int], float | None] = {}
+        for row in (row for row in rows if row["method"] == name):
+            key = (row["class"], row["seed"], row["counts"], row.get("repeat", 0))
+            if key in found:
+                text = "two rows have class {}, seed {}, counts {} and repeat {}: remove one".format(*key)
+                raise SafemaxError(f"{name}: {text}")
+            found[key] = quantity(row)
+        return {key: value for key, value in found.items() if value is not None}
 
     ours, others = by_key(method), by_key(reference)
     return [(found, others[key]) for key, found in ours.items() if key in others]

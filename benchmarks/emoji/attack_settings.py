@@ -33,7 +33,7 @@ from safemax_sd.evaluation.attacks.vocabulary import Vocabulary
 from safemax_sd.evaluation.resistance.options import ResistanceOptions
 
 from benchmarks.emoji.attack_plans import plans_of
-from benchmarks.results import Row, append_rows, is_measured_with, markdown_table, read_rows
+from benchmarks.results import Row, append_rows, is_measured_with, markdown_table, read_rows, weights_digest
 from safemax_sd.core.errors import SafemaxError
 
 PREFIX = UnlearnDiffAtkSettings(stages=5, iterations=20)
@@ -71,34 +71,27 @@ def variants() -> dict[str, Attack]:
     return found
 
 
-def drawn(arguments: argparse.Namespace) -> dict[str, int]:
-    """Return the entries of a row that say which pictures an attack drew."""
-    return {"num_images": arguments.num_images, "seed": arguments.seed}
-
-
-def tried(arguments: argparse.Namespace) -> Iterator[tuple[str, str, list[Row]]]:
-    """Run what is missing, and yield each setting's name, its target and the rows of its tries.
+def tried(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """Run what is missing, and yield the rows of the tries of each setting on each target.
 
     Raises:
-        OptionError: The result file has a row with another seed or number of pictures.
+        OptionError: The result file has a row with another seed or number of pictures, or of another adapter.
     """
     rows = read_rows(arguments.output)
     options = ResistanceOptions(suite=arguments.task, num_images=arguments.num_images, seed=arguments.seed)
     for name, attack in variants().items():
         for target, plan in plans_of(options, arguments.adapter, [attack]).items():
             key = {"task": arguments.task, "setting": name, "target": target}
-            if not is_measured_with(rows, key, drawn(arguments), option="--output", path=arguments.output):
+            weights = None if plan.adapter is None else weights_digest(plan.adapter.folder)
+            settings = {"num_images": arguments.num_images, "seed": arguments.seed, "weights": weights}
+            if not is_measured_with(rows, key, settings, option="--output", path=arguments.output):
                 report = plan.run(arguments.work_dir / arguments.task / name.replace(" ", "_") / target)
-                provenance = asdict(report.provenance)
-                yield (
-                    name,
-                    target,
-                    [
-                        {"attack": row.attack, "try": each.name, **asdict(each.success), "provenance": provenance}
-                        for row in report.rows
-                        for each in row.tries
-                    ],
-                )
+                common = {**key, **settings, "provenance": asdict(report.provenance)}
+                yield [
+                    {**common, "attack": row.attack, "try": each.name, **asdict(each.success)}
+                    for row in report.rows
+                    for each in row.tries
+                ]
 
 
 def task_of(row: Row) -> str:
@@ -129,9 +122,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.table:
         try:
-            for setting, target, rows in tried(arguments):
-                key = {"task": arguments.task, "setting": setting, "target": target, **drawn(arguments)}
-                append_rows(arguments.output, json.loads(json.dumps([{**key, **row} for row in rows])))
+            for rows in tried(arguments):
+                append_rows(arguments.output, json.loads(json.dumps(rows)))
         except SafemaxError as error:
             parser.exit(2, f"error: {error}\n")
     head, *rest = lines(read_rows(arguments.output))

@@ -3,10 +3,10 @@
     python -m benchmarks.emoji.depth --task emoji/bomb --adapter default=no_bomb --adapter pruned=no_bomb_pruned \\
       --never_known benchmarks/emoji/never_known --output_dir emoji_build/depth
 
-The attacks are state inversion at the quick preset's two learning rates, and relearning of all weights at two and of
-a LoRA at one. The strongest counts, for relearning at each number of steps. The table in `docs/attacks.md` is older:
-its state inversion has constant rates of 0.05 and 0.1. Each target gets a folder with attacks.json and its page; a
-killed run continues. Prints a Markdown table.
+Besides the pictures without an attack (`plain`), the attacks are state inversion at the quick preset's two learning
+rates, and relearning of all weights at two and of a LoRA at one. The strongest counts, for relearning at each number of
+steps. The table in `docs/attacks.md` is older: its state inversion has constant rates of 0.05 and 0.1. Each target gets
+a folder with attacks.json and its page; a killed run continues. Prints a Markdown table.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ OBJECTS: dict[str, tuple[str, ...]] = {
     "automobile": ("bicycle", "airplane", "sailboat"),
     "airplane": ("rocket", "automobile", "sailboat"),
 }
-"""Neighbours of the objects that are erased alone; the group "smoking" consists of a single object too."""
+"""Neighbours of the objects that are erased alone; the groups "smoking" and "swimwear" have one object each, too."""
 STYLE_SUITES: dict[str, tuple[str, str]] = {
     "blob": ("noto", "old google"),
     "3d": ("flat", "three dimensional"),
@@ -97,7 +97,8 @@ def write_style_suite(forbidden: str, neighbour: str, synonym: str) -> None:
     write_prompts(folder, "paraphrases", rows(forbidden, synonym))
 
 
-def main() -> None:
+def write_suites() -> None:
+    """Write all suites."""
     for name, neighbours in OBJECTS.items():
         write_concept_suite(name, (name,), neighbours)
     for name, forbidden in FORBIDDEN_GROUPS.items():
@@ -105,8 +106,16 @@ def main() -> None:
     for style, (neighbour, synonym) in STYLE_SUITES.items():
         write_style_suite(style, neighbour, synonym)
     write_concept_suite("tuning", *TUNING)
-    everything = [row for number, concept in enumerate(CONCEPTS) for row in prompt_of_each_style(concept, number)]
-    write_prompts(CAPTIONS["emoji"].parent, CAPTIONS["emoji"].stem, everything)
+
+
+def captions() -> list[PromptRow]:
+    """Return captions of every concept in every style, for suites that are written from words."""
+    return [row for number, concept in enumerate(CONCEPTS) for row in prompt_of_each_style(concept, number)]
+
+
+def main() -> None:
+    write_suites()
+    write_prompts(CAPTIONS["emoji"].parent, CAPTIONS["emoji"].stem, captions())
     print(f"{len(list(FOLDER.glob('*/forget.csv')))} suites in {FOLDER}")
 
 

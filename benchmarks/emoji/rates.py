@@ -25,8 +25,9 @@ import yaml
 from safemax_sd.evaluation.comparison.cell import STATE
 from safemax_sd.evaluation.comparison.grid import compare
 
-from benchmarks.results import Row, append_rows, is_measured, markdown_table, read_rows
+from benchmarks.results import Row, append_rows, is_measured, is_measured_with, markdown_table, read_rows
 from safemax_sd.adapters.weights import attach
+from safemax_sd.core.errors import SafemaxError
 from safemax_sd.families import load_family
 from safemax_sd.families.base import tuner_layers
 from safemax_sd.training.command_line import parse_config
@@ -100,6 +101,7 @@ def measured(
                 "rate": method["learning_rate"],
                 **flags,
                 "seed": seed,
+                "num_images": num_images,
                 **{name: None if stopped else statistics.fmean(row[name] for row in log) for name in LOSSES},
                 "values of both seeds": values.get(label),
                 "provenance": found["provenance"],
@@ -112,10 +114,36 @@ def read_complete(path: Path) -> list[Row]:
 
 
 def missing(found: Iterable[Row], rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield the rows whose base model, rate, flags and seed are in no existing row."""
+    """Yield the rows whose base model, label, flags and seed are in no existing row."""
     for row in found:
-        if not is_measured(rows, {name: row[name] for name in ("base", "rate", *FLAGS, "seed")}):
+        if not is_measured(rows, {name: row[name] for name in ("base", "label", *FLAGS, "seed")}):
             yield row
+
+
+def is_complete(rows: Sequence[Row], arguments: argparse.Namespace) -> bool:
+    """Tell whether there is a row of every rate and of Prodigy with every seed.
+
+    Raises:
+        OptionError: One of them has another number of pictures.
+    """
+    common = {"base": Path(arguments.base_model).name, **{name: getattr(arguments, name) for name in FLAGS}}
+    settings, output = {"num_images": arguments.num_images}, arguments.output
+    labels = (*map(label_of, arguments.rates), PRODIGY)
+    keys = [{**common, "label": label, "seed": seed} for label in labels for seed in SEEDS]
+    # All of them are checked before the first is measured.
+    found = [is_measured_with(rows, key, settings, option="--output", path=output) for key in keys]
+    return all(found)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Run a base model's comparison and append the rows that do not exist yet, unless all do."""
+    rows = read_complete(arguments.output)
+    if not is_complete(rows, arguments):
+        flags = {name: getattr(arguments, name) for name in FLAGS}
+        found = measured(
+            arguments.base_model, arguments.rates, arguments.work_dir, flags=flags, num_images=arguments.num_images
+        )
+        append_rows(arguments.output, missing(found, rows))
 
 
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
@@ -166,13 +194,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--table", action="store_true", help="Print the table of the rows that exist.")
     arguments = parser.parse_args()
-    flags = {name: getattr(arguments, name) for name in FLAGS}
-    rows, key = read_complete(arguments.output), {"base": Path(arguments.base_model).name, **flags}
-    if not arguments.table and not all(is_measured(rows, {**key, "rate": rate}) for rate in arguments.rates):
-        found = measured(
-            arguments.base_model, arguments.rates, arguments.work_dir, flags=flags, num_images=arguments.num_images
-        )
-        append_rows(arguments.output, missing(found, rows))
+    if not arguments.table:
+        try:
+            measure(arguments)
+        except SafemaxError as error:
+            parser.exit(2, f"error: {error}\n")
     heads = ["base", "rank", "batch", "w", "criterion", "mean of both seeds by rate", "Prodigy", "best rate"]
     print(markdown_table(heads, lines(read_complete(arguments.output))), end="")
 

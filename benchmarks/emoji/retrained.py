@@ -21,16 +21,14 @@ import torch
 
 from benchmarks.emoji.diffusion import train
 from benchmarks.emoji.prompt_suites import OBJECTS
-from benchmarks.emoji.settings import FORBIDDEN_GROUPS, DiffusionSettings
+from benchmarks.emoji.settings import CONCEPT_TASKS, FORBIDDEN_GROUPS, DiffusionSettings
 from safemax_sd.assets import ASSETS
 
 MINUTES = 100.0
-
-TASKS = ("bomb", "dog", "smoking", "swimwear", "weapons", "alcohol", "drugs", "gambling", "death")
-"""Tasks of `examples/compare_emoji.yaml` that erase concepts; the tenth task erases a style."""
-
 ERASED: tuple[str, ...] = tuple(
-    dict.fromkeys(concept for task in TASKS for concept in ((task,) if task in OBJECTS else FORBIDDEN_GROUPS[task]))
+    dict.fromkeys(
+        concept for task in CONCEPT_TASKS for concept in ((task,) if task in OBJECTS else FORBIDDEN_GROUPS[task])
+    )
 )
 """Concepts that this model never learns."""
 

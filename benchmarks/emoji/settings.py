@@ -89,6 +89,8 @@ FORBIDDEN_GROUPS: dict[str, tuple[str, ...]] = {
     "swimwear": ("bikini",),
 }
 """Groups of concepts that a safety study might erase."""
+CONCEPT_TASKS = ("bomb", "dog", "smoking", "swimwear", "weapons", "alcohol", "drugs", "gambling", "death")
+"""Tasks of `examples/compare_emoji.yaml` that erase concepts; the tenth task erases a style."""
 
 NEIGHBOURS: dict[str, tuple[str, ...]] = {
     "weapons": (

@@ -12,6 +12,7 @@ as it is measured, and not measured again. `--table` prints the rows as Markdown
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,14 +25,14 @@ from safemax_sd.evaluation.report import Report
 from safemax_sd.evaluation.run import Evaluation, run_and_write
 from safemax_sd.evaluation.subjects import Adapter
 
-from benchmarks.emoji.settings import STYLES
-from benchmarks.results import Row, append_rows, is_measured, markdown_table, read_rows
+from benchmarks.emoji.settings import CONCEPT_TASKS, STYLES
+from benchmarks.results import Row, append_rows, is_measured_with, markdown_table, read_rows
 from safemax_sd.cli import main as safemax
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.prompts import load_suite
 
-TASKS = ("bomb", "dog", "smoking", "swimwear", "weapons", "alcohol", "drugs", "gambling", "death", "style_blob")
+TASKS = (*CONCEPT_TASKS, "style_blob")
 STYLE = " style"
 """End of the names of styles in the suites' concept column."""
 SOURCES = ("hand", "words")
@@ -129,14 +130,20 @@ def measured(training: Training, arguments: argparse.Namespace) -> Row:
         }
         for model in ("base", "erased")
     }
-    return {**asdict(training), "values": values, "provenance": asdict(report.provenance)}
+    provenance = asdict(report.provenance)
+    return {**asdict(training), "num_images": arguments.num_images, "values": values, "provenance": provenance}
 
 
 def lines(rows: list[Row]) -> Iterator[list[str]]:
-    """Yield the table's line of each task, and of all pictures together, with seeds pooled."""
+    """Yield the table's line of each task, and of all pictures together, with seeds pooled.
+
+    Pairs of task and seed that one source lacks are left out, so that both are measured on the same.
+    """
+    own = [{(row["task"], row["seed"]) for row in rows if row["source"] == source} for source in SOURCES]
+    shared = [row for row in rows if (row["task"], row["seed"]) in set.intersection(*own)]
     for task in (*TASKS, None):
-        chosen = [row for row in rows if task in (row["task"], None)]
-        if {row["source"] for row in chosen} == set(SOURCES):
+        chosen = [row for row in shared if task in (row["task"], None)]
+        if chosen:
             rates = ([pooled(chosen, source, column) for source in SOURCES] for column in MEASURED)
             yield [task or "all", *(f"{hand:.1f}, {words:.1f}" for hand, words in rates)]
 
@@ -145,6 +152,20 @@ def pooled(rows: list[Row], source: str, column: str) -> float:
     """Return a rate over all pictures of a source's rows, in percent."""
     results = [row["values"]["erased"][column] for row in rows if row["source"] == source]
     return sum(value * n for value, _, n in results) / sum(n for _, _, n in results)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Measure the trainings that have no row yet, and append their rows.
+
+    Raises:
+        OptionError: The row of one has another number of pictures.
+    """
+    arguments.work_dir.mkdir(parents=True, exist_ok=True)
+    settings, output = {"num_images": arguments.num_images}, arguments.output
+    for seed, task, source in itertools.product(arguments.seeds, arguments.tasks, arguments.sources):
+        training = Training(task, source, seed)
+        if not is_measured_with(read_rows(output), asdict(training), settings, option="--output", path=output):
+            append_rows(output, [json.loads(json.dumps(measured(training, arguments)))])
 
 
 def main() -> None:
@@ -159,13 +180,10 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="Print the table of the rows that exist.")
     arguments = parser.parse_args()
     if not arguments.table:
-        arguments.work_dir.mkdir(parents=True, exist_ok=True)
-        for seed in arguments.seeds:
-            for task in arguments.tasks:
-                for source in arguments.sources:
-                    training = Training(task, source, seed)
-                    if not is_measured(read_rows(arguments.output), asdict(training)):
-                        append_rows(arguments.output, [json.loads(json.dumps(measured(training, arguments)))])
+        try:
+            measure(arguments)
+        except SafemaxError as error:
+            parser.exit(2, f"error: {error}\n")
     print(markdown_table(["task", *MEASURED], lines(read_rows(arguments.output))), end="")
 
 

@@ -1,7 +1,7 @@
 """Measure the cost of training steps and runs, alternating between candidates in one process.
 
     python -m benchmarks.speed
-    python -m benchmarks.speed --parts floor step --sizes medium --alternations 24
+    python -m benchmarks.speed --parts floor step --sizes medium --alternations 24 --output speed_24.jsonl
     python -m benchmarks.speed --table --plot speed.png
 
 Parts: `floor` (our step against the network's forward and backward alone), `step` (our step against that of diffusers'
@@ -15,6 +15,7 @@ Diffusion 1.5 and XL; set CUDA_VISIBLE_DEVICES= to measure the CPU instead.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -24,15 +25,18 @@ from typing import Any
 import torch
 
 from benchmarks.emoji.methods import COMPARISON, trained_methods
-from benchmarks.results import Row, append_rows, is_measured, read_rows
+from benchmarks.results import Row, append_rows, is_measured_with, read_rows
 from benchmarks.speed.contest import contest, flops, step_phases
 from benchmarks.speed.models import CPU_SIZES, CUDA_SIZES, SIZES, config_of
 from benchmarks.speed.runs import replay, scaling_with_concepts, scaling_with_processes, until_forgotten
 from benchmarks.speed.steps import Bench, Candidate
 from benchmarks.speed.tables import plot, tables
+from safemax_sd.core.errors import OptionError
 from safemax_sd.core.provenance import provenance
 
 EMBEDDED = "emoji"
+UNTIL = "until"
+"""Part of whole runs, which have no alternations."""
 
 
 class Measurement:
@@ -51,22 +55,30 @@ class Measurement:
                 self.measure(part, size, getattr(steps, part))
         work_dir, alternations = self.arguments.work_dir, self.arguments.alternations
         for name, flags in trained_methods(COMPARISON).items():
-            self.measure("until", EMBEDDED, partial(until_forgotten, name, flags, work_dir), variant=name)
+            self.measure(UNTIL, EMBEDDED, partial(until_forgotten, name, flags, work_dir), variant=name)
         self.measure("replay", EMBEDDED, partial(replay, work_dir, alternations))
         self.measure("scaling", EMBEDDED, partial(scaling_with_concepts, work_dir, alternations), axis="concepts")
         if self.device.type == "cpu":
             self.measure("scaling", EMBEDDED, partial(scaling_with_processes, work_dir, alternations), axis="processes")
 
     def measure(self, part: str, size: str, rows: Callable[[], Iterable[Row]], **more: Any) -> None:
-        """Measure a part and append its rows, if it is requested and does not exist yet."""
+        """Measure a part and append its rows, if it is requested and does not exist yet.
+
+        Raises:
+            OptionError: It exists with another number of alternations.
+        """
         key = {"part": part, "size": size, "device": self.made_by["device"], **more}
-        if part not in self.arguments.parts or is_measured(self.rows, key):
+        settings = {} if part == UNTIL else {"alternations": self.arguments.alternations}
+        output = self.arguments.output
+        if part not in self.arguments.parts:
+            return
+        if is_measured_with(self.rows, key, settings, option="--output", path=output):
             return
         print(f"{part}, {size} …", flush=True)
         # The rows of a part are compared with one another, so they are written together.
-        made = [{**key, **row, "provenance": self.made_by} for row in rows()]
+        made = [{**key, **settings, **row, "provenance": self.made_by} for row in rows()]
         self.rows += made
-        append_rows(self.arguments.output, made)
+        append_rows(output, made)
 
 
 class StepParts:
@@ -116,7 +128,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parts = ("floor", "step", "esd", "until", "replay", "scaling")
+    parts = ("floor", "step", "esd", UNTIL, "replay", "scaling")
     default = CUDA_SIZES if torch.cuda.is_available() else CPU_SIZES
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(default))
@@ -142,7 +154,11 @@ def main(words: list[str] | None = None) -> None:
         if arguments.plot:
             plot(rows).savefig(arguments.plot, dpi=130)
         return
-    Measurement(arguments, torch.device("cuda" if torch.cuda.is_available() else "cpu")).run()
+    try:
+        Measurement(arguments, torch.device("cuda" if torch.cuda.is_available() else "cpu")).run()
+    except OptionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

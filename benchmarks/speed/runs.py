@@ -30,7 +30,9 @@ from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.train import Run, optimizer_step
 from safemax_sd.training.config import TrainConfig, config_class
 
-FORGOTTEN_AT, PROBE_STEPS, RETAINED_IMAGES = 99, 25, 64
+FORGOTTEN_AT = 99
+"""Percentage of the probe's pictures without the concept at which a run stops."""
+PROBE_STEPS, RETAINED_IMAGES = 25, 64
 PROCESSES = (1, 2)
 SHORT = {"max_train_steps": 24, "forget_trajectories": 8, "retain_trajectories": 16, "replay_inference_steps": 4}
 """Flags of runs in several processes, of which only the steps are timed."""

@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.classes import progress
 from benchmarks.classes.assess import assessment
-from benchmarks.classes.base import BaseTraining, save, train_base
+from benchmarks.classes.base import BaseTraining, save, train_and_log, train_base
 from benchmarks.classes.classifier import Classifier, DigitNet
 from benchmarks.classes.data import Dataset
 from benchmarks.classes.measure import Sampling, Subject, draw_classes, verdict_on_noise
@@ -105,6 +106,32 @@ def test_a_training_that_diverges_ends_and_leaves_the_save_before_the_last(
     with pytest.raises(SafemaxError, match=r"risen from 1\.0000 to 1\.5900 by step 4: copy .*training\.previous\.pt"):
         run.train()
     assert [torch.load(path)["step"] for path in (run.run.previous, run.run.path)] == [2, 3]
+
+
+def test_a_row_that_a_killed_training_lacks_is_appended(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SAMPLING", Sampling(2.0, num_inference_steps=1))
+    classifier = Classifier(judge(), dataset)
+
+    def steps() -> list[int]:
+        return [row["step"] for row in read_rows(tmp_path / PROGRESS)]
+
+    def log_until(run: BaseTraining, *fractions: float) -> None:
+        log = ProgressLog(run.run, SETTINGS.batch_size, tmp_path)
+        for until in fractions:
+            train_and_log(run, log, classifier, until=until)
+
+    log_until(training(dataset, tmp_path), 1 / 3)
+    training(dataset, tmp_path).train(2 / 3)  # killed before its row
+    log_until(training(dataset, tmp_path), 1 / 3, 2 / 3)
+    assert steps() == [2, 4]
+    training(dataset, tmp_path).train(5 / 6)  # killed on the way to the next row
+    log_until(training(dataset, tmp_path), 1 / 3, 2 / 3, 1.0)
+    log_until(training(dataset, tmp_path), 1 / 3, 2 / 3, 1.0)
+    assert steps() == [2, 4, 6]
+    rows = read_rows(tmp_path / PROGRESS)
+    assert [row["images_per_second"] for row in rows] == pytest.approx([SETTINGS.batch_size] * 3)
 
 
 def test_a_folder_is_a_folded_model_and_is_logged(dataset: Dataset, tmp_path: Path) -> None:

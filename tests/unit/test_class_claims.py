@@ -84,6 +84,9 @@ def test_one_class_is_what_noise_is_called() -> None:
     rows = [row("safemax", forgotten) for forgotten in range(10)]
     rows[1]["unlearning_accuracy"] = 0.0
     assert text(claim, rows) == "reproduced: 9 of 10 classes; with rejection 10 of 10"
+    rows[1]["unlearning_accuracy_with_rejection"] = 99.0  # pictures of it are still drawn
+    assert text(claim, rows) == "not reproduced: 9 of 10 classes; with rejection 9 of 10"
+    rows[1]["unlearning_accuracy_with_rejection"] = 100.0
     rows[2]["unlearning_accuracy"] = 99.0
     rows += [row("safemax", 3, unlearning_accuracy=0.0, **other) for other in OTHER_RUNS]
     assert text(claim, rows) == "not reproduced: 8 of 10 classes; with rejection 10 of 10"

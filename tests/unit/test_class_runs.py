@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.class_unlearning import Study, run_study
+from benchmarks import class_unlearning
+from benchmarks.class_unlearning import Study, check_options, classes, open_study, picture_count, run_study
 from benchmarks.classes.classifier import Classifier, DigitNet
 from benchmarks.classes.data import Dataset
 from benchmarks.classes.methods import VARIANTS, Variant
@@ -45,6 +46,7 @@ def study(dataset: Dataset, base: Path, work_dir: Path, **options: Any) -> Study
         "dataset": "digits", "work_dir": work_dir, "seed": 0, "methods": ["safemax"], "classes": [0], "race": None,
         "rates": None, "num_forget": 10, "num_retain": 10, "published_counts": False,
     }  # fmt: skip
+    torch.manual_seed(0)
     network = DigitNet()
     network.linear = torch.nn.Linear(64, len(tiny.CONCEPTS))
     return Study(argparse.Namespace(**{**arguments, **options}), dataset, Classifier(network, dataset), base=base)
@@ -56,22 +58,108 @@ def test_a_row_with_other_settings_is_refused(
     before = study(dataset, tiny_ddpm, tmp_path)
     key, folder = {"kind": "class", **before.key("safemax", 0)}, before.run_folder("safemax", 0)
     assert not before.has(key)
-    before.append(key)
+    before.append(key, {})
     assert before.has(key)
+    before.append(key, {})
+    assert len(before.rows) == 1
     more = study(dataset, tiny_ddpm, tmp_path, num_retain=20)
     assert more.run_folder("safemax", 0) == folder
     assert more.settings({**key, "kind": "memory"}) == before.settings({**key, "kind": "memory"})
-    with pytest.raises(
-        OptionError, match=r"--work_dir .*digits.jsonl: its row of class, digits, safemax, 0, .* has set"
-    ):
+    place = r"--work_dir .*digits.jsonl: its row of class, digits, safemax, 0, .*"
+    with pytest.raises(OptionError, match=f"{place} has sampling_num_retain 10, not 20: give another --work_dir"):
         more.has(key)
     monkeypatch.setitem(VARIANTS, "safemax", Variant("safemax", {**FLAGS, "learning_rate": 1e-5}))
     after = study(dataset, tiny_ddpm, tmp_path)
     assert after.run_folder("safemax", 0) != folder
-    with pytest.raises(OptionError, match="give another --work_dir"):
+    with pytest.raises(OptionError, match=f"{place} has learning_rate 0.0001, not 1e-05"):
         after.has(key)
-    after.rows = [key]  # as in older files
-    assert after.has(key)
+
+
+def test_a_row_is_of_one_base_model_and_classifier(dataset: Dataset, tiny_ddpm: Path, tmp_path: Path) -> None:
+    before = study(dataset, tiny_ddpm, tmp_path)
+    key = {"kind": "class", **before.key("base", 0)}
+    before.append(key, {})
+    other = tiny.build_ddpm(tmp_path / "other", patch_size=2)
+    after = study(dataset, other, tmp_path)
+    assert after.run_folder("safemax", 0) != before.run_folder("safemax", 0)
+    with pytest.raises(OptionError, match=f"has base {before.base_digest}, not {after.base_digest}"):
+        after.has(key)
+    before.classifier.network.linear.bias.data += 1
+    with pytest.raises(OptionError, match="has classifier "):
+        before.has(key)
+
+
+@pytest.mark.parametrize("stored", [{}, {"settings": "034c2561"}, {"settings": {"removed_flag": 1}}])
+def test_settings_that_only_one_of_row_and_rerun_has_are_accepted(
+    dataset: Dataset, tiny_ddpm: Path, tmp_path: Path, stored: dict[str, Any]
+) -> None:
+    again = study(dataset, tiny_ddpm, tmp_path)
+    key = {"kind": "class", **again.key("safemax", 0)}
+    append_rows(tmp_path / "class_unlearning_digits.jsonl", [{**key, **stored}])
+    assert again.has(key)
+
+
+def test_settings_hold_every_flag_that_steps_depend_on(dataset: Dataset, tiny_ddpm: Path, tmp_path: Path) -> None:
+    found = study(dataset, tiny_ddpm, tmp_path).training_settings("safemax")
+    assert found.items() >= {"learning_rate": 1e-4, "rank": 16, "objective": "safemax"}.items()
+    assert not {"output_dir", "checkpointing_steps"} & found.keys()
+
+
+@pytest.mark.parametrize(("passing", "steps"), [((2, 4), 2), ((4,), 4), ((), None)])
+def test_a_race_tests_checkpoints_and_the_final_weights_on_one_clock(
+    dataset: Dataset,
+    tiny_ddpm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    passing: tuple[int, ...],
+    steps: int | None,
+) -> None:
+    runs = study(dataset, tiny_ddpm, tmp_path)
+    output = runs.trained("safemax", 0)  # with a checkpoint after two of four steps
+    tested = iter((2, 4))
+    name = "unlearning_accuracy_with_rejection"
+    monkeypatch.setattr(class_unlearning, "forgetting", lambda *_: {name: 100.0 * (next(tested) in passing)})
+    found = runs.times(output, 0)
+    assert (found["steps_to_forgotten"], found["steps"]) == (steps, 4)
+    if steps == 4:
+        assert found["seconds_to_forgotten"] == found["seconds"]
+    elif steps == 2:
+        assert found["seconds_priors"] < found["seconds_to_forgotten"] < found["seconds"]
+    else:
+        assert found["seconds_to_forgotten"] is None
+
+
+def options(work_dir: Path, **more: Any) -> argparse.Namespace:
+    found = {"dataset": "digits", "work_dir": work_dir, "classes": [0], "race": None, "rates": None}
+    return argparse.Namespace(**{**found, "base_minutes": None, **more})
+
+
+@pytest.mark.parametrize("asked", [{"classes": [0, 12]}, {"race": 12}, {"rates": -1}])
+def test_a_class_that_does_not_exist_is_refused_before_anything_is_trained(
+    tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    with pytest.raises(OptionError, match=rf"--{next(iter(asked))} (12|-1): is no class: they are numbered 0 to 9"):
+        open_study(options(tmp_path, **asked))
+    assert not list(tmp_path.iterdir())
+
+
+def test_minutes_of_a_base_that_is_trained_are_refused(tmp_path: Path) -> None:
+    check_options(options(tmp_path, base_minutes=1.0))
+    base = tmp_path / "digits/base"
+    base.mkdir(parents=True)
+    (base / "model_index.json").touch()
+    check_options(options(tmp_path))
+    with pytest.raises(OptionError, match=r"--base_minutes 1\.0: has no effect, as .*base holds a base model"):
+        check_options(options(tmp_path, base_minutes=1.0))
+
+
+def test_numbers_of_pictures_and_classes_that_cannot_be_measured_are_refused() -> None:
+    assert (picture_count(1)("1"), classes("0-2,5")) == (1, [0, 1, 2, 5])
+    with pytest.raises(argparse.ArgumentTypeError, match="at least 9, not 8"):
+        picture_count(9)("8")
+    with pytest.raises(argparse.ArgumentTypeError, match="5-2 names no class"):
+        classes("5-2")
 
 
 def test_a_killed_run_continues_and_has_no_seconds(dataset: Dataset, tiny_ddpm: Path, tmp_path: Path) -> None:

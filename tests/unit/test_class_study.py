@@ -20,7 +20,6 @@ from benchmarks.classes.classifier import Classifier
 from benchmarks.classes.data import Dataset, read_sheets, write_folder
 from benchmarks.classes.measure import Sampling, Subject, forgetting, kept_class, retention
 from benchmarks.classes.methods import VARIANTS, Variant
-from safemax_sd.core.memory import TensorMemory
 from safemax_sd.families import Conditioning, LoadOptions, load_family
 from safemax_sd.families.ddpm import LABELS
 from safemax_sd.recording.picture_folder import PictureFolder
@@ -161,20 +160,21 @@ def test_the_kept_classes_real_pictures_are_kept(dataset: Dataset, answering: Ca
     assert other["fid"] == pytest.approx(4 * 0.15**2, rel=0.05)
 
 
-def test_memory_counts_what_is_alive() -> None:
-    with TensorMemory() as memory:
-        first = torch.zeros(1000)
-        second = first + 1
-        view = second[:10]
-        assert memory.alive == 8000
-        del first
-        assert memory.alive == 4000
-        third = torch.zeros(500)
-        assert memory.alive == 6000
-        memory.count(third)
-        assert memory.alive == 6000
-    assert memory.peak == 8000
-    assert len(view) == 10
+def test_a_folder_of_pictures_is_shared_by_processes(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, rename = tmp_path / "p" / tiny.CONCEPTS[0], Path.rename
+
+    def second(self: Path, target: Path) -> Path:
+        if target == other and not other.exists():  # the other process has just finished
+            other.mkdir()
+            (other / "00000.png").touch()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", second)
+    folder = write_folder(dataset, tmp_path / "p", limit=2)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(tiny.CONCEPTS)
+    assert [path.stat().st_size for path in other.iterdir()] == [0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))

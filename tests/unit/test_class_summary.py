@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from benchmarks.classes.summary import (
     PairedDifference,
     class_table,
@@ -16,6 +18,7 @@ from benchmarks.classes.summary import (
     summary,
     time_table,
 )
+from safemax_sd.core.errors import SafemaxError
 
 
 def row(method: str, forgotten: int, seed: int, fid: float, **more: Any) -> dict[str, Any]:
@@ -85,6 +88,11 @@ def test_methods_are_compared_on_the_classes_that_all_of_them_have() -> None:
 def test_differences_are_paired_by_class_and_seed() -> None:
     assert paired_difference(ROWS, "salun", "safemax", column="fid") == PairedDifference(1.5, None, 2)
     assert paired_difference(ROWS, "salun", "selective_amnesia", column="fid") is None
+
+
+def test_rows_that_two_processes_measured_are_not_paired() -> None:
+    with pytest.raises(SafemaxError, match="salun: two rows have class 1, seed 0, counts reduced and repeat 0"):
+        paired_difference([*ROWS, ROWS[-1]], "salun", "safemax", column="fid")
 
 
 def test_variants_are_compared_with_their_reference() -> None:

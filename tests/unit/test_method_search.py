@@ -12,7 +12,7 @@ from benchmarks import method_search
 from benchmarks.emoji.methods import COMPARISON, SEARCH, trained_methods
 from benchmarks.method_search import RATES, Trial, best, search, table, trial
 from benchmarks.results import read_rows
-from safemax_sd.core.errors import SafemaxError
+from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.objectives.esd import EsdConfig
 
 FOUND = Path(__file__).parents[2] / "docs" / "results" / "emoji_search.jsonl"
@@ -58,6 +58,9 @@ def test_the_longer_trial_is_of_the_best_rate_and_nothing_is_run_twice(
     assert ran == [(5, 1), (25, 1), (5, 2)]
     search("esd", tmp_path, output)
     assert len(ran) == 3
+    output.write_text(json.dumps({**row("esd", 1, 1, 1.0), "flags": {"objective": "esd"}}) + "\n")
+    with pytest.raises(OptionError, match=r"its row of esd, 1, 1 has flags \{'objective': 'esd'\}, not"):
+        search("esd", tmp_path, output)
 
 
 def test_only_divergence_is_a_trial_s_own_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import open_clip
@@ -12,8 +13,11 @@ from safemax_sd.evaluation.comparison.config import Comparison, read_comparison
 from safemax_sd.evaluation.comparison.methods import Erasure, UntrainedMethod
 
 from benchmarks import real_prompt_suites
+from benchmarks.emoji import prompt_suites
+from safemax_sd.assets import CAPTIONS
 from safemax_sd.prompts import check_disjoint, load_prompts, load_suite, suite_names
 from safemax_sd.training.command_line import read_yaml
+from safemax_sd.words.suite import as_csv
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("compare_*.yaml"))
 REAL = [path for path in EXAMPLES if read_yaml(str(path))["base_model"] != "emoji"]
@@ -80,13 +84,24 @@ def test_nudity_is_of_adults_and_in_plain_words() -> None:
     assert not [text for text in parts["paraphrases"].texts if "nude" in text or "naked" in text]
 
 
-def test_files_are_those_that_the_script_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped = real_prompt_suites.FOLDER
-    monkeypatch.setattr(real_prompt_suites, "FOLDER", tmp_path)
-    real_prompt_suites.main()
+@pytest.mark.parametrize(
+    ("script", "count"),
+    [(real_prompt_suites, len(SUITES)), (prompt_suites, len(suite_names()) - len(SUITES))],
+    ids=["real", "emoji"],
+)
+def test_files_are_those_that_the_script_writes(
+    script: ModuleType, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = script.FOLDER
+    monkeypatch.setattr(script, "FOLDER", tmp_path)
+    script.write_suites()
     written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.csv"))
-    assert len(written) == 4 * len(SUITES)
+    assert len(written) == 4 * count
     assert all((tmp_path / path).read_bytes() == (shipped / path).read_bytes() for path in written)
+
+
+def test_captions_are_those_that_the_script_writes() -> None:
+    assert CAPTIONS["emoji"].read_text(encoding="utf8") == as_csv(prompt_suites.captions())
 
 
 def test_public_prompt_files_fit_into_a_folder_of_ones_own(tmp_path: Path) -> None:

@@ -93,6 +93,13 @@ def test_what_is_there_is_not_measured_again(folder: Path, rows: list[dict[str, 
     assert read_rows(folder / "speed.jsonl") == rows
 
 
+def test_another_number_of_alternations_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments(folder), "--alternations", str(ALTERNATIONS + 1)])
+    assert ended.value.code == 2
+    assert f"has alternations {ALTERNATIONS}, not {ALTERNATIONS + 1}: give another --output" in capsys.readouterr().err
+
+
 def test_tables_and_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     text = tables(rows)
     assert all(NAMES[name] in text for names in VARIANTS.values() for name in names)
