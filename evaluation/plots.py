@@ -80,6 +80,7 @@ def sweep_plot(
     percent: bool,
     band: tuple[float, float] | None,
     alt: str,
+    from_zero: bool = False,
 ) -> str:
     """Plot a quantity against a positive setting such as the guidance scale, which has a logarithmic axis.
 
@@ -91,6 +92,7 @@ def sweep_plot(
         percent: True if y is a percentage.
         band: Range in which the values should lie, drawn as a shaded band; None for no band.
         alt: Description of the plot for screen readers.
+        from_zero: True for a y axis from 0, so that several plots can be compared; else it fits the values.
 
     Returns:
         An `<svg>` element.
@@ -110,7 +112,7 @@ def sweep_plot(
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.grid(False, axis="x")
-        _set_limits(axes, lines, percent=percent, band=band)
+        _set_limits(axes, lines, percent=percent, within=(*(band or ()), *([0.0] if from_zero else [])))
         _legend(axes)
         return _svg(figure, name, alt)
 
@@ -126,11 +128,11 @@ def _draw_line(axes: Axes, line: Line, number: int, count: int) -> None:
     axes.plot(x, line.y, color=color, marker=marker, label=line.label)
 
 
-def _set_limits(axes: Axes, lines: Sequence[Line], *, percent: bool, band: tuple[float, float] | None) -> None:
-    """Fit the y axis to all values, their intervals and the band; percentages end just above 100."""
+def _set_limits(axes: Axes, lines: Sequence[Line], *, percent: bool, within: Sequence[float]) -> None:
+    """Fit the y axis to all values, their intervals and what is to be within it; percentages end just above 100."""
     values = [y for line in lines for y in line.y]
     values += [bound for line in lines for interval in line.intervals if interval for bound in interval]
-    values += band or ()
+    values += within
     low, high = min(values), max(values)
     if percent:
         low = min(90.0, 5 * (low // 5))

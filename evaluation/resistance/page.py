@@ -159,12 +159,15 @@ def _success(row: AttackRow | None) -> str:
 def _note(report: AttackReport) -> str:
     counts = {row.success.n for row in report.rows}
     shown = " to ".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else "no"
-    return (
+    success = (
         f"Share of {shown} pictures in which the judge sees the concept; the first row is without an attack, and its "
-        "successes are not added to the others’. The excess is what an attack finds in the erased model beyond what it "
-        "teaches one that never knew the concepts: what was left in the weights. An interval that includes 0 does not "
-        "show that anything was left. The strongest try counts; intervals leave out that choice."
+        "successes are not added to the others’. The strongest try counts; intervals leave out that choice."
     )
+    excess = (
+        " The excess is what an attack finds in the erased model beyond what it teaches one that never knew the "
+        "concepts: what was left in the weights. An interval that includes 0 does not show that anything was left."
+    )
+    return success + (excess if "never_known" in targets(report) else "")
 
 
 def _refusals(report: AttackReport) -> str:
@@ -231,6 +234,7 @@ def _curve_plot(attack: str, line: str, by_role: dict[str, dict[float, Rate]], n
         ylabel="success (%)",
         percent=True,
         band=None,
+        from_zero=True,
         alt=f"Success of {title} by {xlabel}",
     )
     return f"<figure>{plot}<figcaption>{html.escape(title)}</figcaption></figure>"
