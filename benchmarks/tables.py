@@ -93,10 +93,18 @@ SHARED_CORES = {
 """Files of `STUDIES` whose rows' seconds are left out, with the reasons."""
 STEP_MEMORY = {CIFAR: "2026-11-30-cifar10-step-memory.jsonl"}
 """Files with the memory of each method's step, by study, where its rows leave out the frozen copy of the network."""
-COMPARED_ATTACKS = "2026-11-30-attacks-compared-bomb.json"
-"""File of the table of all methods under attack."""
-ATTACKED_TASKS = tuple(
-    f"2026-11-30-attacks-compared-{name}.json" for name in ("dog", "dog-seed-1", "weapons", "weapons-seed-1")
+COMPARED_ATTACKS = {
+    "bomb": "2026-11-30-attacks-compared-bomb.json",
+    "dog": "2026-12-01-attacks-compared-dog-methods.json",
+    "weapons": "2026-12-01-attacks-compared-weapons-methods.json",
+}
+"""Files of the tables of methods under attack, by task."""
+ATTACKED_TASKS = (
+    "2026-12-01-attacks-compared-bomb-two-seeds.json",
+    "2026-11-30-attacks-compared-dog.json",
+    "2026-11-30-attacks-compared-dog-seed-1.json",
+    "2026-11-30-attacks-compared-weapons.json",
+    "2026-11-30-attacks-compared-weapons-seed-1.json",
 )
 """Files of the table of attacks by task."""
 ATTACKED_MODELS = ("base", "never_known", "safemax", "safemax_pruned")
@@ -195,9 +203,9 @@ def comparison() -> str:
     return markdown_table([head[place] for place in columns], [[line[place] for place in columns] for line in lines])
 
 
-def attacked_methods() -> str:
+def attacked_methods(task: str) -> str:
     """Return the table of what each attack brings back from each method's erased models, and of what they keep."""
-    comparison, runs = _read(COMPARED_ATTACKS), _attacked(COMPARED_ATTACKS)
+    comparison, runs = _read(COMPARED_ATTACKS[task]), _attacked(COMPARED_ATTACKS[task])
     labels = [line["label"] for line in comparison["attacks"]["summary"]]
     measured = {line["label"]: line["values"] for line in comparison["summary"]}
     lines = [
@@ -313,7 +321,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "claims": claims,
     "depth": depth,
     "attack settings": attack_settings,
-    "attacked methods": attacked_methods,
+    **{f"attacked methods {task}": partial(attacked_methods, task) for task in COMPARED_ATTACKS},
     "attacked tasks": attacked_tasks,
     "comparison": comparison,
     "comparison by task": comparison_by_task,
