@@ -31,10 +31,11 @@ from benchmarks.classes.base import is_trained, train_base
 from benchmarks.classes.classifier import Classifier, load_judged
 from benchmarks.classes.cost import part_of, seconds_by_parts, seconds_by_phase, seconds_of, step_memory
 from benchmarks.classes.data import CLASSES, Dataset, add_data_options, write_folder
+from benchmarks.classes.figures import gallery, plot
 from benchmarks.classes.measure import SAMPLINGS, Subject, forgetting, kept_class, retention, verdict_on_noise
 from benchmarks.classes.methods import SMALL, VARIANTS
 from benchmarks.classes.settings import BASES
-from benchmarks.classes.summary import gallery, plot, summary
+from benchmarks.classes.summary import summary
 from benchmarks.prompt_files import write_prompts
 from benchmarks.results import Row, append_rows, digest, is_measured_with, read_rows, weights_digest
 from benchmarks.training import has_bfloat16

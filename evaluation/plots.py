@@ -112,7 +112,7 @@ def sweep_plot(
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.grid(False, axis="x")
-        _set_limits(axes, lines, percent=percent, within=(*(band or ()), *([0.0] if from_zero else [])))
+        _set_limits(axes, lines, percent=percent, within=(*(band or ()), 0.0) if from_zero else band or ())
         _legend(axes)
         return _svg(figure, name, alt)
 

@@ -112,4 +112,4 @@ class Attack(ABC):
         """
 
 
-ATTACKS: Registry[Attack] = Registry("attack", Attack, "safemax_sd.evaluation.attacks")  # type: ignore[type-abstract]
+ATTACKS: Registry[Attack] = Registry("attack", Attack, "safemax_sd.evaluation.attacks", option="--attacks")  # type: ignore[type-abstract]

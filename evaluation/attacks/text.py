@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -226,14 +227,21 @@ def reworded(prompt: Prompt, word: str) -> str:
     as in "a harbour in the style of Claude Monet" for "Claude Monet style", or a style's name without "style", as in
     "blob dog". In front of a prompt without any the word is added, so that the rest may still lead to the concept.
     """
-    for name in (prompt.shows.split(), prompt.shows.removesuffix(STYLE_SUFFIX).split()):
-        for size in range(len(name), len(name) // 2, -1):
-            for start in range(len(name) - size + 1):
-                part = r"\s+".join(map(re.escape, name[start : start + size]))
-                text, count = re.subn(rf"(?<!\w){part}(?!\w)", lambda _: word, prompt.text, flags=re.IGNORECASE)
-                if count:
-                    return " ".join(text.split())
+    names = dict.fromkeys((prompt.shows, prompt.shows.removesuffix(STYLE_SUFFIX)))
+    for part in chain.from_iterable(map(name_parts, names)):
+        pattern = r"\s+".join(map(re.escape, part))
+        text, count = re.subn(rf"(?<!\w){pattern}(?!\w)", lambda _: word, prompt.text, flags=re.IGNORECASE)
+        if count:
+            return " ".join(text.split())
     return " ".join(f"{word} {prompt.text}".split())
+
+
+def name_parts(name: str) -> Iterator[list[str]]:
+    """Yield the parts of a name that have more than half of its words, the longest first."""
+    words = name.split()
+    for size in range(len(words), len(words) // 2, -1):
+        for start in range(len(words) - size + 1):
+            yield words[start : start + size]
 
 
 def searched(

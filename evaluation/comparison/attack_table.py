@@ -121,13 +121,13 @@ def attack_columns(attacks: Sequence[type[Attack]], runs: Sequence[Run]) -> list
         attacks: Attacks, in the order of the columns.
         runs: Attacked controls and erased models.
     """
-    known = [run for run in runs if run.label == NEVER_KNOWN]
+    known, bases = ([run for run in runs if run.label == label] for label in (NEVER_KNOWN, BASE))
     columns: list[TriesColumn] = []
     for attack in attacks:
         attempts = [each for run in runs for each in run.attacks if each.attack == attack.name]
         costs = sorted({cost for attempt in attempts for cost in attempt.by_cost})
         for cost in (None, *costs):
-            base = pooled(list(Tries(attack, cost).successes([run for run in runs if run.label == BASE]).values()))
+            base = pooled(list(Tries(attack, cost).successes(bases).values()))
             doubt = "not run on base" if base is None else "too weak" if base.value < STRONG else ""
             tries = Tries(attack, cost, doubt)
             columns += [SuccessColumn(tries), *([ExcessColumn(tries, known)] if known else [])]

@@ -115,8 +115,7 @@ class AttackRun:
         report = self.report()
         if report is None:
             return ()
-        done = [attack.name for attack in chosen(self.options.attacks) if report.has(attack, self.role)]
-        found = [report.row(name, self.role) or report.refusal(name, self.role) for name in done]
+        found = [report.outcome(attack, self.role) for attack in chosen(self.options.attacks)]
         return tuple(Attempt.of(each) for each in found if isinstance(each, Refusal) or (each and each.success_counts))
 
     def check(self) -> None:

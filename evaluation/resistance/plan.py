@@ -33,7 +33,7 @@ def chosen(names: Sequence[str]) -> list[type[Attack]]:
     Raises:
         OptionError: No attack has that name.
     """
-    found = {ATTACKS.get(name, option="--attacks") for name in (ATTACKS.names() if ALL in names else names)}
+    found = {ATTACKS.get(name) for name in (ATTACKS.names() if ALL in names else names)}
     return sorted(found | {Plain}, key=lambda attack: attack_order(attack.name, attack.access))
 
 

@@ -155,12 +155,13 @@ class AttackReport:
 
     def has(self, attack: Attack | type[Attack], target: str) -> bool:
         """Tell whether an attack on a target is done, by its present version, or does not apply."""
-        found = self.row(attack.name, target) or self.refusal(attack.name, target)
-        return found is not None and found.version == attack.version
+        return self.outcome(attack, target) is not None
 
-    def refusal(self, attack: str, target: str) -> Refusal | None:
-        """Return the refusal of an attack on a target; None if there is none."""
-        return next((each for each in self.refusals if (each.attack, each.target) == (attack, target)), None)
+    def outcome(self, attack: Attack | type[Attack], target: str) -> AttackRow | Refusal | None:
+        """Return the row or refusal of an attack's present version on a target; None if there is none."""
+        outcomes: tuple[AttackRow | Refusal, ...] = (*self.rows, *self.refusals)
+        wanted = (attack.name, target, attack.version)
+        return next((each for each in outcomes if (each.attack, each.target, each.version) == wanted), None)
 
     def with_row(self, row: AttackRow) -> Self:
         """Return the report with a new row, in place of what an older version did on the same target.

@@ -27,21 +27,19 @@ class Registry(Generic[T]):
         kind: Noun for the subclasses in error messages, such as `objective`.
         base: Abstract base class with a `name` attribute.
         package: Import path of the package whose modules are searched.
+        option: Flag that names a subclass, for errors; that of the kind if not given.
     """
 
-    def __init__(self, kind: str, base: type[T], package: str) -> None:
+    def __init__(self, kind: str, base: type[T], package: str, *, option: str | None = None) -> None:
         self.kind, self.base, self.package = kind, base, package
+        self.option = option or f"--{kind.replace(' ', '_')}"
 
     def names(self) -> list[str]:
         """Return all names, sorted."""
         return sorted(self._classes())
 
-    def get(self, name: str, *, option: str | None = None) -> type[T]:
+    def get(self, name: str) -> type[T]:
         """Return the class with a name.
-
-        Args:
-            name: Name of the class.
-            option: Flag that gave the name, for errors; that of the kind of class if not given.
 
         Raises:
             OptionError: No class has that name; the message suggests the nearest.
@@ -49,7 +47,7 @@ class Registry(Generic[T]):
         classes = self._classes()
         if name not in classes:
             allowed = f"no such {self.kind}{closest(name, classes)}; there are: {', '.join(sorted(classes))}"
-            raise OptionError(option or f"--{self.kind.replace(' ', '_')}", name, allowed)
+            raise OptionError(self.option, name, allowed)
         return classes[name]
 
     def _classes(self) -> dict[str, type[T]]:

@@ -21,7 +21,7 @@ from safemax_sd.recording.pruning import Layers, Moments, layer_groups, pruned_l
 from safemax_sd.training.config import TrainConfig
 from safemax_sd.training.optimizers import make_optimizer
 from safemax_sd.training.probe import PROBE_PICTURES
-from safemax_sd.training.run import DTYPES, loading_dtype
+from safemax_sd.training.run import DTYPES, by_autocast
 
 DeviceType = Literal["cuda", "cpu"]
 TEXT_ENCODER, AUTOENCODER = "text_encoder", "vae"
@@ -75,8 +75,7 @@ class MemoryPlan:
         precision = config.mixed_precision or "no"
         self.autocast = Kernels(device, None if precision == "no" else DTYPES[precision])
         self.plain = Kernels(device, None)
-        whole = loading_dtype(config, torch.device(device)) == torch.float32
-        self.recording = self.autocast if whole else self.plain
+        self.recording = self.autocast if by_autocast(config, torch.device(device)) else self.plain
         self.networks = _by_part(family)
         self.token_states = rehearsal.prompts * size_of(row[0] for row in family.empty.tensors.values())
         self.phases = [self._start()]

@@ -240,13 +240,16 @@ def check_family(config: TrainConfig, family: ModelFamily) -> None:
 
 def loading_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """Return the type that the model's weights are loaded in."""
-    # On a processor half-precision weights would be converted at every layer, and weights that are trained would keep
-    # the rounding: autocast alone is used.
-    whole = device.type == "cpu" or config.trainable == "full"
-    return torch.float32 if whole else DTYPES[config.mixed_precision or "no"]
+    return torch.float32 if by_autocast(config, device) else DTYPES[config.mixed_precision or "no"]
+
+
+def by_autocast(config: TrainConfig, device: torch.device) -> bool:
+    """Tell whether autocast alone lowers the precision, and the weights stay in float32."""
+    # On a processor half-precision weights would be converted at every layer; weights that are trained would keep the
+    # rounding.
+    return device.type == "cpu" or config.trainable == "full"
 
 
 def recording_precision(config: TrainConfig, accelerator: Accelerator) -> AbstractContextManager[Any]:
-    """Return the context in which trajectories are recorded in the precision of the steps; see `loading_dtype`."""
-    whole = loading_dtype(config, accelerator.device) == torch.float32
-    return accelerator.autocast() if whole else nullcontext()
+    """Return the context in which trajectories are recorded in the precision of the steps."""
+    return accelerator.autocast() if by_autocast(config, accelerator.device) else nullcontext()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.classes.figures import plot
 from benchmarks.classes.summary import (
     PairedDifference,
     class_table,
@@ -14,7 +15,6 @@ from benchmarks.classes.summary import (
     method_table,
     on_shared_classes,
     paired_difference,
-    plot,
     summary,
     time_table,
 )
