@@ -197,6 +197,7 @@ class Generator:
             "base_model": asdict(base),
             "weights": weights_of(base.name_or_path),
             "device": torch.device(state.device).type,
+            "dtype": str(models.pipeline.dtype),
             "versions": {package: version_of(package) for package in ("safemax_sd", "diffusers", "torch")},
         }
         self._settings = models.scheduler_settings

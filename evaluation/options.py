@@ -24,7 +24,9 @@ class ImageCounts(Options):
     """Numbers of pictures, for which every command that evaluates has a flag."""
 
     num_images: int = option(256, "Pictures of each prompt subset.", IMAGES)
-    num_sweep_images: int = option(64, "Pictures of each setting of the sweep; 0: no sweep.", SWEEP_IMAGES)
+    num_sweep_images: int = option(
+        64, "Pictures of each setting of the sweep and of image-to-image; 0: neither.", SWEEP_IMAGES
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class EvaluateOptions(MeasuringOptions):
         sweep_samplers: Samplers of the sweep; None for all that the model supports.
     """
 
-    adapter: str = field(metadata={"help": "Output folder of a training.", "path": True})
+    adapter: str = field(metadata={"help": "Output folder of a training or an edit.", "path": True})
     suite: str | None = option(None, "Prompt suite, by name or folder.", path=True)
     output_dir: str | None = option(None, "Folder of the report; ADAPTER/evaluation if not given.", path=True)
     seed: int = option(0, "Seed of the start noise.", SEED)

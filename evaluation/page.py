@@ -18,7 +18,7 @@ from safemax_sd.evaluation.report import REPORT, Report, Row
 
 from safemax_sd.core.errors import OptionError, path_errors
 from safemax_sd.core.provenance import atomic_write_text
-from safemax_sd.results.erasure import ErasureRecord, TotalCost
+from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.folder import claimed, finish, foreign, not_ours
 from safemax_sd.results.model_card import usage
 from safemax_sd.training.output import LOG, read_log
@@ -42,7 +42,7 @@ PAGE = """<!doctype html>
 <h2>Cost</h2>{cost}
 <h2>Use it</h2><pre><code>{snippet}</code></pre>
 <h2>Settings</h2>
-<details><summary>Training</summary>{config}</details>
+<details><summary>{trained}</summary>{config}</details>
 <details><summary>Evaluation</summary>{settings}</details>
 <details><summary>Versions</summary>{versions}</details>
 </main></body></html>
@@ -66,10 +66,11 @@ def write_page(report: Report, folder: Path, *, log: Sequence[Mapping[str, Any]]
         headline=_headline_table(report),
         sweeps=_sweeps(report),
         training=_training(log),
-        cost=pairs(_cost(record.cost)),
+        cost=pairs(_cost(record)),
         snippet=html.escape(_usage(record)),
+        trained="Training of the anchor" if record.edits_anchor else "Training",
         config=pairs(record.config),
-        settings=pairs({"suite": report.full_suite, "judge": report.judge, **report.settings}),
+        settings=pairs({**report.settings, "suite": report.full_suite, "judge": report.judge}),
         versions=pairs({**report.provenance.versions, **_plain(asdict(report.provenance))}),
     )
     atomic_write_text(folder / PAGE_FILE, page)
@@ -115,9 +116,11 @@ def training_log(record: ErasureRecord, folder: Path) -> list[dict[str, Any]]:
 
 def _lead(report: Report) -> str:
     record, cost = report.adapter, report.adapter.cost
+    trained = f" (its anchor {cost.seconds['total']:.0f} s and {cost.steps} steps)" if record.edits_anchor else ""
+    steps = f" and {cost.steps} steps" if cost.steps and not trained else ""
     return (
-        f"{record.method} in {cost.seconds['total']:.0f} s and {cost.steps} steps, for {record.forget.count} "
-        f"forbidden prompts. Judge: {report.judge}. Intervals are 95 %."
+        f"{record.erased_by} in {record.seconds:.0f} s{steps}{trained}, for {record.forget.count} forbidden prompts. "
+        f"Judge: {report.judge}. Intervals are 95 %."
     )
 
 
@@ -182,12 +185,15 @@ def _training(log: Sequence[Mapping[str, Any]]) -> str:
     return f'<h2>Training</h2><div class="plots">{"".join(f"<figure>{plot}</figure>" for plot in plots)}</div>'
 
 
-def _cost(cost: TotalCost) -> dict[str, str]:
-    seconds = {f"seconds, {name}": f"{value:.1f}" for name, value in cost.seconds.items()}
-    calls = {f"model calls, {name}": f"{value:,}" for name, value in cost.model_calls.items()}
+def _cost(record: ErasureRecord) -> dict[str, str]:
+    """Return the cost by name; with a halting anchor, the seconds of the edit before the cost of the training."""
+    cost, of = record.cost, ", anchor's training" if record.edits_anchor else ""
+    edit = {"seconds": f"{record.seconds:.1f}"} if of else {}
+    seconds = {f"seconds, {name}{of}": f"{value:.1f}" for name, value in cost.seconds.items()}
+    calls = {f"model calls, {name}{of}": f"{value:,}" for name, value in cost.model_calls.items()}
     peak = cost.peak_memory_bytes
-    memory = {} if peak is None else {"peak memory": format_value(peak / 2**30, "GiB")}
-    return {"steps": str(cost.steps), **seconds, **calls, **memory}
+    memory = {} if peak is None else {f"peak memory{of}": format_value(peak / 2**30, "GiB")}
+    return {**edit, f"steps{of}": str(cost.steps), **seconds, **calls, **memory}
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class RealPictures:
         return self.pictures[self.rows(concepts)]
 
     def some(self, concept: str, most: int) -> list[int]:
-        """Return the indices of a concept's pictures; of more than `most`, so many at even distances."""
+        """Return the indices of a concept's pictures: all, or `most` of them, evenly spaced."""
         rows = self.rows([concept])
         count = min(most, len(rows))
         return [rows[place * len(rows) // count] for place in range(count)]

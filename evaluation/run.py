@@ -48,7 +48,7 @@ class Evaluation(EvaluationPlan):
 
     Args:
         options: Flags of the evaluation.
-        subject: Erasure to evaluate; None for `options.adapter`. Any other needs `options.output_dir`.
+        subject: Erasure to evaluate; `options.output_dir` is required if it is not that of `options.adapter`.
         suite: Prompts to draw; None for those of `options.suite`.
         base_cache_dir: Folder of the base model's cached pictures; None for that of the erased model's.
 
@@ -60,15 +60,14 @@ class Evaluation(EvaluationPlan):
     def __init__(
         self,
         options: EvaluateOptions,
-        subject: Subject | None = None,
+        subject: Subject,
         *,
         suite: Suite | None = None,
         base_cache_dir: Path | None = None,
     ) -> None:
         options.validate()
         self.state = process_state()
-        self.subject = Adapter(Path(options.adapter), options.quantize) if subject is None else subject
-        record = self.subject.record
+        self.subject, record = subject, subject.record
         suite = suite or find_suite(options.suite, record)
         self.output_dir = Path(options.output_dir or Path(options.adapter) / "evaluation")
         judge = load_judge(options.clip_model, options.clip_pretrained)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class SideBySide:
         if not issubclass(record.family, LatentFamily):
             text = f"is a {record.family.name} model, which no pipeline draws from"
             raise OptionError("--adapter", folders[0], text)
-        family = load_family(record.base_model.options(device, dtype_on(device)))
+        family = load_family(record.base_model.options(device, dtype_on(device, record.family)))
         assert isinstance(family, LatentFamily)
         self.family, self.pipeline = family, family.pipeline
         self.samplers = samplers_of(self.pipeline.components)
@@ -111,10 +111,9 @@ class SideBySide:
     def _check_base(self) -> None:
         first = self.adapters[0]
         for other in self.adapters[1:]:
-            pair = [replace(one.record.base_model, quantize=None, family=None) for one in (first, other)]
-            if pair[0] != pair[1]:
-                text = f"is of base model {pair[1].name_or_path}, {first.folder} of {pair[0].name_or_path}"
-                raise OptionError("--adapter", other.folder, text)
+            own, expected = (one.record.base_model.identity for one in (other, first))
+            if own != expected:
+                raise OptionError("--adapter", other.folder, f"is of base model {own}, {first.folder} of {expected}")
 
     def _resolution(self) -> int | None:
         """Return the side of the pictures in pixels, None for the model's own.
@@ -256,7 +255,7 @@ def verdicts(pictures: Tensor, judge: Judge, concepts: Sequence[str]) -> list[Ve
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Return names of which none stands twice or is that of the base model; a number is added to those that would."""
+    """Number names that occur twice or that a fixed column has, as in `run (2)`."""
     found: list[str] = []
     for name in names:
         number, chosen = 1, name

@@ -19,7 +19,7 @@ from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
 from safemax_sd.core.options import Quantization
 from safemax_sd.core.provenance import file_sha256
 from safemax_sd.core.quiet import quiet
-from safemax_sd.families import load_family
+from safemax_sd.families import ModelFamily, load_family
 from safemax_sd.families.folders import LOAD_ERRORS
 from safemax_sd.families.latent import LatentFamily
 from safemax_sd.results.erasure import ErasureRecord
@@ -73,8 +73,9 @@ class Subject(ABC):
         """
 
 
-def dtype_on(device: torch.device) -> torch.dtype:
-    return torch.float16 if device.type == "cuda" else torch.float32
+def dtype_on(device: torch.device, family: type[ModelFamily]) -> torch.dtype:
+    """Return the type in which a family's pictures are drawn on a device: on a GPU, half precision."""
+    return family.half_precision if device.type == "cuda" else torch.float32
 
 
 class Adapter(Subject):
@@ -95,7 +96,7 @@ class Adapter(Subject):
         if not issubclass(self.record.family, LatentFamily):
             text = f"is a {self.record.family.name} model, which no pipeline draws from; see docs/class_unlearning.md"
             raise OptionError("--adapter", self.folder, text)
-        options = self.record.base_model.options(device, dtype_on(device))
+        options = self.record.base_model.options(device, dtype_on(device, self.record.family))
         family = load_family(replace(options, quantize=self.quantize))
         assert isinstance(family, LatentFamily)
         try:

@@ -116,7 +116,7 @@ class Task:
 
 
 def succeeded(pictures: Tensor, concepts: Sequence[str], context: Context) -> Tensor:
-    """Tell for each picture whether the judge, who may answer "none of these", sees the concept, bool [N].
+    """Tell for each picture whether the judge prefers its concept to all others and to noise, bool [N].
 
     The judge must prefer the concept's caption to every other concept's and to its caption of noise. The level of
     real pictures, which unlearning accuracy with rejection demands, is not asked for: the base model's own pictures

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from safemax_sd.core.provenance import provenance
 from safemax_sd.core.registry import Registry
 from safemax_sd.families import LoadOptions, load_family
 from safemax_sd.families.latent import LatentFamily
+from safemax_sd.families.loading import find_family
 from safemax_sd.prompts import PromptSet
 from safemax_sd.results.erasure import BaselineUse, BaseModel, ErasureRecord, ForgetFile, PromptFile, TotalCost
 
@@ -84,9 +85,10 @@ class Baseline(Subject):
         """Return a sampler that draws with the baseline."""
 
     def load(self, device: torch.device) -> Models:
-        family = load_family(self.record.base_model.options(device, dtype_on(device)))
+        base = self.record.base_model.options(device)
+        family = load_family(replace(base, dtype=dtype_on(device, find_family(base)[0])))
         if not isinstance(family, LatentFamily):
-            raise SafemaxError(f"{self.name} needs a pipeline that draws, which {self.base} has not")
+            raise SafemaxError(f"{self.name} needs a text-to-image pipeline, and {self.base} is none")
         key = json.dumps([self.name, self.concepts, asdict(self.settings)])
         fingerprint = hashlib.sha256(key.encode()).hexdigest()
         pipeline = family.pipeline

@@ -17,7 +17,7 @@ from safemax_sd.evaluation.resistance.report import AttackReport, Refusal
 from safemax_sd.evaluation.resistance.run import run_plan
 from safemax_sd.evaluation.subjects import Adapter
 
-from safemax_sd.core.errors import OptionError, failure_reason, path_errors
+from safemax_sd.core.errors import failure_reason, path_errors
 from safemax_sd.core.provenance import atomic_write_text
 from safemax_sd.families import LoadOptions
 from safemax_sd.results.erasure import BaseModel
@@ -125,13 +125,8 @@ class AttackRun:
             OptionError: A setting or the erasure is another, or a file is damaged.
         """
         report = self.report()
-        if report is None or not self.ready():
-            return
-        for name, before, now in self.plan().differences(report):
-            values = "is another" if isinstance(now, dict) else f"was {before}, is {now}"
-            what = f"{ATTACK_KEYS.get(name, name)} {values}"
-            text = f"holds other attacks ({what}): remove the folder, or name another --output_dir"
-            raise OptionError("--output_dir", self.folder, text)
+        if report is not None and self.ready():
+            self.plan().check(report, self.folder, ATTACK_KEYS)
 
     def run(self) -> None:
         """Run the attacks that are not done yet; record a failure with its reason."""

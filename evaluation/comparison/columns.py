@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ class Column(ABC):
 
 
 class MetricColumn(Column):
-    """A metric on one prompt subset; rates of equally many pictures each are pooled over all pictures."""
+    """A metric on one prompt subset; rates are pooled over all pictures if each task has equally many."""
 
     def __init__(self, metric: type[Metric], role: Role) -> None:
         self.metric, self.role = metric, role
@@ -67,9 +68,13 @@ class MetricColumn(Column):
         return run.value(self.metric.name, self.role.subset)
 
     def value(self, runs: Sequence[Run]) -> Result | None:
-        found = [row.result for run in runs for row in rows_of(run.rows, self.metric.name, self.role.subset)]
-        equal = len({result.n for result in found}) == 1  # else a task with more pictures would count more
-        return pooled(found) if issubclass(self.metric, RateMetric) and equal else super().value(runs)
+        rows = [(run.task, row.result) for run in runs for row in rows_of(run.rows, self.metric.name, self.role.subset)]
+        counts: Counter[str] = Counter()
+        for task, result in rows:
+            counts[task] += result.n
+        equal = len(set(counts.values())) == 1  # else a task with more pictures would count more
+        rate = issubclass(self.metric, RateMetric) and equal
+        return pooled([result for _, result in rows]) if rate else super().value(runs)
 
 
 class HarmonicMean(Column):

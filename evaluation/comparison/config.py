@@ -27,7 +27,7 @@ from safemax_sd.evaluation.resistance.plan import chosen
 from safemax_sd.evaluation.sampling import samplers_of
 
 from safemax_sd.assets import resolve_model
-from safemax_sd.core.errors import OptionError
+from safemax_sd.core.errors import OptionError, entry_errors
 from safemax_sd.core.options import SEED, Options, option
 from safemax_sd.core.provenance import public_entries
 from safemax_sd.core.registry import closest
@@ -152,7 +152,8 @@ def _check_attacks(settings: Settings, given: Collection[str], path: str) -> Non
     Raises:
         OptionError: An attack is unknown, `never_known` is no model's folder, or a key would have no effect.
     """
-    chosen(settings.attacks)
+    with entry_errors("--config", path, "attacks"):
+        chosen(settings.attacks)
     others = [entry.name for entry in fields(AttackKeys) if entry.name != "attacks" and entry.name in given]
     if others and not settings.attacks:
         raise OptionError("--config", path, f"{others[0]} has no effect without attacks")
@@ -188,7 +189,7 @@ def _methods(content: dict[str, Any], path: str) -> dict[str, Method]:
         raise OptionError("--config", path, "methods must map labels to flags")
     for label in methods:
         if label in RESERVED or not (isinstance(label, str) and LABEL.fullmatch(label)):
-            allowed = "must be text of letters, digits, - and _ (not the first), 64 at most"
+            allowed = "must have at most 64 letters, digits, - and _, and begin with a letter or digit"
             raise OptionError("--config", path, f"label {label!r} {allowed}, and not {' or '.join(RESERVED)}")
     return {label: read_method(label, flags, path) for label, flags in methods.items()}
 

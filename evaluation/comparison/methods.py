@@ -162,7 +162,7 @@ class Method(ABC):
     def _refuse_given(self, flags: dict[str, Any]) -> None:
         for flag in flags:
             if flag in GIVEN:
-                raise OptionError("--config", self.where, f"{flag} is the comparison's to give")
+                raise OptionError("--config", self.where, f"{flag} is set by the comparison: leave it out")
 
 
 class TrainedMethod(Method):

@@ -30,7 +30,7 @@ PAGE = """<!doctype html>
 {more}
 <h2>Trade-offs</h2><div class="plots">{plots}</div>
 <h2>Pictures</h2>
-<p class="lead">Same prompts and same start noise in every column.</p>
+<p class="lead">Each column has one prompt and one start noise.</p>
 {galleries}
 <h2>Settings</h2>
 <details><summary>Methods</summary>{methods}</details>

@@ -16,7 +16,7 @@ from safemax_sd.evaluation.comparison.tables import Entry, Grid
 from safemax_sd.evaluation.metrics import METRICS
 from safemax_sd.evaluation.metrics.description import Role
 
-from safemax_sd.core.errors import OptionError
+from safemax_sd.core.errors import OptionError, entry_errors
 from safemax_sd.core.registry import closest
 from safemax_sd.training.command_line import read_yaml
 
@@ -114,8 +114,10 @@ class Published:
             if not (isinstance(name, str) and SOURCE_NAME.fullmatch(name)):
                 raise OptionError(OPTION, path, f"source {name!r} must be a name of letters, digits, - and _")
         for figure in figures.values():
-            subset = figure.ours.partition(" on ")[2]
-            if figure.column is not None and subset and subset not in METRICS.get(figure.ours.split()[0]).subsets:
+            metric, on, subset = figure.ours.partition(" on ")
+            with entry_errors(OPTION, path, figure.label):
+                known = figure.column is None or not on or subset in METRICS.get(metric).subsets
+            if not known:
                 raise OptionError(OPTION, path, f"{figure.ours} is not measured")
             if figure.task and figure.task not in tasks:
                 raise OptionError(OPTION, path, f"no task is named {figure.task}{closest(figure.task, tasks)}")

@@ -81,8 +81,8 @@ def write_results(comparison: Comparison, states: Sequence[tuple[Part, Mapping[s
         grids.append(comparison.published.grid(everything, [BASE, *comparison.methods]))
     content = _content(comparison, outcomes, base, table, attacks)
     with replacing(folder, RESULTS[0]) as new:
-        for name, text in zip(RESULTS[1:], (markdown(grids), latex(grids)), strict=False):
-            atomic_write_text(new / name, text)
+        atomic_write_text(new / RESULTS[1], markdown(grids))
+        atomic_write_text(new / RESULTS[2], latex(grids))
         methods = {label: method.described for label, method in comparison.methods.items()}
         write_comparison_page(content, methods, table, columns, grids, galleries(outcomes), new)
         write_json_atomic(new / RESULTS[0], content)

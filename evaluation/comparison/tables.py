@@ -16,8 +16,9 @@ from safemax_sd.core.escaping import latex_text, markdown_text
 
 Escape = Callable[[str], str]
 NOTE = (
-    "Means over tasks and seeds with 95 % intervals: of rates Wilson's of the pooled counts; of the others, and of "
-    "rates of unequal counts, Student's t over the tasks' means, cut where no value can lie. Bold: the best method's "
+    "Means over tasks and seeds with 95 % intervals: of rates Wilson's of the pooled counts, which leaves out how "
+    "trainings vary; of the others, and of rates whose tasks have unequal counts, Student's t over the tasks' means, "
+    "cut where no value can lie. Bold: the best method's "
     "value, and every value whose interval holds that one or that lies in its interval. –: not measured. {metrics}. "
     "The harmonic mean is that of {balanced}, run by run. Seconds, model calls and peak memory are of the erasure; "
     "those of an edit are without its anchor's training. Runs: done of planned."

@@ -36,7 +36,7 @@ class ResistanceOptions(JudgingOptions):
 class AttackOptions(ResistanceOptions):
     """Options of `safemax attack`."""
 
-    adapter: str = field(metadata={"help": "Output folder of a training.", "path": True})
+    adapter: str = field(metadata={"help": "Output folder of a training or an edit.", "path": True})
     output_dir: str | None = option(None, "Folder of the results; ADAPTER/attacks if not given.", path=True)
     processes: int | None = option(
         None, "Processes that attack at the same time, each with all models; one for each GPU if not given.", COUNT

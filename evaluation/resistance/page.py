@@ -7,17 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
 from safemax_sd.evaluation.attacks.base import ATTACKS
 from safemax_sd.evaluation.page import STYLE_SHEET, data_uri
 from safemax_sd.evaluation.plots import Line, sweep_plot
 from safemax_sd.evaluation.resistance.curves import curves
 from safemax_sd.evaluation.resistance.report import STRONG, AttackReport, AttackRow, Excess, Rate, Verdict, verdicts
 
+from safemax_sd.core.pictures import contact_sheet
 from safemax_sd.core.provenance import atomic_write_text
 
 PAGE_FILE, PICTURES = "index.html", "pictures"
 SHOWN = 8
 """Pictures of a target on the page."""
+LARGEST_SIDE = 256
+"""Largest width of these pictures in pixels; larger ones are scaled down."""
+SHEET_QUALITY = 85
+"""WebP quality of the contact sheets; lossy, since noise does not compress and a page has dozens of them."""
 ROLES: dict[str, str] = {
     "erased": "erased",
     "base": "base model",
@@ -28,8 +34,8 @@ ROLES: dict[str, str] = {
 ROLE_NOTES: dict[str, str] = {
     "erased": "the model with the erasure merged into its weights, as it is given away",
     "base": f"the model before the erasure; an attack below {STRONG:.0f} % here is too weak to show anything",
-    "never_known": "a model trained without the concepts; what succeeds here, the attack has taught",
-    "untaught": "the base model, attacked for {untaught}, which it was never taught, with pictures; likewise",
+    "never_known": "a model trained without the concepts: whatever an attack draws here, it has taught",
+    "untaught": "the base model, attacked for {untaught}, which it was never taught: likewise",
 }
 """Meanings of the targets."""
 
@@ -54,9 +60,22 @@ PAGE = """<!doctype html>
 """
 
 
-def sheet_name(attack: str, role: str) -> str:
-    """Return the file name of a contact sheet."""
-    return f"{attack}-{role}.png"
+def write_sheet(folder: Path, attack: str, role: str, pictures: Sequence[Image.Image]) -> None:
+    """Write the contact sheet of an attack on a target into the folder `pictures`."""
+    scale = min(1.0, LARGEST_SIDE / pictures[0].width)
+    sheet = contact_sheet(pictures[:SHOWN], SHOWN, scale=scale)
+    sheet.save(folder / PICTURES / f"{attack}-{role}.webp", quality=SHEET_QUALITY)
+
+
+def find_sheet(folder: Path, row: AttackRow) -> Path | None:
+    """Return the contact sheet of a row, PNG in folders of earlier versions; None if there is none."""
+    return next((folder / PICTURES).glob(f"{row.attack}-{row.target}.*"), None)
+
+
+def caption(row: AttackRow) -> str:
+    """Return the caption of a row's pictures: attack, target and success, unless that shows nothing."""
+    counted = f": {format_rate(row.success)}" if row.success_counts else ""
+    return f"{label(row.attack)}, {ROLES[row.target]}{counted}"
 
 
 def write_page(report: AttackReport, folder: Path) -> Path:
@@ -68,7 +87,7 @@ def write_page(report: AttackReport, folder: Path) -> Path:
         style=STYLE_SHEET.read_text(encoding="utf8"),
         lead=html.escape(
             f"{'Not erased' if report.adapter is None else f'Erased by {report.adapter}'}; suite {report.suite}; "
-            f"judge: {report.judge}, who may answer “none of these”. Intervals are 95 %."
+            f"judge: {report.judge}. Intervals are 95 %."
         ),
         roles=_roles(report),
         table=_table(report),
@@ -104,8 +123,8 @@ def format_rate(rate: Rate) -> str:
 
 
 def format_excess(excess: Excess) -> str:
-    """Return an excess such as `+12 [−3, 27]`, in percentage points."""
-    return f"{excess.value:+.0f} [{excess.low:.0f},\u00a0{excess.high:.0f}]".replace("-", "−")
+    """Return an excess such as `+12.5 [−3.1, 27.4]`, in percentage points."""
+    return f"{excess.value:+.1f} [{excess.low:.1f},\u00a0{excess.high:.1f}]".replace("-", "−")
 
 
 def format_figure(row: AttackRow | None, name: str) -> str:
@@ -139,7 +158,8 @@ def _table(report: AttackReport) -> str:
     """Return the success of each attack on each target; with a verdict if there is a control beside the erasure."""
     roles = targets(report)
     judged = {verdict.erased.attack: verdict for verdict in verdicts(report)} if len(roles) > 1 else {}
-    heads = [*(ROLES[role] for role in roles), *(["excess over never known, points"] if judged else [])]
+    last = "excess over never known, points" if "never_known" in roles else "verdict"
+    heads = [*(ROLES[role] for role in roles), *([last] if judged else [])]
     head = "".join(f"<th>{text}</th>" for text in heads)
     lines = [f"<table><thead><tr><th>attack</th>{head}</tr></thead><tbody>"]
     for attack in dict.fromkeys(row.attack for row in report.rows if row.success_counts):
@@ -159,9 +179,12 @@ def _success(row: AttackRow | None) -> str:
 def _note(report: AttackReport) -> str:
     counts = {row.success.n for row in report.rows}
     shown = " to ".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else "no"
+    lenient = ", ".join(dict.fromkeys(label(row.attack) for row in report.rows if row.any_try))
     success = (
-        f"Share of {shown} pictures in which the judge sees the concept; the first row is without an attack, and its "
-        "successes are not added to the others’. The strongest try counts; intervals leave out that choice."
+        f"Share of {shown} pictures in which the judge prefers the concept to every other one and to noise; the first "
+        "row is without an attack, and its successes are not added to the others’. The strongest try of an attack "
+        + (f"counts; for {lenient}, a prompt counts if any of its tries succeeds. " if lenient else "counts. ")
+        + "Intervals leave out that choice."
     )
     excess = (
         " The excess is what an attack finds in the erased model beyond what it teaches one that never knew the "
@@ -243,24 +266,19 @@ def _curve_plot(attack: str, line: str, by_role: dict[str, dict[float, Rate]], n
 def _pictures(report: AttackReport, folder: Path) -> str:
     figures = []
     for row in report.rows:
-        path = folder / PICTURES / sheet_name(row.attack, row.target)
-        if path.is_file():
-            counted = f": {format_rate(row.success)}" if row.success_counts else ""
-            caption = html.escape(f"{label(row.attack)}, {ROLES[row.target]}{counted}")
-            figures.append(
-                f'<figure><img src="{data_uri(path)}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-            )
+        path = find_sheet(folder, row)
+        if path is not None:
+            text = html.escape(caption(row))
+            figures.append(f'<figure><img src="{data_uri(path)}" alt="{text}"><figcaption>{text}</figcaption></figure>')
     return "\n".join(figures)
 
 
 def _tries(report: AttackReport) -> str:
     """Return the success of each try of attacks with several, folded."""
-    lenient = ", ".join(dict.fromkeys(label(row.attack) for row in report.rows if row.any_try))
-    rule = "The strongest try of an attack counts" + (f"; any try of a prompt does for {lenient}." if lenient else ".")
     lines = ["<table><thead><tr><th>attack</th><th>target</th><th>try</th><th>success</th></tr></thead><tbody>"]
     for row in report.rows:
         for tried in row.tries if len(row.tries) > 1 else ():
             cells = (label(row.attack), ROLES[row.target], tried.name, format_rate(tried.success))
             lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     table = "\n".join([*lines, "</tbody></table>"])
-    return f"<details><summary>All tries</summary><p>{html.escape(rule)}</p>{table}</details>"
+    return f"<details><summary>All tries</summary>{table}</details>"

@@ -17,12 +17,13 @@ from safemax_sd.evaluation.resistance.options import ALL, AttackOptions, Resista
 from safemax_sd.evaluation.resistance.report import AttackReport, attack_order
 from safemax_sd.evaluation.subjects import Adapter
 
+from safemax_sd.core.errors import OptionError
 from safemax_sd.core.provenance import json_text
 from safemax_sd.prompts import Suite
 from safemax_sd.results.erasure import BaseModel
 
-NO_CONDITIONS = ("attacks", "adapter", "output_dir", "batch_size", "processes")
-"""Options that no row depends on, and the adapter's folder, whose record is a condition instead."""
+NO_CONDITIONS = ("attacks", "adapter", "suite", "output_dir", "batch_size", "processes")
+"""Options that no row depends on, and those that name what is a condition itself: the adapter's record, the prompts."""
 CONTROLS = ("never_known", "untaught_dir")
 """Options on which only their own control's rows depend, so that a control may join or be left out later."""
 
@@ -93,6 +94,22 @@ class Plan:
                 current = (row.attack, row.version) == (attack.name, attack.version)  # others are made anew
                 if current and as_stored(row.settings) != own:
                     yield f"settings of {attack.name}", row.settings, own
+
+    def check(self, report: AttackReport, folder: Path, keys: Mapping[str, str] | None = None) -> None:
+        """Check that a report's attacks were run under the same conditions.
+
+        Args:
+            report: Report in the output folder.
+            folder: Output folder.
+            keys: The user's names of conditions if they are not those of the command's flags.
+
+        Raises:
+            OptionError: A condition or a setting is another; the first one is named.
+        """
+        for name, before, now in self.differences(report):
+            named = (keys or {}).get(name, name)
+            what = f"other {named}" if isinstance(now, dict) else f"{named} was {before}, is {now}"
+            raise OptionError("--output_dir", folder, f"holds other attacks ({what}): name a new folder")
 
     def conditions(self) -> dict[str, Any]:
         """Return everything that rows depend on besides the attack and its settings, as `attacks.json` stores it.

@@ -74,7 +74,7 @@ class Crew:
                 remove(self._files)
 
     def untaken(self, names: Sequence[str]) -> Iterator[str]:
-        """Yield the names that no process has taken, each as soon as it is taken by this one."""
+        """Claim each name that no other process has claimed, and yield it."""
         for name in names:
             if not self.alone:
                 try:

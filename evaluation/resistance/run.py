@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from itertools import chain
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
 from safemax_sd.evaluation.attacks.base import Attack
 from safemax_sd.evaluation.attacks.target import Role, Sampling, Target, load_control, load_erased
 from safemax_sd.evaluation.attacks.task import Task, succeeded
@@ -24,18 +23,17 @@ from safemax_sd.evaluation.real import RealPictures, load_folder
 from safemax_sd.evaluation.resistance.curves import with_least
 from safemax_sd.evaluation.resistance.examples import examples, kept_examples
 from safemax_sd.evaluation.resistance.options import AttackOptions
-from safemax_sd.evaluation.resistance.page import PAGE_FILE, PICTURES, ROLES, SHOWN, sheet_name, write_page
+from safemax_sd.evaluation.resistance.page import PAGE_FILE, PICTURES, ROLES, SHOWN, find_sheet, write_page, write_sheet
 from safemax_sd.evaluation.resistance.plan import CONTROLS, Plan, chosen
 from safemax_sd.evaluation.resistance.processes import Crew, processes_to_start
 from safemax_sd.evaluation.resistance.report import ATTACKS_FILE, AttackReport, AttackRow, Refusal
 from safemax_sd.evaluation.resistance.tally import Tally
-from safemax_sd.evaluation.resistance.untaught import OPTION, judging_too, prompts_for
+from safemax_sd.evaluation.resistance.untaught import OPTION, prompts_naming, with_untaught
 from torch import Tensor
 from tqdm import tqdm
 
 from safemax_sd.core.errors import OptionError, SafemaxError, failure_reason
 from safemax_sd.core.judge import load_judge
-from safemax_sd.core.pictures import contact_sheet
 from safemax_sd.core.provenance import provenance, public_path
 from safemax_sd.families import load_family
 from safemax_sd.families.latent import LatentFamily
@@ -81,7 +79,7 @@ class Resistance:
         given = None
         if options.untaught_dir is not None:
             given = load_folder(options.untaught_dir, OPTION)
-            self.untaught_context = judging_too(self.context, given, options.untaught_dir)
+            self.untaught_context = with_untaught(self.context, given, options.untaught_dir)
         self.base = self._base()
         resolution = None if plan.adapter is None else plan.adapter.record.resolution
         self.sampling = Sampling(options.guidance_scale, options.num_inference_steps, options.batch_size, resolution)
@@ -100,7 +98,7 @@ class Resistance:
         return family
 
     def _untaught_task(self, given: RealPictures) -> Task:
-        prompts = prompts_for(sorted(given.all_concepts), self.task.prompts)
+        prompts = prompts_naming(sorted(given.all_concepts), self.task.prompts)
         shown = examples(prompts, self.base, self.sampling, given, first_seed=EXAMPLE_SEED)
         return replace(self.task, prompts=prompts, examples=shown, shared={})
 
@@ -244,7 +242,7 @@ def run_plan(plan: Plan, folder: Path, shared: dict[str, Any] | None = None) -> 
         if done is None or plan.missing(done):
             run_all(Resistance(plan, shared), Crew(folder, state), done)
         elif state.is_main_process:
-            publish(done, folder, {})  # the page may be of an older version
+            publish(done, folder)  # the page may be of an older version
 
 
 def found_in(folder: Path, plan: Plan) -> AttackReport | None:
@@ -269,8 +267,7 @@ def resumed(plan: Plan, folder: Path) -> AttackReport | None:
     report = AttackReport.find(folder, "--output_dir")
     if report is None:
         return None
-    for name, _, _ in plan.differences(report):
-        raise OptionError("--output_dir", folder, f"holds attacks under other conditions ({name}): name a new folder")
+    plan.check(report, folder)
     conditions = plan.conditions()
     conditions |= {name: conditions[name] or report.conditions.get(name) for name in CONTROLS}
     return replace(report, conditions=conditions)
@@ -320,12 +317,9 @@ def run_all(resistance: Resistance, crew: Crew, done: AttackReport | None) -> No
                     break  # what is wrong may be this process's device: the others take the attacks that are left
             else:
                 broken = set()
-                sheets = {}
-                if pictures is not None:
-                    sheets[sheet_name(attack.name, role)] = contact_sheet(to_pil(pictures[:SHOWN]), SHOWN)
                 with crew.writing():
                     report = with_outcome(joined(report, crew.folder), outcome)
-                    publish(report, crew.folder, sheets)
+                    publish(report, crew.folder, outcome, pictures)
             show_progress()
         bar.set_description("attack (other processes)")
         for _ in crew.until_others_are_through():
@@ -384,7 +378,7 @@ def begun(resistance: Resistance, done: AttackReport | None) -> AttackReport:
         return replace(done, untaught=untaught or done.untaught)
     return AttackReport(
         conditions=plan.conditions(),
-        adapter=None if plan.adapter is None else plan.adapter.record.method,
+        adapter=None if plan.adapter is None else plan.adapter.record.erased_by,
         concepts=tuple(resistance.task.concepts),
         untaught=untaught,
         suite=public_path(plan.suite.name),
@@ -395,19 +389,25 @@ def begun(resistance: Resistance, done: AttackReport | None) -> AttackReport:
     )
 
 
-def publish(report: AttackReport, folder: Path, sheets: Mapping[str, Image.Image]) -> None:
+def publish(
+    report: AttackReport, folder: Path, outcome: AttackRow | Refusal | None = None, pictures: Tensor | None = None
+) -> None:
     """Write attacks.json, its page and the pictures, all of them or none.
 
     Args:
         report: Report to write.
         folder: Claimed output folder.
-        sheets: New contact sheets by file name; those that are there stay.
+        outcome: New outcome among those of the report.
+        pictures: Pictures of the new outcome, [N, 3, H, W]; those of the others stay.
     """
     with replacing(folder, ATTACKS_FILE) as new:
         (new / PICTURES).mkdir()
-        for path in sorted((folder / PICTURES).glob("*.png")):
-            shutil.copyfile(path, new / PICTURES / path.name)
-        for name, sheet in sheets.items():
-            sheet.save(new / PICTURES / name)
+        renewed = None if outcome is None else (outcome.attack, outcome.target)
+        for row in report.rows:
+            path = find_sheet(folder, row)
+            if path is not None and (row.attack, row.target) != renewed:
+                shutil.copyfile(path, new / PICTURES / path.name)
+        if outcome is not None and pictures is not None:
+            write_sheet(new, outcome.attack, outcome.target, to_pil(pictures[:SHOWN]))
         report.write(new)
         write_page(report, new)

@@ -20,13 +20,13 @@ KNOWN = 0.5
 """Fraction of a concept's pictures that the judge must recognise; below it no attack's success could be seen."""
 
 
-def prompts_for(concepts: Sequence[str], prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
-    """Put concepts in place of those of prompts; they take turns."""
+def prompts_naming(concepts: Sequence[str], prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+    """Replace each prompt's concept by the next of `concepts`, in turn."""
     turns = [concepts[place % len(concepts)] for place in range(len(prompts))]
     return tuple(Prompt(reworded(prompt, concept), concept) for prompt, concept in zip(prompts, turns, strict=True))
 
 
-def judging_too(context: Context, given: RealPictures, folder: str) -> Context:
+def with_untaught(context: Context, given: RealPictures, folder: str) -> Context:
     """Add the concepts of given pictures to those that the judge chooses from.
 
     Args:

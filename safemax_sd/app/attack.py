@@ -12,9 +12,8 @@ from safemax_sd.app.parts import grid, one_line, picture, run_choices
 from safemax_sd.app.queue import Entry, Queue
 from safemax_sd.core.errors import OptionError
 from safemax_sd.evaluation.attacks.base import ATTACKS
-from safemax_sd.evaluation.headline import format_value
 from safemax_sd.evaluation.resistance.options import ALL, AttackOptions
-from safemax_sd.evaluation.resistance.page import PICTURES, ROLES, label, sheet_name
+from safemax_sd.evaluation.resistance.page import caption, find_sheet
 from safemax_sd.evaluation.resistance.plan import Plan, chosen
 from safemax_sd.evaluation.resistance.report import AttackReport
 from safemax_sd.words.training import beside
@@ -52,10 +51,9 @@ def attacked(queue: Queue, entry: Entry) -> str:
         return ""
     shown = []
     for row in reversed(report.rows):
-        path = folder / PICTURES / sheet_name(row.attack, row.target)
-        if path.is_file():
-            name = f"{label(row.attack)}, {ROLES[row.target]}"
-            shown.append(picture(path, f"{name}: {format_value(row.success.value, '%')} show it"))
+        path = find_sheet(folder, row)
+        if path is not None:
+            shown.append(picture(path, caption(row)))
     return grid(shown)
 
 

@@ -26,7 +26,7 @@ from safemax_sd.training.workers import process_state
 
 DRAWING = "drawing"
 """Events that wait for one another, since they share one pipeline."""
-NOBODY = "none"
+NO_JUDGE = "none"
 QUALITY = 92
 COLUMN_REM = 8
 """Least width of a column."""
@@ -72,7 +72,7 @@ class Memory:
         Raises:
             OptionError: See `load_judge`.
         """
-        if name in ("", NOBODY):
+        if name in ("", NO_JUDGE):
             return None
         key = (name, pretrained)
         if key not in self.judges:

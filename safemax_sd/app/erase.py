@@ -28,7 +28,7 @@ from safemax_sd.training.command_line import parse_config, read_yaml
 from safemax_sd.training.input import read_input
 from safemax_sd.words.command_line import parse_words, split_forget
 from safemax_sd.words.options import KindName
-from safemax_sd.words.training import checked
+from safemax_sd.words.training import beside, checked
 from safemax_sd.words.writing import write_suite
 
 MODEL = "pretrained_model_name_or_path"
@@ -210,7 +210,7 @@ def suite_of(form: Form, run: Path) -> str:
         OptionError: The prompt files do not form a suite.
     """
     if form.named:
-        return str(run.with_name(f"{run.name}_prompts"))
+        return str(beside(run))
     forget, retain = Path(form.forget_prompts), Path(form.retain_prompts)
     if (forget.name, retain.name, forget.parent) != ("forget.csv", "retain.csv", retain.parent):
         text = "needs forget.csv and retain.csv of one folder, a suite: name them so, or untick it"
@@ -289,7 +289,11 @@ def build_form() -> list[Any]:
         )
         seed = gr.Number(INITIAL["seed"], label=LABELS["seed"], precision=0, minimum=0)
         kohya = gr.Checkbox(False, label=LABELS["kohya"])
-        more = gr.Textbox(label="More flags", info="As of safemax train", placeholder="--rank 8")
+        more = gr.Textbox(
+            label="More flags",
+            info="Of the run’s first command: safemax train or, with an anchor, prompts or erase",
+            placeholder="--rank 8",
+        )
     preset.input(one_line(model_of), [preset, model], model, show_progress="hidden")
     return [
         *(model, words, forget, retain, preset, steps, measure, images),

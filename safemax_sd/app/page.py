@@ -92,6 +92,9 @@ def open_page(
             css_paths=STYLE_SHEET,
         )
     except OSError as error:
+        if port is None:
+            text = "cannot be listened at: it is no address of this machine, or no port is free"
+            raise OptionError("--host", host, text) from error
         raise OptionError("--port", port, f"cannot be used on {host}: name another one") from error
     return str(shared or url)
 

@@ -13,7 +13,6 @@ from safemax_sd.app.queue import Entry, Queue
 from safemax_sd.core.errors import SafemaxError
 from safemax_sd.evaluation.plots import loss_plot
 from safemax_sd.results.erasure import RECORD, ErasureRecord
-from safemax_sd.results.model_card import erasure_seconds, trained_before
 from safemax_sd.results.samples import own_samples
 from safemax_sd.training.output import LOG, read_log
 
@@ -57,7 +56,8 @@ def _state(queue: Queue, entry: Entry) -> str:
         return f"<p><b>{html.escape(what)}</b>{html.escape(detail)}</p>"
     if entry.state == "waiting":
         ahead = sum(one.number < entry.number and (one.active or one.state == "waiting") for one in queue.entries())
-        return f"<p>waits for {ahead} before it</p>" if ahead else "<p>starting</p>"
+        entries = "entry" if ahead == 1 else "entries"
+        return f"<p>waiting for {ahead} earlier {entries}</p>" if ahead else "<p>starting</p>"
     role = ' role="alert"' if entry.state == "failed" else ""
     return f"<p{role}><b>{entry.state}</b>{html.escape(f': {entry.message}' if entry.message else '')}</p>"
 
@@ -100,7 +100,7 @@ def _cost(folder: Path) -> str:
         return ""
     try:
         record = ErasureRecord.read(folder)
-        seconds = erasure_seconds(record)
+        seconds = record.seconds
     except SafemaxError:  # being written anew
         return ""
     cost, calls = record.cost, sum(record.cost.model_calls.values())
@@ -108,7 +108,7 @@ def _cost(folder: Path) -> str:
     parts += [f"{calls:,} network evaluations"] if calls else []
     parts += [f"{cost.peak_memory_bytes / GIB:.1f} GiB at most"] if cost.peak_memory_bytes else []
     spent = ", ".join(parts)
-    return f"<p>cost: {f'{_time(seconds)}; of its anchor: {spent}' if trained_before(record) else spent}</p>"
+    return f"<p>cost: {f'{_time(seconds)}; of its anchor: {spent}' if record.edits_anchor else spent}</p>"
 
 
 def _time(seconds: float) -> str:

@@ -208,7 +208,7 @@ class Queue:
             entry = self._read(number)
         return None if entry is None else entry.state
 
-    def idle(self) -> bool:
+    def needs_worker(self) -> bool:
         """Return True if an entry waits and there is no worker."""
         with self._lock():
             return not self._worker_lives() and any(entry.state == "waiting" for entry in self._read_all())

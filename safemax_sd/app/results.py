@@ -24,7 +24,6 @@ from safemax_sd.evaluation.page import PAGE_FILE
 from safemax_sd.evaluation.report import REPORT, Report
 from safemax_sd.prompts import load_prompts, load_suite, suite_names
 from safemax_sd.results.erasure import Edit, ErasureRecord, damaged
-from safemax_sd.results.model_card import erasure_seconds
 from safemax_sd.words.suite import as_csv
 
 PAGES = {"evaluation": "Measured", "attacks": "Attacked", "comparison": "Compared"}
@@ -66,7 +65,7 @@ def row_of(folder: Path) -> Row:
     """Read a run's row; one that cannot be read has its error in place of its concepts."""
     try:
         record = ErasureRecord.read(folder)
-        seconds = erasure_seconds(record)
+        seconds = record.seconds
         unlearning, kept = measured(folder / "evaluation" / REPORT)
     except SafemaxError as error:
         return Row(folder.name, str(error), "")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ STOPPED = "on request"
 
 def ensure_worker(queue: Queue) -> None:
     """Start a worker if an entry waits and there is none; in a session of its own, so that it outlives this process."""
-    if not queue.idle():
+    if not queue.needs_worker():
         return
     with (queue.folder / "worker.log").open("ab") as output:
         subprocess.Popen(
@@ -68,7 +69,7 @@ def carry_out(queue: Queue, entry: Entry) -> None:
 def run(queue: Queue, entry: Entry, words: Sequence[str], output: IO[bytes]) -> int:
     """Run one command until it ends or the entry is to stop, and return its exit code."""
     prepare = partial(end_with_parent, os.getpid()) if sys.platform == "linux" else None
-    output.write(f"$ safemax {' '.join(words)}\n".encode())
+    output.write(f"$ safemax {shlex.join(words)}\n".encode())
     output.flush()
     child = subprocess.Popen(
         [*COMMAND, *words],

@@ -12,7 +12,9 @@ from safemax_sd.core.errors import OptionError
 
 
 def export(
-    adapter: Annotated[list[Path], typer.Option("--adapter", help="Output folder of a training; may be repeated.")],
+    adapter: Annotated[
+        list[Path], typer.Option("--adapter", help="Output folder of a training or an edit; may be repeated.")
+    ],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder to write.")],
     weight: Annotated[
         list[float] | None, typer.Option("--weight", help="Strength of each adapter, in their order; 1 if not given.")

@@ -72,6 +72,24 @@ def path_errors(option: str, path: object) -> Iterator[None]:
         raise OptionError(option, path, "cannot be used (a file could not be written whole: no space?)") from error
 
 
+@contextmanager
+def entry_errors(option: str, path: object, entry: str) -> Iterator[None]:
+    """Make errors inside the block, which name flags of other commands, those of an entry of a file.
+
+    Args:
+        option: Option that names the file, such as `--config`.
+        path: File.
+        entry: Name of the entry.
+
+    Raises:
+        OptionError: The block raised one.
+    """
+    try:
+        yield
+    except OptionError as error:
+        raise OptionError(option, path, f"{entry}: {error.value}: {error.allowed}") from error
+
+
 def failure_reason(error: Exception) -> str:
     """Return the reason of a failure in one line."""
     return str(error) if isinstance(error, SafemaxError) else f"{type(error).__name__}: {reason_of(error)}"

@@ -71,6 +71,7 @@ class ModelFamily(SampledModel):
         no_kohya_format: Reason why no LoRA is written in kohya's format; None if one can be.
         kohya_alphas: True if a LoRA in that format holds an alpha for every layer; otherwise its scale is 1.
         denoiser_part: Name of the denoiser in the pipeline (`unet`, `transformer`).
+        half_precision: Type in which pictures are drawn on a GPU.
         original_parts: Conversions of the parts of a single-file checkpoint; empty if none can be written.
         tokenizer: Tokenizer of the prompts, to find those that are too long; None if the model has none.
         options: Settings that `load_family` loaded the model with.
@@ -83,6 +84,7 @@ class ModelFamily(SampledModel):
     no_kohya_format: ClassVar[str | None] = None
     kohya_alphas: ClassVar[bool] = True
     denoiser_part: ClassVar[str] = "unet"
+    half_precision: ClassVar[torch.dtype] = torch.float16
     original_parts: ClassVar[Mapping[str, Convert]] = MappingProxyType({})
     process: DiffusionProcess
     tokenizer: Any = None

@@ -27,6 +27,7 @@ class TransformerFamily(LatentFamily):
     """A multimodal diffusion transformer (MMDiT, arXiv 2403.03206) with a flow-matching noise process."""
 
     denoiser_part: ClassVar[str] = "transformer"
+    half_precision: ClassVar[torch.dtype] = torch.bfloat16
 
     def __init__(self, pipeline: Any, options: LoadOptions) -> None:
         if options.prediction_type is not None:

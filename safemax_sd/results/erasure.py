@@ -16,9 +16,17 @@ import torch
 
 from safemax_sd.adapters.halting_marks import MarkStrengths
 from safemax_sd.adapters.lora import WEIGHTS_NAME, LoraSettings
+from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError, SafemaxError
 from safemax_sd.core.options import Quantization
-from safemax_sd.core.provenance import Cost, Provenance, peak_memory_bytes, public_path, write_json_atomic
+from safemax_sd.core.provenance import (
+    Cost,
+    Provenance,
+    absolute_path,
+    peak_memory_bytes,
+    public_path,
+    write_json_atomic,
+)
 from safemax_sd.core.records import EntryError, decode
 from safemax_sd.families import LoadOptions, ModelFamily
 from safemax_sd.families.base import FAMILIES
@@ -79,6 +87,14 @@ class BaseModel:
             single_file_config=self.single_file_config,
             missing_parts=self.missing_parts or (),
         )
+
+    @property
+    def identity(self) -> str:
+        """Text that is equal for two records of the same base model, wherever it was cached and however it is typed."""
+        name, config = absolute_path(resolve_model(self.name_or_path)), self.single_file_config
+        config = config and absolute_path(resolve_model(config))
+        details = (self.revision, self.variant, self.prediction_type, config)
+        return " ".join([name, *(f"({detail})" for detail in details if detail is not None)])
 
     def public(self) -> Self:
         """Return a copy without this machine's folders; of an absolute path, only the last part is kept."""
@@ -295,6 +311,28 @@ class ErasureRecord:
     def public(self) -> ErasureRecord:
         """Return a copy without this machine's folders."""
         return replace(self, base_model=self.base_model.public())
+
+    @property
+    def erased_by(self) -> str:
+        """Name of the edit, or of the objective or baseline if there was no edit."""
+        return self.method if self.edit is None else self.edit.name
+
+    @property
+    def edits_anchor(self) -> bool:
+        """True if `cost` is that of a halting anchor's training, on which an edit of seconds followed."""
+        return self.edit is not None and bool(self.edit.seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the erasure; with a halting anchor, without the anchor's training.
+
+        Raises:
+            EntryError: The edit's seconds have no total.
+        """
+        seconds = self.edit.seconds if self.edit is not None and self.edit.seconds else self.cost.seconds
+        if "total" not in seconds:
+            raise EntryError("edit.seconds.total")
+        return seconds["total"]
 
     @property
     def full(self) -> bool:

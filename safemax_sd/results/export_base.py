@@ -26,7 +26,7 @@ from safemax_sd.adapters.lora import check_fit, read_weights
 from safemax_sd.adapters.weights import FULL_WEIGHTS, clear_path
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.errors import OptionError, reason_of
-from safemax_sd.core.provenance import absolute_path, write_json_atomic
+from safemax_sd.core.provenance import write_json_atomic
 from safemax_sd.core.quiet import quiet
 from safemax_sd.families.folders import LOAD_ERRORS
 from safemax_sd.families.latent import LatentFamily
@@ -62,11 +62,7 @@ class Source:
     @property
     def base(self) -> str:
         """Base model as text, which is equal for runs that can be combined."""
-        base = self.record.base_model
-        name, config = absolute_path(resolve_model(base.name_or_path)), base.single_file_config
-        config = config and absolute_path(resolve_model(config))
-        details = (base.revision, base.variant, base.prediction_type, config)
-        return " ".join([name, *(f"({detail})" for detail in details if detail is not None)])
+        return self.record.base_model.identity
 
     @property
     def part(self) -> str:

@@ -14,7 +14,6 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safemax_sd.assets import resolve_model
 from safemax_sd.core.escaping import markdown_code, markdown_text
 from safemax_sd.core.provenance import atomic_write_text
-from safemax_sd.core.records import EntryError
 from safemax_sd.families.single_file import is_single_file
 from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.samples import own_samples
@@ -78,28 +77,11 @@ def _trained(record: ErasureRecord) -> str:
     return "all weights"
 
 
-def trained_before(record: ErasureRecord) -> bool:
-    """Return True if the record's cost is that of a halting anchor's training, after which its edit took seconds."""
-    return record.edit is not None and bool(record.edit.seconds)
-
-
-def erasure_seconds(record: ErasureRecord) -> float:
-    """Return the seconds that the erasure itself took; with a halting anchor, without the anchor's training.
-
-    Raises:
-        EntryError: The edit's seconds have no total.
-    """
-    seconds = record.edit.seconds if record.edit is not None and record.edit.seconds else record.cost.seconds
-    if "total" not in seconds:
-        raise EntryError("edit.seconds.total")
-    return seconds["total"]
-
-
 def _spent(record: ErasureRecord) -> list[str]:
     """Return the rows of the card's table on the run's cost."""
-    cost, of = record.cost, " of the anchor's training" if trained_before(record) else ""
+    cost, of = record.cost, " of the anchor's training" if record.edits_anchor else ""
     return [
-        *([f"| seconds | {erasure_seconds(record):.1f} |"] if of else []),
+        *([f"| seconds | {record.seconds:.1f} |"] if of else []),
         f"| steps{of} | {cost.steps} |",
         f"| seconds{of} | {cost.seconds['total']:.1f} |",
         *([f"| peak memory{of} | {cost.peak_memory_bytes / 2**30:.2f} GiB |"] if cost.peak_memory_bytes else []),
@@ -129,7 +111,8 @@ def describe(record: ErasureRecord, picture: Picture | None, measured: str = "")
         f"| trained | {_trained(record)} |",
         "",
         *(["## Measured", "", measured, ""] if measured else []),
-        "Erasure is measured, not guaranteed: `safemax evaluate` says what this adapter forgets, keeps and withstands.",
+        "Erasure is measured, not guaranteed: `safemax evaluate` measures what is forgotten and what is kept, "
+        "`safemax attack` what can be brought back.",
     ]
     return "\n".join(lines)
 
@@ -186,7 +169,7 @@ def write_model_card(
         base_model=hub_id(record.base_model.name_or_path),
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=TAGS,
+        tags=[tag for tag in TAGS if tag != "lora" or record.lora is not None],
     )
     text = f"---\n{data.to_yaml()}\n---\n\n{describe(record, picture, measured)}\n"
     atomic_write_text(directory / "README.md", text)

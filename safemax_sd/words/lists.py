@@ -166,7 +166,7 @@ def with_article(name: str) -> str:
 
 
 def noun_phrase(name: str) -> str:
-    """Return a noun with its article, which a plural and an uncountable noun have not."""
+    """Return a noun with its article; a plural or uncountable noun as it is."""
     head = next(reversed(plain(name.partition(" of ")[0])), "")
     many = head in IRREGULAR or (head.endswith("s") and not head.endswith(SINGULAR_ENDINGS) and head not in SINGULAR)
     return name if many or head in uncountable() else with_article(name)

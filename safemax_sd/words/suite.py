@@ -87,11 +87,14 @@ def choose(
     """
     forbidden = _forbidden(concepts)
 
-    def usable(phrases: Iterable[str]) -> list[str]:
-        allowed = [phrase for phrase in dict.fromkeys(phrases) if not clashes(phrase, forbidden)]
-        return allowed if model is None or phrases is given else model.known(allowed)
+    def permitted(phrases: Iterable[str]) -> list[str]:
+        return [phrase for phrase in dict.fromkeys(phrases) if not clashes(phrase, forbidden)]
 
-    pool = usable(given if given is not None else [entry.name for entry in entries(kind) if not entry.wordings])
+    def usable(phrases: Iterable[str]) -> list[str]:
+        return permitted(phrases) if model is None else model.known(permitted(phrases))
+
+    own_words = [entry.name for entry in entries(kind) if not entry.wordings]
+    pool = usable(own_words) if given is None else permitted(given)
     near = [] if given is not None else usable(_in_turn([concept.near for concept in concepts]))
     if not near and (given is not None or kind in LISTED):  # nobody is known to be most like somebody unlisted
         near = pool

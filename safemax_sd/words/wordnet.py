@@ -214,10 +214,10 @@ def find_wordnet(given: str | None, *, required: bool = True) -> WordNet | None:
     """
     if given == NONE:
         return None
-    if given is not None:
-        return WordNet(Path(given))
-    asked = os.environ.get("WNSEARCHDIR")
-    found = next((place for place in (asked, *PLACES) if place and (Path(place) / DATA).is_file()), None)
+    asked = given or os.environ.get("WNSEARCHDIR")
+    if asked:
+        return WordNet(Path(asked))
+    found = next((place for place in PLACES if (Path(place) / DATA).is_file()), None)
     if found is None and required:
         raise OptionError(OPTION, "(not given)", f"no WordNet in {' or '.join(PLACES)}: {REMEDY}")
     return None if found is None else WordNet(Path(found))

@@ -31,7 +31,7 @@ ASKED = ("words", "kind", "senses")
 EXPLAINED = {
     "forget": "what is erased, in every template of the kind.",
     "retain": "what is kept: neighbours in other words, others of the kind, everyday prompts. Training replays these.",
-    "neighbours": "what lies near. No training file holds these prompts.",
+    "neighbours": "the concepts most like the forbidden ones. No training file holds these prompts.",
     "paraphrases": "the forbidden concepts by synonyms, kinds and descriptions. No training file holds these prompts.",
 }
 

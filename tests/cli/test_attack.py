@@ -32,7 +32,7 @@ from safemax_sd.evaluation.resistance.report import (
     verdicts,
 )
 from safemax_sd.evaluation.resistance.run import Resistance
-from safemax_sd.evaluation.resistance.untaught import judging_too, prompts_for
+from safemax_sd.evaluation.resistance.untaught import prompts_naming, with_untaught
 
 from safemax_sd.cli import main
 from safemax_sd.core.errors import OptionError, SafemaxError
@@ -87,7 +87,7 @@ def test_every_attack_has_a_row_or_a_reason_for_every_target(done: Path) -> None
     for row in report.rows:
         assert row.success.n == 2
         assert row.model_calls > 0
-        assert (done / "pictures" / f"{row.attack}-{row.target}.png").is_file()
+        assert (done / "pictures" / f"{row.attack}-{row.target}.webp").is_file()
     assert [verdict.erased.attack for verdict in verdicts(report)] == ["plain", "completion", "adapter_scale"]
 
 
@@ -136,9 +136,18 @@ def test_a_second_call_loads_and_runs_nothing(
     done: Path, adapter: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Resistance, "__init__", refuse)
-    before = (done / "attacks.json").read_text()
+    before, pictures = (done / "attacks.json").read_text(), sorted((done / "pictures").iterdir())
     assert main(words(adapter, tiny_model, done)) == 0
     assert (done / "attacks.json").read_text() == before
+    assert sorted((done / "pictures").iterdir()) == pictures
+
+
+def test_a_suite_that_is_named_otherwise_is_the_same(
+    done: Path, adapter: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Resistance, "__init__", refuse)
+    shutil.copytree(adapter.parent, tmp_path / "suite")
+    assert main(words(adapter, tiny_model, done, "--suite", str(tmp_path / "suite"))) == 0
 
 
 def test_rows_say_what_made_them_and_older_files_go_on(
@@ -151,11 +160,15 @@ def test_rows_say_what_made_them_and_older_files_go_on(
     dropped = content["rows"].pop()
     for row in content["rows"]:  # as in files of earlier versions
         del row["provenance"]
-    (output / "attacks.json").write_text(json.dumps(content))
+    sheets = output / "pictures"
+    (sheets / "plain-base.webp").rename(sheets / "plain-base.png")
+    (output / "attacks.json").write_text(json.dumps(content).replace("plain-base.webp", "plain-base.png"))
     assert main(words(adapter, tiny_model, output)) == 0
     rows = AttackReport.read(output / "attacks.json", "--output_dir").rows
     assert [row.provenance is None for row in rows] == [True] * (len(rows) - 1) + [False]
     assert (rows[-1].attack, rows[-1].target) == (dropped["attack"], dropped["target"])
+    assert {path.stem for path in sheets.iterdir()} == {f"{row.attack}-{row.target}" for row in rows}
+    assert (sheets / "plain-base.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -307,8 +320,8 @@ def test_a_failing_attack_is_named_and_the_others_run(
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        (("rows", 4, "settings", "skipped"), "holds attacks under other conditions (settings of completion)"),
-        (("conditions", "prompts", "retain"), "holds attacks under other conditions (prompts)"),
+        (("rows", 4, "settings", "skipped"), "holds other attacks (other settings of completion)"),
+        (("conditions", "prompts", "retain"), "holds other attacks (other prompts)"),
     ],
 )
 def test_rows_of_other_settings_or_prompts_are_not_mixed_with_new_ones(
@@ -352,11 +365,11 @@ def test_examples_of_the_base_model_have_the_prompts_that_they_were_drawn_for(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--num_images", "3"), "holds attacks under other conditions (num_images): name a new folder"),
-        (("--preset", "full"), "holds attacks under other conditions (preset): name a new folder"),
+        (("--num_images", "3"), "holds other attacks (num_images was 2, is 3): name a new folder"),
+        (("--preset", "full"), "holds other attacks (preset was quick, is full): name a new folder"),
         (("--preset", "fast"), "'fast' is not one of"),
         (("--attacks", "completions"), "no such attack (did you mean 'completion'?)"),
-        (("--never_known", NO_MODEL), "holds attacks under other conditions (never_known): name a new folder"),
+        (("--never_known", NO_MODEL), "holds other attacks (never_known was "),
         (("--num_images", "0"), "--num_images 0"),
     ],
 )
@@ -396,7 +409,7 @@ def test_a_damaged_report_and_a_strange_file_are_named(
 
 
 def test_a_concept_that_was_never_taught_takes_the_place_of_the_forbidden_one() -> None:
-    prompts = prompts_for(["bomb", "red rose"], [Prompt(text, concept) for text, concept in tiny.FORGET])
+    prompts = prompts_naming(["bomb", "red rose"], [Prompt(text, concept) for text, concept in tiny.FORGET])
     assert [(prompt.text, prompt.shows) for prompt in prompts] == [
         ("a red bomb", "bomb"),
         ("red red rose on a table", "red rose"),
@@ -411,7 +424,7 @@ def test_a_concept_of_the_suite_and_one_that_the_judge_does_not_know_are_named(n
     pictures = embedded_pictures().showing(["bomb"])
     given = RealPictures(pictures, [frozenset({name})] * len(pictures))
     with pytest.raises(OptionError, match=message):
-        judging_too(Context(load_judge(), ["apple", "pear"], {}, None, ""), given, "folder")
+        with_untaught(Context(load_judge(), ["apple", "pear"], {}, None, ""), given, "folder")
 
 
 def rate(successes: int, n: int = 32) -> Rate:

@@ -164,7 +164,7 @@ def test_a_failure_is_told_and_tried_again(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attack_images": 3}, r"holds other attacks \(attack_images was 2, is 3\): remove the folder"),
+        ({"attack_images": 3}, r"holds other attacks \(attack_images was 2, is 3\): name a new folder"),
         ({"attack_preset": "full"}, r"holds other attacks \(attack_preset was quick, is full\)"),
         ({"never_known": "emoji"}, r"holds other attacks \(never_known was model, is emoji\)"),
         ({"attacks": ["adapter_scales"]}, "no such attack .did you mean 'adapter_scale'"),

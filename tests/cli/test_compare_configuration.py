@@ -40,10 +40,10 @@ def test_a_configuration_that_is_not_there(arguments: list[str], capsys: pytest.
             "methods, a: unknown key 'rnak' .did you mean 'rank'",
         ),
         ({"methods": {"a": {"objective": "safemax", "rank": 0}}}, "--rank 0"),
-        ({"methods": {"a": {"objective": "safemax", "seed": 3}}}, "seed is the comparison's to give"),
+        ({"methods": {"a": {"objective": "safemax", "seed": 3}}}, "seed is set by the comparison"),
         (
             {"methods": {"a": {"objective": "safemax", "prediction_type": "epsilon"}}},
-            "prediction_type is the comparison's to give",
+            "prediction_type is set by the comparison",
         ),
         ({"methods": {"a": {"objectve": "safemax"}}}, "did you mean 'objective'"),
         ({"methods": {"a": {"objective": "halting_anchor"}}}, "erases nothing by itself"),
@@ -56,9 +56,9 @@ def test_a_configuration_that_is_not_there(arguments: list[str], capsys: pytest.
             "strength must be one of weak, medium, strong, max .did you mean 'max'",
         ),
         ({"methods": {"base": {"edit": "uce"}}}, "label 'base'"),
-        ({"methods": {"_a": {"edit": "uce"}}}, "label '_a' must be text of letters"),
-        ({"methods": {"[/x]": {"edit": "uce"}}}, "label '.*x.' must be text of letters"),
-        ({"methods": {"a" * 65: {"edit": "uce"}}}, "64 at most"),
+        ({"methods": {"_a": {"edit": "uce"}}}, "label '_a' must have at most 64 letters"),
+        ({"methods": {"[/x]": {"edit": "uce"}}}, "label '.*x.' must have at most 64 letters"),
+        ({"methods": {"a" * 65: {"edit": "uce"}}}, "at most 64 letters"),
     ],
 )
 def test_bad_configurations(changes: dict[str, Any], message: str, tiny_model: Path, tmp_path: Path) -> None:

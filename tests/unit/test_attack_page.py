@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image
 from safemax_sd.evaluation.attacks import ATTACKS, Point
 from safemax_sd.evaluation.attacks.target import Role
 from safemax_sd.evaluation.metrics.base import wilson
 from safemax_sd.evaluation.resistance.curves import by_cost, curves, with_least
-from safemax_sd.evaluation.resistance.page import write_page
+from safemax_sd.evaluation.resistance.page import caption, find_sheet, write_page, write_sheet
 from safemax_sd.evaluation.resistance.report import AttackReport, AttackRow, Rate, Refusal, Tried
 
 from safemax_sd.core.provenance import Provenance
@@ -122,6 +123,29 @@ def test_the_page_draws_curves_and_leads_with_figures_where_a_success_shows_noth
     assert "Text-free inversion" not in table
     assert "0.61" in figures
     assert figures.index("Text-free inversion") < figures.index("Relearning")
+
+
+def test_a_caption_has_no_success_that_shows_nothing() -> None:
+    assert caption(inverted("erased", 1.0)) == "Text-free inversion, erased"
+    assert caption(plain("erased", 16)).startswith("No attack, erased: 50")
+
+
+def test_the_note_names_attacks_of_which_any_try_counts(tmp_path: Path) -> None:
+    assert "attack counts. Intervals" in write_page(report(), tmp_path).read_text(encoding="utf8")
+    union = row("noise_probe", "erased", Tried("0.1", rate(1), None), Tried("0.3", rate(2), None))
+    page = write_page(report().with_row(union), tmp_path).read_text(encoding="utf8")
+    assert "for Noise probe, a prompt counts if any of its tries succeeds. Intervals" in page
+
+
+def test_large_pictures_are_scaled_down_and_sheets_of_earlier_versions_are_found(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    own = plain("erased", 16)
+    assert find_sheet(tmp_path, own) is None
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "plain-erased.png")
+    assert find_sheet(tmp_path, own) == tmp_path / "pictures" / "plain-erased.png"
+    write_sheet(tmp_path, "plain", "base", [Image.new("RGB", (1024, 1024))] * 9)
+    with Image.open(tmp_path / "pictures" / "plain-base.webp") as sheet:
+        assert sheet.width == 6 + 8 * (256 + 6)
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:

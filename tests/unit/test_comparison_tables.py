@@ -73,6 +73,9 @@ def test_a_task_with_more_pictures_does_not_count_more() -> None:
     assert value is not None and (value.value, value.n) == (50.0, 2)
     value = column.value([few, replace(few, task="more")])
     assert value is not None and (value.value, value.n) == (100.0, 20)
+    unfinished = replace(run_of(row("unlearning_accuracy", "forget", 40.0, n=10)), task="more")
+    value = column.value([few, replace(few, seed=1), unfinished])
+    assert value is not None and (value.value, value.n) == (70.0, 2)
 
 
 def test_leaders_by_hand() -> None:

@@ -10,7 +10,7 @@ import pytest
 from safemax_sd.assets import resolve_anchor
 from safemax_sd.core.records import EntryError
 from safemax_sd.results.erasure import Edit, ErasureRecord
-from safemax_sd.results.model_card import describe, erasure_seconds, hub_id
+from safemax_sd.results.model_card import describe, hub_id
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,8 @@ def test_the_cost_of_an_anchor_is_named_as_such() -> None:
     assert f"| seconds | {trained} |" in describe(anchor, None)
     erased = replace(anchor, edit=Edit("halting_marks", {}, {"total": 0.5}, {}))
     card = describe(erased, None).splitlines()
-    assert erasure_seconds(erased) == 0.5 and "| seconds | 0.5 |" in card
+    assert erased.seconds == 0.5 and "| seconds | 0.5 |" in card
     assert f"| seconds of the anchor's training | {trained} |" in card
     assert f"| steps of the anchor's training | {anchor.cost.steps} |" in card
     with pytest.raises(EntryError):
-        erasure_seconds(replace(anchor, edit=Edit("halting_marks", {}, {"solve": 0.5}, {})))
+        _ = replace(anchor, edit=Edit("halting_marks", {}, {"solve": 0.5}, {})).seconds

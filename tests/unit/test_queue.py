@@ -163,13 +163,13 @@ def test_a_killed_worker_leaves_its_entry_stopped_and_no_command_behind(queue: Q
     if sys.platform == "linux":
         until(lambda: not Path(f"/proc/{command}").exists())
     queue.resume(1)
-    assert states(queue) == ["waiting"] and queue.idle()
+    assert states(queue) == ["waiting"] and queue.needs_worker()
 
 
 def test_there_is_one_worker(queue: Queue) -> None:
     process = started(queue, WAITS)
     add(queue, "next", ("pass",))
-    assert not queue.begin_work() and not queue.idle()
+    assert not queue.begin_work() and not queue.needs_worker()
     assert worker.main([str(queue.runs)]) == 0
     assert states(queue) == ["running", "waiting"]
     queue.stop(1)

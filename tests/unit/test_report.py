@@ -13,13 +13,13 @@ from safemax_sd.evaluation.headline import headline
 from safemax_sd.evaluation.metrics import METRICS
 from safemax_sd.evaluation.metrics.base import quantities
 from safemax_sd.evaluation.metrics.description import GROUPS, SUBSETS
-from safemax_sd.evaluation.page import render, training_log
+from safemax_sd.evaluation.page import render, training_log, write_page
 from safemax_sd.evaluation.report import Report
 
 from safemax_sd.adapters.lora import WEIGHTS_NAME
 from safemax_sd.assets import ANCHORS
 from safemax_sd.core.errors import OptionError
-from safemax_sd.results.erasure import RECORD, ErasureRecord
+from safemax_sd.results.erasure import RECORD, Edit, ErasureRecord
 from tests.reports import report_of, row
 
 PUBLISHED = sorted(Path("docs/results").glob("emoji_*.json"))
@@ -60,6 +60,19 @@ def test_a_report_that_cannot_be_read_is_one_line(change: dict[str, object], rea
     with pytest.raises(OptionError, match=reason) as caught:
         Report.read(tmp_path / "report.json", "REPORT_DIR")
     assert "\n" not in str(caught.value)
+
+
+def test_an_edits_page_tells_its_seconds_apart_from_its_anchors(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "samples.png")
+    anchor = ErasureRecord.read(ANCHORS["emoji"])
+    erased = replace(anchor, edit=Edit("halting_marks", {}, {"total": 1.0}, {}))
+    report = replace(report_of(), adapter=erased)
+    page = write_page(report, tmp_path, log=()).read_text()
+    trained = f"{anchor.cost.seconds['total']:.0f} s and {anchor.cost.steps} steps"
+    assert f"halting_marks in 1 s (its anchor {trained})" in page
+    assert f"<th>seconds</th><td>1.0</td></tr><tr><th>steps, anchor&#x27;s training</th><td>{anchor.cost.steps}" in page
+    assert "<summary>Training of the anchor</summary>" in page
+    assert f"<th>suite</th><td>{report.full_suite}</td>" in page
 
 
 def test_a_page_is_not_written_with_another_run_s_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

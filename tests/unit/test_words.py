@@ -286,6 +286,9 @@ def test_without_wordnet_lists_still_serve(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("WNSEARCHDIR", str(EXTRACT))
     found = find_wordnet(None)
     assert found is not None and found.version == "WordNet 3.0" and found.senses("xyzzy") == []
+    monkeypatch.setenv("WNSEARCHDIR", str(tmp_path / "missing"))
+    with pytest.raises(OptionError, match=r"--wordnet .*missing"):
+        find_wordnet(None, required=False)
 
 
 def test_lists_are_well_formed() -> None:
