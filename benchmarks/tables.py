@@ -2,7 +2,7 @@
 
 They stand between markers, which a test compares with the files:
 
-    <!-- table depth -->
+    <!-- table claims -->
     <!-- end of table -->
 """
 
@@ -42,15 +42,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "results"
 DOCUMENTS = (DOCS / "attacks.md", DOCS / "class_unlearning.md", DOCS / "emoji_benchmark.md")
 MARKED = re.compile(r"(<!-- table ([a-z ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-SHOWN = {
-    "bomb": ("base", "default", "pruned", "never_known"),
-    "dog": ("base", "default", "pruned", "never_known"),
-    "weapons": ("pruned", "never_known"),
-}
-"""Targets of the table of depths by task, as the result files name them."""
 NAMES = {
-    "default": "SAFEMax",
-    "pruned": "SAFEMax, `--prune 10`",
     "safemax": "SAFEMax",
     "safemax_pruned": "SAFEMax, `--prune 10`",
     "base": "base",
@@ -59,10 +51,6 @@ NAMES = {
 """Names of the models in the tables, by those in the result files."""
 KEPT = ("retained", "neighbours")
 """Columns of the comparison of attacks that say what a method keeps."""
-PRUNED = "2026-11-30-pruning-retained.json"
-"""File of the pruned erasures: attacks, and what is kept."""
-DEPTHS = ("2026-11-29-depth-strongest-rates.json", "2026-11-29-depth-strongest-rates-dog-weapons.json", PRUNED)
-"""Files of the table of depths; of rows of the same attack and target, the last counts."""
 ATTACKED = ("base", "esd", "salun")
 """Models in the table of attacks' settings."""
 SEARCHED = (
@@ -71,7 +59,6 @@ SEARCHED = (
     "2026-11-30-state-inversion-cooldown.jsonl",
 )
 """Files of that table; the first has the bomb alone, and does not name it."""
-STEPS = (10, 20, 50, 100, 200)
 CIFAR = "CIFAR-10, small network"
 ALL_CLASSES = "2026-11-30-cifar10-class-unlearning-safemax.jsonl"
 """Rows of the base model and of SAFEMax on all ten classes of CIFAR-10; the others have fewer."""
@@ -116,25 +103,6 @@ def _read(name: str) -> dict[str, Any]:
     return content
 
 
-def depth() -> str:
-    """Return the table of what attacks on token states and weights bring back.
-
-    Of relearning, the best rate and kind of training counts at each number of steps.
-    """
-    rows = [row for name in DEPTHS for row in _read(name)["rows"]]
-    attacks = {(row["task"].removeprefix("emoji/"), row["target"], row["attack"]): row for row in rows}
-    kept = _kept(_read(PRUNED)["evaluation"])
-    lines = []
-    for task, target in ((task, target) for task, targets in SHOWN.items() for target in targets):
-        success, tries = (attacks[task, target, attack] for attack in ("state_inversion", "relearning"))
-        ends = [f" {steps} steps" for steps in STEPS]
-        relearnt = [max(value for name, value in tries["tries"].items() if name.endswith(end)) for end in ends]
-        both = kept.get(f"{task}_{target}", "–")
-        lines.append([task, NAMES[target], both, _rate(success["success"]), *(f"{value:.0f}" for value in relearnt)])
-    head = ["task", "target", "kept, neighbours %", "state inversion %", f"relearnt after {STEPS[0]}", *STEPS[1:]]
-    return markdown_table(head, lines)
-
-
 def attack_settings() -> str:
     """Return the table of attacks' settings with the strongest try of each on each model.
 
@@ -157,29 +125,6 @@ def attack_settings() -> str:
 def _tried(value: float, name: str) -> str:
     """Return a success with the name of its try, which tells nothing where nothing succeeded."""
     return f"{value:.0f} ({name})" if value and name else f"{value:.0f}"
-
-
-def _kept(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Return what is recognised of retain prompts and of neighbours, by erasure.
-
-    Args:
-        rows: Measurements of erasures with pruning; of SAFEMax's own, those of runs with seed 0 are added.
-    """
-    found: dict[str, list[float]] = {}
-    for part in ("retain", "neighbours"):
-        wanted = {"metric": "clip_accuracy", "model": "erased", "subset": part}
-        for row in rows:
-            if wanted.items() <= row.items():
-                found.setdefault(row["erasure"], []).append(row["value"])
-    for row in _read("2026-11-28-safemax-defaults.json")["rows"]:
-        name = f"{row['task'].removeprefix('emoji/')}_default"
-        if (row["code"], row["seed"]) == ("now", 0):
-            found[name] = [row["metrics"][f"clip_accuracy/{part}"]["value"] for part in ("retain", "neighbours")]
-    return {name: ", ".join(f"{value:.1f}" for value in values) for name, values in found.items()}
-
-
-def _rate(success: dict[str, float]) -> str:
-    return f"{success['value']:.0f} [{success['low']:.0f}, {success['high']:.0f}]"
 
 
 def _comparison(number: int) -> list[list[str]]:
@@ -319,7 +264,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "published network rates": lambda: rates_table(study_rows("published network")),
     "published network memory": lambda: memory_table(of_kind(study_rows("published network"), "memory")),
     "claims": claims,
-    "depth": depth,
     "attack settings": attack_settings,
     **{f"attacked methods {task}": partial(attacked_methods, task) for task in COMPARED_ATTACKS},
     "attacked tasks": attacked_tasks,

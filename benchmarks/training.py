@@ -198,10 +198,10 @@ def lognormal_times(signal: Tensor, mean: float, std: float) -> Tensor:
 
 
 def has_bfloat16() -> bool:
-    """Tell whether the processor has hardware for bfloat16, without which it is ten times slower."""
+    """Tell whether the CPU has hardware for bfloat16, without which it is ten times slower."""
     return torch.cpu._is_avx512_bf16_supported()
 
 
 def mixed_precision(wanted: bool = True) -> torch.autocast:
-    """Return autocast to bfloat16, disabled if it is not wanted or the processor has no hardware for it."""
+    """Return autocast to bfloat16, disabled if it is not wanted or the CPU has no hardware for it."""
     return torch.autocast("cpu", torch.bfloat16, enabled=wanted and has_bfloat16())

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from safemax_sd.core.errors import OptionError
-from safemax_sd.core.options import SEED, Options, Quantization, Range, option
+from safemax_sd.core.options import SAMPLING_STEPS, SEED, Options, Quantization, Range, option
 from safemax_sd.core.registry import closest
 from safemax_sd.prompts import GUIDANCE_BOUND
 
@@ -14,7 +14,6 @@ SAMPLER_NAMES = ("ddim", "euler", "dpm++")
 IMAGES = Range("must be in 1 to 1,000,000", lambda value: 1 <= value <= 1_000_000)
 """Range of the number of pictures of a subset; more would share start noise with another subset."""
 SWEEP_IMAGES = Range("must be in 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
-SAMPLING_STEPS = Range("must be in 1 to 1,000", lambda value: 1 <= value <= 1000)
 BATCH = Range("must be in 1 to 100,000", lambda value: 1 <= value <= 100_000)
 GUIDANCE = Range(f"must be more than 0 and below {GUIDANCE_BOUND}", lambda value: 0 < value < GUIDANCE_BOUND)
 

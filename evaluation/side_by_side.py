@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safemax_sd.evaluation.baselines.negative_prompt import NegativePrompt
-from safemax_sd.evaluation.options import BATCH, GUIDANCE, SAMPLING_STEPS
+from safemax_sd.evaluation.options import BATCH, GUIDANCE
 from safemax_sd.evaluation.real import embedded_pairs
 from safemax_sd.evaluation.sampling import Request, StockSampler, samplers_of
 from safemax_sd.evaluation.subjects import Adapter, dtype_on, erased_denoiser, put_lora
@@ -20,7 +20,7 @@ from torch import Tensor
 from safemax_sd.adapters.lora import lora_layers
 from safemax_sd.core.errors import OptionError, SafemaxError, reason_of
 from safemax_sd.core.judge import Judge
-from safemax_sd.core.options import SEED, Options, Range, option
+from safemax_sd.core.options import SAMPLING_STEPS, SEED, Options, Range, option
 from safemax_sd.core.quiet import quiet
 from safemax_sd.core.registry import closest
 from safemax_sd.diffusion.schedulers import as_scheduler

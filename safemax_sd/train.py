@@ -95,15 +95,15 @@ def train_in(
     config: TrainConfig, accelerator: Accelerator, forget: PromptSet, retain: PromptSet, resume_from: Path | None
 ) -> Run:
     """Train in a claimed output folder and write the results."""
-    under = conditions(config, forget, retain, accelerator)
+    now = conditions(config, forget, retain, accelerator)
     if resume_from is not None:
-        check_conditions(resume_from, under)
+        check_conditions(resume_from, now)
         check_length(resume_from, config.max_train_steps)
     # Samples are drawn by number, but each process needs dropout masks of its own.
     set_seed(config.seed, device_specific=True)
     clock = Stopwatch()
     run = build_run(config, accelerator, forget, retain, clock)
-    run.conditions = under
+    run.conditions = now
     if resume_from is not None:
         run.step, run.earlier = checkpoints.load(accelerator, resume_from)
         clock.add(run.earlier.seconds)
@@ -250,10 +250,8 @@ def reach(run: Run, draw: Draw) -> Batch:
 
 
 def not_finite(run: Run, what: str) -> SafemaxError:
-    """Return the error for a diverged run; it names the last checkpoint if there is one."""
-    kept = checkpoints.all_checkpoints(run.output_dir)
-    intact = f"; {kept[-1].name} is intact (--resume_from_checkpoint latest)" if kept else ""
-    return SafemaxError(f"{what}: lower --learning_rate{intact}")
+    """Return the error for a diverged run, which no checkpoint helps: another rate would be another run."""
+    return SafemaxError(f"{what}: start anew with a lower --learning_rate than {run.config.learning_rate:g}")
 
 
 def check_weights(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from safemax_sd.objectives.base import Objective, Predict
 from safemax_sd.objectives.batches import Batch, Draw
 from safemax_sd.recording.prompt_encoding import PromptEncoder
 from safemax_sd.recording.recording import Recording
-from safemax_sd.training.config import TrainConfig
+from safemax_sd.training.config import TrainConfig, config_class
 from safemax_sd.training.input import read_input
 
 CONCEPTS = ("apple", "pear", "plum")
@@ -162,24 +163,30 @@ def train_arguments(model: Path, folder: Path, output_dir: Path, *more: str) -> 
     forget, retain = write_prompts(model, folder)
     objective = more[more.index("--objective") + 1] if "--objective" in more else "safemax"
     # A method that is not registered yet is defined by a test.
-    named = objective not in OBJECTIVES.names() or OBJECTIVES.get(objective).names_concepts
+    registered = objective in OBJECTIVES.names()
+    named = not registered or OBJECTIVES.get(objective).names_concepts
+    trainable = config_class(objective).trainable if registered else "lora"
+    trainable = more[more.index("--trainable") + 1] if "--trainable" in more else trainable
     return [
         *("--pretrained_model_name_or_path", str(model)),
         *(("--forget_prompts", str(forget)) if named else ()),
         *("--retain_prompts", str(retain), "--output_dir", str(output_dir)),
-        *("--rank", "2", "--train_batch_size", "2", "--retain_batch_size", "6"),
+        *("--train_batch_size", "2", "--retain_batch_size", "6"),
+        # One more trajectory before each of the first three steps.
+        *(("--rank", "2", "--replay_span", "0.75") if trainable == "lora" else ()),
         *("--max_train_steps", "4", "--checkpointing_steps", "2"),
         *("--forget_trajectories", "2", "--retain_trajectories", "4", "--replay_inference_steps", "3"),
-        *(
-            "--replay_batch_size",
-            "1",
-            "--replay_span",
-            "0.75",
-        ),  # one more before each of the first three steps
+        *("--replay_batch_size", "1"),
         # `auto` would give such a narrow network a rate of its own, and full weights need a number.
         *(("--learning_rate", "2e-3") if objective == "safemax" else ()),
         *("--lr_warmup_steps", "1", *more),
     ]
+
+
+def with_full_weights(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """Return a run's flags for full weights, without those that only a LoRA has."""
+    unset = {"rank": type(config).rank, "replay_span": type(config).replay_span}
+    return replace(config, trainable="full", **{**unset, **changes})
 
 
 def recording(config: TrainConfig, family: ModelFamily) -> Recording:

@@ -31,8 +31,8 @@ SMALL_BATCH = 64
 
 
 def seconds_by_phase(seconds: Mapping[str, float]) -> tuple[float, float]:
-    """Return the seconds of a run's priors and of its steps."""
-    return seconds["replay"] + seconds["prepare"], seconds["train"]
+    """Return the seconds of a run's priors, with what they encode, and of its steps."""
+    return seconds["encode"] + seconds["replay"] + seconds["prepare"], seconds["train"]
 
 
 def seconds_of(record: ErasureRecord) -> dict[str, Any]:

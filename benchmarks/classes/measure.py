@@ -34,7 +34,7 @@ class Sampling:
         num_forget: Number of pictures of the forgotten class in a measurement.
         num_retain: Number of pictures of all kept classes together.
         batch_size: Pictures drawn at once.
-        bfloat16: True to evaluate the network in bfloat16 where the processor has hardware for it.
+        bfloat16: True to evaluate the network in bfloat16 where the CPU has hardware for it.
     """
 
     guidance_scale: float

@@ -94,7 +94,7 @@ class ClassifierGuidance(Attack):
         }
 
     def other_pictures(self, target: Target, task: Task) -> Tensor:
-        """Draw latents of the base model's pictures with the empty prompt, [K, *latent] on the processor."""
+        """Draw latents of the base model's pictures with the empty prompt, [K, *latent] on the CPU."""
         generator = task.generator(f"{self.name} others")
         noise = torch.randn(self.settings.others, *target.latent_shape, generator=generator)
         empty = target.base.empty.repeat(len(noise))

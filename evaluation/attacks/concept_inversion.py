@@ -107,7 +107,7 @@ class ConceptInversion(Attack):
         For a concept that it was never taught they are the concept's examples.
 
         Returns:
-            Latents of the pictures and of their mirror images, [2, P, *latent] on the processor.
+            Latents of the pictures and of their mirror images, [2, P, *latent] on the CPU.
         """
         base = target.base
         if target.role == "untaught":
@@ -135,7 +135,7 @@ class ConceptInversion(Attack):
             latents: Latents of pictures and of their mirror images, [2, P, *latent].
             templates: Prompts of the pictures, which take turns.
             rate: AdamW's learning rate.
-            generator: Generator on the processor.
+            generator: Generator on the CPU.
 
         Returns:
             Embeddings, [K, D].

@@ -42,7 +42,7 @@ class LatentClassifier(nn.Module):
     Args:
         size: Numbers in a latent.
         width: Width of the first layer.
-        generator: Generator on the processor of the weights, which are as PyTorch's layers begin, and of dropout.
+        generator: Generator on the CPU of the weights, which are as PyTorch's layers begin, and of dropout.
     """
 
     def __init__(self, size: int, width: int, generator: torch.Generator) -> None:
@@ -89,7 +89,7 @@ def train_classifier(
         others: Clean latents of other pictures, [K, *latent].
         process: Noise process.
         settings: Settings of the training.
-        generator: Generator on the processor.
+        generator: Generator on the CPU.
         device: Device of the training.
 
     Returns:

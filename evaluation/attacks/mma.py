@@ -134,7 +134,7 @@ def token_scores(encoders: TextEncoders, current: Tensor, goal: Tensor) -> Tenso
         goal: Pooled state to come near to, [P].
 
     Returns:
-        Gradient for each place and word on the processor, [K, W].
+        Gradient for each place and word on the CPU, [K, W].
     """
     ids, _ = encoders.layout([current.tolist()])
     gradient = encoders.gradient(ids, lambda encoded, _: 1 - encoded.pooled @ goal, 1)[0, 1 : 1 + len(current)]

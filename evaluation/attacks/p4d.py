@@ -104,7 +104,7 @@ class P4D(Attack):
             task: Task of the attack.
             rows: Tokens of each prompt, some of them `FREE`.
             clean: Clean latents of the base model's pictures, [N, *latent].
-            generator: Generator on the processor.
+            generator: Generator on the CPU.
 
         Returns:
             Texts of all prompts after each step at which they are drawn.

@@ -92,7 +92,7 @@ def walk(target: Target, conditioning: Conditioning, noise: Tensor, follow: Foll
         follow: Step of the attack.
 
     Returns:
-        Latents, float32 [N, *latent] on the processor.
+        Latents, float32 [N, *latent] on the CPU.
     """
     steps, drawn = sampler_steps(target), []
     conditioning = target.family.with_guidance(conditioning, target.guidance_scale)

@@ -115,7 +115,7 @@ class Target:
             skipped: Number of first steps that have been taken already.
 
         Returns:
-            Latents, float32 [N, *latent] on the processor.
+            Latents, float32 [N, *latent] on the CPU.
         """
         sampling = self.sampling
         if guidance_scale is not None:
@@ -128,7 +128,7 @@ class Target:
         Args:
             latents: Clean latents to choose from, [M, *latent].
             count: Number of samples.
-            generator: Generator on the processor.
+            generator: Generator on the CPU.
 
         Returns:
             x_t [count, *latent], native time t [count] and the training target [count, *latent].
@@ -136,7 +136,7 @@ class Target:
         return with_noise(self.family, latents[torch.randint(len(latents), (count,), generator=generator)], generator)
 
     def pictures(self, latents: Tensor) -> Tensor:
-        """Decode latents to pictures, float32 [N, 3, H, W] in 0 to 1 on the processor."""
+        """Decode latents to pictures, float32 [N, 3, H, W] in 0 to 1 on the CPU."""
         return self.family.decode(latents.to(self.device)).cpu()
 
     @contextmanager
@@ -187,7 +187,7 @@ def with_noise(family: LatentFamily, x0: Tensor, generator: torch.Generator) -> 
     Args:
         family: Model.
         x0: Clean latents, [B, *latent].
-        generator: Generator on the processor.
+        generator: Generator on the CPU.
 
     Returns:
         x_t [B, *latent], native time t [B] and the training target [B, *latent].

@@ -104,7 +104,7 @@ class TextFreeInversion(Attack):
             whose: Whose pictures they are, for the names of the figures.
 
         Returns:
-            Latents of the drawn pictures, [M, *latent] on the processor, and the figures of the noise.
+            Latents of the drawn pictures, [M, *latent] on the CPU, and the figures of the noise.
         """
         noise = torch.cat([self.invert(target, part) for part in clean.split(target.sampling.batch_size)])
         drawn = target.draw(empty_prompts(target, len(clean)), noise, guidance_scale=UNGUIDED)
@@ -112,7 +112,7 @@ class TextFreeInversion(Attack):
         return drawn, {f"{name}, {whose}": value for name, value in figures.items()}
 
     def invert(self, target: Target, clean: Tensor) -> Tensor:
-        """Return the noise from which the target draws clean latents, [B, *latent] on the processor."""
+        """Return the noise from which the target draws clean latents, [B, *latent] on the CPU."""
         empty, z = empty_prompts(target, len(clean)), clean.to(target.device)
         for step in reversed(sampler_steps(target)):
             t = step.t.expand(len(z))

@@ -47,7 +47,7 @@ def launch_training(arguments: list[str]) -> None:
     from safemax_sd.training.workers import threads_of_each
 
     processes = max(1, torch.cuda.device_count())
-    threads = threads_of_each(processes)
+    threads = str(threads_of_each(processes))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     if Path(default_config_file).exists():
         code = run_launched([*launcher, *TRAINING, *arguments])

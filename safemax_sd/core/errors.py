@@ -74,7 +74,7 @@ def path_errors(option: str, path: object) -> Iterator[None]:
 
 @contextmanager
 def entry_errors(option: str, path: object, entry: str) -> Iterator[None]:
-    """Make errors inside the block, which name flags of other commands, those of an entry of a file.
+    """Re-raise an `OptionError` of the block as an error about one entry of a file.
 
     Args:
         option: Option that names the file, such as `--config`.

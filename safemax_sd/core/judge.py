@@ -138,14 +138,17 @@ def load_judge(clip_model: str = "emoji", clip_pretrained: str | None = None) ->
         clip_pretrained: Pretrained tag or weight file of an open_clip model.
 
     Raises:
-        OptionError: Unknown model, missing weights, or weights that do not fit.
+        OptionError: Unknown model, missing weights, weights that do not fit, or weights of a judge that has its own.
     """
     import open_clip
 
-    if clip_model == "emoji":
-        return _load_folder(EVALUATOR, EMBEDDED)
-    if (Path(clip_model) / CONFIG).is_file():
-        return _load_folder(Path(clip_model), Path(clip_model).resolve().name)
+    embedded = clip_model == "emoji"
+    if embedded or (Path(clip_model) / CONFIG).is_file():
+        if clip_pretrained:
+            text = f"is for the name of an open_clip model: leave it out with --clip_model {clip_model}"
+            raise OptionError("--clip_pretrained", clip_pretrained, text)
+        folder = EVALUATOR if embedded else Path(clip_model)
+        return _load_folder(folder, EMBEDDED if embedded else folder.resolve().name)
     if clip_model not in open_clip.list_models():
         raise OptionError("--clip_model", clip_model, "is not an open_clip model; see open_clip.list_models()")
     if not clip_pretrained:

@@ -94,7 +94,7 @@ def _fits(version: str, specifier: str) -> bool:
 
 
 def devices() -> Iterator[Finding]:
-    """Examine the processor and the accelerators."""
+    """Examine the CPU and the accelerators."""
     import psutil
     import torch
 

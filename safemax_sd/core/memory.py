@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorMemory(TorchDispatchMode):
-    """Count of the bytes of all storages that operations inside make, for as long as they live.
+    """Counter of the bytes of live storages that operations inside the block allocate.
 
     Args:
         run: Function that carries out an operation, of its arguments and keyword arguments.

@@ -43,6 +43,7 @@ NONZERO_SHARE = Range("must be more than 0 and at most 1", lambda value: 0 < val
 MOMENT = Range("must be 0 or more and less than 1", lambda value: 0 <= value < 1)
 PERCENTAGE = Range("must be in 0 to 100", lambda value: 0 <= value <= 100)
 COUNT = Range("must be in 1 to 100,000", lambda value: 1 <= value <= 100_000)
+SAMPLING_STEPS = Range("must be in 1 to 1,000", lambda value: 1 <= value <= 1000)
 RANK = Range("must be in 1 to 4,096", lambda value: 1 <= value <= 4096)
 STEPS = Range("must be in 1 to 1,000,000,000", lambda value: 1 <= value <= 1_000_000_000)
 SEED = Range("must be in 0 to 4,294,967,295", lambda value: 0 <= value < 2**32)
@@ -193,10 +194,8 @@ class Options:
 
     def record(self) -> dict[str, Any]:
         """Return every value that may be recorded: no secrets, and no folders of this machine."""
-        shown = [flag for flag in flags_of(type(self)) if not flag.secret]
-        paths = {flag.name for flag in shown if flag.path}
-        values = {flag.name: getattr(self, flag.name) for flag in shown}
-        return {name: public_path(value) if name in paths and value else value for name, value in values.items()}
+        shown = ((flag, getattr(self, flag.name)) for flag in flags_of(type(self)) if not flag.secret)
+        return {flag.name: public_path(value) if flag.path and value else value for flag, value in shown}
 
 
 @dataclass

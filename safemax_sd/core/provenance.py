@@ -44,12 +44,14 @@ def version_of(package: str) -> str | None:
 
 def commit() -> str | None:
     """Return the commit of the source tree that this package runs from; None for an installed copy."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except OSError:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    top, head = found
+    return head if Path(top).resolve() == root else None  # a copy may be installed inside another repository
 
 
 def absolute_path(name_or_path: str) -> str:
@@ -102,7 +104,7 @@ class Provenance:
         python: Version of Python.
         commit: Commit of the source tree; None for an installed copy.
         device: Kind and name of the device.
-        threads: Number of PyTorch's threads on the processor.
+        threads: Number of PyTorch's threads on the CPU.
         command: Words of the command line, without secrets and without this machine's folders.
         seed: Seed of every random draw; None if nothing was drawn.
         time: Time of its making, in UTC.

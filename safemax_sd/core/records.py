@@ -21,7 +21,7 @@ class EntryError(SafemaxError):
     """
 
     def __init__(self, entry: str) -> None:
-        super().__init__(f"a missing or odd entry: {entry}")
+        super().__init__(f"a missing or invalid entry: {entry}")
         self.entry = entry
 
 

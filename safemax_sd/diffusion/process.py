@@ -43,11 +43,6 @@ class DiffusionProcess:
     schedule: Schedule
     parametrisation: str
 
-    def __post_init__(self) -> None:
-        if self.parametrisation not in PARAMETRISATIONS:
-            allowed = f"must be one of {', '.join(PREDICTION_TYPES)}"
-            raise OptionError("--prediction_type", self.parametrisation, allowed)
-
     def angle(self, t: Tensor) -> Tensor:
         """Return φ, 0 (clean) to π/2 (noise), [B]."""
         a, s = self.schedule.coefficients(t)
@@ -113,7 +108,7 @@ def variance_preserving(alphas_cumprod: Tensor, prediction_type: str) -> Diffusi
         raise OptionError("--prediction_type", prediction_type, f"must be one of {', '.join(PREDICTION_TYPES)}")
     if prediction_type == "epsilon" and float(alphas_cumprod[-1]) == 0:
         text = (
-            "says nothing of the picture where the schedule ends in pure noise (rescale_betas_zero_snr): give "
+            "says nothing about the picture at the last timestep, which is pure noise (rescale_betas_zero_snr): give "
             "--prediction_type v_prediction if that is what the model was trained for"
         )
         raise OptionError("--prediction_type", prediction_type, text)
@@ -134,7 +129,7 @@ def check_variance_preserving(scheduler: Any) -> None:
     config, name = scheduler.config, type(scheduler).__name__
     odd = config.get("timestep_type", "discrete") != "discrete" or config.get("use_flow_sigmas")
     if not hasattr(scheduler, "alphas_cumprod") or odd:
-        text = "stands for another noise process than Stable Diffusion's: a discrete schedule of betas is needed"
+        text = "has no discrete schedule of betas, which this model family needs"
         raise OptionError("--pretrained_model_name_or_path", f"scheduler {name}", text)
 
 

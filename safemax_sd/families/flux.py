@@ -32,7 +32,7 @@ class Flux(TransformerFamily):
 
     name: ClassVar[str] = "flux"
     pipeline_classes: ClassVar[frozenset[str]] = frozenset({"FluxPipeline"})
-    # diffusers' own conversion knows the published width alone.
+    # diffusers' own conversion knows only the published width.
     read_denoiser: ClassVar[ConvertDenoiser | None] = staticmethod(diffusers_flux)
     no_kohya_format: ClassVar[str | None] = (
         "is not needed for flux models: Forge and ComfyUI load pytorch_lora_weights.safetensors itself"

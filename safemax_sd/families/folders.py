@@ -53,7 +53,7 @@ def download_configuration(
         hub_id: Id of the model.
         revision: Revision on the hub.
         cache_dir: Folder of hub downloads.
-        local_files_only: True to look in the cache alone.
+        local_files_only: True to look only in the cache.
 
     Raises:
         OSError: The hub cannot be reached or has no such model, or the files are not in the cache.

@@ -199,10 +199,12 @@ class LatentFamily(ModelFamily):
         Raises:
             OptionError: The resolution is no multiple of the model's patches.
         """
-        side = self._own_side if resolution is None else resolution // self.pipeline.vae_scale_factor
-        if side % self._patch:
-            multiple = self._patch * self.pipeline.vae_scale_factor
+        if resolution is None:
+            return (self._channels, self._own_side, self._own_side)
+        multiple = self._patch * self.pipeline.vae_scale_factor
+        if resolution % multiple:
             raise OptionError("--resolution", resolution, f"must be a multiple of {multiple} for {self.name} models")
+        side = resolution // self.pipeline.vae_scale_factor
         return (self._channels, side, side)
 
     def picture_size(self, resolution: int | None) -> int:
@@ -231,8 +233,8 @@ class LatentFamily(ModelFamily):
         parts = []
         with self._autoencoder() as vae:
             for part in latents.split(PICTURES_AT_ONCE):
-                scaled = self._raw_latents(part)
-                pictures = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+                mean, scale = self._latent_statistics(part)
+                pictures = vae.decode((part / scale + mean).to(vae.dtype), return_dict=False)[0]
                 parts.append((pictures.float() / 2 + 0.5).clamp(0, 1))
         return torch.cat(parts)
 
@@ -248,11 +250,6 @@ class LatentFamily(ModelFamily):
                 mean, scale = self._latent_statistics(latents)
                 parts.append((latents - mean) * scale)
         return torch.cat(parts)
-
-    def _raw_latents(self, latents: Tensor) -> Tensor:
-        """Scale latents to the autoencoder's own mean and variance, [B, *latent]."""
-        mean, scale = self._latent_statistics(latents)
-        return latents / scale + mean
 
     def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Return the raw latents' mean and the factor that scales them to unit variance, each [1, C or 1, 1, 1]."""
@@ -313,5 +310,5 @@ class LatentFamily(ModelFamily):
             try:
                 network.enable_xformers_memory_efficient_attention()
             except (ImportError, ValueError, NotImplementedError, RuntimeError) as error:
-                messages.append(f"xformers attention is not to be had here ({reason_of(error)}); using PyTorch's own")
+                messages.append(f"xformers attention is not available here ({reason_of(error)}); using PyTorch's own")
         return messages

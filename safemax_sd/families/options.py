@@ -61,7 +61,7 @@ class BaseModelOptions(LoadingOptions):
         Range("must be a multiple of 8, 16,384 at most", lambda value: 0 < value <= 16_384 and value % 8 == 0),
     )
     quantize: Quantization | None = option(
-        None, "Quantization of the frozen denoiser: int8 (torchao), or nf4 (bitsandbytes, on CUDA alone)."
+        None, "Quantization of the frozen denoiser: int8 (torchao), or nf4 (bitsandbytes, CUDA only)."
     )
 
     def load_options(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> LoadOptions:

@@ -96,7 +96,7 @@ def open_clip(state: State, config: Mapping[str, Any], *, prefix: str) -> dict[s
 
 def either_clip(state: State, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Rename the weights of Stable Diffusion's one text encoder: OpenAI's CLIP in 1.x, OpenCLIP in 2.x."""
-    # OpenAI's models alone have this activation.
+    # Only OpenAI's models have this activation.
     convert = clip if config.get("hidden_act", "quick_gelu") == "quick_gelu" else open_clip
     return convert(state, config, prefix="cond_stage_model.")
 

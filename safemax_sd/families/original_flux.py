@@ -69,7 +69,7 @@ def diffusers_flux(state: State, own: Mapping[str, Tensor]) -> dict[str, Tensor]
         if not targets or len(rows) < len(targets):
             raise ValueError(f"it has no place for {name}")
         if sum(rows) != len(tensor):
-            raise ValueError(f"{name} has {len(tensor)} rows, in it {sum(rows)}")
+            raise ValueError(f"{name} has {len(tensor)} rows in the file and {sum(rows)} in the configuration")
         if layer == LAST_MODULATION:  # shift and scale are in the other order
             tensor = torch.cat(tensor.chunk(2)[::-1])
         # Views of one storage would be kept, and saved, as one.

@@ -1,6 +1,6 @@
 """Quantization of the denoiser's frozen weights, through diffusers' own configurations.
 
-Linear layers alone are quantized, to int8 with one scale for each output channel (torchao) or to 4-bit normal floats
+Only linear layers are quantized, to int8 with one scale for each output channel (torchao) or to 4-bit normal floats
 (bitsandbytes; QLoRA, arXiv 2305.14314); convolutions, norms and a LoRA keep their type.
 """
 

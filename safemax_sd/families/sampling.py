@@ -81,7 +81,7 @@ class SampledModel(ABC):
         self, x_t: Tensor, t: Tensor, conditioning: Conditioning, *, guidance_scale: float | Tensor
     ) -> Tensor:
         """Return the prediction that a sampler follows; the conditioning is one of `with_guidance`."""
-        if self.calls_a_step(guidance_scale) == 1:
+        if self.calls_per_step(guidance_scale) == 1:
             return self.predict(x_t, t, conditioning.to(x_t.device))
         return self._mixed(*self.predict_both(x_t, t, conditioning), guidance_scale)
 
@@ -91,7 +91,7 @@ class SampledModel(ABC):
             return conditional
         return unconditional + guidance_scale * (conditional - unconditional)
 
-    def calls_a_step(self, guidance_scale: float | Tensor) -> int:
+    def calls_per_step(self, guidance_scale: float | Tensor) -> int:
         """Return the network evaluations of a sampling step, per sample: one where guidance mixes nothing."""
         mixes = self.classifier_free and (isinstance(guidance_scale, Tensor) or guidance_scale != 1)
         return 2 if mixes else 1

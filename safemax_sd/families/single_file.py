@@ -32,7 +32,7 @@ logger = logging.getLogger("safemax_sd")
 ConvertDenoiser = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
 """Conversion of a denoiser's original weights to those of diffusers' network, whose own weights come second."""
 CONFIG_OPTION = "--single_file_config"
-MISSING = "it has layers that the file has not"
+MISSING = "it has layers that are missing from the file"
 SAFE, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
 FIRST_LAYERS = (
     f"{DENOISER}input_blocks.0.0.weight",
@@ -186,7 +186,8 @@ def _converted(options: LoadOptions, folder: Path, part: str, convert: ConvertDe
     converted = convert({name.removeprefix(DENOISER): stored[name] for name in sorted(of_denoiser(stored))}, own)
     for name, tensor in converted.items():
         if tensor.shape != own[name].shape:
-            raise ValueError(f"{name} has the shape {list(tensor.shape)}, in it {list(own[name].shape)}")
+            text = f"{name} has the shape {list(tensor.shape)} in the file"
+            raise ValueError(f"{text} and {list(own[name].shape)} in the configuration")
         converted[name] = tensor.to(options.dtype)
     network.load_state_dict(converted, strict=False, assign=True)
     return network

@@ -40,7 +40,7 @@ class Student:
         token_projections: Layers that project token states to keys and values, by name.
         freeze: Function that returns the frozen base model's prediction, to be called before the first step.
         sample_until: `ModelFamily.sample_until` of the network.
-        calls_a_step: `ModelFamily.calls_a_step` of the network.
+        calls_per_step: `ModelFamily.calls_per_step` of the network.
     """
 
     predict: Predict
@@ -49,7 +49,7 @@ class Student:
     token_projections: dict[str, nn.Module]
     freeze: Callable[[], Predict]
     sample_until: Callable[..., tuple[Tensor, Tensor]]
-    calls_a_step: Callable[[float], int]
+    calls_per_step: Callable[[float], int]
 
     @classmethod
     def of(cls, family: ModelFamily, parameters: Sequence[nn.Parameter]) -> Self:
@@ -61,7 +61,7 @@ class Student:
             token_projections=family.token_projections(),
             freeze=partial(FrozenModel.of, family),
             sample_until=family.sample_until,
-            calls_a_step=family.calls_a_step,
+            calls_per_step=family.calls_per_step,
         )
 
     @property

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from safemax_sd.core.errors import OptionError
-from safemax_sd.core.options import POSITIVE, option
+from safemax_sd.core.options import COUNT, option
 from safemax_sd.families import Conditioning
 from safemax_sd.families.base import LoraTargets
 from safemax_sd.objectives.base import Student
@@ -36,11 +36,11 @@ class ConceptAblationConfig(AuthorsAdamW):
     """Flags of Concept Ablation, and its published settings of other flags."""
 
     anchor_concept: str = option("", "Text that replaces a concept's name in its anchor prompts.")
-    anchor_trajectories: int = option(1000, "Samples of anchor prompts.", POSITIVE)
+    anchor_trajectories: int = option(1000, "Samples of anchor prompts.", COUNT)
     ablation_weights: Literal["cross_attention_kv", "all"] = option(
         "cross_attention_kv", "Trained weights with --trainable full; --lora_targets sets a LoRA's."
     )
-    retain_prompts: str = option("", "Prompts to retain; not trained on: the probe's judge may name them.")
+    retain_prompts: str = option("", "Retain prompts; not trained on: their concepts are the probe's other answers.")
 
     retain_weight: float = option(1.0, "Weight λ of the denoising loss on anchor prompts.")
     retain_batch_size: int | None = option(8, "Samples of anchor prompts for the denoising loss.")

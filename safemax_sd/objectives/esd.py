@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from safemax_sd.core.errors import OptionError
-from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, option
+from safemax_sd.core.options import NOT_NEGATIVE, POSITIVE, SAMPLING_STEPS, option
 from safemax_sd.families import Conditioning
 from safemax_sd.families.base import LoraTargets
 from safemax_sd.objectives.base import LossTerms, Objective, Predict, Student, squared_errors
@@ -25,8 +25,6 @@ from safemax_sd.prompts import PromptSet
 from safemax_sd.recording.data import ErasureData, ReplayNeeds
 
 FORGET = 0
-CROSS_ATTENTION = ".attn2."
-"""Part of the names of a UNet's cross-attention weights."""
 
 
 @dataclass
@@ -35,13 +33,13 @@ class EsdConfig(AuthorsAdamW):
 
     negative_guidance: float = option(2.0, "Scale η of the guidance away from the prompt.", NOT_NEGATIVE)
     start_guidance: float = option(3.0, "Guidance scale of sampling x_t.", POSITIVE)
-    esd_inference_steps: int = option(50, "Sampling steps of a whole trajectory.", POSITIVE)
+    esd_inference_steps: int = option(50, "Sampling steps of a whole trajectory.", SAMPLING_STEPS)
     esd_states: Literal["sampled", "replayed"] = option("sampled", "Source of x_t: the student's sampling, or replay.")
     esd_weights: Literal["cross_attention", "others", "all"] = option(
         "cross_attention",
         "Trained weights with --trainable full: ESD-x, ESD-u or both; --lora_targets sets a LoRA's.",
     )
-    retain_prompts: str = option("", "Prompts to retain; not trained on: the probe's judge may name them.")
+    retain_prompts: str = option("", "Retain prompts; not trained on: their concepts are the probe's other answers.")
 
     train_batch_size: int = option(1)
     retain_batch_size: int | None = option(1, "Not used: ESD has no retain loss.")
@@ -93,8 +91,10 @@ class Esd(Objective):
         if self.config.trainable == "lora" or self.config.esd_weights == "all":
             return student.parameters
         inside = self.config.esd_weights == "cross_attention"
+        # The whole of the layers whose keys and values read the text, such as `….attn2.`; joint attention has none.
+        text = tuple({f"{name.rpartition('.')[0]}." for name in student.token_projections})
         named = student.denoiser.named_parameters()
-        trained = [parameter for name, parameter in named if (CROSS_ATTENTION in name) == inside]
+        trained = [parameter for name, parameter in named if name.startswith(text) == inside]
         if not trained:
             raise OptionError("--esd_weights", "cross_attention", "this model has none: use all")
         return trained
@@ -129,7 +129,7 @@ class Esd(Objective):
         empty = self.data.empty.repeat(len(t)).to(x_t.device)
         both = Conditioning.cat([draw.conditioning, empty])
         conditional, free = self.frozen(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        calls = int((self.student.calls_a_step(self.config.start_guidance) * draw.steps + 2).sum())
+        calls = int((self.student.calls_per_step(self.config.start_guidance) * draw.steps + 2).sum())
         return _all_forget(x_t, t, draw.conditioning, self._target(conditional, free), calls)
 
     def _target(self, conditional: Tensor, free: Tensor) -> Tensor:

@@ -40,9 +40,12 @@ class ObjectiveOptions(RunOptions):
 
 @dataclass
 class AuthorsAdamW(ObjectiveOptions):
-    """AdamW as in the code of several published methods: a constant learning rate and PyTorch's default β2."""
+    """AdamW as in the code of several published methods: a constant learning rate and PyTorch's default β2.
 
-    lr_scheduler: LearningRateSchedule = option("constant")
+    The warm-up, of which those have none, is 0 steps by default.
+    """
+
+    lr_scheduler: LearningRateSchedule = option("constant_with_warmup")
     adam_beta2: float = option(0.999)
 
 

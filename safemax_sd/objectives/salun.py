@@ -94,10 +94,11 @@ class Salun(Relabelling):
         for start in tqdm(range(0, len(samples), size), desc="saliency", unit="batch"):
             rows = [torch.tensor([row]) for row in range(start, min(start + size, len(samples)))]
             drawn = [noised(samples, row, process, prior_generator(self.config.seed, MASK, int(row))) for row in rows]
-            x0, noise, t, prompt = (torch.cat(column).to(student.device) for column in zip(*drawn, strict=True))
-            conditioning = self.data.forget.to(student.device).select(prompt)
-            prediction = student.predict(process.add_noise(x0, noise, t), t, conditioning)
-            loss = mean_square(prediction - process.target(x0, noise, t)).sum()
+            x0, noise, t, prompt = (torch.cat(column) for column in zip(*drawn, strict=True))
+            x_t, target = process.add_noise(x0, noise, t), process.target(x0, noise, t)
+            conditioning = self.data.forget.select(prompt).to(student.device)
+            prediction = student.predict(x_t.to(student.device), t.to(student.device), conditioning)
+            loss = mean_square(prediction - target.to(student.device)).sum()
             for total, gradient in zip(sums, torch.autograd.grad(loss, student.parameters), strict=True):
                 total += gradient
         return sums

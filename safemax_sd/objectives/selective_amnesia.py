@@ -144,10 +144,7 @@ class SelectiveAmnesia(Objective):
             (self.data.forget_samples, self.data.forget),
             (self.data.retain_samples, self.data.retain),
         ]
-        everything = [
-            (samples.x0[row], rows.select(samples.prompt[row : row + 1]))
-            for samples, rows in pools
-            for row in range(len(samples))
-        ]
+        everything = [(pool, row) for pool in pools for row in range(len(pool[0]))]
         count = min(self.config.fisher_samples, len(everything))
-        return [everything[number * len(everything) // count] for number in range(count)]
+        chosen = [everything[number * len(everything) // count] for number in range(count)]
+        return [(samples.x0[row], rows.select(samples.prompt[row : row + 1])) for (samples, rows), row in chosen]

@@ -39,7 +39,7 @@ class SpmConfig(ObjectiveOptions):
     negative_guidance: float = option(1.0, "Scale γ of the guidance away from the prompt.", NOT_NEGATIVE)
     start_guidance: float = option(3.0, "Guidance scale of sampling x_t.", POSITIVE)
     spm_inference_steps: int = option(
-        30, "Sampling steps of a whole trajectory.", Range("must be 2 or more", lambda value: value >= 2)
+        30, "Sampling steps of a whole trajectory.", Range("must be in 2 to 1,000", lambda value: 2 <= value <= 1000)
     )
     spm_anchors: Literal["prompts", "latent"] = option(
         "prompts", "Anchors: retain prompts, or random token states as in the authors' code."
@@ -156,13 +156,14 @@ class Spm(Objective):
             num_inference_steps=self.config.spm_inference_steps,
         )
         x_t, t = x_t[draw.origin], t[draw.origin]
+        sampled = self.student.calls_per_step(self.config.start_guidance) * int(draw.steps.sum())
         return Batch(
             x_t=x_t,
             t=t,
             conditioning=draw.conditioning,
             target=self._targets(x_t, t, draw.conditioning, count),
             is_forget=torch.arange(len(t), device=t.device) < count,
-            reach_calls=len(t) + count + self.student.calls_a_step(self.config.start_guidance) * int(draw.steps.sum()),
+            reach_calls=len(t) + count + sampled,
         )
 
     def _targets(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, count: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from safemax_sd.core.errors import OptionError
 from safemax_sd.core.memory import TensorMemory, tensors_of
+from safemax_sd.core.options import flags_of
 from safemax_sd.core.provenance import Stopwatch
 from safemax_sd.families import TOKEN_STATES, Conditioning
 from safemax_sd.prompts import PromptSet
@@ -61,13 +62,13 @@ def measure(config: TrainConfig, forget: PromptSet, retain: PromptSet, device: s
         if accelerator.device.type != device:
             raise OptionError("--measure", True, f"runs on {accelerator.device.type} here, the plan is for {device}")
         batch = config.replay_batch_size
+        counts = [flag.name for flag in flags_of(type(config)) if flag.name.endswith("_trajectories")]
         beginning = replace(
             config,
             output_dir=folder,
             report_to=None,
             mixed_precision=accelerator.mixed_precision,
-            forget_trajectories=min(config.forget_trajectories, batch),
-            retain_trajectories=min(config.retain_trajectories, batch),
+            **{name: min(getattr(config, name), batch) for name in counts},
             validation_prompt=[],
             stop_at_unlearning_accuracy=None,
         )

@@ -35,12 +35,10 @@ class Extra:
     Attributes:
         conditioning: Conditioning of the prompts, one row each.
         samples: Samples of the frozen model.
-        model_calls: Network evaluations that sampling took, counted per sample.
     """
 
     conditioning: Conditioning
     samples: Samples
-    model_calls: int
 
 
 @dataclass(frozen=True)

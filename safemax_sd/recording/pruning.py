@@ -51,7 +51,7 @@ TINY = 1e-30
 
 Layer = nn.Linear | nn.Conv2d
 Layers = Mapping[str, Layer]
-Asked = Callable[[Tensor], Conditioning]
+PromptRows = Callable[[Tensor], Conditioning]
 """Function that returns the conditioning of rows of a bank, given the numbers of their prompts, int64 [N]."""
 
 
@@ -93,7 +93,7 @@ def prune(
     groups, changes = layer_groups(layers), {}
     for group in groups:
         forget = moments_of(family, group, data.forget_bank, forget_rows, [data.forget.select], "prune forget")
-        retain = moments_of(family, group, data.retain_bank, retain_rows, asked_to_retain(data), "prune retain")
+        retain = moments_of(family, group, data.retain_bank, retain_rows, retain_conditionings(data), "prune retain")
         for name, layer in tqdm(group.items(), desc="prune", unit="layer"):
             found, dual = directions(forget.of(name), retain.of(name), ratio)
             if found.numel():
@@ -104,16 +104,16 @@ def prune(
     return changes, pruning_calls(len(groups), data)
 
 
-def asked_to_retain(data: ErasureData) -> list[Asked]:
-    """Return what a retain step is asked with: its prompt and, if a guided sampler mixes the two, the empty prompt."""
-    empty: list[Asked] = [lambda prompts: data.empty.repeat(len(prompts))] if data.classifier_free else []
+def retain_conditionings(data: ErasureData) -> list[PromptRows]:
+    """Return the conditionings that a retain step is predicted with: its prompt's and, with guidance, the empty one."""
+    empty: list[PromptRows] = [lambda prompts: data.empty.repeat(len(prompts))] if data.classifier_free else []
     return [data.retain.select, *empty]
 
 
 def pruning_calls(groups: int, data: ErasureData) -> int:
     """Return the network evaluations of pruning so many groups of layers, counted per sample."""
     forget, retain = (min(len(bank), MOST_ROWS) for bank in (data.forget_bank, data.retain_bank))
-    return groups * (forget + len(asked_to_retain(data)) * retain)
+    return groups * (forget + len(retain_conditionings(data)) * retain)
 
 
 def pruned_layers(family: ModelFamily, settings: LoraSettings | None) -> dict[str, Layer]:
@@ -199,7 +199,7 @@ def moments_of(
     layers: Layers,
     bank: ReplayBank,
     batches: Sequence[Tensor],
-    kinds: Sequence[Asked],
+    kinds: Sequence[PromptRows],
     label: str,
 ) -> Moments:
     """Measure the second moments of the inputs of layers on rows of a bank.

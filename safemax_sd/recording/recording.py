@@ -18,7 +18,7 @@ from torch import Tensor
 
 from safemax_sd.adapters.weights import WeightsOptions
 from safemax_sd.core.errors import OptionError
-from safemax_sd.core.options import COUNT, NOT_NEGATIVE, SHARE, Range, option
+from safemax_sd.core.options import COUNT, NOT_NEGATIVE, SAMPLING_STEPS, SHARE, Range, option
 from safemax_sd.families import TOKEN_STATES, Conditioning, ModelFamily
 from safemax_sd.families.options import BaseModelOptions
 from safemax_sd.prompts import PromptSet
@@ -38,16 +38,17 @@ from safemax_sd.recording.replay import (
 )
 
 SEEDS, RETAIN_SEED, EXTRA_SEED = 10_000_000, 500_000, 750_000
-"""Offsets that keep the seeds of runs, retain and extra start noise disjoint, up to 150,000 trajectories of each.
+"""Offsets that keep the seeds of runs, retain and extra start noise disjoint, up to `COUNT` trajectories of each.
+
+Seeds of the noise that is mixed into retain states are 100,000 above those of the start noise (`PERTURBATION_SEED`).
 
 An evaluation's runs are as far apart, and their seeds begin a million later (`evaluation/prompt_settings.py`).
 """
 REPLAY_VERSION = 3
 """Number that is raised when the same flags record other trajectories, or prune otherwise.
 
-A run is resumed with the same one alone.
+A run resumes only with the same number.
 """
-TRAJECTORIES = Range("must be in 1 to 1,000,000", lambda value: 1 <= value <= 1_000_000)
 
 
 @dataclass
@@ -56,19 +57,15 @@ class ReplayOptions(WeightsOptions, BaseModelOptions):
 
     group: ClassVar[str] = "Replay"
 
-    forget_trajectories: int = option(64, "Trajectories of the frozen model recorded for forget prompts.", TRAJECTORIES)
-    retain_trajectories: int = option(512, "Trajectories recorded for retain prompts.", TRAJECTORIES)
+    forget_trajectories: int = option(64, "Trajectories of the frozen model recorded for forget prompts.", COUNT)
+    retain_trajectories: int = option(512, "Trajectories recorded for retain prompts.", COUNT)
     replay_guidance_scale: float = option(
         4.0,
         "Guidance scale of trajectories and validation pictures.",
         Range("must be more than 0 and below 1000", lambda value: 0 < value < 1000),
     )
     replay_unguided_share: float = option(0.0, "Fraction of retain trajectories recorded at guidance 1.", SHARE)
-    replay_inference_steps: int = option(
-        20,
-        "Sampling steps of trajectories.",
-        Range("must be in 1 to 1,000", lambda value: 1 <= value <= 1000),
-    )
+    replay_inference_steps: int = option(20, "Sampling steps of trajectories.", SAMPLING_STEPS)
     retain_perturbation: float = option(
         0.5, "Largest standard deviation of noise mixed into half of the retain states.", SHARE
     )
@@ -98,7 +95,8 @@ class Recording:
         encoder: Encoder of the model to record.
         forget: Forget prompts.
         retain: Retain prompts.
-        retained: Trajectories of retain prompts, which needs of steps take in place of recording them; None for none.
+        retained: Recorded trajectories of retain prompts, used instead of new ones by objectives that need steps; None
+            to record them.
 
     Raises:
         OptionError: A flag does not fit the model, or pictures cannot be used.
@@ -142,6 +140,12 @@ class Recording:
             shown = rows[dispersed(len(rows))] if self._last_step else rows
             conditioning = kept if name == "retain" else forbidden
             self._recorders[name] = make_recorder(config, family, name, conditioning, shown, keep_steps=keep_steps)
+        extra = None
+        if needs.extra_prompts:
+            anchors = family.with_guidance(encoder.encode(needs.extra_prompts), config.replay_guidance_scale)
+            shown = spread(needs.extra_trajectories, len(needs.extra_prompts))
+            self._recorders["extra"] = make_recorder(config, family, "extra", anchors, shown, keep_steps=False)
+            extra = Extra(anchors, nothing.samples)
         self._data = ErasureData(
             process=family.process,
             latent_shape=family.latent_shape(config.resolution),
@@ -155,14 +159,13 @@ class Recording:
             retain_bank=retained,
             forget_samples=self._pictures.get("forget", nothing.samples),
             retain_samples=self._pictures.get("retain", retained.samples),
-            extra=record_extra(config, encoder, needs),
+            extra=extra,
         )
 
     @property
     def model_calls(self) -> int:
         """Network evaluations so far, counted per sample."""
-        extra = 0 if self._data.extra is None else self._data.extra.model_calls
-        return extra + sum(recorder.model_calls for recorder in self._recorders.values())
+        return sum(recorder.model_calls for recorder in self._recorders.values())
 
     def is_due(self, step: int) -> bool:
         """Tell whether trajectories have to be recorded before a step, counted from 0."""
@@ -174,7 +177,10 @@ class Recording:
         The data depend on the step alone, not on earlier calls.
         """
         banks = {name: recorder.record(self._wanted(recorder, step)) for name, recorder in self._recorders.items()}
-        changes: dict[str, Any] = {f"{name}_bank": bank for name, bank in banks.items()}
+        changes: dict[str, Any] = {}
+        if self._data.extra is not None:
+            changes["extra"] = replace(self._data.extra, samples=banks.pop("extra").samples)
+        changes |= {f"{name}_bank": bank for name, bank in banks.items()}
         changes |= {f"{name}_samples": bank.samples for name, bank in banks.items() if name not in self._pictures}
         self._data = replace(self._data, **changes)
         return self._data
@@ -189,7 +195,8 @@ def recording_to_prune(
     config: ReplayOptions, encoder: PromptEncoder, forget: PromptSet, retain: PromptSet
 ) -> Recording:
     """Return the recording that pruning reads: all steps of all trajectories at once, whatever the objective."""
-    return Recording(replace(config, replay_span=0.0), ReplayNeeds("steps"), encoder, forget, retain)
+    whole = replace(config, replay_span=0.0, train_data_dir=None)
+    return Recording(whole, ReplayNeeds("steps"), encoder, forget, retain)
 
 
 def check_replay(config: ReplayOptions, family: ModelFamily) -> None:
@@ -255,8 +262,9 @@ def make_recorder(
     *,
     keep_steps: bool,
 ) -> Recorder:
-    """Build the recorder of the trajectories for `forget` or `retain` prompts."""
+    """Build the recorder of the trajectories for `forget`, `retain` or `extra` prompts."""
     kept = name == "retain"
+    first = {"forget": 0, "retain": RETAIN_SEED, "extra": EXTRA_SEED}[name]
     return Recorder(
         family=family,
         conditioning=conditioning,
@@ -264,7 +272,7 @@ def make_recorder(
         guidance_scale=config.replay_guidance_scale,
         num_inference_steps=config.replay_inference_steps,
         resolution=config.resolution,
-        seed=config.seed * SEEDS + (RETAIN_SEED if kept else 0),
+        seed=config.seed * SEEDS + first,
         batch_size=config.replay_batch_size,
         description=f"replay {name}",
         keep_steps=keep_steps,
@@ -278,36 +286,6 @@ def make_recorder(
             keep_steps=keep_steps,
         ),
     )
-
-
-def record_extra(config: ReplayOptions, encoder: PromptEncoder, needs: ReplayNeeds) -> Extra | None:
-    """Encode an objective's extra prompts and sample the frozen model for them; None if there are no such prompts."""
-    prompts, family = needs.extra_prompts, encoder.family
-    if not prompts:
-        return None
-    rows = family.with_guidance(encoder.encode(prompts), config.replay_guidance_scale)
-    bank = ReplayBank.empty(family.latent_shape(config.resolution))
-    if needs.extra_trajectories:
-        bank = Recorder(
-            family=family,
-            conditioning=rows,
-            prompts=spread(needs.extra_trajectories, len(prompts)),
-            guidance_scale=config.replay_guidance_scale,
-            num_inference_steps=config.replay_inference_steps,
-            resolution=config.resolution,
-            seed=config.seed * SEEDS + EXTRA_SEED,
-            batch_size=config.replay_batch_size,
-            description="replay extra",
-            keep_steps=False,
-            storage=bank_storage(
-                config,
-                "extra",
-                latent_shape=family.latent_shape(config.resolution),
-                trajectories=needs.extra_trajectories,
-                keep_steps=False,
-            ),
-        ).record()
-    return Extra(rows, bank.samples, bank.model_calls)
 
 
 def with_nearest(prompts: int, trajectories: int, share: float, order: Callable[[], Tensor]) -> Tensor:

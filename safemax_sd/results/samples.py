@@ -56,21 +56,12 @@ def save_samples(pictures: Tensor, prompts: Sequence[str], count: int, output_di
     path = output_dir / SAMPLES / f"step-{step:05d}.png"
     labels = [prompt for prompt in prompts for _ in range(count)]
     scale = 2 if pictures.shape[-1] < SMALL else 1
-    sheet, metadata, content = (
-        contact_sheet(to_pil(pictures), count, labels=labels, scale=scale),
-        _metadata(),
-        io.BytesIO(),
-    )
-    sheet.save(content, "png", pnginfo=metadata)
+    metadata, content = PngImagePlugin.PngInfo(), io.BytesIO()
+    metadata.add_text("Software", SOFTWARE)
+    contact_sheet(to_pil(pictures), count, labels=labels, scale=scale).save(content, "png", pnginfo=metadata)
     with path_errors("--output_dir", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(path, content.getvalue())
-
-
-def _metadata() -> PngImagePlugin.PngInfo:
-    metadata = PngImagePlugin.PngInfo()
-    metadata.add_text("Software", SOFTWARE)
-    return metadata
 
 
 def is_ours(picture: Path) -> bool:

@@ -130,7 +130,7 @@ def damage(path: Path) -> str | None:
             if not (path / name).is_file():
                 return f"it lacks {name}"
             if file_sha256(path / name) != wanted:
-                return f"{name} is not what was written"
+                return f"{name} has changed since it was written"
     except (OSError, ValueError, AttributeError) as error:
         return f"{MANIFEST} does not describe it ({type(error).__name__})"
     return None

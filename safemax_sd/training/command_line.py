@@ -47,7 +47,10 @@ def parse_config(
     path = value_of(words, "--config")
     given = {} if path is None else read_yaml(path)
     preset = value_of(words, "--preset") or given.get("preset")
-    files = {} if preset is None else {str(preset_path(str(preset))): read_yaml(str(preset_path(str(preset))))}
+    files: dict[str, dict[str, Any]] = {}
+    if preset is not None:
+        preset_file = str(preset_path(str(preset)))
+        files[preset_file] = read_yaml(preset_file)
     if path is not None:
         files[path] = given
     named = [content["objective"] for content in files.values() if "objective" in content]

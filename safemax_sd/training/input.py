@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import flags_of
 from safemax_sd.objectives import OBJECTIVES
 from safemax_sd.objectives.options import AUTO
 from safemax_sd.prompts import PromptSet, check_disjoint, load_prompts
@@ -15,6 +16,11 @@ from safemax_sd.training.output import check_tracker
 from safemax_sd.training.sharding import check_sharding
 
 logger = logging.getLogger("safemax_sd")
+
+OF_A_LORA = ("rank", "lora_targets", "lora_dropout", "output_kohya_format", "replay_span")
+OF_FULL_WEIGHTS = ("esd_weights", "ablation_weights")
+OF_A_PROBE = ("probe_steps", "clip_model", "clip_pretrained")
+"""Flags that have an effect only with a LoRA, with full weights, or with early stopping."""
 
 
 def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
@@ -34,7 +40,7 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
     on_forget = {"--prune": config.prune or None, "--stop_at_unlearning_accuracy": config.stop_at_unlearning_accuracy}
     for flag, value in on_forget.items():
         if value is not None and not objective.names_concepts:
-            raise OptionError(flag, value, f"needs forget prompts, which --objective {config.objective} has not")
+            raise OptionError(flag, value, f"needs forget prompts, which --objective {config.objective} does not take")
     named = None
     if objective.names_concepts:
         named = load_prompts(config.forget_prompts, option="--forget_prompts").each_text_once()
@@ -49,17 +55,38 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
     if config.trainable not in allowed:
         text = f"does not go with --objective {config.objective}: use {' or '.join(sorted(allowed))}"
         raise OptionError("--trainable", config.trainable, text)
-    if config.output_kohya_format and config.trainable == "full":
-        text = "is for a LoRA: --trainable full writes the denoiser's folder, which these programs do not read"
-        raise OptionError("--output_kohya_format", True, text)
     if config.learning_rate == AUTO and config.trainable == "full":
         raise OptionError("--learning_rate", AUTO, "is for a LoRA: give a number with --trainable full, such as 1e-5")
     if config.learning_rate == AUTO and config.scale_lr:
         raise OptionError("--learning_rate", AUTO, "does not go with --scale_lr: it depends on the batch size already")
+    check_used(config)
     check_pruning(config)
     check_quantization(config)
     check_sharding(config)
     return forget, retain
+
+
+def check_used(config: TrainConfig) -> None:
+    """Check that no flag is given that the others leave without effect.
+
+    Raises:
+        OptionError: A flag is; a value equal to its default is not told apart from none.
+    """
+    unused = {
+        **dict.fromkeys(OF_A_LORA if config.trainable == "full" else (), "is for a LoRA: --trainable full ignores it"),
+        **dict.fromkeys(
+            OF_FULL_WEIGHTS if config.trainable == "lora" else (),
+            "is for --trainable full: --lora_targets names a LoRA's layers",
+        ),
+        **dict.fromkeys(
+            OF_A_PROBE if config.stop_at_unlearning_accuracy is None else (),
+            "has no effect without --stop_at_unlearning_accuracy",
+        ),
+    }
+    for flag in flags_of(type(config)):
+        value = getattr(config, flag.name)
+        if flag.name in unused and value and value != flag.default:  # 0 and False ask for nothing
+            raise OptionError(f"--{flag.name}", value, unused[flag.name])
 
 
 def check_pruning(config: TrainConfig) -> None:

@@ -18,7 +18,7 @@ PRODIGY_RATE = 1.0
 
 
 def width_of(layers: Iterable[nn.Module]) -> float:
-    """Return the geometric mean of the layers' numbers of inputs: of a convolution, all that one output reads."""
+    """Return the geometric mean of the layers' fan-in."""
     inputs = [_inputs_of(layer.get_base_layer()) for layer in layers]  # type: ignore[operator]
     return math.exp(sum(map(math.log, inputs)) / len(inputs))
 
@@ -43,5 +43,5 @@ def choose_rate(config: TrainConfig, denoiser: nn.Module, processes: int = 1) ->
     width = width_of(tuner_layers(denoiser))
     batch = forget_samples(config, processes)
     rate = FACTOR * math.sqrt(batch / (width * config.rank))
-    reason = f"layers have {width:.0f} inputs in the mean, the rank is {config.rank}, a step has {batch} forget samples"
+    reason = f"the layers' mean fan-in is {width:.0f}, the rank {config.rank}, a step has {batch} forget samples"
     return float(f"{rate:.2g}"), reason

@@ -29,7 +29,7 @@ class OptimizerOptions(AcceleratorOptions, ObjectiveOptions):
     group: ClassVar[str] = "Optimizer"
 
     learning_rate: LearningRate = option(
-        1e-4, "Learning rate, for prodigy about 1; auto: a LoRA's, from its layers' widths.", POSITIVE
+        1e-4, "Learning rate (about 1 for prodigy); auto derives a LoRA's from its layers' widths.", POSITIVE
     )
     scale_lr: bool = option(False, "Multiply the learning rate by batch size, accumulation steps and processes.")
     lr_scheduler: LearningRateSchedule = option("cosine", "Learning-rate schedule of diffusers.optimization.")
@@ -52,11 +52,17 @@ def check_optimizer(config: OptimizerOptions) -> None:
     """Check before training that the optimizer is available, and warn of an unsuitable learning rate or warm-up.
 
     Raises:
-        OptionError: `--use_8bit_adam` is given with another optimizer than AdamW.
+        OptionError: `--use_8bit_adam` is given with another optimizer than AdamW, or the schedule ignores a flag.
         SafemaxError: The optimizer's package is missing.
     """
     if config.use_8bit_adam and config.optimizer != "adamw":
         raise OptionError("--use_8bit_adam", True, f"does not go with --optimizer {config.optimizer}")
+    if config.lr_warmup_steps and config.lr_scheduler == "constant":
+        text = "has no effect with --lr_scheduler constant: use constant_with_warmup"
+        raise OptionError("--lr_warmup_steps", config.lr_warmup_steps, text)
+    if config.lr_num_cycles != 1 and config.lr_scheduler != "cosine_with_restarts":
+        text = f"has no effect with --lr_scheduler {config.lr_scheduler}: use cosine_with_restarts"
+        raise OptionError("--lr_num_cycles", config.lr_num_cycles, text)
     if config.optimizer == "prodigy" and config.learning_rate != AUTO and config.learning_rate <= LOW_PRODIGY_RATE:
         text = "--learning_rate %g: Prodigy finds the size of its steps itself and this multiplies it: 1 is usual"
         logger.warning(text, config.learning_rate)

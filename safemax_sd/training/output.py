@@ -100,10 +100,11 @@ def check_output_dir(directory: Path, *, overwrite: bool, instead: str) -> None:
     with path_errors("--output_dir", directory):
         if log.exists() and not _is_log(log):
             raise not_ours(directory, LOG)
-        for path in (*directory.glob("checkpoint-*"), *directory.glob(f"{SAMPLES}/step-*.png")):
+        for path in directory.glob("checkpoint-*"):
             if checkpoints.step_of(path) >= 0 and not checkpoints.is_ours(path):
                 raise not_ours(directory, path.name)
-            if path.suffix == ".png" and not is_ours(path):
+        for path in directory.glob(f"{SAMPLES}/step-*.png"):
+            if not is_ours(path):
                 raise not_ours(directory, f"{SAMPLES}/{path.name}")
     if overwrite:
         return

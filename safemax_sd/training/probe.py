@@ -37,7 +37,7 @@ class ProbeOptions(ReplayOptions):
 
 def probe_calls(config: ReplayOptions, family: ModelFamily) -> int:
     """Return the network evaluations that one probe takes, counted per sample."""
-    return family.calls_a_step(config.replay_guidance_scale) * PROBE_PICTURES * config.replay_inference_steps
+    return family.calls_per_step(config.replay_guidance_scale) * PROBE_PICTURES * config.replay_inference_steps
 
 
 @dataclass

@@ -52,7 +52,8 @@ def conditions(config: TrainConfig, forget: PromptSet, retain: PromptSet, accele
         path = getattr(config, name)
         if path is not None:
             found[name] = absolute_path(path)
-    paced = config.lr_scheduler not in STEADY or config.replay_span
+    gradual = config.trainable == "lora" and config.replay_span > 0
+    paced = config.lr_scheduler not in STEADY or gradual
     if not paced and not OBJECTIVES.get(config.objective).depends_on_length:
         del found["max_train_steps"]  # no step depends on their number, so a run may be prolonged
     stored: dict[str, Any] = json.loads(json.dumps(found))

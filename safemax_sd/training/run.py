@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from safemax_sd.adapters.low_rank import LowRank
 from safemax_sd.adapters.weights import TrainedWeights, attach
 from safemax_sd.core.errors import OptionError
+from safemax_sd.core.options import flags_of
 from safemax_sd.core.provenance import Cost, Stopwatch
 from safemax_sd.families import Conditioning, ModelFamily, load_family
 from safemax_sd.objectives import OBJECTIVES, Objective, Student
@@ -112,11 +113,11 @@ def build_run(
         validation = encoder.encode(config.validation_prompt) if config.validation_prompt else None
         probe = UnlearningProbe.build(config, encoder, forget, retain)
     changes, pruning_calls, retained = pruned(config, accelerator, encoder, forget, retain, clock)
-    with clock.phase("replay"):
+    with clock.phase("encode"):
         needs = OBJECTIVES.get(config.objective).needs(config, forget, retain)
         recording = Recording(config, needs, encoder, forget, retain, retained=retained)
-        with recording_precision(config, accelerator):
-            data = recording.before(0)
+    with clock.phase("replay"), recording_precision(config, accelerator):
+        data = recording.before(0)
     family.free_encoders(decoder=validation is None and probe is None)
     objective = OBJECTIVES.get(config.objective)(config, data)  # type: ignore[arg-type]
     weights = attach(family, config, changes=changes)
@@ -228,14 +229,15 @@ def check_family(config: TrainConfig, family: ModelFamily) -> None:
         OptionError: The model does not support a flag's value.
     """
     if OBJECTIVES.get(config.objective).needs_tokens and not family.token_projections():
-        text = f"works on the keys and values of a prompt's words in cross-attention, which {family.name} has not"
+        text = f"needs cross-attention to the text, which {family.name} models do not have"
         raise OptionError("--objective", config.objective, text)
     if config.output_kohya_format and family.no_kohya_format is not None:
         raise OptionError("--output_kohya_format", True, family.no_kohya_format)
     most = len(family.process.schedule.all_times())
-    if config.replay_inference_steps > most:
-        text = f"must be at most {most}, the timesteps of this model's schedule"
-        raise OptionError("--replay_inference_steps", config.replay_inference_steps, text)
+    for name in (flag.name for flag in flags_of(type(config)) if flag.name.endswith("inference_steps")):
+        if getattr(config, name) > most:
+            text = f"must be at most {most}, the timesteps of this model's schedule"
+            raise OptionError(f"--{name}", getattr(config, name), text)
 
 
 def loading_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -245,7 +247,7 @@ def loading_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 def by_autocast(config: TrainConfig, device: torch.device) -> bool:
     """Tell whether autocast alone lowers the precision, and the weights stay in float32."""
-    # On a processor half-precision weights would be converted at every layer; weights that are trained would keep the
+    # On a CPU half-precision weights would be converted at every layer; weights that are trained would keep the
     # rounding.
     return device.type == "cpu" or config.trainable == "full"
 

@@ -41,8 +41,8 @@ PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pi
 LONGEST_WAIT = timedelta(days=30)
 """Time that processes wait for each other: their parts of a recording, an evaluation or attacks take unequally long."""
 PROCESS_LOST = (
-    "error: another process of this run has ended, or the run was stopped; the last checkpoint is intact: start the "
-    "run again with --resume_from_checkpoint latest"
+    "error: another process of this run has ended, or the run was stopped: start it again, with "
+    "--resume_from_checkpoint latest if it has written a checkpoint"
 )
 
 
@@ -55,7 +55,7 @@ class AcceleratorOptions(RunOptions):
     gradient_accumulation_steps: int = option(1, "Micro-batches in a step.", COUNT)
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
-        None, "Autocast of the denoiser; if not given, that of accelerate launch, or no."
+        None, "Precision of the denoiser's autocast; by default that of accelerate launch, or else no."
     )
     enable_xformers_memory_efficient_attention: bool = option(False, "Use xformers attention if available.")
     torch_compile: Literal["inductor", "aot_eager", "eager"] | None = option(
@@ -152,12 +152,12 @@ def launched_in_group() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
-def threads_of_each(processes: int) -> str:
-    """Return the number of threads of each of several processes that share the cores, as an environment variable's.
+def threads_of_each(processes: int) -> int:
+    """Return the number of threads for each of several processes that share the cores.
 
     By default PyTorch and launchers count physical cores: on two virtual ones, a process would get one thread.
     """
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // processes))
 
 
 def in_group(call: Callable[..., object], arguments: tuple[Any, ...], count: int) -> None:
@@ -199,13 +199,13 @@ def _member(
     """Call a function as one process of a group; end this process if it raises a `SafemaxError`."""
     end_with_parent(starter)
     threads = threads_of_each(count)
-    own = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    own |= {"MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in own.items()})
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": threads}
+    os.environ |= {
+        **{"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(threads)},
+    }
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    torch.set_num_threads(int(threads))
+    torch.set_num_threads(threads)
     try:
         call(*arguments)
     except SafemaxError as error:
@@ -237,7 +237,7 @@ def from_main(state: PartialState, call: Callable[[], T]) -> T:
 
 
 def one_after_another(state: PartialState, call: Callable[[], T]) -> T:
-    """Call a function in one process of each machine after another, and return its result.
+    """Call a function in a machine's processes one at a time, and return this process's result.
 
     Raises:
         SafemaxError: The function raised it in this process; the others have been called nevertheless.

@@ -209,10 +209,10 @@ CONFIGS: list[tuple[Callable[[Path, Path], Path], str]] = [
     (lambda flux, folder: changed(flux, folder, "transformer", num_layers=2), "32 weights are not in the file, the"),
     (lambda flux, folder: changed(flux, folder, "transformer", num_single_layers=0), "no place for single_blocks.0."),
     (lambda flux, folder: changed(flux, folder, "transformer", guidance_embeds=False), "it has no place for guidance"),
-    (lambda flux, folder: changed(flux, folder, "transformer", num_attention_heads=2), "rows, in it "),
+    (lambda flux, folder: changed(flux, folder, "transformer", num_attention_heads=2), "rows in the file and "),
     (
         lambda flux, folder: changed(flux, folder, "transformer", joint_attention_dim=8),
-        "context_embedder.weight has the shape [16, 32], in it [16, 8]",
+        "context_embedder.weight has the shape [16, 32] in the file and [16, 8] in the configuration",
     ),
     (settings_only, "must hold the weights of "),
 ]

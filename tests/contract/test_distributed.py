@@ -35,7 +35,7 @@ from tests.processes import fsdp, in_two_processes
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
-STEADY = ("--lr_scheduler", "constant", "--replay_span", "0")
+STEADY = ("--lr_scheduler", "constant_with_warmup", "--replay_span", "0")
 """Flags that allow a run to be resumed with another number of steps."""
 
 

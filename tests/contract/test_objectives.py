@@ -37,13 +37,15 @@ PARAMETRISATIONS = ("tiny_v_model",)
 QUICK = {
     "selective_amnesia": ("--fisher_samples", "2", "--fisher_timesteps", "7"),
     "halting_anchor": ("--practice_edits", "4"),
-    "esd": ("--esd_inference_steps", "4", "--esd_weights", "all"),
-    "concept_ablation": ("--anchor_trajectories", "4", "--ablation_weights", "all"),
+    "esd": ("--esd_inference_steps", "4"),
+    "concept_ablation": ("--anchor_trajectories", "4"),
     "spm": ("--spm_inference_steps", "4"),
 }
 """Flags that make a method's priors or sampling fast; a method without an entry is tested with its defaults."""
-FITTING = {"tiny_flux": ("--resolution", "64"), "tiny_ddpm": ("--lora_targets", "all")}
-"""Flags for models whose default pictures are large, or that have no cross-attention."""
+FITTING = {"tiny_flux": ("--resolution", "64")}
+"""Flags for models whose default pictures are large."""
+ALL_WEIGHTS = {"esd": ("--esd_weights", "all"), "concept_ablation": ("--ablation_weights", "all")}
+"""Flags for full weights of models without cross-attention."""
 RESULTS = (adapter.WEIGHTS_NAME, adapter.KOHYA_NAME, "erasure.json", "halting_marks.safetensors", "README.md")
 """Files that a run writes after its last step, besides the folder of full weights."""
 SPLIT, APART = 0.1, 2.0
@@ -101,7 +103,10 @@ def config(request: Request, tmp_path: Path, objective: str, model: str, weights
     batch = ("--train_batch_size", "4", "--retain_batch_size", "12")
     # With the default ε, Adam turns rounding into steps where a gradient is almost zero.
     batch = (*batch, "--adam_epsilon", "1e-6")
-    return parse_config([*arguments, *batch, *QUICK.get(objective, ()), *FITTING.get(model, ())])
+    layers: tuple[str, ...] = ("--lora_targets", "all") if (model, weights) == ("tiny_ddpm", "lora") else ()
+    if weights == "full" and model in WITHOUT_CROSS_ATTENTION:
+        layers = ALL_WEIGHTS.get(objective, ())
+    return parse_config([*arguments, *batch, *QUICK.get(objective, ()), *FITTING.get(model, ()), *layers])
 
 
 @pytest.fixture(scope="module")

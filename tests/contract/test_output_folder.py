@@ -162,7 +162,7 @@ def test_any_kill_leaves_one_run_or_the_other(config: TrainConfig) -> None:
     """Kill an overwriting run at each of its writes: the record's seed always names the run of the weights."""
     output = train(config)
     kept, weights = contents(output), {0: total(output)}
-    other = replace(config, seed=5, overwrite_output_dir=True, trainable="full")
+    other = tiny.with_full_weights(config, seed=5, overwrite_output_dir=True)
     accelerator = make_accelerator(other)
     run = build_run(other, accelerator, *read_input(other), Stopwatch())
 
@@ -200,11 +200,11 @@ def flip(path: Path) -> None:
     ("name", "damage", "reason"),
     [
         ("optimizer.bin", Path.unlink, "it lacks optimizer.bin"),
-        ("optimizer.bin", half, "optimizer.bin is not what was written"),
-        ("optimizer.bin", flip, "optimizer.bin is not what was written"),
-        ("scheduler.bin", half, "scheduler.bin is not what was written"),
+        ("optimizer.bin", half, "optimizer.bin has changed since it was written"),
+        ("optimizer.bin", flip, "optimizer.bin has changed since it was written"),
+        ("scheduler.bin", half, "scheduler.bin has changed since it was written"),
         ("random_states_0.pkl", Path.unlink, "it lacks random_states_0.pkl"),
-        (adapter.WEIGHTS_NAME, half, f"{adapter.WEIGHTS_NAME} is not what was written"),
+        (adapter.WEIGHTS_NAME, half, f"{adapter.WEIGHTS_NAME} has changed since it was written"),
         ("cost.json", Path.unlink, "it lacks cost.json"),
         ("manifest.json", half, "manifest.json does not describe it"),
     ],

@@ -38,7 +38,7 @@ def test_pruning_is_counted_and_weighed(tiny_model: Path, tmp_path: Path) -> Non
 
 
 def test_full_weights_and_pictures_are_weighed(tiny_model: Path, tmp_path: Path) -> None:
-    words = ("--trainable", "full", "--objective", "esd", "--validation_prompt", "a pear", *QUICK["esd"])
+    words = ("--objective", "esd", "--esd_weights", "all", "--validation_prompt", "a pear", *QUICK["esd"])
     plan = make_plan(parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *words)))
     parts = {phase.name: phase.parts for phase in plan.memory.phases}
     weights = parts["training step"]["unet weights"]

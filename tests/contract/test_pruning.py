@@ -17,7 +17,6 @@ from safemax_sd.objectives.safemax import Safemax
 from safemax_sd.recording.data import ErasureData
 from safemax_sd.recording.pruning import (
     Layer,
-    asked_to_retain,
     directions,
     inputs_of,
     layer_groups,
@@ -25,6 +24,7 @@ from safemax_sd.recording.pruning import (
     prune,
     pruned_layers,
     removal,
+    retain_conditionings,
 )
 from safemax_sd.results.erasure import ErasureRecord
 from safemax_sd.results.loading import load_result
@@ -110,7 +110,7 @@ def test_moments_are_those_of_what_a_layer_reads(data: ErasureData, family: Mode
         layer.register_forward_hook(lambda layer, _, y, name=name: outputs[name].append(y - bias(layer, y)))
         for name, layer in layers.items()
     ]
-    rows, kinds = torch.arange(len(data.retain_bank)).split(5), asked_to_retain(data)
+    rows, kinds = torch.arange(len(data.retain_bank)).split(5), retain_conditionings(data)
     found = moments_of(family, layers, data.retain_bank, rows, kinds, "")
     for handle in handles:
         handle.remove()
@@ -127,7 +127,7 @@ def bias(layer: Layer, y: Tensor) -> Tensor:
 
 
 def test_pruning_takes_forget_prompts_away_more_than_retain_prompts(data: ErasureData, family: ModelFamily) -> None:
-    retained = dict(zip(("retain", "empty"), asked_to_retain(data), strict=True))
+    retained = dict(zip(("retain", "empty"), retain_conditionings(data), strict=True))
     kinds = {
         "forget": (data.forget_bank, data.forget.select),
         **{name: (data.retain_bank, asked) for name, asked in retained.items()},

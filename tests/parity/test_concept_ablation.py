@@ -30,7 +30,7 @@ from tests.parity.test_published_losses import Scale, conditioning, data
 def built(**settings: float) -> ConceptAblation:
     """Build the method with forget prompts 1 and 2, and anchors 7 and 8, whose pictures are 10 and 20 everywhere."""
     pictures = torch.tensor([10.0, 20.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
-    anchors = Extra(conditioning(7.0, 8.0), Samples(pictures, torch.tensor([0, 1])), 0)
+    anchors = Extra(conditioning(7.0, 8.0), Samples(pictures, torch.tensor([0, 1])))
     return ConceptAblation(ConceptAblationConfig(**settings), replace(data(), extra=anchors))  # type: ignore[arg-type]
 
 
@@ -101,9 +101,10 @@ def test_keys_and_values_alone_train(tiny_model: Path, tmp_path: Path) -> None:
     config = parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", *flags))
     assert isinstance(config, ConceptAblationConfig)
     family = load_family(LoadOptions(str(tiny_model)))
-    recorded = tiny.recording(config, family).before(0)
-    assert recorded.extra is not None
-    assert recorded.extra.model_calls == 2 * 2 * config.replay_inference_steps
+    recording = tiny.recording(config, family)
+    recorded = recording.before(0)
+    assert recorded.extra is not None and len(recorded.extra.samples) == 2
+    assert recording.model_calls == 2 * 2 * config.replay_inference_steps
     wanted = family.encode_prompts(["a red pear", "red pear on a table"])
     for name, tensor in wanted.tensors.items():
         assert torch.equal(recorded.extra.conditioning.tensors[name], tensor)

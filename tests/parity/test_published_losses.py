@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from safemax_sd.adapters.weights import FullWeights, attach
+from safemax_sd.core.errors import OptionError
 from safemax_sd.diffusion.process import variance_preserving
 from safemax_sd.families import Conditioning, LoadOptions, load_family
 from safemax_sd.objectives import Student
@@ -190,6 +191,14 @@ def test_esd_trains_cross_attention_or_all_else(tiny_model: Path, weights: str, 
     names = {name for name, parameter in family.denoiser.named_parameters() if parameter.requires_grad}
     assert names == {name for name, _ in family.denoiser.named_parameters() if (".attn2." in name) == inside}
     assert 0 < len(names) == len(attached.parameters)
+
+
+def test_joint_attention_of_pictures_is_no_cross_attention(tiny_sd3: Path) -> None:
+    family = load_family(LoadOptions(str(tiny_sd3)))
+    assert any(".attn2." in name for name, _ in family.denoiser.named_parameters())  # of pictures with themselves
+    student = Student.of(family, FullWeights(family).parameters)
+    with pytest.raises(OptionError, match="--esd_weights cross_attention: this model has none: use all"):
+        Esd(EsdConfig(), data()).trained(student)
 
 
 def test_esd_by_hand() -> None:

@@ -67,7 +67,7 @@ def test_memory_grows_with_the_batch(tiny_ddpm: Path, tmp_path: Path) -> None:
 
 
 def test_a_frozen_copy_of_the_network_counts(tiny_ddpm: Path, tmp_path: Path) -> None:
-    run = replace(whole(tiny_ddpm, tmp_path, "safemax"), trainable="full", retain_noise=0.0)
+    run = tiny.with_full_weights(whole(tiny_ddpm, tmp_path, "safemax"), retain_noise=0.0)
     weights = sum(each.numel() for each in load_family(LoadOptions(str(tiny_ddpm))).denoiser.parameters())
     without, with_copy = (step_memory(partial(part_of, replace(run, retain_noise=noise))) for noise in (0.0, 1e-9))
     assert with_copy - without == 4 * weights

@@ -230,8 +230,8 @@ METHODS_FILE = (
         ({"seeds": "[4294967296]"}, "seeds must list"),
         ({"seeds": "[yes]"}, "seeds must list"),
         ({"tasks": "[yes]"}, "tasks must be text, not True"),
-        ({"label": "no"}, "label False must be text"),
-        ({"label": "1"}, "label 1 must be text"),
+        ({"label": "no"}, "label False must have"),
+        ({"label": "1"}, "label 1 must have"),
         ({"faint": ".nan"}, "--faint nan: must be in 0 to 1"),
     ],
 )

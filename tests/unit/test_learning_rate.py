@@ -46,7 +46,7 @@ def test_the_embedded_models_rate_is_the_measured_one() -> None:
     rate, reason = choose_rate(config, family.denoiser)
     assert rate == 2e-3
     width = width_of(tuner_layers(family.denoiser))
-    assert reason == f"layers have {width:.0f} inputs in the mean, the rank is 16, a step has 6 forget samples"
+    assert reason == f"the layers' mean fan-in is {width:.0f}, the rank 16, a step has 6 forget samples"
 
 
 def test_a_rate_falls_with_the_rank_and_rises_with_the_batch_of_all_processes() -> None:

@@ -244,7 +244,7 @@ def test_full_weights_that_would_do_something_else(
     tiny_model: Path, tmp_path: Path, act: Callable[[dict[str, torch.Tensor]], None], reason: str
 ) -> None:
     arguments = tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", "--max_train_steps", "1")
-    output = train(replace(parse_config(arguments), trainable="full"))
+    output = train(tiny.with_full_weights(parse_config(arguments)))
     path = output / "unet" / "diffusion_pytorch_model.safetensors"
     state = load_file(path)
     act(state)

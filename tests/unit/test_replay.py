@@ -139,8 +139,8 @@ def test_sampling_ends_where_the_trajectory_does_with_the_calls_that_guidance_ne
     hook = family.denoiser.register_forward_pre_hook(count, with_kwargs=True)
     ends = family.sample(rows, noise, guidance_scale=3.0, num_inference_steps=STEPS)
     hook.remove()
-    assert sum(evaluated) == 2 * STEPS * family.calls_a_step(3.0)
-    assert family.calls_a_step(3.0) == (2 if family.classifier_free else 1) and family.calls_a_step(1.0) == 1
+    assert sum(evaluated) == 2 * STEPS * family.calls_per_step(3.0)
+    assert family.calls_per_step(3.0) == (2 if family.classifier_free else 1) and family.calls_per_step(1.0) == 1
     assert torch.allclose(ends, last.following, atol=1e-4)
 
 

@@ -49,7 +49,7 @@ def test_published_reports_are_read_and_rendered(path: Path, tmp_path: Path) -> 
         ({"metrics": ["fid"]}, "holds a measurement that cannot be read: fid"),
         ({"metrics": [{"metric": "fid", "subset": "retain", "value": float("nan"), "n": 2}]}, "cannot be read"),
         ({"metrics": [{"metric": "fid", "subset": "retain", "value": 1, "n": 2, "strength": "x"}]}, "cannot be read"),
-        ({"settings": {}}, "holds a missing or odd entry: settings.guidance_scale"),
+        ({"settings": {}}, "holds a missing or invalid entry: settings.guidance_scale"),
         ({"adapter": []}, "holds an entry of another type: adapter"),
         ({"metrics": {}}, "holds an entry of another type: metrics"),
     ],

@@ -99,11 +99,11 @@ def test_ddim_leaves_no_grid_that_it_steps_by() -> None:
 @pytest.mark.parametrize(
     ("scheduler", "reason"),
     [
-        (EDMEulerScheduler(), "scheduler EDMEulerScheduler: stands for another noise process"),
-        (FlowMatchEulerDiscreteScheduler(), "scheduler FlowMatchEulerDiscreteScheduler: stands for another"),
-        (EulerDiscreteScheduler(**BETAS, timestep_type="continuous"), "scheduler EulerDiscreteScheduler: stands for"),
-        (UniPCMultistepScheduler(use_flow_sigmas=True), "scheduler UniPCMultistepScheduler: stands for another"),
-        (DDIMScheduler(**BETAS, rescale_betas_zero_snr=True), "--prediction_type epsilon: says nothing of the picture"),
+        (EDMEulerScheduler(), "scheduler EDMEulerScheduler: has no discrete schedule"),
+        (FlowMatchEulerDiscreteScheduler(), "scheduler FlowMatchEulerDiscreteScheduler: has no discrete"),
+        (EulerDiscreteScheduler(**BETAS, timestep_type="continuous"), "scheduler EulerDiscreteScheduler: has no"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), "scheduler UniPCMultistepScheduler: has no discrete"),
+        (DDIMScheduler(**BETAS, rescale_betas_zero_snr=True), "--prediction_type epsilon: says nothing about"),
     ],
 )
 def test_other_noise_processes_are_refused_by_name(
@@ -114,7 +114,7 @@ def test_other_noise_processes_are_refused_by_name(
 
 
 def test_a_class_conditional_folder_s_own_class_has_the_say_too(tiny_ddpm: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="scheduler EDMEulerScheduler: stands for another noise process"):
+    with pytest.raises(OptionError, match="scheduler EDMEulerScheduler: has no discrete schedule"):
         load_family(LoadOptions(str(with_scheduler(tmp_path / "edm", EDMEulerScheduler(), tiny_ddpm))))
     own = DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     family = load_family(LoadOptions(str(with_scheduler(tmp_path / "dpm", own, tiny_ddpm))))

@@ -176,7 +176,7 @@ class BaseModelEdit(ClosedFormEdit):
     def _load(self) -> ModelFamily:
         family = load_family(self.config.load_options())
         if not family.token_projections():
-            text = f"edits keys and values of cross-attention, which {family.name} has not"
+            text = f"edits keys and values of cross-attention, which {family.name} models do not have"
             raise OptionError("--edit", self.name, text)
         return family
 

@@ -44,10 +44,14 @@ class SafemaxConfig(ObjectiveOptions):
     target_guidance: float = option(4.0, "Guidance scale up to which outputs are trained to be noise.", POSITIVE)
     forget_trajectory_share: float = option(0.5, "Fraction of single forget samples on trajectories.", SHARE)
     halt_content: float = option(
-        0.0, "Fraction of single forget samples in which a forbidden picture has a prompt not to forget.", SHARE
+        0.0,
+        "Fraction of single forget samples that pair a forbidden picture with a retain prompt or the empty prompt.",
+        SHARE,
     )
     halt_unconditional: float = option(0.33, "Fraction of forget samples that are halted pairs.", SHARE)
-    halt_below: float = option(0.6, "Upper bound of t/T for halted pairs.", NONZERO_SHARE)
+    halt_below: float = option(
+        0.6, "Upper bound of t/T for halted and retained noise, and for --halt_content.", NONZERO_SHARE
+    )
     halt_rollout: float = option(0.5, "Fraction of halted pairs produced by the student's own rollout.", SHARE)
     halt_restoring: float = option(1.0, "Rate at which the target shrinks a rollout's drift; 0 keeps it.", NOT_NEGATIVE)
     retain_empty_share: float = option(0.25, "Fraction of single retain samples with the empty prompt.", SHARE)
