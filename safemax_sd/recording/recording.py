@@ -44,7 +44,7 @@ Seeds of the noise that is mixed into retain states are 100,000 above those of t
 
 An evaluation's runs are as far apart, and their seeds begin a million later (`evaluation/prompt_settings.py`).
 """
-REPLAY_VERSION = 3
+REPLAY_VERSION = 4
 """Number that is raised when the same flags record other trajectories, or prune otherwise.
 
 A run resumes only with the same number.

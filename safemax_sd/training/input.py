@@ -59,10 +59,10 @@ def read_input(config: TrainConfig) -> tuple[PromptSet, PromptSet]:
         raise OptionError("--learning_rate", AUTO, "is for a LoRA: give a number with --trainable full, such as 1e-5")
     if config.learning_rate == AUTO and config.scale_lr:
         raise OptionError("--learning_rate", AUTO, "does not go with --scale_lr: it depends on the batch size already")
-    check_used(config)
     check_pruning(config)
     check_quantization(config)
     check_sharding(config)
+    check_used(config)
     return forget, retain
 
 
