@@ -175,7 +175,7 @@ class SampledModel(ABC):
         conditioning: Conditioning,
         x_T: Tensor,
         *,
-        guidance_scale: float,
+        guidance_scale: float | Tensor,
         num_inference_steps: int,
         skipped: int = 0,
     ) -> Tensor:
@@ -187,7 +187,7 @@ class SampledModel(ABC):
             )
 
     def _sampled(
-        self, conditioning: Conditioning, x_T: Tensor, scheduler: Any, *, times: Tensor, guidance_scale: float
+        self, conditioning: Conditioning, x_T: Tensor, scheduler: Any, *, times: Tensor, guidance_scale: float | Tensor
     ) -> Tensor:
         """Return the latents after some steps of a sampler, [B, *latent]."""
         conditioning = self.with_guidance(conditioning.to(x_T.device), guidance_scale)

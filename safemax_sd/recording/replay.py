@@ -298,26 +298,43 @@ class Recorder:
         unguided = ((indices + 1) * self.unguided_share).floor() > (indices * self.unguided_share).floor()
         scale = torch.where(unguided, 1.0, self.guidance_scale).to(end).view(-1, *[1] * (end.dim() - 1))
         conditioning = self.family.with_guidance(self.conditioning.select(prompts).to(device), scale)
-        calls = 2 * len(seeds) * self.num_inference_steps
+        taken = len(seeds) * self.num_inference_steps
+        if not self.keep_steps:
+            end = self.family.sample(
+                conditioning, end, guidance_scale=scale, num_inference_steps=self.num_inference_steps
+            )
+            self._check(end)
+            calls = self.family.calls_per_step(scale) * taken
+            nothing = ReplayBank.empty(self.family.latent_shape(self.resolution))
+            return replace(nothing, samples=Samples(end.cpu(), prompts), model_calls=calls)
+        calls = 2 * taken
         rows = []
         for point in self.family.trajectory(
             conditioning,
             end,
             guidance_scale=scale,
             num_inference_steps=self.num_inference_steps,
-            grid_shift=number * GOLDEN_RATIO % 1 if self.keep_steps else 0.0,
+            grid_shift=number * GOLDEN_RATIO % 1,
         ):
             end = point.following
             if self.perturbation > 0:
                 point, extra = _perturbed(self.family, point, conditioning, self.perturbation, generators)
                 calls += extra
             kept = (point.x_t, point.t, prompts, point.conditional, point.unconditional)
-            rows.append([tensor[: None if self.keep_steps else 0].cpu() for tensor in kept])
-        if not end.isfinite().all():
-            text = "samples of the frozen model are not finite: load it in another precision (--mixed_precision)"
-            raise SafemaxError(f"{self.description}: {text}")
+            rows.append([tensor.cpu() for tensor in kept])
+        self._check(end)
         x_t, t, prompt, conditional, unconditional = (torch.cat(column) for column in zip(*rows, strict=True))
         return ReplayBank(x_t, t, prompt, conditional, unconditional, Samples(end.cpu(), prompts), calls)
+
+    def _check(self, samples: Tensor) -> None:
+        """Check samples of the frozen model.
+
+        Raises:
+            SafemaxError: One is not finite.
+        """
+        if not samples.isfinite().all():
+            text = "samples of the frozen model are not finite: load it in another precision (--mixed_precision)"
+            raise SafemaxError(f"{self.description}: {text}")
 
 
 def bank_bytes(latent_shape: tuple[int, ...], trajectories: int, num_inference_steps: int) -> int:

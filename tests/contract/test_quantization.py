@@ -252,7 +252,7 @@ def test_a_ddpm_is_not_quantized(tiny_ddpm: Path) -> None:
 
 
 def test_full_weights_are_not_quantized(tiny_model: Path, tmp_path: Path) -> None:
-    output = train(parse_config([*tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out"), "--trainable", "full"]))
+    output = train(parse_config(tiny.train_arguments(tiny_model, tmp_path, tmp_path / "out", "--trainable", "full")))
     with pytest.raises(OptionError, match=r"--quantize int8: goes with a LoRA, and .* leave it out"):
         Adapter(output, "int8")
 

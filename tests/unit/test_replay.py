@@ -195,6 +195,7 @@ def test_samples_alone_take_no_rows(family: ModelFamily) -> None:
     assert ends.x_t.shape[1:] == whole.x_t.shape[1:]
     assert torch.equal(ends.samples.x0, whole.samples.x0)
     assert ends.samples.prompt.tolist() == [0, 1, 0, 1, 0, 1]
+    assert ends.model_calls == family.calls_per_step(3.0) * TRAJECTORIES * STEPS
 
 
 def test_a_bank_on_disk_is_the_one_in_memory(family: ModelFamily, tmp_path: Path) -> None:
