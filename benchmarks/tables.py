@@ -83,7 +83,7 @@ STEP_MEMORY = {CIFAR: "2026-11-30-cifar10-step-memory.jsonl"}
 COMPARED_ATTACKS = {
     "bomb": "2026-11-30-attacks-compared-bomb.json",
     "dog": "2026-12-01-attacks-compared-dog-methods.json",
-    "weapons": "2026-12-01-attacks-compared-weapons-methods.json",
+    "weapons": "2026-12-01-attacks-compared-weapons-more-methods.json",
 }
 """Files of the tables of methods under attack, by task."""
 ATTACKED_TASKS = (
