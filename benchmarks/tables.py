@@ -82,7 +82,7 @@ STEP_MEMORY = {CIFAR: "2026-11-30-cifar10-step-memory.jsonl"}
 """Files with the memory of each method's step, by study, where its rows leave out the frozen copy of the network."""
 COMPARED_ATTACKS = {
     "bomb": "2026-11-30-attacks-compared-bomb.json",
-    "dog": "2026-12-01-attacks-compared-dog-methods.json",
+    "dog": "2026-12-01-attacks-compared-dog-more-methods.json",
     "weapons": "2026-12-01-attacks-compared-weapons-more-methods.json",
 }
 """Files of the tables of methods under attack, by task."""
