@@ -73,11 +73,14 @@ STUDIES = {
     "published network": ("class_unlearning_cifar10.jsonl",),
 }
 """Result files of the studies of class unlearning that published claims are compared with."""
+DECAYS = {CIFAR: ("2026-12-01-cifar10-decay.jsonl",)}
+"""Files of runs with and without the decay, by study, whose precision is not that of the study's other runs."""
 SHARED_CORES = {
     "2026-11-30-cifar10-salun-automobile.jsonl": "up to four more processes ran on the two cores",
     "2026-11-30-cifar10-others-automobile-ship.jsonl": "up to four more processes ran on the two cores",
+    "2026-12-01-cifar10-decay.jsonl": "other work ran on the two cores, and some runs were interrupted",
 }
-"""Files of `STUDIES` whose rows' seconds are left out, with the reasons."""
+"""Files of `STUDIES` and `DECAYS` whose rows' seconds are left out, with the reasons."""
 STEP_MEMORY = {CIFAR: "2026-11-30-cifar10-step-memory.jsonl"}
 """Files with the memory of each method's step, by study, where its rows leave out the frozen copy of the network."""
 COMPARED_ATTACKS = {
@@ -232,7 +235,8 @@ def study_rows(name: str, files: Sequence[str] = ()) -> list[Row]:
 
 def claims() -> str:
     """Return the table of what the studies say of each published claim."""
-    return claim_table({name: study_rows(name) for name in STUDIES})
+    decays = {name: study_rows(name, files) for name, files in DECAYS.items()}
+    return claim_table({name: study_rows(name) for name in STUDIES}, decays)
 
 
 def first_runs(study: str, table: Callable[[list[Row]], str]) -> str:
@@ -255,6 +259,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "digits retention": partial(first_runs, "digits", retention_by_class),
     "digits forgetting": partial(first_runs, "digits", forgetting_by_class),
     "digits variants": lambda: difference_table(measured(study_rows("digits")), "safemax"),
+    "cifar decay": lambda: difference_table(measured(study_rows(CIFAR, DECAYS[CIFAR])), "safemax"),
     "digits race": lambda: race_table(study_rows("digits")),
     "cifar methods": partial(on_all_classes, method_table),
     "cifar retention": partial(on_all_classes, retention_by_class),

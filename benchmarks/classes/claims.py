@@ -105,7 +105,7 @@ def decay(rows: Sequence[Row]) -> Answer | None:
         return None
     both = pairs(measured(rows), WITHOUT_DECAY, SAFEMAX, quantity=lambda row: float(row["fid"]))
     percent = 100 / statistics.fmean(other for other, _ in both)
-    figure, number = f"{percent * found.mean:+.1f} %", f"over {found.pairs} pairs"
+    figure, number = f"{percent * found.mean:+.1f} %", f"over {found.pairs} pair{'' if found.pairs == 1 else 's'}"
     if found.interval is None:
         return Answer(f"{figure} {number}", None)
     low, high = (percent * end for end in found.interval)
@@ -161,14 +161,16 @@ CLAIMS = (
 )
 
 
-def claim_table(studies: Mapping[str, Sequence[Row]]) -> str:
+def claim_table(studies: Mapping[str, Sequence[Row]], decays: Mapping[str, Sequence[Row]] | None = None) -> str:
     """Return a table with a line for each claim and a column for each study.
 
     Args:
         studies: Rows of the studies, by their names.
+        decays: Rows of studies whose runs on the decay are not among their others.
     """
     lines = []
     for claim in CLAIMS:
-        answers = [claim.ask(rows) for rows in studies.values()]
+        rows = {**studies, **(decays or {})} if claim.ask is decay else studies
+        answers = [claim.ask(rows[name]) for name in studies]
         lines.append([claim.text, *("not measured" if answer is None else answer.text() for answer in answers)])
     return markdown_table(["published claim", *studies], lines)
