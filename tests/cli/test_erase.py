@@ -344,7 +344,7 @@ def test_the_embedded_anchor_is_named_like_its_model(tmp_path: Path) -> None:
 
 def test_a_mark_needs_words(tiny_ddpm: Path, tmp_path: Path) -> None:
     arguments = tiny.train_arguments(tiny_ddpm, tmp_path, tmp_path / "out", "--objective", "halting_anchor", *FEW)
-    with pytest.raises(OptionError, match="--objective halting_anchor: works on the keys and values"):
+    with pytest.raises(OptionError, match="--objective halting_anchor: needs cross-attention to the text"):
         train(parse_config(arguments))
 
 
