@@ -32,7 +32,8 @@ SMALL_BATCH = 64
 
 def seconds_by_phase(seconds: Mapping[str, float]) -> tuple[float, float]:
     """Return the seconds of a run's priors, with what they encode, and of its steps."""
-    return seconds["encode"] + seconds["replay"] + seconds["prepare"], seconds["train"]
+    encoded = seconds.get("encode", 0.0)  # runs of earlier versions counted it as replay
+    return encoded + seconds["replay"] + seconds["prepare"], seconds["train"]
 
 
 def seconds_of(record: ErasureRecord) -> dict[str, Any]:

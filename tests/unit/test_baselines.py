@@ -14,10 +14,11 @@ from diffusers import DDIMScheduler
 from safemax_sd.evaluation.baselines import BASELINES
 from safemax_sd.evaluation.baselines.safe_latent_diffusion import STRENGTHS
 from safemax_sd.evaluation.sampling import Request
-from safemax_sd.evaluation.subjects import Models
+from safemax_sd.evaluation.subjects import Models, dtype_on
 from torch import Tensor
 
 from safemax_sd.core.errors import SafemaxError
+from safemax_sd.families.base import FAMILIES
 from safemax_sd.prompts import load_prompts
 from tests import tiny
 
@@ -113,3 +114,11 @@ def test_every_baseline_describes_itself() -> None:
         baseline = BASELINES.get(name)
         assert baseline.label and baseline.paper and baseline.__doc__
         assert all("help" in entry.metadata for entry in fields(baseline.Settings))
+
+
+def test_on_a_gpu_transformers_draw_in_bfloat16_and_the_others_in_float16() -> None:
+    drawn = {name: dtype_on(torch.device("cuda"), FAMILIES.get(name)) for name in FAMILIES.names()}
+    transformers = {"flux", "stable_diffusion_3"}
+    assert drawn == {name: torch.bfloat16 if name in transformers else torch.float16 for name in drawn}
+    assert transformers < set(drawn)
+    assert {dtype_on(torch.device("cpu"), FAMILIES.get(name)) for name in drawn} == {torch.float32}
